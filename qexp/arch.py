@@ -1,0 +1,192 @@
+"""Where the blocks, linears and norms of a model family live: facts, one entry per family."""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from transformers import PreTrainedModel
+
+from qexp.errors import UserError
+
+
+class Group(NamedTuple):
+    """Linears of a block that read the same tensor, and what makes that tensor.
+
+    `source` is the norm whose output is the input itself, or the linear for which scaling output
+    row i scales the input's column i: value → output projection (rows repeat over the query heads
+    that share a value head) and up → down in a gated MLP. None where neither exists: the input
+    comes from another block, a nonlinearity lies between, or the values are fused with queries.
+    All paths are relative to the block.
+    """
+
+    linears: tuple[str, ...]
+    source: str | None = None
+
+
+@dataclass(frozen=True)
+class Arch:
+    """One family. Paths of `groups`, `writers` and `norms` are relative to a block, others full.
+
+    `groups` are in execution order and name every linear of a block once; `norms` names every norm
+    of a block. `writers` are the linears whose output enters the residual stream. `head` called on
+    the final hidden states gives the logits; `embeddings` make the first block's input. `norm` is
+    the final norm, None where the family has none. `pre_norm` says that each branch adds
+    writer(… norm(x)) to the stream x with nothing behind the writer, so that norms can be folded
+    and the stream rotated. `unit_offset`: norms multiply by 1 + weight instead of weight.
+    """
+
+    blocks: str
+    groups: tuple[Group, ...]
+    writers: tuple[str, ...]
+    norms: tuple[str, ...]
+    embeddings: tuple[str, ...]
+    norm: str | None
+    head: str
+    pre_norm: bool = True
+    unit_offset: bool = False
+
+
+LLAMA = Arch(
+    blocks="model.layers",
+    groups=(
+        Group(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm"),
+        Group(("self_attn.o_proj",), "self_attn.v_proj"),
+        Group(("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm"),
+        Group(("mlp.down_proj",), "mlp.up_proj"),
+    ),
+    writers=("self_attn.o_proj", "mlp.down_proj"),
+    norms=("input_layernorm", "post_attention_layernorm"),
+    embeddings=("model.embed_tokens",),
+    norm="model.norm",
+    head="lm_head",
+)
+
+QWEN3 = replace(LLAMA, norms=(*LLAMA.norms, "self_attn.q_norm", "self_attn.k_norm"))
+
+# Gemma 3 also norms what each branch writes (`post_*`), so its stream cannot be rotated by folding.
+GEMMA3 = replace(
+    QWEN3,
+    groups=(
+        *LLAMA.groups[:2],
+        Group(("mlp.gate_proj", "mlp.up_proj"), "pre_feedforward_layernorm"),
+        LLAMA.groups[3],
+    ),
+    norms=(*QWEN3.norms, "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    pre_norm=False,
+    unit_offset=True,
+)
+
+OPT = Arch(
+    blocks="model.decoder.layers",
+    groups=(
+        Group(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn_layer_norm"),
+        Group(("self_attn.out_proj",), "self_attn.v_proj"),
+        Group(("fc1",), "final_layer_norm"),
+        Group(("fc2",)),
+    ),
+    writers=("self_attn.out_proj", "fc2"),
+    norms=("self_attn_layer_norm", "final_layer_norm"),
+    embeddings=("model.decoder.embed_tokens", "model.decoder.embed_positions"),
+    norm="model.decoder.final_layer_norm",
+    head="lm_head",
+)
+
+# OPT-350m: norms stand behind the residual sums, no final norm, and `project_in` / `project_out`
+# (part of the embedding and of the decoder's end) resize a narrower embedding.
+OPT_POST_NORM = replace(
+    OPT,
+    groups=(
+        Group(OPT.groups[0].linears),
+        OPT.groups[1],
+        Group(("fc1",), "self_attn_layer_norm"),
+        Group(("fc2",)),
+    ),
+    norm=None,
+    pre_norm=False,
+)
+
+ARCHS: dict[str, Arch] = {
+    "gpt2": Arch(
+        blocks="transformer.h",
+        groups=(
+            Group(("attn.c_attn",), "ln_1"),
+            Group(("attn.c_proj",)),
+            Group(("mlp.c_fc",), "ln_2"),
+            Group(("mlp.c_proj",)),
+        ),
+        writers=("attn.c_proj", "mlp.c_proj"),
+        norms=("ln_1", "ln_2"),
+        embeddings=("transformer.wte", "transformer.wpe"),
+        norm="transformer.ln_f",
+        head="lm_head",
+    ),
+    "opt": OPT,
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": QWEN3,
+    "gpt_neox": Arch(  # attention and MLP read the same stream (parallel residual) in most models
+        blocks="gpt_neox.layers",
+        groups=(
+            Group(("attention.query_key_value",), "input_layernorm"),
+            Group(("attention.dense",)),
+            Group(("mlp.dense_h_to_4h",), "post_attention_layernorm"),
+            Group(("mlp.dense_4h_to_h",)),
+        ),
+        writers=("attention.dense", "mlp.dense_4h_to_h"),
+        norms=("input_layernorm", "post_attention_layernorm"),
+        embeddings=("gpt_neox.embed_in",),
+        norm="gpt_neox.final_layer_norm",
+        head="lm_head",
+    ),
+    "gemma3_text": GEMMA3,
+    "gemma3": replace(  # the text model inside the vision-language model
+        GEMMA3,
+        blocks="model.language_model.layers",
+        embeddings=("model.language_model.embed_tokens",),
+        norm="model.language_model.norm",
+    ),
+    "bert": Arch(
+        blocks="bert.encoder.layer",
+        groups=(
+            Group(("attention.self.query", "attention.self.key", "attention.self.value")),
+            Group(("attention.output.dense",), "attention.self.value"),
+            Group(("intermediate.dense",), "attention.output.LayerNorm"),
+            Group(("output.dense",)),
+        ),
+        writers=("attention.output.dense", "output.dense"),
+        norms=("attention.output.LayerNorm", "output.LayerNorm"),
+        embeddings=("bert.embeddings",),
+        norm=None,
+        head="cls",
+        pre_norm=False,
+    ),
+    "vit": Arch(
+        blocks="vit.layers",
+        groups=(
+            Group(
+                ("attention.q_proj", "attention.k_proj", "attention.v_proj"), "layernorm_before"
+            ),
+            Group(("attention.o_proj",), "attention.v_proj"),
+            Group(("mlp.fc1",), "layernorm_after"),
+            Group(("mlp.fc2",)),
+        ),
+        writers=("attention.o_proj", "mlp.fc2"),
+        norms=("layernorm_before", "layernorm_after"),
+        embeddings=("vit.embeddings",),
+        norm="vit.layernorm",
+        head="classifier",
+    ),
+}
+
+
+def arch_of(model: PreTrainedModel) -> Arch:
+    """The facts of this model; UserError with the known families for any other."""
+    config = model.config
+    if config.model_type not in ARCHS:
+        known = ", ".join(sorted(ARCHS))
+        raise UserError(
+            f"model: family {config.model_type!r} is not known to qexp; known are {known}."
+        )
+    if config.model_type == "opt" and not config.do_layer_norm_before:
+        return OPT_POST_NORM
+    return ARCHS[config.model_type]

@@ -1,0 +1,80 @@
+"""What every source of a model answers, and the checks that all of them share."""
+
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from qexp.errors import UserError
+from qexp.load import linearize
+
+AUTO = {
+    "causal_lm": AutoModelForCausalLM,
+    "masked_lm": AutoModelForMaskedLM,
+    "image_classification": AutoModelForImageClassification,
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Loaded(NamedTuple):
+    """A model on the CPU in eval mode; the tokenizer is None for images and where none exists."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+
+
+class Source(ABC):
+    """A model that can be loaded, and what identifies it. Fields are the keys of conf/model/."""
+
+    dtype: str
+    objective: str
+
+    @abstractmethod
+    def load(self) -> Loaded:
+        """The model in `dtype`, every linear map an nn.Linear, no quantization flag left."""
+
+    @abstractmethod
+    def fingerprint(self) -> dict[str, str]:
+        """What the loaded weights and tokenizer depend on; equal only if they are equal."""
+
+    @abstractmethod
+    def files(self) -> list[Path]:
+        """The local files that loading reads; a run recorded with others is stale."""
+
+
+def check(source: Source) -> None:
+    """UserError unless `dtype` and `objective` are known: called as a source is built."""
+    if source.dtype not in DTYPES:
+        raise UserError(f"model.dtype: {source.dtype!r} is none of {', '.join(DTYPES)}.")
+    if source.objective not in AUTO:
+        raise UserError(f"model.objective: {source.objective!r} is none of {', '.join(AUTO)}.")
+
+
+def ready(model: PreTrainedModel) -> PreTrainedModel:
+    """The last step of every `load`: linears, eval mode."""
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False  # nothing here generates token by token
+    return linearize(model).eval()
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content; read once per process while size and time stay the same."""
+    status = path.stat()
+    return _sha256(os.fspath(path), status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=None)
+def _sha256(path: str, size: int, mtime_ns: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
