@@ -1,0 +1,5 @@
+"""`python -m qexp` is the console script `qexp`."""
+
+from qexp.cli import main
+
+main()

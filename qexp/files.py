@@ -1,0 +1,60 @@
+"""Files that are whole or absent."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qexp.errors import UserError
+
+
+@contextmanager
+def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary name beside `path` that becomes `path` when the block ends well.
+
+    On any exception, an interrupt included, the temporary file goes and what stood at `path`
+    stays. A full disk, a folder without permission and the like become a UserError with the path.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # the suffix stays last: savers such as numpy and matplotlib choose the format by it
+        handle, name = tempfile.mkstemp(
+            prefix=f".{path.stem}.", suffix=f".tmp{path.suffix}", dir=path.parent
+        )
+        os.close(handle)
+    except OSError as error:
+        raise _refused(path, error.strerror) from error
+    temporary = Path(name)
+    try:
+        temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files; results are shared
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.filename not in (None, name, str(path)):
+            raise  # about another file, one that was being read
+        raise _refused(path, error.strerror) from error
+    except Exception as error:
+        # savers written in other languages (safetensors) keep only the words of an OSError
+        if "os error 28" in str(error) or "No space left" in str(error):
+            raise _refused(path, "No space left on device") from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _refused(path: Path, reason: str | None) -> UserError:
+    return UserError(
+        f"{path}: cannot be written ({reason or 'unknown reason'}); "
+        "free space or choose another folder"
+    )
+
+
+def _umask() -> int:
+    """The process's file mask, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

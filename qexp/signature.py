@@ -1,0 +1,32 @@
+"""What makes two runs the same run."""
+
+import hashlib
+import json
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+# what is shown, kept or waited for; none of it can change a number
+UNSIGNED = frozenset(
+    {"hydra", "logger", "progress", "threads", "save_weights", "optimize", "label"}
+)
+
+
+def signed(cfg: DictConfig) -> dict[str, Any]:
+    """The resolved part of a configuration that can change a number."""
+    content: dict[str, Any] = {}
+    for key in cfg:
+        if key not in UNSIGNED:
+            value = cfg[key]  # key by key: the Hydra node asks for this very signature
+            content[str(key)] = (
+                OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
+                if OmegaConf.is_config(value)
+                else value
+            )
+    return content
+
+
+def signature(cfg: DictConfig) -> str:
+    """Eight hex digits of the configuration: the name of the run's folder."""
+    text = json.dumps(signed(cfg), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
