@@ -1,0 +1,77 @@
+"""In which loss a rounding error counts: Hessians of the layers of a block.
+
+Scale is free everywhere: solvers give the same result for H and c·H.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qexp.walk import Block
+
+# Called with linears that have one Hessian in common, and that Hessian.
+Solve = Callable[[tuple[str, ...], Float[Tensor, "columns columns"]], None]
+
+# Columns per strip of the triangle that `second_moment` computes.
+STRIP = 192
+
+
+class Hessian(ABC):
+    @abstractmethod
+    def each(self, block: Block, solve: Solve) -> None:
+        """Hand every linear of the block to `solve`, once, with its Hessian as soon as that is
+        known. May leave the block advanced (see `Block.advance`)."""
+
+    def __call__(self, block: Block) -> dict[str, Float[Tensor, "_ _"]]:
+        """The Hessian of each linear at the block's weights as they stand."""
+        found: dict[str, Tensor] = {}
+
+        def keep(names: tuple[str, ...], hessian: Tensor) -> None:
+            found.update(dict.fromkeys(names, hessian))
+
+        self.each(block, keep)
+        block.left = None  # nothing was settled: the caller has yet to change the block
+        return found
+
+
+def second_moment(chunks: Iterable[Float[Tensor, "..."]]) -> Float[Tensor, "columns columns"]:
+    """2/N Σ x xᵀ over the N rows of all chunks [..., columns], accumulated in float32.
+
+    Only the strips on and above the diagonal are multiplied, which saves nearly half the work.
+    """
+    count, hessian = 0, torch.empty(0)
+    for chunk in chunks:
+        x = chunk.detach().reshape(-1, chunk.shape[-1]).float()
+        columns = x.shape[1]
+        if not count:
+            hessian = torch.zeros(columns, columns, device=x.device)
+        for start in range(0, columns, STRIP):
+            stop = min(start + STRIP, columns)
+            hessian[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
+        count += len(x)
+    hessian = hessian.triu()
+    return (hessian + hessian.triu(1).T).mul_(2 / max(count, 1))
+
+
+@dataclass(frozen=True)
+class Layerwise(Hessian):
+    """2/N Σ x xᵀ over the tokens that reach the layer: the squared error of its output (OBQ, GPTQ).
+
+    sequential: a group's Hessian is taken after the groups before it were rounded ("true
+    sequential"); otherwise all of a block's at the block's float weights.
+    """
+
+    sequential: bool = True
+
+    def each(self, block: Block, solve: Solve) -> None:
+        if self.sequential:
+            block.advance(lambda names, inputs: solve(names, second_moment(inputs)))
+            return
+        found: list[tuple[tuple[str, ...], Tensor]] = []
+        block.observe(lambda names, inputs: found.append((names, second_moment(inputs))))
+        for names, hessian in found:
+            solve(names, hessian)

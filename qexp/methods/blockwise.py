@@ -1,0 +1,152 @@
+"""Post-training quantization of weights: every linear of every block, one after another."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from qexp.errors import UserError
+from qexp.hessian import Hessian
+from qexp.methods.step import Batches, Record, Step, write
+from qexp.solvers.sweep import NotPositiveDefinite, Solution, Solver
+from qexp.task import Task
+from qexp.walk import Block, walk
+
+
+@dataclass(frozen=True)
+class Direct(Step):
+    """Round weights without looking at data (RTN)."""
+
+    solver: Solver
+
+    @torch.no_grad()
+    def __call__(self, task: Task, batches: Batches) -> list[Record]:
+        check(task, self.solver)
+        records = []
+        for index, module in enumerate(task.blocks):
+            for group in task.arch.groups:
+                for name in group.linears:
+                    linear = module.get_submodule(name)
+                    assert isinstance(linear, nn.Linear)
+                    full = f"{task.arch.blocks}.{index}.{name}"
+                    finite(full, linear)
+                    start = time.perf_counter()
+                    eye = torch.eye(linear.in_features, device=linear.weight.device)
+                    solution = self.solver(linear.weight.detach().float(), eye)
+                    seconds = time.perf_counter() - start
+                    records.append(
+                        write(full, linear, solution, solution.weight, None, seconds)
+                    )
+        return records
+
+
+@dataclass(frozen=True)
+class Blockwise(Step):
+    """Walk the blocks, measure each layer's Hessian, solve, go on (GPTQ's procedure).
+
+    propagate: later layers see the outputs of rounded ones; otherwise every Hessian is the float
+    model's.
+    chunk: sequences run at a time. null takes all at once where memory allows: one forward in all,
+    each linear rounded as its input becomes known. A number bounds memory, at the price of one
+    forward per group of linears; results are equal up to the order of summation.
+    """
+
+    solver: Solver
+    hessian: Hessian
+    propagate: bool = True
+    chunk: int | None = None
+    progress: bool = False
+
+    @torch.no_grad()
+    def __call__(self, task: Task, batches: Batches) -> list[Record]:
+        check(task, self.solver)
+        records: list[Record] = []
+        for block in walk(task, batches(), self.chunk, self.progress):
+            records += self._solve(block)
+        expected = len(task.blocks) * sum(len(group.linears) for group in task.arch.groups)
+        if len(records) != expected:
+            raise RuntimeError(f"{len(records)} linears were quantized, not the {expected} asked for")
+        return records
+
+    def _solve(self, block: Block) -> list[Record]:
+        linears = block.linears
+        records: list[Record] = []
+        late: list[tuple[nn.Linear, Tensor]] = []
+
+        def solve(names: tuple[str, ...], hessian: Float[Tensor, "columns columns"]) -> None:
+            stacks = [names] if self.solver.rowwise else [(name,) for name in names]
+            for stack in stacks:
+                full = [f"{block.name}.{name}" for name in stack]
+                members = [linears[name] for name in stack]
+                floats = [linear.weight.data for linear in members]
+                records.extend(self._write(full, members, hessian))
+                if not self.propagate:
+                    late.extend(zip(members, [m.weight.data for m in members], strict=True))
+                    for linear, weight in zip(members, floats, strict=True):
+                        linear.weight.data = weight
+
+        self.hessian.each(block, solve)
+        if late and block.left is None:
+            block.left = list(block.outputs())
+        for linear, weight in late:
+            linear.weight.data = weight
+        return records
+
+    def _write(
+        self,
+        names: list[str],
+        linears: list[nn.Linear],
+        hessian: Float[Tensor, "columns columns"],
+    ) -> list[Record]:
+        """Solve matrices that share a Hessian as one stacked matrix."""
+        for name, linear in zip(names, linears, strict=True):
+            finite(name, linear)
+        if not hessian.isfinite().all() or not hessian.any():
+            state = "all zero" if not hessian.any() else "not finite"
+            raise UserError(
+                f"{names[0]}: its calibration inputs are {state}; check the model's weights and "
+                "the calibration text (calibration.corpus)."
+            )
+        start = time.perf_counter()
+        weight = torch.cat([linear.weight.detach().float() for linear in linears])
+        try:
+            solution = self.solver(weight, hessian)
+        except NotPositiveDefinite as reason:
+            raise UserError(
+                f"{names[0]}: its Hessian cannot be factored: {reason}; give more calibration "
+                "sequences (calibration.sequences) or more damping (method.solver.damp)."
+            ) from reason
+        seconds = time.perf_counter() - start
+        nearest = self.solver.baseline(weight, hessian).weight
+        records, row = [], 0
+        for name, linear in zip(names, linears, strict=True):
+            rows = slice(row, row := row + linear.out_features)
+            whole = len(linears) == 1
+            packed = solution.packed if whole else solution.packed.rows(rows.start, rows.stop)
+            own = Solution(solution.weight[rows], packed.bits(), packed, solution.damp)
+            share = seconds * linear.out_features / len(weight)
+            records.append(write(name, linear, own, nearest[rows], hessian, share))
+        return records
+
+
+def check(task: Task, solver: Solver) -> None:
+    """UserError, before any work, when the solver cannot take one of the model's shapes."""
+    for index, module in enumerate(task.blocks):
+        for group in task.arch.groups:
+            for name in group.linears:
+                rows, columns = module.get_submodule(name).weight.shape  # type: ignore[union-attr]
+                try:
+                    solver.check(rows, columns)
+                except UserError as reason:
+                    raise UserError(f"{task.arch.blocks}.{index}.{name}: {reason}") from reason
+
+
+def finite(name: str, linear: nn.Linear) -> None:
+    """UserError when a layer's weights hold NaN or infinity."""
+    if not linear.weight.isfinite().all():
+        raise UserError(
+            f"{name}.weight holds values that are not finite: the model's file is damaged, or was "
+            "saved from a diverged run; load another one (model.path, model.id)."
+        )

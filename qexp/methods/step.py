@@ -1,0 +1,88 @@
+"""What transforms and methods both are, and the account they give of each linear."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from qexp.packed import Packed
+from qexp.solvers.sweep import Solution
+from qexp.task import Batch, Task
+
+Batches = Callable[[], list[Batch]]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One quantized linear. Errors are shares of the float layer's own: tr(Δ H Δᵀ) / tr(W H Wᵀ)
+    with the Hessian of the method (the identity where it uses none); `error_before` is what
+    rounding to nearest on the same grid leaves, `error` what the method leaves."""
+
+    name: str
+    rows: int
+    columns: int
+    bits: float
+    error_before: float
+    error: float
+    damp: float
+    seconds: float
+    packed: Packed
+
+
+class Step(ABC):
+    @abstractmethod
+    def __call__(self, task: Task, batches: Batches) -> list[Record]:
+        """Change task.model in place. `batches` is called only by a step that calibrates."""
+
+
+@dataclass(frozen=True)
+class Nothing(Step):
+    """The model as it is."""
+
+    def __call__(self, task: Task, batches: Batches) -> list[Record]:
+        return []
+
+
+def error(
+    change: Float[Tensor, "rows columns"], hessian: Float[Tensor, "columns columns"] | None
+) -> float:
+    """tr(Δ H Δᵀ); the squared norm of Δ without a Hessian."""
+    change = change.float()
+    moved = change if hessian is None else change @ hessian
+    return float(torch.sum(moved * change, dtype=torch.float64))
+
+
+def write(
+    name: str,
+    linear: nn.Linear,
+    solution: Solution,
+    baseline: Float[Tensor, "rows columns"],
+    hessian: Float[Tensor, "columns columns"] | None,
+    seconds: float,
+) -> Record:
+    """Put a solution into its layer, after checking that it is one.
+
+    Raises RuntimeError naming the layer when the weights are not finite, are not what storage
+    gives back, or lie farther from the float layer than rounding to nearest would leave them.
+    """
+    weight = linear.weight.detach().float()
+    if not solution.weight.isfinite().all():
+        raise RuntimeError(f"{name}: the solver returned weights that are not finite")
+    if not torch.equal(solution.weight, solution.packed.dequantize()):
+        raise RuntimeError(f"{name}: the quantized weights are not those that storage gives back")
+    scale = max(error(weight, hessian), torch.finfo(torch.float32).tiny)
+    before = error(baseline - weight, hessian) / scale
+    after = error(solution.weight - weight, hessian) / scale
+    if after > before * (1 + 1e-3) + 1e-7:
+        raise RuntimeError(
+            f"{name}: the calibrated error {after:.3g} exceeds the {before:.3g} of rounding to "
+            "nearest: calibration data or damping do not fit this layer (raise method.solver.damp)"
+        )
+    linear.weight.data = solution.weight.to(linear.weight)
+    rows, columns = weight.shape
+    return Record(
+        name, rows, columns, solution.bits, before, after, solution.damp, seconds, solution.packed
+    )

@@ -1,0 +1,191 @@
+"""What storage keeps of a quantized matrix: enough to rebuild it exactly, and to count its bits."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from qexp.grid import Grid, IntGrid, Scale
+
+
+class Packed(ABC):
+    """The stored form of one matrix."""
+
+    @abstractmethod
+    def dequantize(self) -> Float[Tensor, "rows columns"]:
+        """The matrix, in float32, bit for bit the one the solver returned."""
+
+    @abstractmethod
+    def stored(self) -> dict[str, Tensor]:
+        """The tensors as they lie in a file, codes packed to bits."""
+
+    def bits(self) -> float:
+        """Stored bits per weight: the size of `stored`, everything included."""
+        rows, columns = self.dequantize().shape
+        size = sum(t.numel() * t.element_size() * 8 for t in self.stored().values())
+        return size / (rows * columns)
+
+    @abstractmethod
+    def rows(self, start: int, stop: int) -> "Packed":
+        """The stored form of some rows alone."""
+
+
+def pack_bits(codes: Int[Tensor, "*shape"], bits: int) -> Tensor:
+    """Codes of `bits` bits, one after another in a byte string (the last byte filled up)."""
+    flat = codes.reshape(-1).cpu().numpy().astype(np.uint32)
+    each = (flat[:, None] >> np.arange(bits, dtype=np.uint32)) & 1
+    return torch.from_numpy(np.packbits(each.astype(np.uint8).reshape(-1), bitorder="little"))
+
+
+def unpack_bits(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Int[Tensor, "..."]:
+    """The inverse of `pack_bits`."""
+    count = int(np.prod(shape))
+    each = np.unpackbits(packed.cpu().numpy(), count=count * bits, bitorder="little")
+    weights = (1 << np.arange(bits)).astype(np.int64)
+    return torch.from_numpy((each.reshape(count, bits) * weights).sum(1).reshape(shape))
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """Weights that stay 16-bit, by row: column indices and values, with the row ends (CSR)."""
+
+    ends: Int[Tensor, " rows"]
+    columns: Int[Tensor, " count"]
+    values: Float[Tensor, " count"]
+
+    @staticmethod
+    def of(
+        weight: Float[Tensor, "rows columns"], mask: Bool[Tensor, "rows columns"]
+    ) -> "Outliers":
+        """The masked entries of a matrix, their values rounded to half precision."""
+        row_counts = mask.sum(1)
+        return Outliers(row_counts.cumsum(0), mask.nonzero()[:, 1], weight[mask].half())
+
+    def put(self, weight: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
+        """The matrix with the outliers in their places."""
+        counts = self.ends.diff(prepend=self.ends.new_zeros(1))
+        rows = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+        return weight.index_put((rows, self.columns), self.values.to(weight.dtype))
+
+    def rows(self, start: int, stop: int) -> "Outliers":
+        first = int(self.ends[start - 1]) if start else 0
+        last = int(self.ends[stop - 1])
+        ends = self.ends[start:stop] - first
+        return Outliers(ends, self.columns[first:last], self.values[first:last])
+
+    def stored(self) -> dict[str, Tensor]:
+        return {
+            "outlier_ends": self.ends.to(torch.int32),
+            # uint16 holds 65,536 columns; no linear layer in use is wider.
+            "outlier_columns": self.columns.to(torch.uint16),
+            "outlier_values": self.values,
+        }
+
+
+@dataclass(frozen=True)
+class Coded(Packed):
+    """Codes of a grid with their scales.
+
+    codes [rows, columns] in the matrix' own column order. `scale`, `zero` [rows, groups] (one row
+    when the grid is per tensor): tensors, or `Coded` in turn where a second grid quantizes them,
+    transposed to [groups, rows]. `group` names each column's group when groups are not runs of
+    neighbours (act_order without static groups).
+    """
+
+    grid: Grid
+    codes: Int[Tensor, "rows columns"]
+    scale: "Float[Tensor, 'each groups'] | Coded"
+    zero: "Float[Tensor, 'each groups'] | Coded | None" = None
+    group: Int[Tensor, " columns"] | None = None
+    outliers: Outliers | None = None
+
+    @staticmethod
+    def of(
+        grid: Grid,
+        weight: Float[Tensor, "rows columns"],
+        scales: Scale,
+        group: Int[Tensor, " columns"] | None = None,
+        outliers: Outliers | None = None,
+    ) -> "Coded":
+        """Encode a matrix that lies on the grid, placed by `scales` [rows, groups]."""
+        columns = weight.shape[1]
+        wide = _per_column(scales, group, columns)
+        codes = grid.encode(weight.float(), wide).to(torch.int32)
+        scale: Tensor | Coded = scales.scale
+        zero: Tensor | Coded | None = scales.zero if grid.has_zero else None
+        if isinstance(grid, IntGrid) and grid.scales is not None:
+            scale = _second(grid.scales, scales.scale)
+        if isinstance(grid, IntGrid) and grid.zeros is not None and isinstance(zero, Tensor):
+            zero = _second(grid.zeros, zero)
+        if grid.per_tensor:
+            scale = scale[:1, :1] if isinstance(scale, Tensor) else scale
+            zero = zero[:1, :1] if isinstance(zero, Tensor) else zero
+        return Coded(grid, codes, scale, zero, group, outliers)
+
+    def scales(self) -> Scale:
+        """Scales and zeros [rows, groups] as decoding uses them."""
+        scale = _plain(self.scale)
+        if self.zero is not None:
+            return Scale(scale, _plain(self.zero))
+        fixed = 2 ** (self.grid.bits - 1) if isinstance(self.grid, IntGrid) else 0
+        return Scale(scale, torch.full_like(scale, fixed))
+
+    def dequantize(self) -> Float[Tensor, "rows columns"]:
+        wide = _per_column(self.scales(), self.group, self.codes.shape[1])
+        weight = self.grid.decode(self.codes.float(), wide)
+        return weight if self.outliers is None else self.outliers.put(weight)
+
+    def rows(self, start: int, stop: int) -> "Coded":
+        if isinstance(self.scale, Coded) or isinstance(self.zero, Coded):
+            raise ValueError("rows that share second-level scales cannot be cut apart")
+        return replace(
+            self,
+            codes=self.codes[start:stop],
+            scale=self.scale[start:stop],
+            zero=None if self.zero is None else self.zero[start:stop],
+            outliers=None if self.outliers is None else self.outliers.rows(start, stop),
+        )
+
+    def stored(self) -> dict[str, Tensor]:
+        dtype = getattr(torch, self.grid.scale_dtype)
+        tensors = {"codes": pack_bits(self.codes, self.grid.bits)}
+        for name, part in (("scale", self.scale), ("zero", self.zero)):
+            if isinstance(part, Coded):
+                tensors |= {f"{name}.{key}": value for key, value in part.stored().items()}
+            elif part is not None and name == "zero" and not self.grid.real_zero:
+                tensors[name] = pack_bits(part.to(torch.int32), self.grid.bits)
+            elif part is not None:
+                tensors[name] = part.to(dtype)
+        if self.group is not None:
+            tensors["group"] = self.group.to(torch.int16)
+        return tensors | ({} if self.outliers is None else self.outliers.stored())
+
+
+def _plain(part: "Tensor | Coded") -> Float[Tensor, "each groups"]:
+    return part.dequantize().T if isinstance(part, Coded) else part.float()
+
+
+def _second(grid: IntGrid, values: Float[Tensor, "rows groups"]) -> Coded:
+    # `values` already lie on the second grid, but only their fit before rounding gives its scales
+    # back; the solver kept them rounded, and min and max of a group are on its grid, so fitting
+    # again finds the same ones.
+    turned = values.T.contiguous()
+    return Coded.of(grid, turned, grid.scales_of(turned))
+
+
+def _per_column(
+    scales: Scale, group: Int[Tensor, " columns"] | None, columns: int
+) -> Scale:
+    """Each column's scale and zero, [rows, columns] (or [rows, 1] when one group serves all)."""
+    if group is not None:
+        return Scale(scales.scale[:, group], scales.zero[:, group])
+    groups = scales.scale.shape[1]
+    if groups == 1:
+        return scales
+    repeat = columns // groups
+    return Scale(
+        scales.scale.repeat_interleave(repeat, 1), scales.zero.repeat_interleave(repeat, 1)
+    )

@@ -1,0 +1,91 @@
+"""GPTQ / OPTQ (Frantar et al., 2210.17323)."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qexp.grid import Grid, Scale
+from qexp.packed import Coded
+from qexp.solvers.rtn import RTN
+from qexp.solvers.sweep import Rule, Solution, Solver, inverse_factor, sweep
+
+
+@dataclass(frozen=True)
+class GPTQ(Solver):
+    """Columns in turn, each error spread over the columns to come.
+
+    damp: share of the mean diagonal added to the diagonal (reference 0.01).
+    act_order: columns by descending diagonal of the Hessian.
+    static_groups: scales of all groups fitted before the sweep, in the matrix' own column order;
+    otherwise on weights that carry the errors of the columns before. Without act_order
+    and groups it makes no difference.
+    fit_every: those errors are heard of every so many columns. The reference fits a group on the
+    weights as its block of 128 began; 1 fits on the latest ones.
+    block: columns finished before the rest is updated; no effect on the result.
+    """
+
+    grid: Grid
+    damp: float = 0.01
+    act_order: bool = False
+    static_groups: bool = False
+    fit_every: int = 128
+    block: int = 128
+
+    def check(self, rows: int, columns: int) -> None:
+        self.grid.groups(columns)
+
+    @property
+    def rowwise(self) -> bool:
+        return self.grid.rowwise
+
+    @property
+    def baseline(self) -> Solver:
+        return RTN(self.grid)
+
+    def __call__(
+        self,
+        weight: Float[Tensor, "rows columns"],
+        hessian: Float[Tensor, "columns columns"],
+    ) -> Solution:
+        weight = weight.float()
+        columns = weight.shape[1]
+        size = columns // self.grid.groups(columns)
+        order = (
+            torch.argsort(hessian.diagonal(), descending=True, stable=True)
+            if self.act_order
+            else torch.arange(columns, device=weight.device)
+        )
+        factor = inverse_factor(hessian[order][:, order], self.damp)
+        weight = weight[:, order].masked_fill(factor.dead, 0)
+        place = torch.argsort(order)
+        fitted: list[Scale] = []
+        if self.static_groups:
+            static = self.grid.scales_of(weight[:, place])
+            group = order // size
+            # One contiguous row per group, so that the inner loop only indexes.
+            scales, zeros = static.scale.T.contiguous(), static.zero.T.contiguous()
+            homes = group.tolist()
+
+            def fit(_: Tensor, __: int) -> Rule:
+                def rule(w: Tensor, j: int) -> Tensor:
+                    return self.grid.round(w, Scale(scales[homes[j]], zeros[homes[j]]))
+
+                return rule
+        else:
+
+            def fit(values: Tensor, _: int) -> Rule:
+                q = self.grid.fit(values)
+                fitted.append(Scale(*(part.expand(len(values), 1) for part in q)))
+                flat = Scale(q.scale.squeeze(1), q.zero.squeeze(1))
+                return lambda w, _: self.grid.round(w, flat)
+
+        rounded = sweep(weight, factor.upper, fit, size, self.block, fit_every=self.fit_every)[:, place]
+        if self.static_groups:
+            packed = Coded.of(self.grid, rounded, static)
+        else:
+            found = Scale(*(torch.cat(parts, 1) for parts in zip(*fitted, strict=True)))
+            scattered = self.act_order and size < columns
+            packed = Coded.of(self.grid, rounded, found, place // size if scattered else None)
+        return Solution(packed.dequantize(), packed.bits(), packed, factor.damp)

@@ -1,0 +1,36 @@
+"""Round to nearest: every weight on its own."""
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from qexp.grid import Grid
+from qexp.packed import Coded
+from qexp.solvers.sweep import Solution, Solver
+
+
+@dataclass(frozen=True)
+class RTN(Solver):
+    """The nearest value of the grid, group by group; the Hessian is not looked at."""
+
+    grid: Grid
+
+    def check(self, rows: int, columns: int) -> None:
+        self.grid.groups(columns)
+
+    @property
+    def rowwise(self) -> bool:
+        return self.grid.rowwise
+
+    @property
+    def baseline(self) -> Solver:
+        return self
+
+    def __call__(
+        self,
+        weight: Float[Tensor, "rows columns"],
+        hessian: Float[Tensor, "columns columns"] | None = None,
+    ) -> Solution:
+        packed = Coded.of(self.grid, weight, self.grid.scales_of(weight.float()))
+        return Solution(packed.dequantize(), packed.bits(), packed)
