@@ -1,0 +1,70 @@
+"""What went wrong while a configuration was put together, in one sentence."""
+
+import difflib
+import re
+from collections.abc import Iterable
+
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from qexp.errors import UserError
+
+CompositionError = HydraException | OmegaConfBaseException
+WITHOUT_KEY = ("experiment", "local")  # groups that leave no key of their own in a configuration
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """What was probably meant, else what there is to choose from."""
+    names = sorted(set(names))
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean {close[0]}?"
+    return f"choose from {', '.join(names)}" if names else "there is nothing to choose from"
+
+
+def sentence(error: CompositionError) -> str:
+    """The configuration key or choice that is wrong, and the nearest one that is right."""
+    for each in _chain(error):
+        if isinstance(each, UserError):  # raised inside a resolver
+            return str(each)
+    if isinstance(error, OmegaConfBaseException) and "Missing mandatory value" in str(error):
+        # the text alone: OmegaConf wraps it when a resolver asks, and drops the cause
+        key = re.findall(r"full_key: (\S+)", str(error)) or re.findall(r"value: (\S+)", str(error))
+        return f"{key[0]}: has no value; set it with {key[0]}=VALUE"
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
+        return _choice(error.missing_cfg_file, error.options or [])
+    if isinstance(error, ConfigCompositionException):
+        cause = error.__cause__
+        if isinstance(cause, ConfigAttributeError | ConfigKeyError):
+            return _key(cause)
+        several = re.match(
+            r"Ambiguous value for argument '(.*)'|Sweep parameters '(.*)'", str(error)
+        )
+        if several is not None:
+            return f"{several[1] or several[2]}: several values need -m (one run for each)"
+    said = str(error) or str(error.__cause__ or type(error).__name__)
+    return " ".join(line.strip() for line in said.splitlines() if line.strip())
+
+
+def _chain(error: BaseException | None) -> Iterable[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _choice(path: str, options: Iterable[str]) -> str:
+    group, _, choice = path.rpartition("/")
+    return f"{group}={choice}: there is no such choice; {nearest(choice, options)}"
+
+
+def _key(error: OmegaConfBaseException) -> str:
+    parent = error.parent_node
+    full = str(error.full_key or error.key)
+    above = full.rpartition(".")[0]
+    names: list[str] = []
+    if parent is not None and OmegaConf.is_dict(parent):
+        names = [f"{above}.{name}" if above else str(name) for name in parent]
+        if not above:
+            names = [name for name in names if name != "hydra"] + list(WITHOUT_KEY)
+    return f"{full}: there is no such key; {nearest(full, names)}"

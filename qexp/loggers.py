@@ -1,0 +1,98 @@
+"""Where a run's numbers are shown besides the files of its folder."""
+
+import csv
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from qexp.build import build
+from qexp.files import atomic
+
+Log = Callable[[Mapping[str, float]], None]
+
+
+class Logger(ABC):
+    """One place to show numbers."""
+
+    @abstractmethod
+    def open(
+        self, config: dict[str, Any], folder: Path, group: str | None
+    ) -> AbstractContextManager[Log]:
+        """Open it for one job: `config` is resolved, `group` names the sweep the job is part of."""
+
+
+@dataclass(frozen=True)
+class Csv(Logger):
+    """`metrics.csv` in the run's folder, a line per metric: for spreadsheets and `grep`."""
+
+    @contextmanager
+    def open(self, config: dict[str, Any], folder: Path, group: str | None) -> Iterator[Log]:
+        """Written when the job logs, so that a failed job leaves none."""
+
+        def log(metrics: Mapping[str, float]) -> None:
+            with atomic(folder / "metrics.csv") as path, path.open("w", newline="") as file:
+                table = csv.writer(file)
+                table.writerow(["metric", "value"])
+                table.writerows(metrics.items())
+
+        yield log
+
+
+@dataclass(frozen=True)
+class Wandb(Logger):
+    """One Weights & Biases run per job, finished inside the job.
+
+    A run that is still open when the next job of the same process starts would take that job's
+    numbers too. Without WANDB_MODE in the environment it stays offline: no account, no question,
+    files in the run's folder that `wandb sync` uploads.
+    """
+
+    project: str = "qexp"
+    entity: str | None = None
+    tags: Sequence[str] = ()
+
+    @contextmanager
+    def open(self, config: dict[str, Any], folder: Path, group: str | None) -> Iterator[Log]:
+        """The W&B run is named as the folder, and failed when the job fails."""
+        import wandb
+
+        run = wandb.init(
+            project=self.project,
+            entity=self.entity,
+            tags=list(self.tags),
+            name=folder.name,
+            group=group,
+            config=config,
+            dir=str(folder),
+            mode=None if os.environ.get("WANDB_MODE") else "offline",
+            reinit="finish_previous",
+        )
+        code = 1
+        try:
+            yield lambda metrics: run.log(dict(metrics))
+            code = 0
+        finally:
+            run.finish(exit_code=code)
+
+
+@contextmanager
+def opened(cfg: DictConfig, folder: Path, group: str | None = None) -> Iterator[Log]:
+    """All loggers of a configuration as one, closed in the reverse order."""
+    config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    nodes = cfg.get("logger") or {}
+    with ExitStack() as stack:
+        logs = [
+            stack.enter_context(build(node).open(config, folder, group)) for node in nodes.values()
+        ]
+
+        def log(metrics: Mapping[str, float]) -> None:
+            for each in logs:
+                each(metrics)
+
+        yield log

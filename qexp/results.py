@@ -1,0 +1,129 @@
+"""A run's folder: written whole, answered from again, refused when stale."""
+
+import csv
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qexp import fingerprint
+from qexp.errors import UserError
+from qexp.files import atomic
+from qexp.provenance import Provenance, stamp
+
+if TYPE_CHECKING:  # importing it would bring torch
+    from qexp.methods.step import Record
+
+METRICS = "metrics.json"
+PROVENANCE = "provenance.json"
+LAYERS = "layers.csv"
+COLUMNS = ("name", "rows", "columns", "bits", "error_before", "error", "damp", "seconds")
+
+log = logging.getLogger(__name__)
+
+
+def read(
+    folder: Path, inputs: Sequence[Path] | None = None, needs: Sequence[str] = ()
+) -> dict[str, float] | None:
+    """The metrics of a finished run, or None (with the reason in the log) when it must run.
+
+    `inputs`: the local files the run would read now; None trusts the list it recorded.
+    `needs`: files that must stand in the folder too, such as the weights.
+    """
+    if not (folder / METRICS).exists():
+        return None
+    reason = stale(folder, inputs, needs)
+    if reason is not None:
+        log.info("%s runs again: %s", folder.name, reason)
+        return None
+    log.info("answered from disk (%s)", folder.name)
+    return metrics(folder)
+
+
+def stale(
+    folder: Path, inputs: Sequence[Path] | None = None, needs: Sequence[str] = ()
+) -> str | None:
+    """Why the folder does not answer for its configuration; None when it does."""
+    if not (folder / METRICS).exists():
+        return "it did not finish"
+    try:
+        metrics(folder)
+        past = provenance(folder)
+    except UserError as error:
+        return str(error)
+    if past.get("code") != fingerprint.code():
+        return "the code has changed since"
+    recorded: dict[str, Any] = past.get("inputs", {})
+    if inputs is not None and {str(path) for path in inputs} != set(recorded):
+        return "it reads other files now"
+    for name, seen in recorded.items():
+        if stamp(Path(name)) != seen:
+            return f"{name} has changed since"
+    for name in needs:
+        if not (folder / name).exists():
+            return f"it has no {name}"
+    return None
+
+
+def metrics(folder: Path) -> dict[str, float]:
+    """What `metrics.json` says; a number that is not finite is a float as in Python's JSON."""
+    return {name: float(value) for name, value in _json(folder / METRICS).items()}
+
+
+def provenance(folder: Path) -> dict[str, Any]:
+    """What `provenance.json` says."""
+    return _json(folder / PROVENANCE)
+
+
+def write(
+    folder: Path,
+    metrics: Mapping[str, float],
+    records: Sequence["Record"],
+    provenance: Provenance,
+) -> dict[str, float]:
+    """Write the results of a run; `metrics.json` comes last, and its presence means finished.
+
+    Metrics are checked before anything is written: each must be a number. Infinity and NaN (the
+    spread over a single window) are numbers here and stand in the file as Python's JSON has them.
+    """
+    numbers = {name: _number(name, value) for name, value in metrics.items()}
+    (folder / METRICS).unlink(missing_ok=True)  # until all is new, nothing is finished
+    rows = [asdict(record) for record in records]
+    with (
+        atomic(folder / LAYERS) as path,
+        path.open("w", newline="", encoding="utf-8") as file,
+    ):
+        table = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else COLUMNS)
+        table.writeheader()
+        table.writerows(rows)
+    write_json(folder / PROVENANCE, provenance.dict())
+    write_json(folder / METRICS, numbers)
+    return numbers
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """A JSON file, whole or absent; what JSON does not know is written as its string."""
+    with atomic(path) as temporary:
+        text = json.dumps(content, indent=2, default=str, ensure_ascii=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return int(value) if isinstance(value, int) else float(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"metric {name} is {value!r}, not a number") from error
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); delete its folder and run again") from (
+            error
+        )
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: is not a JSON object; delete its folder and run again")
+    return content
