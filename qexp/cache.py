@@ -1,0 +1,126 @@
+"""Work that runs share, done once: a cache whose keys hold everything an entry depends on."""
+
+import hashlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, uint8
+
+from qexp.errors import UserError
+from qexp.files import atomic
+
+log = logging.getLogger(__name__)
+
+Build = Callable[[], dict[str, Tensor]]
+
+
+def default_folder() -> Path:
+    """QEXP_CACHE_DIR, or `qexp` in the user's cache folder (XDG)."""
+    if chosen := os.environ.get("QEXP_CACHE_DIR"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qexp"
+
+
+@dataclass(frozen=True)
+class Cache:
+    """One safetensors file per entry, with its whole key and a checksum inside.
+
+    An entry that is corrupt, cut short or made for another key is rebuilt. A folder that cannot be
+    read or written costs a warning, never a run. Processes that want the same entry at the same
+    time wait for the first.
+    """
+
+    folder: Path = field(default_factory=default_folder)
+
+    def get(self, kind: str, key: Mapping[str, Any], build: Build) -> dict[str, Tensor]:
+        """The entry of `key`, made by `build` if absent. What `build` raises goes through.
+
+        `key` must be JSON; the source of the module that defines `build` is added to it, so that
+        changed code never meets old entries. Tensors come back on the CPU, contiguous.
+        """
+        whole = json.dumps({**key, "kind": kind, "code": _source(build)}, sort_keys=True)
+        path = self.folder / kind / f"{_sha256(whole.encode())[:32]}.safetensors"
+        if (found := _read(path, whole)) is not None:
+            return found
+        lock = FileLock(path.with_suffix(".lock"))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except (OSError, NotImplementedError) as error:
+            log.warning("cache %s cannot be written (%s): going on without it", path.parent, error)
+            return _plain(build())
+        try:
+            if (found := _read(path, whole, quiet=True)) is not None:  # made while we waited
+                return found
+            built = _plain(build())
+            _write(path, whole, built)
+            return built
+        finally:
+            lock.release()
+
+
+def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _read(path: Path, whole: str, quiet: bool = False) -> dict[str, Tensor] | None:
+    """The entry, or None if it is absent or not what `whole` says."""
+    try:
+        if not path.is_file():
+            return None
+        with safe_open(path, framework="pt") as file:
+            said = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        wrong = str(error)
+    else:
+        if said.get("key") != whole:
+            wrong = "made for another key"
+        elif said.get("checksum") != _checksum(tensors):
+            wrong = "checksum differs"
+        else:
+            return tensors
+    if not quiet:
+        log.warning("cache entry %s is not usable (%s): rebuilding it", path, wrong)
+    return None
+
+
+def _write(path: Path, whole: str, tensors: dict[str, Tensor]) -> None:
+    try:
+        with atomic(path) as temporary:
+            save_file(tensors, temporary, {"key": whole, "checksum": _checksum(tensors)})
+    except (OSError, SafetensorError, UserError) as error:
+        log.warning("cache entry %s was not written (%s): going on without it", path, error)
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    """Of names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _source(build: Build) -> str:
+    file = getattr(sys.modules.get(build.__module__), "__file__", None)
+    return _file_sha256(file) if file else "no file"
+
+
+@cache
+def _file_sha256(file: str) -> str:
+    return _sha256(Path(file).read_bytes())
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

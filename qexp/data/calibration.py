@@ -1,0 +1,204 @@
+"""Calibration recipes: which batches of which text a method sees."""
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from qexp.data import crops
+from qexp.data.corpus import Corpus
+from qexp.data.tokens import check_length, running
+from qexp.errors import UserError
+
+if TYPE_CHECKING:
+    from qexp.task import Task
+
+log = logging.getLogger(__name__)
+
+Batch = dict[str, Tensor]
+BOS = ("none", "start")
+IGNORED = -100  # the label of a token that no loss counts: torch's convention
+MASKED_SHARE = 0.15
+
+
+class Recipe(ABC):
+    """Batches for a model, in the form that its objective needs."""
+
+    @abstractmethod
+    def __call__(self, task: "Task") -> list[Batch]:
+        """On the CPU."""
+
+    @abstractmethod
+    def definition(self) -> dict[str, Any]:
+        """Everything besides the model that the batches depend on, contents as sha256."""
+
+    @abstractmethod
+    def files(self) -> list[Path]:
+        """The local files it reads."""
+
+
+@dataclass(frozen=True)
+class NoCalibration(Recipe):
+    """No data at all, for methods that look at weights only."""
+
+    def __call__(self, task: "Task") -> list[Batch]:
+        return []
+
+    def definition(self) -> dict[str, Any]:
+        return {}
+
+    def files(self) -> list[Path]:
+        return []
+
+
+@dataclass(frozen=True)
+class Calibration(Recipe):
+    """`sequences` windows of `length` tokens from one split of a corpus, as one batch.
+
+    `split`: null is the corpus's own calibration split. `join`: null takes the running text as it
+    stands, else the documents are joined by it. `bos`: `none` or `start` (what the tokenizer itself
+    puts before a text). `sampling`: a key of SAMPLINGS. Image models get `sequences` images.
+    """
+
+    corpus: Corpus
+    split: str | None = None
+    sampling: str = "first"
+    join: str | None = None
+    bos: str = "none"
+    sequences: int = 32
+    length: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for key, value, known in (
+            ("sampling", self.sampling, tuple(SAMPLINGS)),
+            ("bos", self.bos, BOS),
+        ):
+            if value not in known:
+                raise UserError(f"calibration.{key}: {value!r} is none of {', '.join(known)}")
+        for key, number, least in (("sequences", self.sequences, 1), ("length", self.length, 2)):
+            if number < least:
+                raise UserError(f"calibration.{key}: {number} must be at least {least}")
+
+    def __call__(self, task: "Task") -> list[Batch]:
+        return [BATCHES[task.objective](self, task)]
+
+    def definition(self) -> dict[str, Any]:
+        split = self._split()
+        settings = {key: value for key, value in vars(self).items() if key != "corpus"}
+        content = {"name": self.corpus.name, "sha256": self.corpus.fingerprint(split)}
+        return {**settings, "split": split, "corpus": content}
+
+    def files(self) -> list[Path]:
+        return self.corpus.files(self._split())
+
+    def windows(self, task: "Task", length: int) -> Int64[Tensor, "sequences length"]:
+        """The token ids. Fewer than asked where the text is short (logged); none is an error."""
+        check_length(task.model, self.length, "calibration.length")
+        windows = SAMPLINGS[self.sampling](self, task, length)
+        found, text = len(windows), f"the {self._split()} split of {self.corpus.name}"
+        if found == 0:
+            raise UserError(
+                f"calibration.length: {text} is shorter than one window of {length} tokens; "
+                "choose a smaller length or another text"
+            )
+        if found < self.sequences:
+            log.warning(
+                "calibration.sequences=%d: %s gives only %d windows of %d tokens; using these",
+                *(self.sequences, text, found, length),
+            )
+        return windows
+
+    def _split(self) -> str:
+        return self.split or self.corpus.calibration_split
+
+    def _running(self, task: "Task", length: int) -> Int64[Tensor, " tokens"]:
+        return running(
+            task.model,
+            task.tokenizer,
+            self.corpus,
+            self._split(),
+            self.join,
+            special=self.bos == "start",
+            enough=self.sequences * length + 1,
+        )
+
+    def _documents(self, task: "Task", draw: Callable[..., Tensor], length: int) -> Tensor:
+        if task.tokenizer is None:
+            raise UserError(
+                f"calibration.sampling: {self.sampling} needs a tokenizer and this model has none; "
+                "choose sampling=first"
+            )
+        documents = self.corpus.documents(self._split())
+        special = self.bos == "start"
+        return draw(task.tokenizer, documents, length, self.sequences, self.seed, special)
+
+
+def _first(recipe: Calibration, task: "Task", length: int) -> Tensor:
+    return crops.consecutive(recipe._running(task, length), length, recipe.sequences)
+
+
+def _random_windows(recipe: Calibration, task: "Task", length: int) -> Tensor:
+    ids = recipe._running(task, length)
+    return crops.random_windows(ids, length, recipe.sequences, recipe.seed)
+
+
+def _random_documents(recipe: Calibration, task: "Task", length: int) -> Tensor:
+    return recipe._documents(task, crops.random_documents, length)
+
+
+def _short_documents(recipe: Calibration, task: "Task", length: int) -> Tensor:
+    return recipe._documents(task, crops.short_documents, length)
+
+
+SAMPLINGS: dict[str, Callable[[Calibration, "Task", int], Tensor]] = {
+    "first": _first,
+    "random_windows": _random_windows,
+    "random_documents": _random_documents,
+    "short_documents": _short_documents,
+}
+
+
+def _causal(recipe: Calibration, task: "Task") -> Batch:
+    return {"input_ids": recipe.windows(task, recipe.length)}
+
+
+def _masked(recipe: Calibration, task: "Task") -> Batch:
+    """15 % of the tokens (one per sequence at least) are masked and are the labels.
+
+    Where the tokenizer has them, each sequence stands between its [CLS] and [SEP].
+    """
+    ends = (task.tokenizer.cls_token_id, task.tokenizer.sep_token_id)
+    framed = None not in ends
+    ids = recipe.windows(task, recipe.length - 2 if framed else recipe.length)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    chance = torch.rand(ids.shape, generator=generator)
+    masked = (chance < MASKED_SHARE) | (chance == chance.amin(dim=1, keepdim=True))
+    labels = ids.where(masked, IGNORED)
+    ids = ids.masked_fill(masked, task.tokenizer.mask_token_id)
+    if framed:
+        first, last = (ids.new_full((len(ids), 1), end) for end in ends)
+        nothing = torch.full_like(first, IGNORED)
+        ids = torch.cat([first, ids, last], dim=1)
+        labels = torch.cat([nothing, labels, nothing], dim=1)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def _images(recipe: Calibration, task: "Task") -> Batch:
+    config = task.model.config
+    shape = (recipe.sequences, config.num_channels, config.image_size, config.image_size)
+    pixels, labels = recipe.corpus.images(recipe._split(), shape, config.num_labels)
+    return {"pixel_values": pixels, "labels": labels}
+
+
+BATCHES: dict[str, Callable[[Calibration, "Task"], Batch]] = {
+    "causal_lm": _causal,
+    "masked_lm": _masked,
+    "image_classification": _images,
+}

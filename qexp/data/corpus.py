@@ -1,0 +1,72 @@
+"""What every source of text (or images) answers."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from qexp.errors import UserError
+
+SPLITS = ("train", "validation", "test")
+
+
+class Corpus(ABC):
+    """A named text with splits. Fields are the keys of conf/data/.
+
+    Methods and evaluators read `calibration_split` and `evaluation_split` unless a recipe or a
+    protocol names another split.
+    """
+
+    name: str
+    calibration_split: str
+    evaluation_split: str
+
+    @abstractmethod
+    def documents(self, split: str) -> list[str]:
+        """The rows as a data hub has them; for wikitext a row is one line with its newline, and a
+        blank line is an empty row."""
+
+    @abstractmethod
+    def text(self, split: str) -> str:
+        """The running text as the file stands; documents without one are joined by blank lines."""
+
+    @abstractmethod
+    def files(self, split: str) -> list[Path]:
+        """The local files that `split` is read from; empty for the hub and for made-up text."""
+
+    def fingerprint(self, split: str) -> str:
+        """The sha256 of the content: of the rows with their limits, and of the running text."""
+        digest = hashlib.sha256()
+        for part in [*self.documents(split), self.text(split)]:
+            content = part.encode("utf-8", "surrogatepass")
+            digest.update(f"{len(content)}\n".encode())
+            digest.update(content)
+        return digest.hexdigest()
+
+    def ids(self, split: str, vocabulary: int, count: int) -> Int64[Tensor, " tokens"]:
+        """Token ids for a model without a tokenizer; only made-up corpora have them."""
+        raise UserError(
+            f"data.name: {self.name} is text and this model has no tokenizer; choose data=synthetic"
+        )
+
+    def images(
+        self, split: str, shape: Sequence[int], classes: int
+    ) -> tuple[Float[Tensor, "images channels height width"], Int64[Tensor, " images"]]:
+        """Pixels of `shape` (images, channels, height, width) and labels below `classes`."""
+        raise UserError(f"data.name: {self.name} has no images; choose data=synthetic")
+
+
+def share(documents: list[str], part: tuple[float, float]) -> list[str]:
+    """The documents from one fraction of the list to another: parts that meet never overlap."""
+    start, stop = (round(fraction * len(documents)) for fraction in part)
+    return documents[start:stop]
+
+
+def check_split(corpus: Corpus, split: str, known: Sequence[str]) -> None:
+    if split not in known:
+        raise UserError(
+            f"data.name: {corpus.name} has no split {split!r}; it has {', '.join(known)}"
+        )

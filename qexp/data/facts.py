@@ -1,0 +1,167 @@
+"""Where known corpora are: on the hub, and as files in the folder QEXP_DATA_DIR. One table."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+WHOLE = (0.0, 1.0)
+FIRST, LAST = (0.0, 0.5), (0.5, 1.0)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One split: a local file, a split or shard of the hub, and the fraction of each it takes."""
+
+    local: str | None
+    hub: str
+    shard: str | None = None  # a file inside the hub's repository, where the whole is too large
+    local_share: tuple[float, float] = WHOLE
+    hub_share: tuple[float, float] = WHOLE
+    instead: str = ""  # what to do where the local file is known to be missing
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A corpus. `revision` is a commit where one is known, else a branch."""
+
+    hub: str
+    parts: dict[str, Part]
+    config: str | None = None
+    revision: str = "main"
+    record: Callable[[dict[str, Any]], str] = field(default=lambda record: record["text"])
+    rows: Callable[[str], list[str]] = field(default=lambda text: [text])
+    text: Callable[[list[str]], str] = "\n\n".join
+    take: int | None = None  # the first documents of a hub split too large to fetch
+
+
+def _lines(text: str) -> list[str]:
+    """Lines with their newline. Not splitlines(): it also cuts at separators inside a line."""
+    return [line + "\n" for line in text.removesuffix("\n").split("\n")] if text else []
+
+
+def _wiki_rows(text: str) -> list[str]:
+    return [line if line.strip() else "" for line in _lines(text)]
+
+
+def _wiki_text(rows: list[str]) -> str:
+    return "".join(row or " \n" for row in rows)  # blank lines of the files hold one space
+
+
+def _ptb_rows(text: str) -> list[str]:
+    return [line.strip() for line in _lines(text)]
+
+
+def _ptb_text(rows: list[str]) -> str:
+    return "".join(f" {row} \n" for row in rows)
+
+
+def _stories(text: str) -> list[str]:
+    return [story.strip() for story in text.split("<|endoftext|>") if story.strip()]
+
+
+def _books(text: str) -> list[str]:
+    """Each book without the line that names it."""
+    books = text.split("_BOOK_TITLE_ : ")[1:]
+    return [book.partition("\n")[2] for book in books]
+
+
+def _wikitext(pattern: str, instead: str = "") -> dict[str, Part]:
+    return {
+        "train": Part(pattern.format("train"), "train", instead=instead),
+        "validation": Part(pattern.format("valid"), "validation"),
+        "test": Part(pattern.format("test"), "test"),
+    }
+
+
+def _halves(local: str | None, hub: str) -> dict[str, Part]:
+    """A corpus with one file: its first documents to calibrate on, its last to be measured."""
+    return {
+        "train": Part(local, hub, local_share=FIRST, hub_share=FIRST),
+        "test": Part(local, hub, local_share=LAST, hub_share=LAST),
+    }
+
+
+WIKITEXT_COMMIT = "b08601e04326c79dfdd32d625aee71d232d685c3"
+C4_COMMIT = "607bd4c8450a42878aa9ddc051a65a055450ef87"
+C4_SAMPLE = "c4/c4-sample.00000-of-00001.json.gz"
+
+FACTS: dict[str, Facts] = {
+    "wikitext2": Facts(
+        "Salesforce/wikitext",
+        _wikitext(
+            "wikitext2/wiki.{}.raw",
+            "data=wikitext2_tokens has a train split (wikitext2/wiki.train.tokens)",
+        ),
+        "wikitext-2-raw-v1",
+        WIKITEXT_COMMIT,
+        rows=_wiki_rows,
+        text=_wiki_text,
+    ),
+    "wikitext2_tokens": Facts(  # rare words are <unk>
+        "Salesforce/wikitext",
+        _wikitext("wikitext2/wiki.{}.tokens"),
+        "wikitext-2-v1",
+        WIKITEXT_COMMIT,
+        rows=_wiki_rows,
+        text=_wiki_text,
+    ),
+    "ptb": Facts(
+        "ptb-text-only/ptb_text_only",
+        {
+            "train": Part("ptb/ptb.train.txt", "train", "penn_treebank/train/*.parquet"),
+            "validation": Part(
+                "ptb/ptb.valid.txt", "validation", "penn_treebank/validation/*.parquet"
+            ),
+            "test": Part("ptb/ptb.test.txt", "test", "penn_treebank/test/*.parquet"),
+        },
+        revision="refs/convert/parquet",  # the repository itself is a script
+        record=lambda record: record["sentence"],
+        rows=_ptb_rows,
+        text=_ptb_text,
+    ),
+    "c4": Facts(  # the local sample is one file: its halves stand for the two shards
+        "allenai/c4",
+        {
+            "train": Part(
+                C4_SAMPLE, "train", "en/c4-train.00000-of-01024.json.gz", local_share=FIRST
+            ),
+            "validation": Part(
+                C4_SAMPLE, "validation", "en/c4-validation.00000-of-00008.json.gz", local_share=LAST
+            ),
+        },
+        revision=C4_COMMIT,
+    ),
+    "openwebtext": Facts(
+        "Skylion007/openwebtext", _halves("openwebtext/owt_sample.jsonl", "train"), take=1000
+    ),
+    "lambada": Facts(
+        "EleutherAI/lambada_openai",
+        _halves("lambada/lambada_openai_test.jsonl", "test"),
+        "default",
+        record=lambda record: (
+            record["text"] if "text" in record else f"{record['context']} {record['continuation']}"
+        ),
+    ),
+    "cbt": Facts(
+        "cam-cst/cbt",
+        _halves("cbt/cbt_test.txt", "test"),
+        "raw",
+        record=lambda record: record["content"],
+        rows=_books,
+    ),
+    "tinystories": Facts(  # the local file is the head of the training text: its tail is held out
+        "roneneldan/TinyStories",
+        {
+            "train": Part("tinystories/tinystories_sample_2MiB.txt", "train", None, (0.0, 0.9)),
+            "validation": Part(
+                "tinystories/tinystories_sample_2MiB.txt", "validation", None, (0.9, 1.0)
+            ),
+        },
+        rows=_stories,
+        take=20000,
+    ),
+    "pileval": Facts(
+        "mit-han-lab/pile-val-backup",
+        {**_halves(None, "validation"), "validation": Part(None, "validation")},
+    ),
+}

@@ -1,0 +1,76 @@
+"""A text of the user's own."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qexp.data.corpus import Corpus, check_split, share
+from qexp.data.reading import read_records, read_text
+from qexp.errors import UserError
+
+RECORDS = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
+
+
+@dataclass(frozen=True)
+class Local(Corpus):
+    """One file for calibration and evaluation, cut in two without overlap.
+
+    `path`: a .jsonl, .json (either also .gz) or .parquet file whose records hold a text in `field`,
+    or else a plain UTF-8 text. The first `calibration_share` of it is the split `train`, the rest
+    is `test`: whole records, or for a plain text whole lines (measured in characters).
+    """
+
+    path: str
+    field: str = "text"
+    calibration_share: float = 0.5
+    name: str = "local"
+    calibration_split: str = "train"
+    evaluation_split: str = "test"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.calibration_share < 1:
+            raise UserError(
+                f"data.calibration_share: {self.calibration_share} must lie between 0 and 1"
+            )
+
+    def documents(self, split: str) -> list[str]:
+        return self._records(split) if self._has_records() else [self._plain(split)]
+
+    def text(self, split: str) -> str:
+        return "\n\n".join(self._records(split)) if self._has_records() else self._plain(split)
+
+    def files(self, split: str) -> list[Path]:
+        return [self._file()]
+
+    def _file(self) -> Path:
+        path = Path(self.path).expanduser().resolve()
+        if not path.is_file():
+            raise UserError(f"data.path: {self.path} is not a file; give a text, jsonl or parquet")
+        return path
+
+    def _has_records(self) -> bool:
+        return self.path.endswith(RECORDS)
+
+    def _records(self, split: str) -> list[str]:
+        check_split(self, split, ("train", "test"))
+        documents = []
+        for record in read_records(self._file()):
+            if not isinstance(text := record.get(self.field), str):
+                raise UserError(
+                    f"data.field: a record of {self.path} has no text under {self.field!r}; "
+                    f"its fields are {', '.join(record)}"
+                )
+            documents.append(text)
+        at = self.calibration_share
+        return share(documents, (0.0, at) if split == "train" else (at, 1.0))
+
+    def _plain(self, split: str) -> str:
+        check_split(self, split, ("train", "test"))
+        text = read_text(self._file())
+        wanted = round(len(text) * self.calibration_share)
+        at = text.rfind("\n", 0, wanted) + 1 or text.find("\n", wanted) + 1
+        if not at or at == len(text):
+            raise UserError(
+                f"data.path: {self.path} has one line only, so it cannot be cut into a calibration "
+                "and an evaluation part; break it into lines"
+            )
+        return text[:at] if split == "train" else text[at:]

@@ -1,0 +1,80 @@
+"""Text to token ids, once per text and tokenizer."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qexp.cache import Cache
+from qexp.data.corpus import Corpus
+from qexp.errors import UserError
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The sha256 of everything that turns text into ids: rules, vocabulary, special tokens."""
+    if tokenizer.is_fast:
+        rules = tokenizer.backend_tokenizer.to_str()
+    else:  # a slow tokenizer's rules are its class
+        rules = json.dumps([type(tokenizer).__qualname__, sorted(tokenizer.get_vocab().items())])
+    special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
+    return hashlib.sha256(f"{rules}\n{special}".encode()).hexdigest()
+
+
+def digest(texts: Sequence[str]) -> str:
+    """The sha256 of a list of texts, their limits included."""
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+
+
+def encode_now(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:
+    """The ids of `text`; `special` adds what the tokenizer itself puts at the ends (BOS)."""
+    # verbose=False: a text longer than the model's context is what we want here
+    return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False
+) -> Int64[Tensor, " tokens"]:
+    """The ids of `text`, from the cache if it was tokenised before."""
+
+    def build() -> dict[str, Tensor]:
+        return {"ids": torch.tensor(encode_now(tokenizer, text, special), dtype=torch.int64)}
+
+    key = {"text": digest([text]), "tokenizer": fingerprint(tokenizer), "special": special}
+    return Cache().get("tokens", key, build)["ids"]
+
+
+def running(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    corpus: Corpus,
+    split: str,
+    join: str | None = None,
+    documents: int | None = None,
+    special: bool = False,
+    enough: int = 0,
+) -> Int64[Tensor, " tokens"]:
+    """A split as one sequence of ids.
+
+    `join` None takes the text as it stands; else the (first) `documents` are joined by it. A model
+    without a tokenizer gets `enough` ids from a made-up corpus.
+    """
+    if tokenizer is None:
+        return corpus.ids(split, model.config.vocab_size, enough)
+    if join is None:
+        return encode(tokenizer, corpus.text(split), special)
+    return encode(tokenizer, join.join(corpus.documents(split)[:documents]), special)
+
+
+def check_length(model: PreTrainedModel, length: int, key: str) -> None:
+    """UserError if windows of `length` are longer than a table of learned positions.
+
+    Rotary positions have no end, so there a long window is the user's own choice.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None)
+    rotary = getattr(model.config, "rope_parameters", None) is not None
+    if limit is not None and length > limit and not rotary:
+        raise UserError(f"{key}: {length} tokens, but this model has {limit} positions")

@@ -1,0 +1,1 @@
+"""Measurements of a model, each with a name and a definition."""

@@ -1,0 +1,56 @@
+"""The model's own loss on held-out batches: for encoders and image models."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qexp.data.calibration import Recipe
+from qexp.errors import UserError
+from qexp.eval.evaluator import Evaluator
+
+if TYPE_CHECKING:
+    from qexp.task import Task
+
+
+@dataclass(frozen=True)
+class MeanLoss(Evaluator):
+    """The mean of task.loss over the rows of `batches`, `batch_rows` at a time, in nats.
+
+    The standard error is over these small batches.
+    """
+
+    name: str
+    batches: Recipe
+    batch_rows: int = 4
+
+    def __call__(self, task: "Task") -> dict[str, float]:
+        losses, rows = [], []
+        with torch.no_grad():
+            for batch in self.batches(task):
+                count = len(next(iter(batch.values())))
+                for start in range(0, count, self.batch_rows):
+                    few = slice(start, start + self.batch_rows)
+                    losses.append(float(task.loss({key: part[few] for key, part in batch.items()})))
+                    rows.append(min(self.batch_rows, count - start))
+        if not losses:
+            raise UserError(f"eval {self.name}: no batches to measure the loss on")
+        if not all(map(math.isfinite, losses)):
+            raise UserError(
+                f"eval {self.name}: the loss is not a finite number: there is NaN or infinity in "
+                "the model's weights or activations"
+            )
+        total = sum(rows)
+        mean = sum(n * x for n, x in zip(rows, losses, strict=True)) / total
+        squares = sum((n * (x - mean)) ** 2 for n, x in zip(rows, losses, strict=True))
+        count = len(losses)
+        error = math.sqrt(squares * count / (count - 1)) / total if count > 1 else math.nan
+        return {"loss": mean, "loss_stderr": error, "rows": float(total)}
+
+    def definition(self) -> dict[str, Any]:
+        return {"kind": "MeanLoss", "batches": self.batches.definition()}
+
+    def files(self) -> list[Path]:
+        return self.batches.files()

@@ -1,0 +1,172 @@
+"""Perplexity has a name: every protocol in use is one of three classes with its settings.
+
+The protocols themselves, with their sources, are the files of conf/eval/.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from qexp.data.crops import random_documents
+from qexp.data.tokens import check_length, encode, running
+from qexp.errors import UserError
+from qexp.eval.pages import detokenize, pages, words
+from qexp.eval.windowed import Passage, Windowed
+from qexp.eval.windows import Window
+
+if TYPE_CHECKING:
+    from qexp.task import Task
+
+BOS = ("none", "start", "each")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perplexity(Windowed):
+    """Windows of `length` tokens, one after the other over a whole text.
+
+    `join`: null takes the text as it stands, else the first `documents` (null: all) joined by it.
+    `context`: tokens at the start of a window that are seen but never scored, at least 1.
+    `stride`: from one window's start to the next (null: `length`, no overlap); a token is scored
+    once, in the first window that reaches it. `tail`: whether the last, shorter window counts.
+    `limit`: windows to use (null: all). `bos`: `none`; `start` = what the tokenizer itself puts
+    before a text, once; `each` = the first token of every window is replaced by the BOS token.
+    """
+
+    length: int
+    limit: int | None = None
+    join: str | None = None
+    documents: int | None = None
+    context: int = 1
+    stride: int | None = None
+    tail: bool = False
+    bos: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.bos not in BOS:
+            raise UserError(f"eval {self.name}: bos {self.bos!r} is none of {', '.join(BOS)}")
+        if not 1 <= self.context < self.length:
+            raise UserError(
+                f"eval {self.name}: context {self.context} must be between 1 and length - 1 "
+                f"({self.length - 1})"
+            )
+        if not 1 <= (self.stride or self.length) <= self.length:
+            raise UserError(
+                f"eval {self.name}: stride {self.stride} must be between 1 and length "
+                f"({self.length})"
+            )
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"eval {self.name}: limit {self.limit} must be at least 1")
+
+    def passages(self, task: "Task") -> list[Passage]:
+        check_length(task.model, self.length, f"eval {self.name}: length")
+        ids = self._ids(task)
+        stride = self.stride or self.length
+        found: list[Window] = []
+        reached = 0
+        for start in range(0, len(ids), stride):
+            end = min(start + self.length, len(ids))
+            if end - start < self.length and not self.tail:
+                break
+            scored = min(end - start - self.context, end - reached)
+            if scored > 0:
+                found.append(Window(self._begun(task, ids[start:end]), scored))
+            reached = end
+            if end == len(ids) or len(found) == self.limit:
+                break
+        if not found or len(ids) < self.length:
+            raise self.too_short(len(ids), self.length)
+        return [Passage([window], window.scored) for window in found]
+
+    def _ids(self, task: "Task") -> Int64[Tensor, " tokens"]:
+        ids = running(
+            task.model,
+            task.tokenizer,
+            self.corpus,
+            self.split,
+            self.join,
+            self.documents,
+            special=self.bos == "start",
+            enough=(self.limit or 64) * self.length,
+        )
+        if self.bos != "each":
+            return ids
+        return torch.cat([ids.new_tensor([_bos(task, self.name)]), ids])
+
+    def _begun(self, task: "Task", tokens: Int64[Tensor, " tokens"]) -> Int64[Tensor, " tokens"]:
+        if self.bos != "each":
+            return tokens
+        return torch.cat([tokens.new_tensor([_bos(task, self.name)]), tokens[1:]])
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropPerplexity(Windowed):
+    """A random window in each of `count` random documents that are long enough (GPTQ's first C4).
+
+    Each document is tokenised by itself, with the tokenizer's own beginning if `bos` is `start`.
+    """
+
+    length: int
+    count: int = 256
+    seed: int = 0
+    bos: str = "start"
+
+    def passages(self, task: "Task") -> list[Passage]:
+        check_length(task.model, self.length, f"eval {self.name}: length")
+        if task.tokenizer is None:
+            raise UserError(f"eval {self.name}: this model has no tokenizer; choose eval=held_out")
+        crops = random_documents(
+            task.tokenizer,
+            self.corpus.documents(self.split),
+            self.length,
+            self.count,
+            self.seed,
+            self.bos == "start",
+        )
+        return [Passage([Window(crop, self.length - 1)], self.length - 1) for crop in crops]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WordPerplexity(Windowed):
+    """exp(loss per word) over the pages of WikiText, as lm-eval's task `wikitext` defines it.
+
+    A page is detokenised, then scored from a prefix token on (BOS, else EOS) in windows of `length`
+    (null: the model's context), of which the last reaches back for full context. Words are those
+    of the page before it was detokenised. `limit`: pages to use.
+    """
+
+    length: int | None = None
+    limit: int | None = None
+
+    def passages(self, task: "Task") -> list[Passage]:
+        if task.tokenizer is None:
+            raise UserError(f"eval {self.name}: this model has no tokenizer; choose eval=held_out")
+        length = self.length or task.model.config.max_position_embeddings
+        check_length(task.model, length, f"eval {self.name}: length")
+        prefix = task.tokenizer.bos_token_id
+        if prefix is None:
+            prefix = task.tokenizer.eos_token_id
+        if prefix is None:
+            raise UserError(f"eval {self.name}: the tokenizer has neither a BOS nor an EOS token")
+        found = []
+        for page in pages(self.corpus.text(self.split))[: self.limit]:
+            ids = encode(task.tokenizer, detokenize(page), special=True)
+            seen = torch.cat([ids.new_tensor([prefix]), ids])  # seen[i] comes before ids[i]
+            windows = []
+            for start in range(0, len(ids), length):
+                end = min(start + length, len(ids))
+                tokens = seen[max(0, end - length) : end + 1]
+                windows.append(Window(tokens, end - start))
+            if windows:
+                found.append(Passage(windows, words(page)))
+        if not found:
+            raise self.too_short(0, length)
+        return found
+
+
+def _bos(task: "Task", name: str) -> int:
+    if task.tokenizer is None or task.tokenizer.bos_token_id is None:
+        raise UserError(f"eval {name}: bos=each, but this model's tokenizer has no BOS token")
+    return task.tokenizer.bos_token_id

@@ -1,0 +1,95 @@
+"""Perplexity as a ratio: losses of scored tokens over units, whatever the windows are."""
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qexp.data.corpus import Corpus
+from qexp.errors import UserError
+from qexp.eval.evaluator import Evaluator
+from qexp.eval.windows import Window, token_losses
+
+if TYPE_CHECKING:
+    from qexp.task import Task
+
+
+class Passage(NamedTuple):
+    """What counts as one sample for the standard error: windows, and the units they are worth."""
+
+    windows: list[Window]
+    units: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Windowed(Evaluator):
+    """exp(sum of the losses of all scored tokens / units). A unit is a token unless said otherwise.
+
+    `batch_tokens`: tokens that go through the model at once; changes no number.
+    """
+
+    name: str
+    corpus: Corpus
+    split: str
+    batch_tokens: int = 2048
+
+    @abstractmethod
+    def passages(self, task: "Task") -> list[Passage]:
+        """The text, cut into what is scored."""
+
+    def token_losses(self, task: "Task") -> list[Float[Tensor, " scored"]]:
+        """The loss in nats of every scored token, window by window."""
+        return self._losses(task, self.passages(task))
+
+    def losses(self, task: "Task") -> Float[Tensor, " windows"]:
+        """The mean loss of each window, in nats per token."""
+        return torch.stack([losses.mean() for losses in self.token_losses(task)])
+
+    def __call__(self, task: "Task") -> dict[str, float]:
+        """`ppl` with its standard error over passages (delta method for a ratio of sums; NaN for
+        one passage), and how many windows and scored tokens it rests on."""
+        passages = self.passages(task)
+        losses = iter(self._losses(task, passages))
+        totals = torch.tensor(
+            [sum(float(next(losses).double().sum()) for _ in part.windows) for part in passages],
+            dtype=torch.float64,
+        )
+        units = torch.tensor([part.units for part in passages], dtype=torch.float64)
+        rate = totals.sum() / units.sum()
+        count = len(passages)
+        spread = ((totals - rate * units) ** 2).sum() / units.sum() ** 2
+        error = (spread * count / (count - 1)).sqrt() if count > 1 else torch.tensor(math.nan)
+        windows = [window for part in passages for window in part.windows]
+        return {
+            "ppl": float(rate.exp()),
+            "ppl_stderr": float(rate.exp() * error),
+            "windows": float(len(windows)),
+            "tokens": float(sum(window.scored for window in windows)),
+        }
+
+    def definition(self) -> dict[str, Any]:
+        settings = {
+            key: value
+            for key, value in vars(self).items()
+            if key not in ("name", "corpus", "batch_tokens")
+        }
+        content = {"name": self.corpus.name, "sha256": self.corpus.fingerprint(self.split)}
+        return {"kind": type(self).__name__, **settings, "corpus": content}
+
+    def files(self) -> list[Path]:
+        return self.corpus.files(self.split)
+
+    def _losses(self, task: "Task", passages: list[Passage]) -> list[Float[Tensor, " scored"]]:
+        windows = [window for passage in passages for window in passage.windows]
+        return token_losses(task, windows, self.batch_tokens, self.name)
+
+    def too_short(self, tokens: int, length: int) -> UserError:
+        return UserError(
+            f"eval {self.name}: the {self.split} split of {self.corpus.name} has {tokens} tokens, "
+            f"less than one window of {length}; choose a smaller length or another text"
+        )

@@ -1,0 +1,68 @@
+"""Losses of tokens in windows, with the logits streamed."""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from qexp.errors import UserError
+from qexp.progress import bar
+
+if TYPE_CHECKING:
+    from qexp.task import CausalLM
+
+
+class Window(NamedTuple):
+    """Tokens that the model sees together; the last `scored` of them are targets."""
+
+    tokens: Int64[Tensor, " tokens"]
+    scored: int
+
+
+def token_losses(
+    task: "CausalLM", windows: Sequence[Window], batch_tokens: int, name: str
+) -> list[Float[Tensor, " scored"]]:
+    """The cross-entropy of every target in nats, in float32, per window, on the CPU.
+
+    Logits exist for a few hundred positions at a time (task.token_losses). A loss that is not
+    finite raises a UserError that names the protocol.
+    """
+    if task.objective != "causal_lm":
+        raise UserError(
+            f"eval {name}: perplexity needs a causal language model and this one is "
+            f"{task.objective}; choose eval=loss"
+        )
+    losses: list[Float[Tensor, " scored"]] = []
+    batches = list(_batches(windows, batch_tokens))
+    with torch.no_grad():
+        for batch in bar(batches, name):
+            ids = torch.stack([window.tokens for window in batch])
+            scored = batch[0].scored
+            hidden = task.hidden(ids[:, :-1])[:, -scored:]  # the last token predicts none
+            targets = ids[:, -scored:]
+            found = task.token_losses(hidden.flatten(0, 1), targets.flatten()).cpu()
+            if not found.isfinite().all():
+                raise UserError(
+                    f"eval {name}: the loss of window {len(losses)} or near it is not a finite "
+                    "number: there is NaN or infinity in the model's weights or activations"
+                )
+            losses.extend(found.view(len(batch), scored))
+    return losses
+
+
+def _batches(windows: Sequence[Window], batch_tokens: int) -> Iterator[list[Window]]:
+    """Neighbours of equal shape, up to `batch_tokens` together: no padding anywhere."""
+    batch: list[Window] = []
+    for window in windows:
+        shape = (len(window.tokens), window.scored)
+        if batch and (
+            shape != (len(batch[0].tokens), batch[0].scored)
+            or (len(batch) + 1) * len(window.tokens) > batch_tokens
+        ):
+            yield batch
+            batch = []
+        batch.append(window)
+    if batch:
+        yield batch
