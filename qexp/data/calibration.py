@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Int64
@@ -15,9 +15,7 @@ from qexp.data import crops
 from qexp.data.corpus import Corpus
 from qexp.data.tokens import check_length, running
 from qexp.errors import UserError
-
-if TYPE_CHECKING:
-    from qexp.task import Task
+from qexp.task import Task
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +29,7 @@ class Recipe(ABC):
     """Batches for a model, in the form that its objective needs."""
 
     @abstractmethod
-    def __call__(self, task: "Task") -> list[Batch]:
+    def __call__(self, task: Task) -> list[Batch]:
         """On the CPU."""
 
     @abstractmethod
@@ -47,7 +45,7 @@ class Recipe(ABC):
 class NoCalibration(Recipe):
     """No data at all, for methods that look at weights only."""
 
-    def __call__(self, task: "Task") -> list[Batch]:
+    def __call__(self, task: Task) -> list[Batch]:
         return []
 
     def definition(self) -> dict[str, Any]:
@@ -86,7 +84,7 @@ class Calibration(Recipe):
             if number < least:
                 raise UserError(f"calibration.{key}: {number} must be at least {least}")
 
-    def __call__(self, task: "Task") -> list[Batch]:
+    def __call__(self, task: Task) -> list[Batch]:
         return [BATCHES[task.objective](self, task)]
 
     def definition(self) -> dict[str, Any]:
@@ -98,7 +96,7 @@ class Calibration(Recipe):
     def files(self) -> list[Path]:
         return self.corpus.files(self._split())
 
-    def windows(self, task: "Task", length: int) -> Int64[Tensor, "sequences length"]:
+    def windows(self, task: Task, length: int) -> Int64[Tensor, "sequences length"]:
         """The token ids. Fewer than asked where the text is short (logged); none is an error."""
         check_length(task.model, self.length, "calibration.length")
         windows = SAMPLINGS[self.sampling](self, task, length)
@@ -118,7 +116,7 @@ class Calibration(Recipe):
     def _split(self) -> str:
         return self.split or self.corpus.calibration_split
 
-    def _running(self, task: "Task", length: int) -> Int64[Tensor, " tokens"]:
+    def _running(self, task: Task, length: int) -> Int64[Tensor, " tokens"]:
         return running(
             task.model,
             task.tokenizer,
@@ -129,7 +127,7 @@ class Calibration(Recipe):
             enough=self.sequences * length + 1,
         )
 
-    def _documents(self, task: "Task", draw: Callable[..., Tensor], length: int) -> Tensor:
+    def _documents(self, task: Task, draw: Callable[..., Tensor], length: int) -> Tensor:
         if task.tokenizer is None:
             raise UserError(
                 f"calibration.sampling: {self.sampling} needs a tokenizer and this model has none; "
@@ -140,24 +138,24 @@ class Calibration(Recipe):
         return draw(task.tokenizer, documents, length, self.sequences, self.seed, special)
 
 
-def _first(recipe: Calibration, task: "Task", length: int) -> Tensor:
+def _first(recipe: Calibration, task: Task, length: int) -> Tensor:
     return crops.consecutive(recipe._running(task, length), length, recipe.sequences)
 
 
-def _random_windows(recipe: Calibration, task: "Task", length: int) -> Tensor:
+def _random_windows(recipe: Calibration, task: Task, length: int) -> Tensor:
     ids = recipe._running(task, length)
     return crops.random_windows(ids, length, recipe.sequences, recipe.seed)
 
 
-def _random_documents(recipe: Calibration, task: "Task", length: int) -> Tensor:
+def _random_documents(recipe: Calibration, task: Task, length: int) -> Tensor:
     return recipe._documents(task, crops.random_documents, length)
 
 
-def _short_documents(recipe: Calibration, task: "Task", length: int) -> Tensor:
+def _short_documents(recipe: Calibration, task: Task, length: int) -> Tensor:
     return recipe._documents(task, crops.short_documents, length)
 
 
-SAMPLINGS: dict[str, Callable[[Calibration, "Task", int], Tensor]] = {
+SAMPLINGS: dict[str, Callable[[Calibration, Task, int], Tensor]] = {
     "first": _first,
     "random_windows": _random_windows,
     "random_documents": _random_documents,
@@ -165,23 +163,26 @@ SAMPLINGS: dict[str, Callable[[Calibration, "Task", int], Tensor]] = {
 }
 
 
-def _causal(recipe: Calibration, task: "Task") -> Batch:
+def _causal(recipe: Calibration, task: Task) -> Batch:
     return {"input_ids": recipe.windows(task, recipe.length)}
 
 
-def _masked(recipe: Calibration, task: "Task") -> Batch:
+def _masked(recipe: Calibration, task: Task) -> Batch:
     """15 % of the tokens (one per sequence at least) are masked and are the labels.
 
     Where the tokenizer has them, each sequence stands between its [CLS] and [SEP].
     """
-    ends = (task.tokenizer.cls_token_id, task.tokenizer.sep_token_id)
+    tokenizer = task.tokenizer
+    if tokenizer is None or tokenizer.mask_token_id is None:
+        raise UserError("model: masked language modelling needs a tokenizer with a mask token")
+    ends = (tokenizer.cls_token_id, tokenizer.sep_token_id)
     framed = None not in ends
     ids = recipe.windows(task, recipe.length - 2 if framed else recipe.length)
     generator = torch.Generator().manual_seed(recipe.seed)
     chance = torch.rand(ids.shape, generator=generator)
     masked = (chance < MASKED_SHARE) | (chance == chance.amin(dim=1, keepdim=True))
     labels = ids.where(masked, IGNORED)
-    ids = ids.masked_fill(masked, task.tokenizer.mask_token_id)
+    ids = ids.masked_fill(masked, tokenizer.mask_token_id)
     if framed:
         first, last = (ids.new_full((len(ids), 1), end) for end in ends)
         nothing = torch.full_like(first, IGNORED)
@@ -190,14 +191,14 @@ def _masked(recipe: Calibration, task: "Task") -> Batch:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-def _images(recipe: Calibration, task: "Task") -> Batch:
+def _images(recipe: Calibration, task: Task) -> Batch:
     config = task.model.config
     shape = (recipe.sequences, config.num_channels, config.image_size, config.image_size)
     pixels, labels = recipe.corpus.images(recipe._split(), shape, config.num_labels)
     return {"pixel_values": pixels, "labels": labels}
 
 
-BATCHES: dict[str, Callable[[Calibration, "Task"], Batch]] = {
+BATCHES: dict[str, Callable[[Calibration, Task], Batch]] = {
     "causal_lm": _causal,
     "masked_lm": _masked,
     "image_classification": _images,

@@ -39,12 +39,7 @@ class Corpus(ABC):
 
     def fingerprint(self, split: str) -> str:
         """The sha256 of the content: of the rows with their limits, and of the running text."""
-        digest = hashlib.sha256()
-        for part in [*self.documents(split), self.text(split)]:
-            content = part.encode("utf-8", "surrogatepass")
-            digest.update(f"{len(content)}\n".encode())
-            digest.update(content)
-        return digest.hexdigest()
+        return digest([*self.documents(split), self.text(split)])
 
     def ids(self, split: str, vocabulary: int, count: int) -> Int64[Tensor, " tokens"]:
         """Token ids for a model without a tokenizer; only made-up corpora have them."""
@@ -57,6 +52,16 @@ class Corpus(ABC):
     ) -> tuple[Float[Tensor, "images channels height width"], Int64[Tensor, " images"]]:
         """Pixels of `shape` (images, channels, height, width) and labels below `classes`."""
         raise UserError(f"data.name: {self.name} has no images; choose data=synthetic")
+
+
+def digest(texts: Sequence[str]) -> str:
+    """The sha256 of a list of texts, their limits included."""
+    found = hashlib.sha256()
+    for text in texts:
+        content = text.encode("utf-8", "surrogatepass")
+        found.update(f"{len(content)}\n".encode())
+        found.update(content)
+    return found.hexdigest()
 
 
 def share(documents: list[str], part: tuple[float, float]) -> list[str]:

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from qexp.cache import Cache
-from qexp.data.tokens import digest, encode_now, fingerprint
+from qexp.data.corpus import digest
+from qexp.data.tokens import encode_now, fingerprint
 from qexp.errors import UserError
 from qexp.progress import bar
 

@@ -45,8 +45,8 @@ def _halves() -> tuple[tuple[str, ...], tuple[str, ...]]:
         long = {paragraph for paragraph in paragraphs if len(paragraph) > LONG}
         kin = [family for family in families if family[1] & long]
         families = [family for family in families if not family[1] & long]
-        names, shared = zip(*kin, strict=True) if kin else ((), ())
-        families.append(({topic}.union(*names), long.union(*shared)))
+        members = {topic}.union(*(names for names, _ in kin))
+        families.append((members, long.union(*(shared for _, shared in kin))))
         texts[topic] = "\n\n".join(part for part in paragraphs if part not in seen)
         seen |= long
     sized = [(sum(len(texts[topic]) for topic in names), sorted(names)) for names, _ in families]

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
 
 import torch
 from jaxtyping import Int64
@@ -10,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qexp.cache import Cache
-from qexp.data.corpus import Corpus
+from qexp.data.corpus import Corpus, digest
 from qexp.errors import UserError
 
 
@@ -22,11 +21,6 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         rules = json.dumps([type(tokenizer).__qualname__, sorted(tokenizer.get_vocab().items())])
     special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
     return hashlib.sha256(f"{rules}\n{special}".encode()).hexdigest()
-
-
-def digest(texts: Sequence[str]) -> str:
-    """The sha256 of a list of texts, their limits included."""
-    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
 def encode_now(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:

@@ -5,10 +5,9 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from qexp.task import Task
+from qexp.task import Task
 
 
 class Evaluator(ABC):
@@ -17,7 +16,7 @@ class Evaluator(ABC):
     name: str
 
     @abstractmethod
-    def __call__(self, task: "Task") -> dict[str, float]:
+    def __call__(self, task: Task) -> dict[str, float]:
         """Metrics by key, without the name."""
 
     @abstractmethod

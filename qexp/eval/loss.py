@@ -3,16 +3,14 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from qexp.data.calibration import Recipe
 from qexp.errors import UserError
 from qexp.eval.evaluator import Evaluator
-
-if TYPE_CHECKING:
-    from qexp.task import Task
+from qexp.task import Task
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,7 @@ class MeanLoss(Evaluator):
     batches: Recipe
     batch_rows: int = 4
 
-    def __call__(self, task: "Task") -> dict[str, float]:
+    def __call__(self, task: Task) -> dict[str, float]:
         losses, rows = [], []
         with torch.no_grad():
             for batch in self.batches(task):

@@ -4,7 +4,7 @@ import re
 
 TITLE = re.compile(r"= (?!= ).*(?<!=) =")  # " = Title = ", not " = = Section = = "
 MARKS = ":;.!?,"
-PAIRS = ("()", "[]", "{}", '""', "''")
+PAIRS = (("(", ")"), ("[", "]"), ("{", "}"), ('"', '"'), ("'", "'"))
 LAST = ((" ° ", "°"), (" \n", "\n"), ("\n ", "\n"), (" N ", " 1 "), (" 's", "'s"))
 
 
@@ -38,7 +38,7 @@ def detokenize(page: str) -> str:
     for opening, closing in PAIRS:
         start, end = re.escape(opening), re.escape(closing)
         inside = re.compile(rf"{start}\s*([^{end}]*?)\s*{end}")
-        page = inside.sub(lambda found, a=opening, b=closing: a + found[1] + b, page)
+        page = inside.sub(rf"{opening}\1{closing}", page)
     for level in (4, 3, 2):
         page = page.replace(" ".join("=" * level), "=" * level)
     for before, after in LAST:

@@ -4,7 +4,6 @@ The protocols themselves, with their sources, are the files of conf/eval/.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Int64
@@ -16,9 +15,7 @@ from qexp.errors import UserError
 from qexp.eval.pages import detokenize, pages, words
 from qexp.eval.windowed import Passage, Windowed
 from qexp.eval.windows import Window
-
-if TYPE_CHECKING:
-    from qexp.task import Task
+from qexp.task import Task
 
 BOS = ("none", "start", "each")
 
@@ -60,7 +57,7 @@ class Perplexity(Windowed):
         if self.limit is not None and self.limit < 1:
             raise UserError(f"eval {self.name}: limit {self.limit} must be at least 1")
 
-    def passages(self, task: "Task") -> list[Passage]:
+    def passages(self, task: Task) -> list[Passage]:
         check_length(task.model, self.length, f"eval {self.name}: length")
         ids = self._ids(task)
         stride = self.stride or self.length
@@ -80,7 +77,7 @@ class Perplexity(Windowed):
             raise self.too_short(len(ids), self.length)
         return [Passage([window], window.scored) for window in found]
 
-    def _ids(self, task: "Task") -> Int64[Tensor, " tokens"]:
+    def _ids(self, task: Task) -> Int64[Tensor, " tokens"]:
         ids = running(
             task.model,
             task.tokenizer,
@@ -95,7 +92,7 @@ class Perplexity(Windowed):
             return ids
         return torch.cat([ids.new_tensor([_bos(task, self.name)]), ids])
 
-    def _begun(self, task: "Task", tokens: Int64[Tensor, " tokens"]) -> Int64[Tensor, " tokens"]:
+    def _begun(self, task: Task, tokens: Int64[Tensor, " tokens"]) -> Int64[Tensor, " tokens"]:
         if self.bos != "each":
             return tokens
         return torch.cat([tokens.new_tensor([_bos(task, self.name)]), tokens[1:]])
@@ -113,7 +110,7 @@ class CropPerplexity(Windowed):
     seed: int = 0
     bos: str = "start"
 
-    def passages(self, task: "Task") -> list[Passage]:
+    def passages(self, task: Task) -> list[Passage]:
         check_length(task.model, self.length, f"eval {self.name}: length")
         if task.tokenizer is None:
             raise UserError(f"eval {self.name}: this model has no tokenizer; choose eval=held_out")
@@ -140,7 +137,7 @@ class WordPerplexity(Windowed):
     length: int | None = None
     limit: int | None = None
 
-    def passages(self, task: "Task") -> list[Passage]:
+    def passages(self, task: Task) -> list[Passage]:
         if task.tokenizer is None:
             raise UserError(f"eval {self.name}: this model has no tokenizer; choose eval=held_out")
         length = self.length or task.model.config.max_position_embeddings
@@ -166,7 +163,7 @@ class WordPerplexity(Windowed):
         return found
 
 
-def _bos(task: "Task", name: str) -> int:
+def _bos(task: Task, name: str) -> int:
     if task.tokenizer is None or task.tokenizer.bos_token_id is None:
         raise UserError(f"eval {name}: bos=each, but this model's tokenizer has no BOS token")
     return task.tokenizer.bos_token_id

@@ -4,7 +4,7 @@ import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -14,9 +14,7 @@ from qexp.data.corpus import Corpus
 from qexp.errors import UserError
 from qexp.eval.evaluator import Evaluator
 from qexp.eval.windows import Window, token_losses
-
-if TYPE_CHECKING:
-    from qexp.task import Task
+from qexp.task import Task
 
 
 class Passage(NamedTuple):
@@ -39,18 +37,18 @@ class Windowed(Evaluator):
     batch_tokens: int = 2048
 
     @abstractmethod
-    def passages(self, task: "Task") -> list[Passage]:
+    def passages(self, task: Task) -> list[Passage]:
         """The text, cut into what is scored."""
 
-    def token_losses(self, task: "Task") -> list[Float[Tensor, " scored"]]:
+    def token_losses(self, task: Task) -> list[Float[Tensor, " scored"]]:
         """The loss in nats of every scored token, window by window."""
         return self._losses(task, self.passages(task))
 
-    def losses(self, task: "Task") -> Float[Tensor, " windows"]:
+    def losses(self, task: Task) -> Float[Tensor, " windows"]:
         """The mean loss of each window, in nats per token."""
         return torch.stack([losses.mean() for losses in self.token_losses(task)])
 
-    def __call__(self, task: "Task") -> dict[str, float]:
+    def __call__(self, task: Task) -> dict[str, float]:
         """`ppl` with its standard error over passages (delta method for a ratio of sums; NaN for
         one passage), and how many windows and scored tokens it rests on."""
         passages = self.passages(task)
@@ -84,7 +82,7 @@ class Windowed(Evaluator):
     def files(self) -> list[Path]:
         return self.corpus.files(self.split)
 
-    def _losses(self, task: "Task", passages: list[Passage]) -> list[Float[Tensor, " scored"]]:
+    def _losses(self, task: Task, passages: list[Passage]) -> list[Float[Tensor, " scored"]]:
         windows = [window for passage in passages for window in passage.windows]
         return token_losses(task, windows, self.batch_tokens, self.name)
 

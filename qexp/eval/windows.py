@@ -1,7 +1,7 @@
 """Losses of tokens in windows, with the logits streamed."""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
@@ -9,9 +9,7 @@ from torch import Tensor
 
 from qexp.errors import UserError
 from qexp.progress import bar
-
-if TYPE_CHECKING:
-    from qexp.task import CausalLM
+from qexp.task import CausalLM, Task
 
 
 class Window(NamedTuple):
@@ -22,14 +20,14 @@ class Window(NamedTuple):
 
 
 def token_losses(
-    task: "CausalLM", windows: Sequence[Window], batch_tokens: int, name: str
+    task: Task, windows: Sequence[Window], batch_tokens: int, name: str
 ) -> list[Float[Tensor, " scored"]]:
     """The cross-entropy of every target in nats, in float32, per window, on the CPU.
 
     Logits exist for a few hundred positions at a time (task.token_losses). A loss that is not
     finite raises a UserError that names the protocol.
     """
-    if task.objective != "causal_lm":
+    if not isinstance(task, CausalLM):
         raise UserError(
             f"eval {name}: perplexity needs a causal language model and this one is "
             f"{task.objective}; choose eval=loss"
