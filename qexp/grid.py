@@ -249,7 +249,9 @@ def levels(kind: str) -> tuple[float, ...]:
     for code in range(last):
         e, m = divmod(code, 2**mantissa)
         fraction = m / 2**mantissa
-        values_.append(2.0 ** (1 - bias) * fraction if e == 0 else 2.0 ** (e - bias) * (1 + fraction))
+        values_.append(
+            2.0 ** (1 - bias) * fraction if e == 0 else 2.0 ** (e - bias) * (1 + fraction)
+        )
     return tuple(sorted({-v for v in values_} | set(values_)))
 
 
@@ -271,7 +273,9 @@ class LevelGrid(Grid):
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise UserError(f"kind={self.kind} is not a known format: give one of {', '.join(KINDS)}.")
+            raise UserError(
+                f"kind={self.kind} is not a known format: give one of {', '.join(KINDS)}."
+            )
 
     @property
     def bits(self) -> int:

@@ -1,14 +1,17 @@
 """What storage keeps of a quantized matrix: enough to rebuild it exactly, and to count its bits."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from qexp.grid import Grid, IntGrid, Scale
+from qexp.grid import Grid, IntGrid, LevelGrid, Scale
+
+GRIDS: dict[str, type[IntGrid] | type[LevelGrid]] = {"IntGrid": IntGrid, "LevelGrid": LevelGrid}
 
 
 class Packed(ABC):
@@ -22,15 +25,32 @@ class Packed(ABC):
     def stored(self) -> dict[str, Tensor]:
         """The tensors as they lie in a file, codes packed to bits."""
 
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the matrix."""
+
+    @abstractmethod
+    def size(self) -> int:
+        """Bits that `stored` takes, everything included (not the filling of last bytes)."""
+
     def bits(self) -> float:
-        """Stored bits per weight: the size of `stored`, everything included."""
-        rows, columns = self.dequantize().shape
-        size = sum(t.numel() * t.element_size() * 8 for t in self.stored().values())
-        return size / (rows * columns)
+        """Stored bits per weight."""
+        rows, columns = self.shape
+        return self.size() / (rows * columns)
 
     @abstractmethod
     def rows(self, start: int, stop: int) -> "Packed":
         """The stored form of some rows alone."""
+
+    @abstractmethod
+    def layout(self) -> dict[str, Any]:
+        """What `restore` must know beside the tensors, fit for JSON."""
+
+    @staticmethod
+    @abstractmethod
+    def restore(stored: dict[str, Tensor], layout: dict[str, Any]) -> "Packed":
+        """The inverse of `stored` and `layout`."""
 
 
 def pack_bits(codes: Int[Tensor, "*shape"], bits: int) -> Tensor:
@@ -57,12 +77,13 @@ class Outliers:
     values: Float[Tensor, " count"]
 
     @staticmethod
-    def of(
-        weight: Float[Tensor, "rows columns"], mask: Bool[Tensor, "rows columns"]
-    ) -> "Outliers":
+    def of(weight: Float[Tensor, "rows columns"], mask: Bool[Tensor, "rows columns"]) -> "Outliers":
         """The masked entries of a matrix, their values rounded to half precision."""
         row_counts = mask.sum(1)
         return Outliers(row_counts.cumsum(0), mask.nonzero()[:, 1], weight[mask].half())
+
+    def size(self) -> int:
+        return 32 * len(self.ends) + (16 + 16) * len(self.values)
 
     def put(self, weight: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
         """The matrix with the outliers in their places."""
@@ -83,6 +104,11 @@ class Outliers:
             "outlier_columns": self.columns.to(torch.uint16),
             "outlier_values": self.values,
         }
+
+    @staticmethod
+    def restore(stored: dict[str, Tensor]) -> "Outliers":
+        ends, columns = stored["outlier_ends"].long(), stored["outlier_columns"].long()
+        return Outliers(ends, columns, stored["outlier_values"])
 
 
 @dataclass(frozen=True)
@@ -138,6 +164,22 @@ class Coded(Packed):
         weight = self.grid.decode(self.codes.float(), wide)
         return weight if self.outliers is None else self.outliers.put(weight)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.codes.shape
+        return rows, columns
+
+    def size(self) -> int:
+        own = self.codes.numel() * self.grid.bits
+        dtype = torch.finfo(getattr(torch, self.grid.scale_dtype)).bits
+        for part, bits in ((self.scale, dtype), (self.zero, self.grid.zero_bits)):
+            if isinstance(part, Coded):
+                own += part.size()
+            elif part is not None:
+                own += part.numel() * bits
+        own += 0 if self.group is None else 16 * len(self.group)
+        return own + (0 if self.outliers is None else self.outliers.size())
+
     def rows(self, start: int, stop: int) -> "Coded":
         if isinstance(self.scale, Coded) or isinstance(self.zero, Coded):
             raise ValueError("rows that share second-level scales cannot be cut apart")
@@ -155,13 +197,60 @@ class Coded(Packed):
         for name, part in (("scale", self.scale), ("zero", self.zero)):
             if isinstance(part, Coded):
                 tensors |= {f"{name}.{key}": value for key, value in part.stored().items()}
-            elif part is not None and name == "zero" and not self.grid.real_zero:
+            elif part is not None and name == "zero" and self.grid.zero_bits == self.grid.bits:
                 tensors[name] = pack_bits(part.to(torch.int32), self.grid.bits)
             elif part is not None:
                 tensors[name] = part.to(dtype)
         if self.group is not None:
             tensors["group"] = self.group.to(torch.int16)
         return tensors | ({} if self.outliers is None else self.outliers.stored())
+
+    def layout(self) -> dict[str, Any]:
+        grid = {
+            each.name: getattr(self.grid, each.name)
+            for each in fields(self.grid)  # type: ignore[arg-type]
+            # Where a grid came from is not needed to read it.
+            if each.name not in ("range", "scales", "zeros")
+        }
+        layout: dict[str, Any] = {
+            "kind": type(self.grid).__name__,
+            "grid": grid,
+            "shape": list(self.codes.shape),
+        }
+        for name, part in (("scale", self.scale), ("zero", self.zero)):
+            if isinstance(part, Coded):
+                layout[name] = part.layout()
+            elif part is not None:
+                layout[name] = list(part.shape)
+        return layout
+
+    @staticmethod
+    def restore(stored: dict[str, Tensor], layout: dict[str, Any]) -> "Coded":
+        grid = GRIDS[layout["kind"]](**layout["grid"])
+        shape = tuple(layout["shape"])
+        parts: dict[str, Tensor | Coded | None] = {"scale": None, "zero": None}
+        for name in parts:
+            if isinstance(layout.get(name), dict):
+                prefix = f"{name}."
+                inner = {
+                    key.removeprefix(prefix): value
+                    for key, value in stored.items()
+                    if key.startswith(prefix)
+                }
+                parts[name] = Coded.restore(inner, layout[name])
+            elif name in layout and stored[name].dtype == torch.uint8:
+                parts[name] = unpack_bits(stored[name], grid.bits, tuple(layout[name])).float()
+            elif name in layout:
+                parts[name] = stored[name].float()
+        assert parts["scale"] is not None
+        return Coded(
+            grid,
+            unpack_bits(stored["codes"], grid.bits, shape).to(torch.int32),
+            parts["scale"],
+            parts["zero"],
+            stored["group"].long() if "group" in stored else None,
+            Outliers.restore(stored) if "outlier_ends" in stored else None,
+        )
 
 
 def _plain(part: "Tensor | Coded") -> Float[Tensor, "each groups"]:
@@ -176,9 +265,7 @@ def _second(grid: IntGrid, values: Float[Tensor, "rows groups"]) -> Coded:
     return Coded.of(grid, turned, grid.scales_of(turned))
 
 
-def _per_column(
-    scales: Scale, group: Int[Tensor, " columns"] | None, columns: int
-) -> Scale:
+def _per_column(scales: Scale, group: Int[Tensor, " columns"] | None, columns: int) -> Scale:
     """Each column's scale and zero, [rows, columns] (or [rows, 1] when one group serves all)."""
     if group is not None:
         return Scale(scales.scale[:, group], scales.zero[:, group])

@@ -4,9 +4,10 @@ import csv
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
 
 from qexp import fingerprint
 from qexp.errors import UserError
@@ -77,6 +78,20 @@ def provenance(folder: Path) -> dict[str, Any]:
     return _json(folder / PROVENANCE)
 
 
+def config(folder: str | None) -> DictConfig:
+    """The configuration of a finished run. Raises UserError when the folder holds none."""
+    if folder is None:
+        raise UserError("run: has no value; give the folder of a finished run, run=outputs/…")
+    path = Path(folder) / ".hydra" / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"run={folder}: has no .hydra/config.yaml, so it is no run's folder")
+    if not (Path(folder) / METRICS).is_file():
+        raise UserError(f"run={folder}: has no {METRICS}; that run did not finish")
+    loaded = OmegaConf.load(path)
+    assert isinstance(loaded, DictConfig)
+    return loaded
+
+
 def write(
     folder: Path,
     metrics: Mapping[str, float],
@@ -90,14 +105,13 @@ def write(
     """
     numbers = {name: _number(name, value) for name, value in metrics.items()}
     (folder / METRICS).unlink(missing_ok=True)  # until all is new, nothing is finished
-    rows = [asdict(record) for record in records]
     with (
         atomic(folder / LAYERS) as path,
         path.open("w", newline="", encoding="utf-8") as file,
     ):
-        table = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else COLUMNS)
+        table = csv.DictWriter(file, fieldnames=COLUMNS)
         table.writeheader()
-        table.writerows(rows)
+        table.writerows({key: getattr(record, key) for key in COLUMNS} for record in records)
     write_json(folder / PROVENANCE, provenance.dict())
     write_json(folder / METRICS, numbers)
     return numbers

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from qexp.arch import Group
+from qexp.progress import bar
 from qexp.task import Batch, Task
 
 # Called with the names of linears that share an input and with that input, once all of it is
@@ -122,9 +122,7 @@ class Block:
 
 
 @torch.no_grad()
-def walk(
-    task: Task, batches: Sequence[Batch], chunk: int | None = None, progress: bool = False
-) -> Iterator[Block]:
+def walk(task: Task, batches: Sequence[Batch], chunk: int | None = None) -> Iterator[Block]:
     """Yield each block with the data that reaches it.
 
     chunk: sequences that run together; None runs each batch whole. Inputs of a block rest where
@@ -133,8 +131,7 @@ def walk(
     parts = [part for batch in batches for part in _split(batch, chunk)]
     returns_tuple = _returns_tuple(task, parts[0])
     pieces = [_record(task, part, returns_tuple) for part in parts]
-    bar = tqdm(task.blocks, desc="blocks", unit="block", disable=not progress)
-    for index, module in enumerate(bar):
+    for index, module in enumerate(bar(task.blocks, "blocks")):
         name = f"{task.arch.blocks}.{index}"
         block = Block(index, name, module, task.arch.groups, pieces, task, returns_tuple)
         yield block

@@ -7,9 +7,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from qexp.activations import Activations, quantize_activations
 from qexp.errors import UserError
 from qexp.hessian import Hessian
 from qexp.methods.step import Batches, Record, Step, write
+from qexp.progress import bar
 from qexp.solvers.sweep import NotPositiveDefinite, Solution, Solver
 from qexp.task import Task
 from qexp.walk import Block, walk
@@ -17,15 +19,16 @@ from qexp.walk import Block, walk
 
 @dataclass(frozen=True)
 class Direct(Step):
-    """Round weights without looking at data (RTN)."""
+    """Round weights without looking at data (RTN), then attach the activation quantizers."""
 
     solver: Solver
+    activations: tuple[Activations, ...] | list[Activations] = ()
 
     @torch.no_grad()
     def __call__(self, task: Task, batches: Batches) -> list[Record]:
         check(task, self.solver)
         records = []
-        for index, module in enumerate(task.blocks):
+        for index, module in enumerate(bar(task.blocks, "blocks")):
             for group in task.arch.groups:
                 for name in group.linears:
                     linear = module.get_submodule(name)
@@ -36,15 +39,15 @@ class Direct(Step):
                     eye = torch.eye(linear.in_features, device=linear.weight.device)
                     solution = self.solver(linear.weight.detach().float(), eye)
                     seconds = time.perf_counter() - start
-                    records.append(
-                        write(full, linear, solution, solution.weight, None, seconds)
-                    )
+                    records.append(write(full, linear, solution, solution.weight, None, seconds))
+        quantize_activations(task, self.activations, batches)
         return records
 
 
 @dataclass(frozen=True)
 class Blockwise(Step):
-    """Walk the blocks, measure each layer's Hessian, solve, go on (GPTQ's procedure).
+    """Walk the blocks, measure each layer's Hessian, solve, go on (GPTQ's procedure); activation
+    quantizers come after the weights, so that Hessians see float activations.
 
     propagate: later layers see the outputs of rounded ones; otherwise every Hessian is the float
     model's.
@@ -57,17 +60,20 @@ class Blockwise(Step):
     hessian: Hessian
     propagate: bool = True
     chunk: int | None = None
-    progress: bool = False
+    activations: tuple[Activations, ...] | list[Activations] = ()
 
     @torch.no_grad()
     def __call__(self, task: Task, batches: Batches) -> list[Record]:
         check(task, self.solver)
         records: list[Record] = []
-        for block in walk(task, batches(), self.chunk, self.progress):
+        for block in walk(task, batches(), self.chunk):
             records += self._solve(block)
         expected = len(task.blocks) * sum(len(group.linears) for group in task.arch.groups)
         if len(records) != expected:
-            raise RuntimeError(f"{len(records)} linears were quantized, not the {expected} asked for")
+            raise RuntimeError(
+                f"{len(records)} linears were quantized, not the {expected} asked for"
+            )
+        quantize_activations(task, self.activations, batches)
         return records
 
     def _solve(self, block: Block) -> list[Record]:

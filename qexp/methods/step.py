@@ -38,14 +38,6 @@ class Step(ABC):
         """Change task.model in place. `batches` is called only by a step that calibrates."""
 
 
-@dataclass(frozen=True)
-class Nothing(Step):
-    """The model as it is."""
-
-    def __call__(self, task: Task, batches: Batches) -> list[Record]:
-        return []
-
-
 def error(
     change: Float[Tensor, "rows columns"], hessian: Float[Tensor, "columns columns"] | None
 ) -> float:

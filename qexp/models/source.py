@@ -3,9 +3,10 @@
 import hashlib
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from transformers import (
@@ -18,6 +19,9 @@ from transformers import (
 
 from qexp.errors import UserError
 from qexp.load import linearize
+
+if TYPE_CHECKING:
+    from qexp.task import Task
 
 AUTO = {
     "causal_lm": AutoModelForCausalLM,
@@ -32,6 +36,8 @@ class Loaded(NamedTuple):
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
+    # What is left to do once the model is a task on its device (quantizers of an earlier run).
+    finish: "Callable[[Task], None]" = lambda task: None
 
 
 class Source(ABC):

@@ -1,0 +1,71 @@
+"""Quantization of activations: a placement, a grid, and when the grid is fitted."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from qexp.fake import FakeQuant
+from qexp.grid import Grid
+from qexp.methods.step import Batches
+from qexp.placement import Placement
+from qexp.progress import bar
+from qexp.task import Task
+
+
+class Activations(ABC):
+    @abstractmethod
+    def put(self, task: Task) -> dict[str, FakeQuant]:
+        """Put quantizers on the task's model, rounding nothing until they are settled."""
+
+
+@dataclass(frozen=True)
+class Float(Activations):
+    """Activations as they are."""
+
+    def put(self, task: Task) -> dict[str, FakeQuant]:
+        return {}
+
+
+@dataclass(frozen=True)
+class Quantized(Activations):
+    """A quantizer at every site of `placement`.
+
+    dynamic: scales from each tensor as it comes; otherwise fitted once, on calibration batches.
+    """
+
+    placement: Placement
+    grid: Grid
+    dynamic: bool = False
+
+    def put(self, task: Task) -> dict[str, FakeQuant]:
+        made = self.placement(task, lambda: FakeQuant(self.grid, self.dynamic))
+        return {name: q for name, q in made.items() if isinstance(q, FakeQuant)}
+
+
+def attach(task: Task, kinds: Sequence[Activations]) -> list[FakeQuant]:
+    """Put every kind's quantizers on the model and into `task.quantizers`."""
+    made = {name: quantizer for kind in kinds for name, quantizer in kind.put(task).items()}
+    for name, quantizer in made.items():
+        task.quantizers[name.replace(".", "/")] = quantizer.to(task.device)
+    return list(made.values())
+
+
+@torch.no_grad()
+def quantize_activations(task: Task, kinds: Sequence[Activations], batches: Batches) -> None:
+    """Attach, let the calibration data pass once through what is still a float model (static
+    ranges are those of unrounded activations), and start to round."""
+    quantizers = attach(task, kinds)
+    if any(not quantizer.dynamic for quantizer in quantizers):
+        for quantizer in quantizers:
+            quantizer.observe()
+        parts = [
+            {key: value[start : start + 1] for key, value in batch.items()}
+            for batch in batches()
+            for start in range(len(next(iter(batch.values()))))
+        ]
+        for part in bar(parts, "activation ranges"):
+            task.loss(part)
+    for quantizer in quantizers:
+        quantizer.settle()

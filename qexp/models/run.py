@@ -1,0 +1,64 @@
+"""The model that an earlier run left: `qexp model=from_run run=FOLDER`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from qexp import results, store
+from qexp.activations import attach
+from qexp.build import build
+from qexp.models.source import Loaded, Source, sha256
+from qexp.task import Task
+
+
+@dataclass(frozen=True)
+class Run(Source):
+    """The float model that the run started from, with the weights and the activation quantizers
+    that it ended with."""
+
+    folder: str
+
+    @property
+    def dtype(self) -> str:  # type: ignore[override]
+        return self._origin().dtype
+
+    @property
+    def objective(self) -> str:  # type: ignore[override]
+        return self._origin().objective
+
+    def load(self) -> Loaded:
+        config = results.config(self.folder)
+        loaded = self._origin().load()
+        packed, others = store.load(Path(self.folder))
+        for name, form in packed.items():
+            weight = loaded.model.get_submodule(name).weight
+            assert isinstance(weight, torch.nn.Parameter)
+            weight.data = form.dequantize().to(weight)
+        kinds = build(config.method).activations
+
+        def finish(task: Task) -> None:
+            attach(task, kinds)
+            prefix = "quantizers."
+            state = {
+                name.removeprefix(prefix): tensor
+                for name, tensor in others.items()
+                if name.startswith(prefix)
+            }
+            task.quantizers.load_state_dict(state)
+
+        return Loaded(loaded.model, loaded.tokenizer, finish)
+
+    def fingerprint(self) -> dict[str, str]:
+        weights = Path(self.folder) / store.FILE
+        return self._origin().fingerprint() | {store.FILE: sha256(weights)}
+
+    def files(self) -> list[Path]:
+        folder = Path(self.folder)
+        results.config(self.folder)
+        own = [folder / store.FILE, folder / ".hydra" / "config.yaml"]
+        return [*self._origin().files(), *own]
+
+    def _origin(self) -> Source:
+        source = build(results.config(self.folder).model)
+        assert isinstance(source, Source)
+        return source

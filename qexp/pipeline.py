@@ -1,0 +1,80 @@
+"""One run, from a configuration to the files of its folder."""
+
+import logging
+from pathlib import Path
+
+import lightning as L
+import torch
+from omegaconf import DictConfig
+
+from qexp import results, store
+from qexp.build import build
+from qexp.data.calibration import Recipe
+from qexp.eval.evaluator import Evaluator, digest
+from qexp.methods.step import Record, Step
+from qexp.models.source import Source
+from qexp.offload import place
+from qexp.provenance import Provenance
+from qexp.task import TASKS, Batch, Task
+
+log = logging.getLogger(__name__)
+
+
+def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
+    """Load, transform, quantize, evaluate, write. A finished run is answered from its folder.
+
+    Raises UserError for what the user can put right; nothing is written then.
+    """
+    torch.set_num_threads(cfg.threads or torch.get_num_threads())
+    source: Source = build(cfg.model)
+    recipe: Recipe = build(cfg.calibration)
+    steps: list[Step] = [build(cfg.transform), build(cfg.method)]
+    evaluators: list[Evaluator] = [build(node) for node in cfg.eval.values()]
+    files = [path for part in (source, recipe, *evaluators) for path in part.files()]
+    needs = [store.FILE] if cfg.save_weights else []
+    if (done := results.read(folder, files, needs)) is not None:
+        return done
+
+    provenance = Provenance()
+    provenance.read_files(files)
+    L.seed_everything(cfg.seed, verbose=False)
+    with provenance.stage("load"):
+        loaded = source.load()
+        task = TASKS[source.objective](loaded.model, loaded.tokenizer).eval()
+        place(task, cfg.device, cfg.offload)
+        loaded.finish(task)
+    provenance.add(model=source.fingerprint(), device=str(task.device), seed=cfg.seed)
+
+    def batches() -> list[Batch]:
+        provenance.add(calibration=recipe.definition())
+        return recipe(task)
+
+    with provenance.stage("quantize"):
+        records = [record for step in steps for record in step(task, batches)]
+    metrics = storage(records)
+    for evaluator in evaluators:
+        with provenance.stage(f"evaluate {evaluator.name}"):
+            numbers = evaluator(task)
+        metrics |= {f"{evaluator.name}/{key}": value for key, value in numbers.items()}
+        definition = evaluator.definition()
+        entry = {"digest": digest(definition), "definition": definition}
+        provenance.add(protocols={evaluator.name: entry})
+    if cfg.save_weights:
+        save(task, records, folder)
+    return results.write(folder, metrics, records, provenance)
+
+
+def storage(records: list[Record]) -> dict[str, float]:
+    """Measured bits per quantized weight over all linears, and how many weights those are."""
+    weights = sum(record.rows * record.columns for record in records)
+    if not weights:
+        return {}
+    bits = sum(record.bits * record.rows * record.columns for record in records)
+    error = sum(record.error for record in records) / len(records)
+    return {"weight/bits": bits / weights, "weight/count": weights, "weight/error": error}
+
+
+def save(task: Task, records: list[Record], folder: Path) -> None:
+    """Codes and scales of the weights, and the ranges of static activation quantizers."""
+    ranges = {f"quantizers.{name}": tensor for name, tensor in task.quantizers.state_dict().items()}
+    store.save(folder, {record.name: record.packed for record in records}, ranges)

@@ -1,0 +1,154 @@
+"""Which tensors carry a quantizer: sites of a model, by name, and how one is put there."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from qexp.attention import CACHE, OPERANDS, Inside, install
+from qexp.task import Task
+
+Make = Callable[[], nn.Module]
+
+
+class Site(NamedTuple):
+    """A tensor that a quantizer can sit on, named by the module it enters or leaves."""
+
+    name: str
+    put: Callable[[nn.Module], Any]
+
+
+class Placement(ABC):
+    @abstractmethod
+    def __call__(self, task: Task, make: Make) -> dict[str, nn.Module]:
+        """Put a quantizer made by `make` on each site; the quantizers by site name."""
+
+
+@dataclass(frozen=True)
+class LinearInputs(Placement):
+    """The input of every linear of the blocks, one quantizer for linears that share it."""
+
+    def __call__(self, task: Task, make: Make) -> dict[str, nn.Module]:
+        return _put(_linear_inputs(task), make)
+
+
+@dataclass(frozen=True)
+class KVCache(Placement):
+    """Keys (after the rotary embedding, as a cache holds them) and values, each head's vector of
+    each token on its own."""
+
+    def __call__(self, task: Task, make: Make) -> dict[str, nn.Module]:
+        return _inside(task, make, CACHE, "qexp_cache")
+
+
+@dataclass(frozen=True)
+class AllOps(Placement):
+    """The result of every operation: linear inputs and outputs, norms, activation functions,
+    attention operands, scores (before the mask) and probabilities, embeddings, residual sums,
+    logits. The setting of Quadapter's line of work; biases stay float."""
+
+    def __call__(self, task: Task, make: Make) -> dict[str, nn.Module]:
+        arch, model = task.arch, task.model
+        sites = _linear_inputs(task)
+        sites.append(Site("embeddings", _input(task.blocks[0])))
+        for index, block in enumerate(task.blocks):
+            name = f"{arch.blocks}.{index}"
+            for group in arch.groups:
+                for linear in group.linears:
+                    sites.append(_output(f"{name}.{linear}", block.get_submodule(linear)))
+            sources = {group.source for group in arch.groups}
+            for norm in arch.norms:
+                module = block.get_submodule(norm)
+                if norm in sources or not arch.pre_norm:
+                    # The norm's input is the residual sum itself, which goes on beside the norm.
+                    sites.append(Site(f"{name}.{norm}.sum", _in_place(module)))
+                sites.append(_output(f"{name}.{norm}", module))
+            for inner, module in block.named_modules():
+                if _is_activation(module):
+                    sites.append(_output(f"{name}.{inner}", module))
+            sites.append(_output(name, block))
+        if arch.norm is not None:
+            sites.append(_output(arch.norm, model.get_submodule(arch.norm)))
+        sites.append(_output(arch.head, model.get_submodule(arch.head)))
+        return _put(sites, make) | _inside(task, make, OPERANDS, "qexp_operands")
+
+
+def _linear_inputs(task: Task) -> list[Site]:
+    sites = []
+    for index, block in enumerate(task.blocks):
+        for group in task.arch.groups:
+            members = [block.get_submodule(linear) for linear in group.linears]
+            name = f"{task.arch.blocks}.{index}.{group.linears[0]}.input"
+            sites.append(Site(name, _inputs(members)))
+    return sites
+
+
+def _put(sites: list[Site], make: Make) -> dict[str, nn.Module]:
+    made = {}
+    for site in sites:
+        made[site.name] = make()
+        site.put(made[site.name])
+    return made
+
+
+def _inside(
+    task: Task, make: Make, operands: tuple[str, ...], implementation: str
+) -> dict[str, nn.Module]:
+    made: dict[str, nn.Module] = {}
+    inside = {}
+    for index, block in enumerate(task.blocks):
+        writer = task.arch.writers[0]  # the attention module owns the first writer
+        path = writer.rpartition(".")[0]
+        own = {operand: make() for operand in operands}
+        # BERT's output projection stands beside the attention proper, hence all its relatives.
+        for module in block.get_submodule(path.partition(".")[0]).modules():
+            inside[module] = Inside(own)
+        made |= {f"{task.arch.blocks}.{index}.attention.{key}": q for key, q in own.items()}
+    install(task.model, inside, implementation)
+    return made
+
+
+def _inputs(modules: list[nn.Module]) -> Callable[[nn.Module], None]:
+    def put(quantizer: nn.Module) -> None:
+        for module in modules:
+            module.register_forward_pre_hook(lambda _, args: (quantizer(args[0]), *args[1:]))
+
+    return put
+
+
+def _input(module: nn.Module) -> Callable[[nn.Module], None]:
+    return _inputs([module])
+
+
+def _in_place(module: nn.Module) -> Callable[[nn.Module], None]:
+    def put(quantizer: nn.Module) -> None:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            args[0].copy_(quantizer(args[0]))
+
+        module.register_forward_pre_hook(hook)
+
+    return put
+
+
+def _output(name: str, module: nn.Module) -> Site:
+    def put(quantizer: nn.Module) -> None:
+        def hook(_: nn.Module, __: Any, output: Any) -> Any:
+            if isinstance(output, tuple):
+                return (quantizer(output[0]), *output[1:])
+            return quantizer(output)
+
+        module.register_forward_hook(hook)
+
+    return Site(f"{name}.output", put)
+
+
+def _is_activation(module: nn.Module) -> bool:
+    """An activation function: a leaf without parameters that is neither dropout nor identity."""
+    return (
+        not any(True for _ in module.children())
+        and not any(True for _ in module.parameters())
+        and not any(True for _ in module.buffers())
+        and not isinstance(module, nn.Dropout | nn.Identity)
+    )

@@ -1,0 +1,59 @@
+"""Quantized weights in one file: bit-packed codes and scales, and how to read them again."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qexp.errors import UserError
+from qexp.files import atomic
+from qexp.packed import Coded, Packed
+
+FILE = "weights.safetensors"
+FORMS: dict[str, type[Packed]] = {"Coded": Coded}
+
+
+def save(folder: Path, weights: Mapping[str, Packed], others: Mapping[str, Tensor]) -> None:
+    """Write `weights.safetensors` atomically.
+
+    weights: stored forms by linear. others: further tensors that the run changed or made (ranges
+    of static activation quantizers), by their own names.
+    """
+    tensors = {f"other:{name}": tensor.contiguous().cpu() for name, tensor in others.items()}
+    layout = {}
+    for name, packed in weights.items():
+        layout[name] = {"form": type(packed).__name__, **packed.layout()}
+        for key, tensor in packed.stored().items():
+            tensors[f"{name}:{key}"] = tensor.contiguous().cpu()
+    with atomic(folder / FILE) as path:
+        save_file(tensors, path, metadata={"layout": json.dumps(layout)})
+
+
+def load(folder: Path) -> tuple[dict[str, Packed], dict[str, Tensor]]:
+    """The inverse of `save`. Raises UserError when the file is absent or damaged."""
+    path = folder / FILE
+    try:
+        with safe_open(path, "pt") as file:
+            layout = json.loads(file.metadata()["layout"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}): run the configuration again with save_weights=true."
+        ) from error
+    packed = {}
+    for name, facts in layout.items():
+        own = {
+            key.removeprefix(f"{name}:"): tensor
+            for key, tensor in tensors.items()
+            if key.startswith(f"{name}:")
+        }
+        packed[name] = FORMS[facts.pop("form")].restore(own, facts)
+    others = {
+        key.removeprefix("other:"): tensor
+        for key, tensor in tensors.items()
+        if key.startswith("other:")
+    }
+    return packed, others
