@@ -83,8 +83,8 @@ def job(cfg: DictConfig) -> float | None:
     (folder / FAILURE).unlink(missing_ok=True)
     log.info("%s: %s", os.path.relpath(folder), headline(metrics))
     if sweep is not None:
-        status = "answered" if answered else "ran"
-        ledger.enter(sweep, ledger.Entry(status, str(folder), overrides))
+        entry = ledger.Entry("answered" if answered else "ran", str(folder), overrides)
+        ledger.enter(sweep, entry)
     return optimized(cfg.optimize, metrics)
 
 

@@ -8,8 +8,6 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from qexp.errors import UserError
-
 CompositionError = HydraException | OmegaConfBaseException
 WITHOUT_KEY = ("experiment", "local")  # groups that leave no key of their own in a configuration
 
@@ -25,13 +23,12 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 def sentence(error: CompositionError) -> str:
     """The configuration key or choice that is wrong, and the nearest one that is right."""
-    for each in _chain(error):
-        if isinstance(each, UserError):  # raised inside a resolver
-            return str(each)
+    raised = re.match(r"UserError raised while resolving interpolation: (.*)", str(error))
+    if raised is not None:  # a resolver's own sentence; OmegaConf keeps the text alone
+        return raised[1]
     if isinstance(error, OmegaConfBaseException) and "Missing mandatory value" in str(error):
-        # the text alone: OmegaConf wraps it when a resolver asks, and drops the cause
-        key = re.findall(r"full_key: (\S+)", str(error)) or re.findall(r"value: (\S+)", str(error))
-        return f"{key[0]}: has no value; set it with {key[0]}=VALUE"
+        keys = [*re.findall(r"full_key: (\S+)", str(error)), error.full_key]
+        return f"{keys[0]}: has no value; set it with {keys[0]}=VALUE"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
         return _choice(error.missing_cfg_file, error.options or [])
     if isinstance(error, ConfigCompositionException):
@@ -45,12 +42,6 @@ def sentence(error: CompositionError) -> str:
             return f"{several[1] or several[2]}: several values need -m (one run for each)"
     said = str(error) or str(error.__cause__ or type(error).__name__)
     return " ".join(line.strip() for line in said.splitlines() if line.strip())
-
-
-def _chain(error: BaseException | None) -> Iterable[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__
 
 
 def _choice(path: str, options: Iterable[str]) -> str:

@@ -36,7 +36,7 @@ class Provenance:
         self._started = datetime.now(UTC)
         self._facts: dict[str, Any] = {}
         self._stages: dict[str, dict[str, float]] = {}
-        self._inputs: dict[str, dict[str, Any]] = {}
+        self._inputs: dict[str, dict[str, int] | None] = {}
 
     def add(self, **facts: Any) -> None:
         """Facts that only the run knows: device, fingerprints of model and data, protocols …
@@ -45,8 +45,9 @@ class Provenance:
         """
         for name, value in facts.items():
             known = self._facts.get(name)
-            merged = isinstance(known, dict) and isinstance(value, dict)
-            self._facts[name] = {**known, **value} if merged else value
+            if isinstance(known, dict) and isinstance(value, dict):
+                value = {**known, **value}
+            self._facts[name] = value
 
     def read_files(self, paths: Iterable[Path]) -> None:
         """Local files the run reads; when one changes, the run is no longer answered from disk."""

@@ -1,0 +1,164 @@
+"""Finished runs, as their folders tell them."""
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from qexp import results
+from qexp.errors import UserError
+
+# overrides that a column of the table shows already, or that no number depends on
+SHOWN = ("model", "data", "method", "weight", "activation", "experiment", "eval")
+UNSEEN = ("logger", "progress", "threads", "save_weights", "optimize", "label", "hydra")
+
+
+@dataclass(frozen=True)
+class Column:
+    """A metric under one definition; two protocols of the same name have two columns."""
+
+    name: str  # "<protocol>/<key>" as in metrics.json
+    digest: str  # of the protocol's definition, empty where none was recorded
+
+    @property
+    def title(self) -> str:
+        """What stands above the column."""
+        return f"{self.name} [{self.digest}]" if self.digest else self.name
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, as its folder tells it."""
+
+    folder: Path
+    choices: dict[str, str]  # group → option
+    config: dict[str, Any]
+    overrides: tuple[str, ...]
+    metrics: dict[str, float]
+    provenance: dict[str, Any]
+
+    @property
+    def is_float(self) -> bool:
+        """Nothing was quantized: a baseline."""
+        groups = ("method", "activation", "kv", "transform")
+        untouched = all(self.choices.get(group, "none") == "none" for group in groups)
+        return untouched and self.choices.get("model") != "from_run"
+
+    @property
+    def columns(self) -> list[Column]:
+        """Perplexities, and every other metric that comes with a standard error."""
+        protocols = self.provenance.get("protocols", {})
+        names = [
+            name
+            for name in self.metrics
+            if name.endswith("/ppl") or f"{name}_stderr" in self.metrics
+        ]
+        return [
+            Column(name, protocols.get(name.rpartition("/")[0], {}).get("digest", ""))
+            for name in names
+        ]
+
+    @property
+    def weight(self) -> str:
+        """The weight grid as it was asked for."""
+        if self.is_float:
+            return "float"
+        grid = self.config.get("weight") or {}
+        parts = [self.choices.get("weight", "?")]
+        if "bits" in grid:
+            parts.append(str(grid["bits"]))
+        if grid.get("group_size"):
+            parts.append(f"g{grid['group_size']}")
+        if "symmetric" in grid:
+            parts.append("sym" if grid["symmetric"] else "asym")
+        return " ".join(parts)
+
+    @property
+    def other(self) -> str:
+        """Overrides that no other column shows."""
+        kept = []
+        for override in self.overrides:
+            key = override.lstrip("+~").partition("=")[0]
+            grid = key in ("weight.bits", "weight.group_size", "weight.symmetric")
+            if key not in SHOWN and key.partition(".")[0] not in UNSEEN and not grid:
+                kept.append(override)
+        return " ".join(kept)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all stages."""
+        return sum(stage["seconds"] for stage in self._stages)
+
+    def peak(self, kind: str) -> float:
+        """Highest `peak_<kind>_bytes` of any stage in GB, NaN where none was measured."""
+        peaks = [stage.get(f"peak_{kind}_bytes") for stage in self._stages]
+        return max((peak / 1e9 for peak in peaks if peak is not None), default=math.nan)
+
+    def value(self, name: str) -> float:
+        """A metric by its name or a number of the configuration by its dotted key, else NaN."""
+        if name in self.metrics:
+            return self.metrics[name]
+        found = OmegaConf.select(OmegaConf.create(self.config), name)
+        return float(found) if isinstance(found, int | float) else math.nan
+
+    @property
+    def _stages(self) -> list[dict[str, float]]:
+        return list(self.provenance.get("stages", {}).values())
+
+
+def load(folder: Path) -> Run:
+    """The run in one folder; an incomplete or unreadable one is a UserError."""
+    try:
+        config = OmegaConf.load(folder / ".hydra" / "config.yaml")
+        settings = OmegaConf.load(folder / ".hydra" / "hydra.yaml")
+        choices = OmegaConf.select(settings, "hydra.runtime.choices") or {}
+        overrides = OmegaConf.load(folder / ".hydra" / "overrides.yaml")
+        content: Any = OmegaConf.to_container(config, resolve=True)
+    except Exception as error:  # yaml, OmegaConf and the file system each have their own
+        raise UserError(f"{folder / '.hydra'}: cannot be read ({error})") from error
+    return Run(
+        folder=folder,
+        choices={str(key): str(value) for key, value in choices.items()},
+        config=content,
+        overrides=tuple(str(override) for override in overrides),
+        metrics=results.metrics(folder),
+        provenance=results.provenance(folder),
+    )
+
+
+def collect(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
+    """Finished runs at any depth, in the order of a table, and a note for each that is left out."""
+    runs, notes = {}, []
+    for top in folders:
+        if not top.is_dir():
+            raise UserError(f"{top}: is not a folder; name the folder of a run or of a sweep")
+        for path in sorted([top / ".hydra", *top.rglob(".hydra")]):
+            folder = path.parent
+            if not path.is_dir() or folder.resolve() in runs:
+                continue
+            if not (folder / results.METRICS).exists():
+                notes.append(f"{folder}: left out, it did not finish{_reason(folder)}")
+                continue
+            try:
+                runs[folder.resolve()] = load(folder)
+            except UserError as error:
+                notes.append(f"{folder}: left out, {error}")
+    return sorted(runs.values(), key=_order), notes
+
+
+def _order(run: Run) -> tuple[Any, ...]:
+    """Baselines first, then by method with falling bits."""
+    bits = run.metrics.get("weight/bits", math.inf)
+    names = [run.choices.get(group, "") for group in ("model", "data", "activation", "method")]
+    return (*names[:2], not run.is_float, *names[2:], -bits, str(run.folder))
+
+
+def _reason(folder: Path) -> str:
+    try:
+        return f" ({json.loads((folder / 'failure.json').read_text())['reason']})"
+    except (OSError, ValueError, KeyError):
+        return ""

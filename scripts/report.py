@@ -1,0 +1,5 @@
+"""Table and plot of the runs in some folders: `python scripts/report.py outputs --out here`."""
+
+from qexp.report import main
+
+raise SystemExit(main())
