@@ -1,0 +1,307 @@
+"""Every named protocol against plain loops over full logits."""
+
+import math
+import random
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CONF, DECODERS, tiny
+from hydra.utils import get_class
+from omegaconf import OmegaConf
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from qexp.data.corpus import Corpus
+from qexp.data.synthetic import Synthetic
+from qexp.errors import UserError
+from qexp.eval.evaluator import Evaluator, digest
+from qexp.eval.pages import detokenize, pages, words
+from qexp.task import TASKS, CausalLM
+
+CORPUS = Synthetic(count=30, words=20)
+OTHERS = {"none", "loss", "from_run"}
+PROTOCOLS = sorted({path.stem for path in (CONF / "eval").glob("*.yaml")} - OTHERS)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QEXP_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def protocol(choice: str, corpus: Corpus = CORPUS, **fields: object) -> Evaluator:
+    """conf/eval/<choice>.yaml on another corpus, in small."""
+    data = {"name": corpus.name, "evaluation_split": "test"}
+    whole = OmegaConf.create({"data": data, "seed": 0, "eval": {}})
+    whole.eval = OmegaConf.load(CONF / "eval" / f"{choice}.yaml")
+    [node] = whole.eval.values()
+    kind = get_class(node._target_)
+    del node._target_, node.corpus
+    node.update(fields)  # before the name, which some fields are part of
+    return kind(corpus=corpus, **node)
+
+
+def llama(family: str = "llama") -> CausalLM:
+    task = TASKS["causal_lm"](*tiny(family)[:2]).eval()
+    assert isinstance(task, CausalLM)
+    return task
+
+
+def ids_of(task: CausalLM, text: str) -> Tensor:
+    return torch.tensor([task.tokenizer(text)["input_ids"]])
+
+
+@torch.no_grad()
+def full_losses(task: CausalLM, ids: Tensor) -> Tensor:
+    """Of tokens 1, 2, … from all logits at once."""
+    logits = task.model(input_ids=ids).logits
+    return cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="none")
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_gptq_protocol_from_full_logits(family: str) -> None:
+    """As the specification writes it: mean over 63 targets, times 64, summed, exp of the mean."""
+    task = llama(family)
+    measured = protocol("wikitext2_gptq_512", length=64, batch_tokens=192)(task)
+    ids = ids_of(task, "\n\n".join(CORPUS.documents("test")))
+    count = ids.shape[1] // 64
+    total = 0.0
+    for i in range(count):
+        total += float(full_losses(task, ids[:, 64 * i : 64 * i + 64]).mean()) * 64
+    assert measured["ppl"] == pytest.approx(math.exp(total / (count * 64)), rel=1e-5)
+    assert (measured["windows"], measured["tokens"]) == (count, count * 63)
+
+
+def test_held_out_takes_the_text_as_it_stands() -> None:
+    task = llama()
+    held_out = protocol("held_out", length=32, limit=5)
+    assert held_out.name == "synthetic_raw_32x5"
+    ids = ids_of(task, CORPUS.text("test"))
+    losses = [float(full_losses(task, ids[:, 32 * i : 32 * i + 32]).mean()) for i in range(5)]
+    measured = held_out(task)
+    assert measured["ppl"] == pytest.approx(math.exp(sum(losses) / 5), rel=1e-5)
+    error = torch.tensor(losses).std() / math.sqrt(5)
+    assert measured["ppl_stderr"] == pytest.approx(measured["ppl"] * float(error), rel=1e-3)
+    torch.testing.assert_close(held_out.losses(task), torch.tensor(losses))
+    assert [len(window) for window in held_out.token_losses(task)] == [31] * 5
+
+
+@pytest.mark.parametrize(
+    ("choice", "joined"), [("ptb_gptq", "\n\n"), ("ptb_gptq_new", " "), ("c4_gptq_new", " ")]
+)
+def test_joins(choice: str, joined: str) -> None:
+    task = llama()
+    split = "test" if choice == "ptb_gptq_new" else "validation"
+    fields = {"documents": 12, "limit": 6} if choice == "c4_gptq_new" else {}
+    documents = CORPUS.documents(split)[: fields.get("documents")]
+    ids = ids_of(task, joined.join(documents))
+    count = min(ids.shape[1] // 48, fields.get("limit", 10**9))
+    losses = [full_losses(task, ids[:, 48 * i : 48 * i + 48]).mean() for i in range(count)]
+    measured = protocol(choice, length=48, **fields)(task)
+    assert measured["ppl"] == pytest.approx(float(torch.stack(losses).mean().exp()), rel=1e-5)
+
+
+def test_first_c4_protocol_draws_as_gptq_does() -> None:
+    task = llama()
+    documents = CORPUS.documents("validation")
+    random.seed(0)
+    losses = []
+    for _ in range(10):
+        while True:
+            ids = ids_of(task, documents[random.randint(0, len(documents) - 1)])
+            if ids.shape[1] >= 110:
+                break
+        start = random.randint(0, ids.shape[1] - 110 - 1)
+        losses.append(full_losses(task, ids[:, start : start + 110]).mean())
+    measured = protocol("c4_gptq", length=110, count=10)(task)
+    assert measured["ppl"] == pytest.approx(float(torch.stack(losses).mean().exp()), rel=1e-5)
+
+
+def test_strided_scores_every_token_once() -> None:
+    task = llama()
+    measured = protocol("hf_strided", length=64, stride=24)(task)
+    ids = ids_of(task, "\n\n".join(CORPUS.documents("test")))
+    total, scored, reached = 0.0, 0, 0
+    for start in range(0, ids.shape[1], 24):
+        end = min(start + 64, ids.shape[1])
+        new = end - reached
+        total += float(full_losses(task, ids[:, start:end])[-new:].sum())
+        scored += min(new, end - start - 1)
+        reached = end
+        if end == ids.shape[1]:
+            break
+    assert scored == ids.shape[1] - 1 == measured["tokens"]
+    assert measured["ppl"] == pytest.approx(math.exp(total / scored), rel=1e-5)
+
+
+def test_llamacpp_scores_the_second_half_after_bos() -> None:
+    task = llama()
+    measured = protocol("llamacpp_512", length=32, context=17)(task)
+    bos = task.tokenizer.bos_token_id
+    ids = torch.cat([torch.tensor([[bos]]), ids_of(task, CORPUS.text("test"))], dim=1)
+    losses = []
+    for i in range(ids.shape[1] // 32):
+        chunk = ids[:, 32 * i : 32 * i + 32].clone()
+        chunk[0, 0] = bos
+        losses.append(full_losses(task, chunk)[16:])  # positions 16 to 30 predict 17 to 31
+    assert all(len(part) == 15 for part in losses)
+    assert measured["ppl"] == pytest.approx(float(torch.cat(losses).mean().exp()), rel=1e-5)
+
+
+def test_half_window_scores_half_of_every_window() -> None:
+    task = llama()
+    measured = protocol("half_window", length=32, context=16)(task)
+    ids = ids_of(task, "\n\n".join(CORPUS.documents("test")))
+    losses = [
+        full_losses(task, ids[:, 32 * i : 32 * i + 32])[15:] for i in range(ids.shape[1] // 32)
+    ]
+    assert all(len(part) == 16 for part in losses)
+    assert measured["ppl"] == pytest.approx(float(torch.cat(losses).mean().exp()), rel=1e-5)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 100, 10**6])
+def test_batches_change_nothing(batch_tokens: int) -> None:
+    task = llama()
+    one, other = (
+        protocol("hf_strided", length=64, stride=24, batch_tokens=n)(task)
+        for n in (2048, batch_tokens)
+    )
+    assert one == pytest.approx(other, rel=1e-6)
+
+
+@pytest.mark.parametrize("slice", [1, 7, 10**6])
+def test_streamed_logits_are_the_full_ones(slice: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = llama()
+    expected = protocol("held_out", length=32, limit=6).token_losses(task)
+    monkeypatch.setattr("qexp.task.POSITIONS", slice)
+    found = protocol("held_out", length=32, limit=6).token_losses(task)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+WIKI = (
+    " \n = First page = \n \n It 's 3 @,@ 000 words ( or so ) ; the authors ' \" own \" ones . \n"
+    " = = A section = = \n \n But N people said : no ! \n"
+    " \n = Second , page = \n \n More [ text ] . \n"
+    + " and on and on , for longer than one window of the model \n"
+    * 3
+)
+
+
+class Wiki(Synthetic):
+    def text(self, split: str) -> str:
+        return WIKI
+
+
+def test_pages_and_words() -> None:
+    first, second = pages(WIKI)
+    assert first.startswith(" = First page = \n") and first.endswith("no ! \n ")
+    assert second.startswith(" = Second , page = \n")
+    assert words(first) == len(re.split(r"\s+", first))
+    clean = detokenize(first)
+    assert "It's 3,000 words (or so); the authors'" in clean
+    assert "== A section ==" in clean and "But 1 people said: no!" in clean
+
+
+def test_word_perplexity_rolls_over_pages() -> None:
+    task = llama()
+    measured = protocol("lm_eval_word", Wiki(), length=40)(task)
+    total, count = 0.0, 0
+    for page in pages(WIKI):
+        ids = ids_of(task, detokenize(page))
+        ids = torch.cat([torch.tensor([[task.tokenizer.bos_token_id]]), ids], dim=1)
+        for start in range(1, ids.shape[1], 40):
+            end = min(start + 40, ids.shape[1])
+            seen = ids[:, max(0, end - 41) : end]
+            total += float(full_losses(task, seen)[-(end - start) :].sum())
+        count += words(page)
+    assert measured["ppl"] == pytest.approx(math.exp(total / count), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_word_perplexity_is_that_of_lm_eval(family: str) -> None:
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks.wikitext.preprocess_wikitext import process_results, wikitext_detokenizer
+
+    task = llama(family)
+    path = CONF.parents[1] / "shared" / "data" / "wikitext2" / "wiki.test.raw"
+    text = path.read_text()[:30_000] if path.is_file() else WIKI
+
+    class Raw(Synthetic):
+        def text(self, split: str) -> str:
+            return text
+
+    documents = [{"page": page} for page in pages(text)]
+    engine = HFLM(pretrained=task.model, tokenizer=task.tokenizer, max_length=128, batch_size=4)
+    requests = [
+        Instance("loglikelihood_rolling", document, (wikitext_detokenizer(document),), i)
+        for i, document in enumerate(documents)
+    ]
+    found = engine.loglikelihood_rolling(requests, disable_tqdm=True)
+    pairs = [
+        process_results(document, (value,))["word_perplexity"]
+        for document, value in zip(documents, found, strict=True)
+    ]
+    expected = -sum(value for value, _ in pairs) / sum(count for _, count in pairs)
+    measured = protocol("lm_eval_word", Raw(), length=128)(task)
+    assert math.log(measured["ppl"]) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("choice", PROTOCOLS)
+def test_every_protocol_is_defined_by_its_content(choice: str) -> None:
+    one = digest(protocol(choice).definition())
+    assert re.fullmatch("[0-9a-f]{8}", one)
+    assert digest(protocol(choice, batch_tokens=1).definition()) == one
+    assert digest(protocol(choice, Synthetic(count=29, words=20)).definition()) != one
+    assert digest(protocol(choice, length=1999).definition()) != one
+
+
+def test_no_two_protocols_are_the_same() -> None:
+    same = {"held_out", "wikitext2_raw_512x40"}  # on one corpus
+    digests = {digest(protocol(choice).definition()) for choice in PROTOCOLS if choice not in same}
+    assert len(digests) == len(PROTOCOLS) - len(same)
+
+
+@pytest.mark.parametrize("choice", PROTOCOLS)
+def test_a_short_text_is_an_error(choice: str) -> None:
+    if choice == "lm_eval_word":
+        pytest.skip("pages may be short")
+    with pytest.raises(UserError, match=r"window|no document"):
+        protocol(choice, Synthetic(count=1, words=4))(llama())
+
+
+def test_nan_weights_are_an_error_that_names_the_protocol() -> None:
+    task = llama()
+    next(task.blocks.parameters()).data[0, 0] = math.nan
+    with pytest.raises(UserError, match=r"synthetic_raw_32x4.*NaN"):
+        protocol("held_out", length=32, limit=4)(task)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"bos": "end"}, "bos"),
+        ({"context": 512}, "context"),
+        ({"stride": 513}, "stride"),
+        ({"limit": 0}, "limit"),
+    ],
+)
+def test_wrong_fields_are_named(fields: dict, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        protocol("wikitext2_raw_512x40", **fields)
+
+
+def test_models_that_cannot_be_measured_say_why() -> None:
+    with pytest.raises(UserError, match="eval=loss"):
+        protocol("held_out", length=16)(TASKS["masked_lm"](*tiny("bert")[:2]).eval())
+    with pytest.raises(UserError, match=r"2048.*positions|positions"):
+        protocol("wikitext2_gptq_2048", length=100_000)(llama("gpt2"))
+
+
+def test_one_window_has_no_standard_error() -> None:
+    measured = protocol("held_out", length=32, limit=1)(llama())
+    assert math.isnan(measured["ppl_stderr"]) and measured["windows"] == 1
