@@ -163,9 +163,7 @@ ARCHS: dict[str, Arch] = {
     "vit": Arch(
         blocks="vit.layers",
         groups=(
-            Group(
-                ("attention.q_proj", "attention.k_proj", "attention.v_proj"), "layernorm_before"
-            ),
+            Group(("attention.q_proj", "attention.k_proj", "attention.v_proj"), "layernorm_before"),
             Group(("attention.o_proj",), "attention.v_proj"),
             Group(("mlp.fc1",), "layernorm_after"),
             Group(("mlp.fc2",)),
@@ -185,7 +183,7 @@ def arch_of(model: PreTrainedModel) -> Arch:
     if config.model_type not in ARCHS:
         known = ", ".join(sorted(ARCHS))
         raise UserError(
-            f"model: family {config.model_type!r} is not known to qexp; known are {known}."
+            f"model: family {config.model_type!r} is not known to qexp; known are {known}"
         )
     if config.model_type == "opt" and not config.do_layer_norm_before:
         return OPT_POST_NORM

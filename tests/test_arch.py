@@ -18,7 +18,7 @@ EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 
 
 class Seen(NamedTuple):
-    """The first block in one forward: its modules in the order of their calls, what went through."""
+    """The first block in one forward: its modules as they were called, what went through."""
 
     order: list[str]
     inputs: dict[str, Tensor]
@@ -204,5 +204,5 @@ def test_gemma3_inside_the_vision_language_model():
 
 def test_an_unknown_family_is_answered_with_the_known_ones():
     config = BloomConfig(vocab_size=32, hidden_size=16, n_layer=1, n_head=2)
-    with pytest.raises(UserError, match="'bloom'.*gpt_neox.*llama"):
+    with pytest.raises(UserError, match=r"'bloom'.*gpt_neox.*llama"):
         arch_of(AutoModelForCausalLM.from_config(config))

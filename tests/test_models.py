@@ -1,33 +1,21 @@
-"""Every source of a model, on models small enough to write in a test; no network."""
+"""Random models, folders and the hub, on models small enough to write in a test; no network."""
 
 import hashlib
 import json
 import shutil
-import struct
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import CONF, FAMILIES, batches, data_dir, tiny
-from gguf import GGUFWriter
+from conftest import CONF, FAMILIES, batches, tiny
 from omegaconf import OmegaConf
-from transformers import LlamaForCausalLM
 
 from qexp.build import build
 from qexp.errors import UserError
-from qexp.models import wheel
-from qexp.models.gguf import GGUF
 from qexp.models.hub import Hub
-from qexp.models.llama2c import Llama2C, sentencepiece_tokenizer
 from qexp.models.local import Local
 from qexp.models.random import Random
-from qexp.models.source import Loaded, Source
-
-needs_data = pytest.mark.skipif(data_dir() is None, reason="no QEXP_DATA_DIR")
+from qexp.models.source import Loaded
 
 
 @torch.no_grad()
@@ -142,7 +130,7 @@ def test_a_folder_that_lacks_a_shard(tmp_path):
 def test_a_folder_with_half_a_file(tmp_path, broken):
     path = saved(tmp_path / "model") / broken
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(UserError, match="model.path"):
+    with pytest.raises(UserError, match=r"model\.path"):
         Local(str(path.parent)).load()
 
 
@@ -166,7 +154,7 @@ def test_a_quantized_checkpoint_is_refused(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     stored = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
     (folder / "config.json").write_text(json.dumps(config | stored))
-    with pytest.raises(UserError, match="already quantized .gptq"):
+    with pytest.raises(UserError, match=r"already quantized .gptq"):
         Local(str(folder)).load()
 
 
@@ -186,7 +174,7 @@ def test_a_folder_fingerprint_follows_the_weights(tmp_path):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch) -> Path:
-    """A hub cache with org/name at two commits, `main` and the tag `old`; the hub is out of reach."""
+    """A cache with org/name at two commits, `main` and the tag `old`; the hub is out of reach."""
     repository = tmp_path / "models--org--name"
     for revision, seed in (("main", 0), ("old", 1)):
         commit = hashlib.sha1(revision.encode()).hexdigest()
@@ -215,3 +203,16 @@ def test_a_hub_id_and_its_revisions(hub):
     assert old.fingerprint() != Hub("org/name").fingerprint()
     commit = old.fingerprint()["revision"]
     assert Hub("org/name", revision=commit).fingerprint() == old.fingerprint()
+
+
+def test_a_hub_id_that_is_out_of_reach(hub):
+    for source in (Hub("org/other"), Hub("org/name", revision="gone")):
+        with pytest.raises(UserError, match=r"model\.id: org/.*model=local model\.path=FOLDER"):
+            source.load()
+
+
+def test_a_hub_id_that_is_a_folder_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gpt2").mkdir()
+    with pytest.raises(UserError, match=r"model=local model\.path=gpt2"):
+        Hub("gpt2")

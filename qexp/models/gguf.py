@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gguf import GGUFReader
-from transformers import GgufConfig, PreTrainedModel
+from transformers import AutoConfig, GgufConfig, PreTrainedModel
 
 from qexp.errors import UserError
+from qexp.models.kept import kept
 from qexp.models.pretrained import first_line, pretrained, tokenizer_of
-from qexp.models.source import Loaded, Source, check, sha256
+from qexp.models.source import Loaded, Source, check, ready, sha256
 
 FLAGS = ("is_quantized", "quantization_method", "hf_quantizer")
 
@@ -22,6 +23,7 @@ class GGUF(Source):
     """
 
     path: str
+    keep: bool = False  # the dequantized model in the cache folder: loads ten times faster
     dtype: str = "float32"
     objective: str = "causal_lm"
 
@@ -29,22 +31,27 @@ class GGUF(Source):
         check(self)
 
     def load(self) -> Loaded:
+        loaded = kept(self, self._read) if self.keep else self._read()
+        return loaded._replace(model=ready(loaded.model))
+
+    def _read(self) -> Loaded:
         [path] = self.files()
         where, options = str(path.parent), {"gguf_file": path.name, "local_files_only": True}
+        name = f"model.path: {path}"
         try:
+            # handed on, or each of the two below would parse the header (seconds) once more
+            config = AutoConfig.from_pretrained(where, **options)
+            tokenizer = tokenizer_of(where, name, self, config=config, **options)
+            unpack = GgufConfig(dequantize=True)  # even where kernels could compute on the blocks
             model = pretrained(
-                where,
-                f"model.path: {path}",
-                self,
-                quantization_config=GgufConfig(dequantize=True),  # even where kernels could compute
-                **options,
+                where, name, self, config=config, quantization_config=unpack, **options
             )
-            tokenizer = tokenizer_of(where, f"model.path: {path}", self, **options)
         except UserError:
+            _check_whole(path)
             raise
         except Exception as error:  # the reader stumbles over a broken file in many ways
             _check_whole(path)
-            raise UserError(f"model.path: {path} cannot be loaded ({first_line(error)})") from error
+            raise UserError(f"{name} cannot be loaded ({first_line(error)})") from error
         return Loaded(_unflagged(model), tokenizer)
 
     def fingerprint(self) -> dict[str, str]:

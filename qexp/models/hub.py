@@ -10,7 +10,7 @@ from transformers.utils import cached_file
 
 from qexp.errors import UserError
 from qexp.models.pretrained import first_line, pretrained, refuse_quantized, tokenizer_of
-from qexp.models.source import Loaded, Source, check
+from qexp.models.source import Loaded, Source, check, ready
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Hub(Source):
             model = pretrained(self.id, self._name, self, **revision)
         except (OSError, ValueError, SafetensorError) as error:
             raise self._refused(error) from error
-        return Loaded(model, tokenizer_of(self.id, self._name, self, **revision))
+        return Loaded(ready(model), tokenizer_of(self.id, self._name, self, **revision))
 
     def fingerprint(self) -> dict[str, str]:
         return {"model": self.id, "revision": self._snapshot().name, "dtype": self.dtype}

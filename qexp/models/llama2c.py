@@ -58,7 +58,7 @@ class Llama2C(Source):
             file = Path(getattr(self, key)).expanduser()
             if not file.is_file():
                 raise UserError(
-                    f"model.{key}: {file} is not a file; QEXP_DATA_DIR names the folder with models/"
+                    f"model.{key}: {file} is not a file; QEXP_DATA_DIR names the folder of models/"
                 )
             found.append(file)
         return found
@@ -96,7 +96,7 @@ def _header(path: Path) -> tuple[LlamaConfig, Float32[Tensor, " numbers"]]:
 
 
 def _layout(config: LlamaConfig) -> list[tuple[str, torch.Size]]:
-    """What stands in the file, in its order; `{}` is a layer's number, and that axis comes first."""
+    """What stands in the file, in order; `{}` is a layer's number, whose axis comes first."""
     dim, hidden, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     size = dim // config.num_attention_heads
     values = size * config.num_key_value_heads
@@ -157,8 +157,7 @@ def sentencepiece_tokenizer(path: Path) -> PreTrainedTokenizerBase:
                 order = (-pieces.get_score(index), vocabulary[left], vocabulary[right])
                 ranked.append((order, (left, right)))
     unknown, begin, end = (
-        pieces.id_to_piece(index)
-        for index in (pieces.unk_id(), pieces.bos_id(), pieces.eos_id())
+        pieces.id_to_piece(index) for index in (pieces.unk_id(), pieces.bos_id(), pieces.eos_id())
     )
     tokenizer = Tokenizer(
         models.BPE(

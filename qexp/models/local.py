@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from qexp.errors import UserError
 from qexp.models.gguf import GGUF
 from qexp.models.pretrained import first_line, pretrained, refuse_quantized, tokenizer_of
-from qexp.models.source import Loaded, Source, check, sha256
+from qexp.models.source import Loaded, Source, check, ready, sha256
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # any one of these makes a tokenizer, alone or with those beside it
@@ -37,7 +37,7 @@ class Local(Source):
             model = pretrained(str(folder), name, self, local_files_only=True)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{name} cannot be loaded ({first_line(error)})") from error
-        return Loaded(model, tokenizer_of(str(folder), name, self, local_files_only=True))
+        return Loaded(ready(model), tokenizer_of(str(folder), name, self, local_files_only=True))
 
     def fingerprint(self) -> dict[str, str]:
         if gguf := self._gguf():
@@ -68,7 +68,7 @@ class Local(Source):
     def _gguf(self) -> GGUF | None:
         path = Path(self.path).expanduser()
         if path.suffix == ".gguf":
-            return GGUF(str(path), self.dtype, self.objective)
+            return GGUF(str(path), dtype=self.dtype, objective=self.objective)
         return None
 
     def _folder(self) -> Path:

@@ -5,11 +5,11 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from qexp.errors import UserError
-from qexp.models.source import AUTO, DTYPES, Source, ready
+from qexp.models.source import AUTO, DTYPES, Source
 
 
 def pretrained(where: str, name: str, source: Source, **options: Any) -> PreTrainedModel:
-    """The model of a hub id or folder `where`, whole: no weight that the checkpoint lacks.
+    """The model of a hub id or folder `where`, as it stands there, and whole.
 
     `name` is the config key and value that errors speak of. transformers fills missing weights
     with random ones and only warns, so a head that was never trained would be measured.
@@ -27,7 +27,7 @@ def pretrained(where: str, name: str, source: Source, **options: Any) -> PreTrai
             f"model.objective={source.objective} needs; choose a checkpoint with it or another "
             "objective"
         )
-    return ready(model)
+    return model
 
 
 def refuse_quantized(config: dict[str, Any], name: str) -> None:

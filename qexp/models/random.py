@@ -63,11 +63,11 @@ class Random(Source):
         try:
             known = AutoConfig.for_model(self.family)
         except ValueError as error:
-            raise UserError(f"model.family: {self.family!r} is no transformers model.") from error
-        if unknown := [key for key in self.sizes if not hasattr(known, key)]:
             raise UserError(
-                f"model.sizes.{unknown[0]}: no such field in {type(known).__name__} of transformers."
-            )
+                f"model.family: {self.family!r} is no model type of transformers"
+            ) from error
+        if unknown := [key for key in self.sizes if not hasattr(known, key)]:
+            raise UserError(f"model.sizes.{unknown[0]}: {type(known).__name__} has no such field")
         return AutoConfig.for_model(self.family, **self.sizes)
 
 

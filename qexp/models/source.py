@@ -4,7 +4,7 @@ import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -62,9 +62,9 @@ class Source(ABC):
 def check(source: Source) -> None:
     """UserError unless `dtype` and `objective` are known: called as a source is built."""
     if source.dtype not in DTYPES:
-        raise UserError(f"model.dtype: {source.dtype!r} is none of {', '.join(DTYPES)}.")
+        raise UserError(f"model.dtype: {source.dtype!r} is none of {', '.join(DTYPES)}")
     if source.objective not in AUTO:
-        raise UserError(f"model.objective: {source.objective!r} is none of {', '.join(AUTO)}.")
+        raise UserError(f"model.objective: {source.objective!r} is none of {', '.join(AUTO)}")
 
 
 def ready(model: PreTrainedModel) -> PreTrainedModel:
@@ -80,7 +80,7 @@ def sha256(path: Path) -> str:
     return _sha256(os.fspath(path), status.st_size, status.st_mtime_ns)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _sha256(path: str, size: int, mtime_ns: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

