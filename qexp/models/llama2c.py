@@ -123,7 +123,8 @@ def _layout(config: LlamaConfig) -> list[tuple[str, torch.Size]]:
 
 
 def _state(config: LlamaConfig, weights: Float32[Tensor, " numbers"]) -> dict[str, Tensor]:
-    state, start = {}, 0
+    state: dict[str, Tensor] = {}
+    start = 0
     size = config.hidden_size // config.num_attention_heads
     for name, shape in _layout(config):
         tensor = weights[start : start + shape.numel()].view(shape)
