@@ -21,6 +21,7 @@ from qexp.provenance import stamp
 log = logging.getLogger(__name__)
 
 FAILURE = "failure.json"
+TRACE = "QEXP_TRACE"  # tells the workers of a launcher what HYDRA_FULL_ERROR was
 
 
 def conf() -> Path:
@@ -34,6 +35,7 @@ def main() -> None:
     """Run the Hydra application; faults of the user's are one sentence, all others a traceback."""
     resolvers.register()
     asked = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ[TRACE] = "1" if asked == "1" else "0"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand exceptions on instead of printing them
     os.environ.pop(ledger.VARIABLE, None)
     code: str | int | None = 0
@@ -46,8 +48,10 @@ def main() -> None:
         code = stop.code
     except Exception as error:
         code = 1
-        if not _reported(error) or asked == "1":
-            _say(_sentence(error), error, trace=asked == "1")
+        if not _reported(error):
+            if _traced(error):
+                traceback.print_exception(error)
+            _say(_sentence(error))
     finally:
         if asked is None:
             os.environ.pop("HYDRA_FULL_ERROR")
@@ -71,7 +75,7 @@ def job(cfg: DictConfig) -> float | None:
         metrics, answered = _run(cfg, folder, sweep)
     except Exception as error:
         reason = _sentence(error)
-        log.error("failed: %s", reason, exc_info=not _expected(error))
+        log.error("failed: %s", reason, exc_info=_traced(error))
         with contextlib.suppress(OSError, UserError):  # the disk may be what is full
             results.write_json(folder / FAILURE, {"reason": reason, "overrides": overrides})
             if sweep is not None:
@@ -134,8 +138,10 @@ def _reported(error: BaseException) -> bool:
     return _REPORTED in getattr(error, "__notes__", ())
 
 
-def _expected(error: BaseException) -> bool:
-    return isinstance(error, UserError | HydraException | OmegaConfBaseException)
+def _traced(error: BaseException) -> bool:
+    """Whether to show where it happened: always for a fault of the program."""
+    expected = isinstance(error, UserError | HydraException | OmegaConfBaseException)
+    return not expected or os.environ.get(TRACE) == "1"
 
 
 def _sentence(error: Exception) -> str:
@@ -146,7 +152,5 @@ def _sentence(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _say(text: str, error: BaseException | None = None, trace: bool = False) -> None:
-    if error is not None and (trace or not _expected(error)):
-        traceback.print_exception(error)
+def _say(text: str) -> None:
     print(f"qexp: {text}", file=sys.stderr)

@@ -29,6 +29,10 @@ def sentence(error: CompositionError) -> str:
     if isinstance(error, OmegaConfBaseException) and "Missing mandatory value" in str(error):
         keys = [*re.findall(r"full_key: (\S+)", str(error)), error.full_key]
         return f"{keys[0]}: has no value; set it with {keys[0]}=VALUE"
+    variable = re.search(r"Environment variable '(\w+)' not found", str(error))
+    if variable is not None:
+        keys = [*re.findall(r"full_key: (\S+)", str(error)), "config"]
+        return f"{keys[0]}: set the environment variable {variable[1]}, or this key"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
         return _choice(error.missing_cfg_file, error.options or [])
     if isinstance(error, ConfigCompositionException):

@@ -3,12 +3,10 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qexp.files import atomic
-
-if TYPE_CHECKING:
-    from qexp.runs import Column, Run
+from qexp.runs import Column, Run
 
 # Okabe and Ito: told apart with any colour vision, and by their markers in grey
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -16,7 +14,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY = "#666666"
 
 
-def save(runs: Sequence["Run"], path: Path, x: str = "weight/bits") -> None:
+def save(runs: Sequence[Run], path: Path, x: str = "weight/bits") -> None:
     """A panel for each model and data under each definition of perplexity."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # needs no screen
     from matplotlib.figure import Figure
@@ -34,7 +32,7 @@ def save(runs: Sequence["Run"], path: Path, x: str = "weight/bits") -> None:
         figure.savefig(temporary, format="png")
 
 
-def _panels(runs: Sequence["Run"]) -> list[tuple["Column", str, list["Run"]]]:
+def _panels(runs: Sequence[Run]) -> list[tuple[Column, str, list[Run]]]:
     found: dict[tuple[Column, str], list[Run]] = {}
     for run in runs:
         subject = f"{run.choices.get('model', '?')}, calibrated on {run.choices.get('data', '?')}"
@@ -44,7 +42,7 @@ def _panels(runs: Sequence["Run"]) -> list[tuple["Column", str, list["Run"]]]:
     return [(column, subject, members) for (column, subject), members in found.items()]
 
 
-def _panel(axes: Any, column: "Column", runs: Sequence["Run"], x: str) -> None:
+def _panel(axes: Any, column: Column, runs: Sequence[Run], x: str) -> None:
     labels: list[tuple[float, float, str, str]] = []
     for index, (name, members) in enumerate(_series(runs).items()):
         points = sorted((run.value(x), run.metrics[column.name], run) for run in members)
@@ -70,12 +68,12 @@ def _panel(axes: Any, column: "Column", runs: Sequence["Run"], x: str) -> None:
         axes.axhline(ppl, color=GREY, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
         note = axes.annotate(
             f"float {ppl:.2f}",
-            (1, ppl),
+            (0, ppl),  # at the left the lines are far above
             xycoords=("axes fraction", "data"),
-            xytext=(-4, 3),
+            xytext=(4, 3),
             textcoords="offset points",
         )
-        note.set(ha="right", va="bottom", color=GREY, fontsize=9)
+        note.set(ha="left", va="bottom", color=GREY, fontsize=9)
     axes.set_yscale("log")
     _plain_ticks(axes)
     _label(axes, labels)
@@ -86,7 +84,7 @@ def _panel(axes: Any, column: "Column", runs: Sequence["Run"], x: str) -> None:
     axes.set_axisbelow(True)
 
 
-def _series(runs: Sequence["Run"]) -> dict[str, list["Run"]]:
+def _series(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Runs that differ in bits alone form a line; its name says what differs between lines."""
     traits = {}
     for run in runs:

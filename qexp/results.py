@@ -5,7 +5,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -13,9 +13,6 @@ from qexp import fingerprint
 from qexp.errors import UserError
 from qexp.files import atomic
 from qexp.provenance import Provenance, stamp
-
-if TYPE_CHECKING:  # importing it would bring torch
-    from qexp.methods.step import Record
 
 METRICS = "metrics.json"
 PROVENANCE = "provenance.json"
@@ -95,10 +92,12 @@ def config(folder: str | None) -> DictConfig:
 def write(
     folder: Path,
     metrics: Mapping[str, float],
-    records: Sequence["Record"],
+    records: Sequence[Any],
     provenance: Provenance,
 ) -> dict[str, float]:
     """Write the results of a run; `metrics.json` comes last, and its presence means finished.
+
+    `records` are `qexp.methods.step.Record`s (naming the class here would bring torch to --help).
 
     Metrics are checked before anything is written: each must be a number. Infinity and NaN (the
     spread over a single window) are numbers here and stand in the file as Python's JSON has them.

@@ -1,0 +1,128 @@
+"""The command: what it prints, what it leaves, how it ends."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from stub import SMALL, qexp  # noqa: F401
+
+from qexp import cli, ledger
+
+pytestmark = pytest.mark.usefixtures("qexp")
+
+
+def folders() -> list[Path]:
+    return sorted(path.parent for path in Path("outputs").glob("*/metrics.json"))
+
+
+def test_a_run_is_its_folder_and_is_answered_from_it(qexp, capsys) -> None:  # noqa: F811
+    assert qexp(*SMALL, "weight.bits=3") == 0
+    [folder] = folders()
+    for name in ("metrics.json", "provenance.json", "layers.csv", "qexp.log", ".hydra/config.yaml"):
+        assert (folder / name).exists()
+    written = (folder / "metrics.json").stat().st_mtime_ns
+    assert "held_out/ppl 37.00 ± 0.50" in capsys.readouterr().err
+    assert qexp("weight.bits=3", *SMALL, "logger=none", "progress=false", "label=again") == 0
+    assert folders() == [folder]
+    assert (folder / "metrics.json").stat().st_mtime_ns == written
+    assert "answered from disk" in capsys.readouterr().err
+
+
+def test_a_failing_job_takes_no_other_with_it(qexp, capsys) -> None:  # noqa: F811
+    assert qexp("-m", *SMALL, "logger=none", "weight.bits=3,11,12,4") == 1
+    assert len(folders()) == 2
+    said = capsys.readouterr().err
+    assert "4 jobs: 2 ran, 0 answered from disk, 2 failed" in said
+    assert "weight.bits=11: is not wanted" in said
+    assert said.count("Traceback") == 1  # of the KeyError alone
+    reasons = [json.loads(path.read_text()) for path in Path("outputs").glob("*/failure.json")]
+    assert {"weight.bits=11", "weight.bits=12"} == {each["overrides"][-1] for each in reasons}
+    assert qexp("-m", *SMALL, "logger=none", "weight.bits=3,4,5") == 0
+    assert "3 jobs: 1 ran, 2 answered from disk, 0 failed" in capsys.readouterr().err
+
+
+def test_an_interrupt_ends_a_sweep_with_what_is_finished(qexp, capsys) -> None:  # noqa: F811
+    assert qexp("-m", *SMALL, "logger=none", "weight.bits=3,13,4") == 130
+    assert len(folders()) == 1
+    said = capsys.readouterr().err
+    assert "interrupted" in said and "1 job: 1 ran" in said
+    assert "Traceback" not in said
+
+
+def test_a_success_removes_the_failure_before_it(qexp, monkeypatch) -> None:  # noqa: F811
+    assert qexp(*SMALL, "logger=none", "weight.bits=11") == 1
+    [failure] = Path("outputs").glob("*/failure.json")
+    monkeypatch.setattr("qexp.pipeline.run", lambda cfg, folder: {"a/ppl": 1.0})
+    assert qexp(*SMALL, "logger=none", "weight.bits=11") == 0
+    assert not failure.exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ("weight.bitz=3", "weight.bitz: there is no such key; did you mean weight.bits?"),
+        ("modle=gpt2", "modle: there is no such key; did you mean model?"),
+        ("experimnt=demo", "experimnt: there is no such key; did you mean experiment?"),
+        ("method=gtpq", "method=gtpq: there is no such choice; did you mean gptq?"),
+        ("weight.bits=2,3", "weight.bits=2,3: several values need -m (one run for each)"),
+        ("data=local", "data.path: has no value; set it with data.path=VALUE"),
+        ("model=from_run", "run: has no value; give the folder of a finished run, run=outputs/…"),
+        ("weight.bits=11", "weight.bits=11: is not wanted; ask for another"),
+    ],
+)
+def test_a_mistake_is_answered_with_one_sentence(wrong, sentence, qexp, capsys) -> None:  # noqa: F811
+    assert qexp("model=tiny_llama", "calibration=synthetic", wrong) == 1
+    said = capsys.readouterr().err.strip()
+    assert said.endswith(sentence)
+    assert len(said.splitlines()) == 1
+    assert not folders()
+
+
+def test_a_trace_is_shown_when_asked_for(qexp, monkeypatch, capsys) -> None:  # noqa: F811
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    assert qexp(*SMALL, "weight.bitz=3") == 1
+    assert "Traceback" in capsys.readouterr().err
+    assert qexp(*SMALL, "weight.bits=11") == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_the_optimized_metric_is_the_first_perplexity_or_the_one_named() -> None:
+    metrics = {"weight/bits": 4.0, "a/ppl": 2.0, "b/ppl": 3.0}
+    assert cli.optimized(None, metrics) == 2.0
+    assert cli.optimized("b/ppl", metrics) == 3.0
+    assert cli.optimized(None, {"weight/bits": 4.0}) is None
+    with pytest.raises(cli.UserError, match="did you mean weight/bits"):
+        cli.optimized("weight/bit", metrics)
+
+
+def test_help_lists_the_choices_and_loads_nothing_heavy(tmp_path) -> None:
+    program = (
+        "import sys, qexp.cli\n"
+        "try: sys.argv = ['qexp', '--help']; qexp.cli.main()\n"
+        "finally: print(sorted({'torch', 'transformers', 'wandb'} & set(sys.modules)))"
+    )
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(cli.conf().parent)},
+        check=True,
+    )
+    assert time.perf_counter() - start < 10  # under 2 s when the machine does nothing else
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "method: " in done.stdout and "smollm2" in done.stdout
+
+
+def test_a_ledger_keeps_the_order_of_its_entries(tmp_path) -> None:
+    path = tmp_path / "deep" / "ledger.jsonl"
+    jobs = [ledger.Entry("ran", "a", ["x=1"]), ledger.Entry("failed", "b", [], "for a reason")]
+    for job in jobs:
+        ledger.enter(path, job)
+    assert ledger.entries(path) == jobs
+    assert ledger.summary(jobs).splitlines()[0] == "2 jobs: 1 ran, 0 answered from disk, 1 failed"

@@ -1,0 +1,95 @@
+"""Every file of conf/ composes into a configuration with a signature."""
+
+import contextlib
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from qexp import cli, composition, resolvers
+from qexp.signature import signature
+
+CONF = cli.conf()
+
+
+def choices() -> list[str]:
+    """`group=choice` of every yaml; the group is the folder."""
+    found = []
+    for path in sorted(CONF.rglob("*.yaml")):
+        group = path.parent.relative_to(CONF).as_posix()
+        # from_run needs a finished run, see test_pipeline
+        if group not in (".", "local") and path.stem != "from_run":
+            found.append(f"{group}={path.stem}")
+    return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _configured():
+    resolvers.register()
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        yield
+
+
+def holder(group: str, choice: str) -> list[str]:
+    """The choice, for a nested group with the first of its parents that takes it."""
+    top, _, nested = group.partition("/")
+    if not nested:
+        return [f"{group}={choice}"]
+    for path in sorted((CONF / top).glob("*.yaml")):
+        for key in (group, f"{group}@{top}.grid.range"):  # where the parent puts it elsewhere
+            with contextlib.suppress(HydraException):
+                compose("config", [f"{top}={path.stem}", f"{key}={choice}"])
+                return [f"{top}={path.stem}", f"{key}={choice}"]
+    raise AssertionError(f"no choice of {top} has a place for {group}")
+
+
+@pytest.mark.parametrize("choice", choices())
+def test_a_file_composes(choice, monkeypatch) -> None:
+    monkeypatch.setenv("QEXP_DATA_DIR", "given")
+    group, _, name = choice.partition("=")
+    cfg = compose("config", holder(group, name))
+    for key in OmegaConf.missing_keys(cfg):
+        OmegaConf.update(cfg, key, "given")
+    assert len(signature(cfg)) == 8
+    for key in ("model", "data", "calibration", "weight", "activation", "kv", "method"):
+        assert "_target_" in cfg[key], f"conf/{key} has a choice that names no class"
+
+
+def test_the_choices_of_a_configuration_differ() -> None:
+    first, second = compose("config", ["method=rtn"]), compose("config", ["method=gptq"])
+    assert signature(first) != signature(second)
+    assert signature(compose("config", ["logger=none"])) == signature(compose("config"))
+
+
+def test_an_experiment_may_change_any_key(tmp_path: Path) -> None:
+    experiment = tmp_path / "experiment"
+    experiment.mkdir()
+    (experiment / "mine.yaml").write_text("# @package _global_\nseed: 7\nweight:\n  bits: 3\n")
+    cfg = compose("config", [f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine"])
+    assert (cfg.seed, cfg.weight.bits) == (7, 3)
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [("weight.bit=3", "weight.bits"), ("sede=1", "seed"), ("model=smolm2", "smollm2")],
+)
+def test_a_misspelling_is_refused_with_the_nearest_name(override, meant) -> None:
+    with pytest.raises(HydraException) as error:
+        compose("config", [override])
+    assert f"did you mean {meant}?" in composition.sentence(error.value)
+
+
+def test_far_from_everything_all_names_are_listed() -> None:
+    assert composition.nearest("xyz", ["rtn", "gptq"]) == "choose from gptq, rtn"
+
+
+def test_an_environment_variable_that_is_missing_is_named(monkeypatch) -> None:
+    monkeypatch.delenv("QEXP_DATA_DIR", raising=False)
+    with pytest.raises(OmegaConfBaseException) as error:
+        signature(compose("config", ["model=stories260k"]))
+    assert composition.sentence(error.value).endswith(
+        "set the environment variable QEXP_DATA_DIR, or this key"
+    )

@@ -1,0 +1,54 @@
+"""What is installed is what was written."""
+
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import qexp
+from qexp import cli
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_configurations_are_found_in_a_checkout_and_inside_a_package(tmp_path, monkeypatch) -> None:
+    assert cli.conf() == ROOT / "conf"
+    shutil.copytree(ROOT / "qexp", tmp_path / "qexp", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "conf", tmp_path / "qexp" / "conf")
+    program = "import qexp.cli; print(qexp.cli.conf()); qexp.cli.main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "--cfg", "job", "method=rtn"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=True,
+    )
+    assert done.stdout.splitlines()[0] == str(tmp_path / "qexp" / "conf")
+    assert "RTN" in done.stdout
+
+
+def test_the_wheel_takes_the_configurations_along() -> None:
+    wheel = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert wheel == {"packages": ["qexp"], "force-include": {"conf": "qexp/conf"}}
+    assert PROJECT["project"]["scripts"] == {"qexp": "qexp.cli:main"}
+    assert PROJECT["project"]["version"] == qexp.__version__
+
+
+def test_every_dependency_has_an_exact_version() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    exact = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert exact["torch"] == "2.13.0"
+    extras = PROJECT["project"]["optional-dependencies"].values()
+    for wanted in [
+        *PROJECT["project"]["dependencies"],
+        *(each for many in extras for each in many),
+    ]:
+        name = re.split(r"[<>=\[; ]", wanted)[0].lower().replace("_", "-")
+        assert name in exact, f"{name} is not in constraints.txt"
+
+
+def test_no_file_names_a_machine_or_an_index() -> None:
+    assert "index-url" not in (ROOT / "constraints.txt").read_text()

@@ -1,0 +1,56 @@
+"""One configuration, one folder."""
+
+import pytest
+from omegaconf import OmegaConf
+from omegaconf.errors import MissingMandatoryValue
+
+from qexp import fingerprint, resolvers
+from qexp.signature import UNSIGNED, signature
+
+CONFIG = {"seed": 0, "weight": {"bits": 4}, "method": {"grid": "${weight}"}, "kv": None}
+
+
+def of(**changes: object) -> str:
+    return signature(OmegaConf.create({**CONFIG, **changes}))
+
+
+def test_it_is_eight_hex_digits_that_stay() -> None:
+    assert of() == of() == "dd5d234c"
+
+
+def test_the_order_of_keys_does_not_matter() -> None:
+    assert signature(OmegaConf.create(dict(reversed(CONFIG.items())))) == of()
+
+
+@pytest.mark.parametrize("key", sorted(UNSIGNED))
+def test_what_cannot_change_a_number_stays_out(key) -> None:
+    assert of(**{key: {"some": "thing"}}) == of()
+
+
+def test_everything_else_counts_through_interpolations() -> None:
+    resolved = {**CONFIG, "method": {"grid": {"bits": 4}}}
+    assert signature(OmegaConf.create(resolved)) == of()
+    assert len({of(), of(seed=1), of(weight={"bits": 3}), of(kv={"bits": 8})}) == 4
+
+
+def test_the_resolver_asks_from_inside_the_configuration() -> None:
+    resolvers.register()
+    cfg = OmegaConf.create({**CONFIG, "hydra": {"run": {"dir": "outputs/${sig:}"}}})
+    assert cfg.hydra.run.dir == f"outputs/{of()}"
+
+
+def test_a_missing_value_is_an_error() -> None:
+    with pytest.raises(MissingMandatoryValue):
+        of(data={"path": "???"})
+
+
+def test_code_is_told_by_names_and_contents(tmp_path) -> None:
+    (tmp_path / "a.py").write_text("one")
+    first = fingerprint.of(tmp_path)
+    (tmp_path / "notes.txt").write_text("nothing that runs")
+    assert fingerprint.of(tmp_path) == first
+    (tmp_path / "a.py").rename(tmp_path / "b.py")
+    second = fingerprint.of(tmp_path)
+    (tmp_path / "b.py").write_text("two")
+    assert len({first, second, fingerprint.of(tmp_path)}) == 3
+    assert len(fingerprint.code()) == 16
