@@ -1,6 +1,7 @@
 """The command `qexp`: one run, or a sweep with -m."""
 
 import contextlib
+import errno
 import logging
 import os
 import sys
@@ -21,7 +22,10 @@ from qexp.provenance import stamp
 log = logging.getLogger(__name__)
 
 FAILURE = "failure.json"
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 TRACE = "QEXP_TRACE"  # tells the workers of a launcher what HYDRA_FULL_ERROR was
+
+resolvers.register()  # on import: a launcher's worker names the folder before it calls the job
 
 
 def conf() -> Path:
@@ -33,7 +37,6 @@ def conf() -> Path:
 
 def main() -> None:
     """Run the Hydra application; faults of the user's are one sentence, all others a traceback."""
-    resolvers.register()
     asked = os.environ.get("HYDRA_FULL_ERROR")
     os.environ[TRACE] = "1" if asked == "1" else "0"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand exceptions on instead of printing them
@@ -66,7 +69,6 @@ def job(cfg: DictConfig) -> float | None:
     A failure is told and written to `failure.json` as it happens, then raised, so that Hydra
     counts the job as failed and goes on with the next.
     """
-    resolvers.register()  # a launcher's worker has not been through main()
     settings = HydraConfig.get()
     folder = Path(settings.runtime.output_dir)
     sweep = ledger.current() if settings.mode == RunMode.MULTIRUN else None
@@ -141,7 +143,8 @@ def _reported(error: BaseException) -> bool:
 def _traced(error: BaseException) -> bool:
     """Whether to show where it happened: always for a fault of the program."""
     expected = isinstance(error, UserError | HydraException | OmegaConfBaseException)
-    return not expected or os.environ.get(TRACE) == "1"
+    disk = isinstance(error, OSError) and error.errno in DISK  # Hydra's own files, W&B's, caches
+    return not (expected or disk) or os.environ.get(TRACE) == "1"
 
 
 def _sentence(error: Exception) -> str:
@@ -149,6 +152,9 @@ def _sentence(error: Exception) -> str:
         return composition.sentence(error)
     if isinstance(error, UserError):
         return str(error)
+    if isinstance(error, OSError) and error.errno in DISK:
+        where = error.filename or "the run's folder or a cache"
+        return f"{where}: {error.strerror}; free space or choose another folder"
     return f"{type(error).__name__}: {error}"
 
 

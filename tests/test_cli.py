@@ -1,5 +1,6 @@
 """The command: what it prints, what it leaves, how it ends."""
 
+import errno
 import json
 import os
 import subprocess
@@ -88,6 +89,16 @@ def test_a_trace_is_shown_when_asked_for(qexp, monkeypatch, capsys) -> None:  # 
     assert "Traceback" in capsys.readouterr().err
     assert qexp(*SMALL, "weight.bits=11") == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_full_disk_under_others_feet_is_one_sentence(qexp, monkeypatch, capsys) -> None:  # noqa: F811
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("qexp.pipeline.run", full)
+    assert qexp(*SMALL, "logger=none") == 1
+    said = capsys.readouterr().err
+    assert "No space left on device; free space" in said and "Traceback" not in said
 
 
 def test_the_optimized_metric_is_the_first_perplexity_or_the_one_named() -> None:
