@@ -86,7 +86,8 @@ class FakeQuant(nn.Module):
         """Fit what was observed and start to round."""
         if self.summary is not None:
             device = self.scale.device
-            self.scale, self.zero = (part.to(device) for part in self.summary.fit(self.grid))
+            q = self.summary.fit(self.grid)
+            self.scale, self.zero = q.scale.to(device), q.zero.to(device)
             self.summary = None
         self.on = True
 

@@ -1,6 +1,8 @@
 """The model as Lightning and the rest of the project see it: something with a loss."""
 
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import lightning as L
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qexp.arch import Arch, arch_of
+from qexp.errors import UserError
 
 Batch = dict[str, Tensor]
 
@@ -31,6 +34,7 @@ class Task(L.LightningModule):
         self.arch: Arch = arch_of(model)
         # Live quantizers of activations by site; parameters of theirs train with the model's.
         self.quantizers = torch.nn.ModuleDict()
+        self._sampler: torch.Generator | None = None
 
     @property
     def device(self) -> torch.device:
@@ -42,6 +46,18 @@ class Task(L.LightningModule):
         blocks = self.model.get_submodule(self.arch.blocks)
         assert isinstance(blocks, torch.nn.ModuleList)
         return blocks
+
+    @contextmanager
+    def labels(self, kind: str, seed: int) -> Iterator[None]:
+        """Losses against the data (`data`), or against labels drawn from the model's own
+        distribution (`sampled`), as the true Fisher matrix has them."""
+        self._sampler = torch.Generator(self.device) if kind == "sampled" else None
+        if self._sampler is not None:
+            self._sampler.manual_seed(seed)
+        try:
+            yield
+        finally:
+            self._sampler = None
 
     @abstractmethod
     def loss(self, batch: Batch) -> Float[Tensor, ""]:
@@ -74,10 +90,12 @@ class CausalLM(Task):
         self, hidden: Float[Tensor, "positions width"], targets: Int[Tensor, " positions"]
     ) -> Float[Tensor, " positions"]:
         """Cross-entropy in nats of each position, float32, a few positions' logits at a time."""
-        losses = [
-            F.cross_entropy(self.head(h).float(), t.to(h.device), reduction="none")
-            for h, t in zip(hidden.split(POSITIONS), targets.split(POSITIONS), strict=True)
-        ]
+        losses = []
+        for h, t in zip(hidden.split(POSITIONS), targets.split(POSITIONS), strict=True):
+            logits = self.head(h).float()
+            if self._sampler is not None:
+                t = logits.detach().softmax(-1).multinomial(1, generator=self._sampler).flatten()
+            losses.append(F.cross_entropy(logits, t.to(h.device), reduction="none"))
         return torch.cat(losses)
 
     def loss(self, batch: Batch) -> Float[Tensor, ""]:
@@ -88,6 +106,10 @@ class CausalLM(Task):
 
 class _WithLabels(Task):
     def loss(self, batch: Batch) -> Float[Tensor, ""]:
+        if self._sampler is not None:
+            raise UserError(
+                "method.hessian.labels=sampled: only causal language models draw labels here; give data."
+            )
         return self.model(**{key: value.to(self.device) for key, value in batch.items()}).loss
 
 

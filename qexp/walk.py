@@ -6,7 +6,7 @@ alone on what reaches it, and what the caller does to it before asking for the n
 downstream.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -50,6 +50,7 @@ class Block:
     pieces: list[Piece]
     task: Task
     returns_tuple: bool
+    notes: dict[str, Tensor]  # shared by the blocks of one walk: what was measured ahead
     left: list[Tensor] | None = None  # outputs that `advance` settled
 
     @property
@@ -80,12 +81,17 @@ class Block:
         forward that showed the inputs, so that the walk needs no second one."""
         self.left = self._visit(visit) or list(self.outputs())
 
-    def losses(self) -> Iterator[Tensor]:
-        """The model's loss on each piece, computed from this block's inputs on."""
+    def losses(self, sequences: int = 1) -> Iterator[tuple[Tensor, int]]:
+        """The model's mean loss on so many sequences at a time, and how many those are, computed
+        from this block's inputs on. Where gradients are enabled, the inputs require them, so that
+        backward reaches every later layer and ends here."""
         earlier = self.task.blocks[: self.index]
         for piece in self.pieces:
-            with _passing(earlier, self.returns_tuple), _entering(self.module, piece.hidden):
-                yield self.task.loss(piece.batch)
+            parts = zip(_split(piece.batch, sequences), piece.hidden.split(sequences), strict=True)
+            for batch, hidden in parts:
+                entry = hidden.detach().requires_grad_(torch.is_grad_enabled())
+                with _passing(earlier, self.returns_tuple), _entering(self.module, entry):
+                    yield self.task.loss(batch), len(hidden)
 
     def _visit(self, visit: Visit) -> list[Tensor]:
         if len(self.pieces) > 1:
@@ -131,9 +137,10 @@ def walk(task: Task, batches: Sequence[Batch], chunk: int | None = None) -> Iter
     parts = [part for batch in batches for part in _split(batch, chunk)]
     returns_tuple = _returns_tuple(task, parts[0])
     pieces = [_record(task, part, returns_tuple) for part in parts]
+    notes: dict[str, Tensor] = {}
     for index, module in enumerate(bar(task.blocks, "blocks")):
         name = f"{task.arch.blocks}.{index}"
-        block = Block(index, name, module, task.arch.groups, pieces, task, returns_tuple)
+        block = Block(index, name, module, task.arch.groups, pieces, task, returns_tuple, notes)
         yield block
         if index + 1 < len(task.blocks):
             for piece, output in zip(pieces, block.left or block.outputs(), strict=True):
@@ -170,7 +177,7 @@ def _returns_tuple(task: Task, batch: Batch) -> bool:
 
 @contextmanager
 def _passing(
-    blocks: Sequence[nn.Module],
+    blocks: Iterable[nn.Module],
     returns_tuple: bool,
     seen: list[tuple[Tensor, Call]] | None = None,
 ) -> Iterator[None]:

@@ -1,0 +1,179 @@
+"""Hessians of the model's output loss, from gradients (OAC, 2405.15025).
+
+With x_t a layer's inputs and g_t the gradients of the cross-entropy at its outputs, sequence n has
+the weight gradient G[n] = Σ_t g_t x_tᵀ. OAC's Hessian is Σ_n G[n]ᵀ G[n], the rows' blocks of the
+empirical Fisher matrix added up; keeping only the terms of one token with itself leaves the
+activation Hessian weighted by ‖g_t‖².
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from qexp.errors import UserError
+from qexp.hessian import Hessian, Solve, second_moment
+from qexp.progress import bar
+from qexp.walk import Block
+
+SCHEDULES = ("per_block", "every_k", "one_pass")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class FromGradients(Hessian):
+    """What Hessians from gradients share: when gradients are taken, and how.
+
+    schedule: `per_block` takes them again at each block, with the blocks before it quantized (the
+    paper); `every_k` at every k-th block for the next k; `one_pass` once at float weights.
+    sequences: that run together; each keeps its own gradient, so this changes speed alone.
+    dtype: of the forward and backward pass; gradients are multiplied in float32 whatever it is.
+    loss_scale: multiplies the loss, against underflow in half precision. It does not change the
+    result: solvers are indifferent to the scale of H.
+    labels: `data` for the next token of the text (empirical Fisher, the paper), `sampled` for
+    tokens drawn from the model's own distribution (true Fisher), with `seed`.
+    """
+
+    schedule: str = "per_block"
+    k: int = 4
+    sequences: int = 4
+    dtype: str = "float32"
+    loss_scale: float = 1024.0
+    labels: str = "data"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for key, value, known in (
+            ("schedule", self.schedule, SCHEDULES),
+            ("dtype", self.dtype, tuple(DTYPES)),
+            ("labels", self.labels, ("data", "sampled")),
+        ):
+            if value not in known:
+                raise UserError(
+                    f"method.hessian.{key}={value} is unknown: give {' or '.join(known)}."
+                )
+
+    @abstractmethod
+    def contribution(
+        self, x: Float[Tensor, "tokens columns"], g: Float[Tensor, "tokens rows"]
+    ) -> Float[Tensor, "columns columns"]:
+        """What one sequence adds to the Hessian."""
+
+    def each(self, block: Block, solve: Solve) -> None:
+        if block.index % self._every(block) == 0:
+            block.notes.update(self._measure(block))
+        for name in block.linears:
+            solve((name,), block.notes.pop(f"{block.name}.{name}"))
+
+    def _every(self, block: Block) -> int:
+        count = len(block.task.blocks)
+        return {"per_block": 1, "every_k": self.k, "one_pass": count}[self.schedule]
+
+    def _measure(self, block: Block) -> dict[str, Float[Tensor, "_ _"]]:
+        """Hessians of the linears of this block and of the others that the schedule covers."""
+        task, found = block.task, {}
+        seen: dict[str, Tensor] = {}
+        covered = range(block.index, min(block.index + self._every(block), len(task.blocks)))
+        root = task.arch.blocks
+        linears = {
+            f"{root}.{index}.{name}": task.blocks[index].get_submodule(name)
+            for index in covered
+            for name in block.linears
+        }
+
+        @torch.autocast(task.device.type, enabled=False)
+        def take(name: str, x: Tensor, g: Tensor) -> None:
+            # Some families flatten sequences into rows on the way (OPT's MLP).
+            xs, gs = (part.float().reshape(running, -1, part.shape[-1]) for part in (x, g))
+            for x, g in zip(xs, gs, strict=True):
+                added = self.contribution(x, g)
+                found[name] = found[name].add_(added) if name in found else added
+                used = (x != 0).any(0)
+                seen[name] = seen[name] | used if name in seen else used
+
+        total = -(-sum(len(inputs) for inputs in block.inputs) // self.sequences)
+        kind, dtype = task.device.type, DTYPES[self.dtype]
+        with (
+            torch.enable_grad(),
+            _frozen(task),
+            _watching(linears, take),
+            task.labels(self.labels, self.seed),
+            torch.autocast(kind, dtype, enabled=self.dtype != "float32"),
+        ):
+            losses = block.losses(self.sequences)
+            for loss, running in bar(losses, f"gradients from block {block.index}", total):
+                (loss * running * self.loss_scale).backward()
+        for name, hessian in found.items():
+            dead = hessian.diagonal() == 0
+            if not torch.equal(dead, ~seen[name]):
+                raise UserError(
+                    f"{name}: {int((dead & seen[name]).sum())} inputs that carry data have no "
+                    "gradient: it underflowed; raise method.hessian.loss_scale or use dtype=float32."
+                )
+        return found
+
+
+@dataclass(frozen=True)
+class OutputAdaptive(FromGradients):
+    """Σ_n G[n]ᵀ G[n], one gradient per sequence (OAC, Algorithm 1)."""
+
+    def contribution(
+        self, x: Float[Tensor, "tokens columns"], g: Float[Tensor, "tokens rows"]
+    ) -> Float[Tensor, "columns columns"]:
+        if through_tokens(len(x), g.shape[1], x.shape[1]):
+            return x.T @ ((g @ g.T) @ x)
+        gradient = g.T @ x
+        return gradient.T @ gradient
+
+
+@dataclass(frozen=True)
+class TokenWeighted(FromGradients):
+    """Σ_t ‖g_t‖² x_t x_tᵀ: tokens count by how much the loss hears of the layer there."""
+
+    def contribution(
+        self, x: Float[Tensor, "tokens columns"], g: Float[Tensor, "tokens rows"]
+    ) -> Float[Tensor, "columns columns"]:
+        weighted = x * g.norm(dim=1, keepdim=True)
+        return second_moment([weighted]) * (len(x) / 2)
+
+
+def through_tokens(tokens: int, rows: int, columns: int) -> bool:
+    """Whether Xᵀ (ΔΔᵀ) X takes fewer multiplications than (ΔᵀX)ᵀ (ΔᵀX)."""
+    by_gradient = tokens * rows * columns + rows * columns**2
+    by_tokens = tokens**2 * (rows + columns) + tokens * columns**2
+    return by_tokens < by_gradient
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """No parameter requires a gradient: products with x and g are ours to take."""
+    wanted = [p for p in module.parameters() if p.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def _watching(linears: dict[str, nn.Module], take) -> Iterator[None]:  # type: ignore[no-untyped-def]
+    """Call `take(name, inputs, gradients at the outputs)` as backward passes each linear."""
+    handles = []
+    for name, linear in linears.items():
+
+        def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor, name: str = name) -> None:
+            x = args[0].detach()
+            out.register_hook(lambda g: take(name, x, g))
+
+        handles.append(linear.register_forward_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

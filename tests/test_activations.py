@@ -1,0 +1,115 @@
+"""Activation and cache quantizers: what they see, when they round, what is left alone."""
+
+import pytest
+import torch
+from conftest import FAMILIES
+from test_walk import joined, task_of
+
+from qexp.activations import Quantized, quantize_activations
+from qexp.errors import UserError
+from qexp.fake import FakeQuant, Summary
+from qexp.grid import IntGrid
+from qexp.placement import AllOps, KVCache, LinearInputs
+from qexp.ranges import MSE, MinMax, Percentile
+
+TENSOR = IntGrid(8, per_tensor=True)
+TOKEN = IntGrid(8, symmetric=True)
+FINE = IntGrid(16, per_tensor=True)
+
+
+def losses(task, batch) -> torch.Tensor:
+    with torch.no_grad():
+        return task.loss(batch)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("placement", [LinearInputs(), AllOps(), KVCache()], ids=str)
+def test_sixteen_bits_change_next_to_nothing_and_two_bits_do(family, placement):
+    batch = joined(family)
+    plain = losses(task_of(family), batch)
+    fine, coarse = task_of(family), task_of(family)
+    quantize_activations(fine, [Quantized(placement, FINE)], lambda: [batch])
+    torch.testing.assert_close(losses(fine, batch), plain, atol=2e-3, rtol=1e-3)
+    quantize_activations(
+        coarse, [Quantized(placement, IntGrid(2, per_tensor=True))], lambda: [batch]
+    )
+    assert (losses(coarse, batch) - plain).abs() > 1e-6
+    assert all(q.on and len(q.scale) == 1 for q in fine.quantizers.values())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_linears_that_share_an_input_share_a_quantizer(family):
+    task = task_of(family)
+    quantize_activations(task, [Quantized(LinearInputs(), TENSOR)], lambda: [joined(family)])
+    assert len(task.quantizers) == len(task.blocks) * len(task.arch.groups)
+
+
+@torch.no_grad()
+def test_linear_inputs_by_hand():
+    task, batch = task_of("llama"), joined("llama")
+    linear = task.blocks[0].mlp.down_proj
+    seen: list[torch.Tensor] = []
+    handle = linear.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    task.loss(batch)
+    handle.remove()
+    quantize_activations(task, [Quantized(LinearInputs(), TENSOR)], lambda: [batch])
+    quantizer = task.quantizers["model/layers/0/mlp/down_proj/input"]
+    x = seen[0]
+    q = TENSOR.fit(torch.stack([x.amin(), x.amax()])[None])
+    torch.testing.assert_close(quantizer.scale, q.scale)
+    torch.testing.assert_close(quantizer(x), TENSOR.round(x, q))
+    torch.testing.assert_close(linear(x), TENSOR.round(x, q) @ linear.weight.T)
+
+
+def test_dynamic_scales_are_each_tokens_own():
+    quantizer = FakeQuant(TOKEN, dynamic=True)
+    x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(quantizer(x), x)  # not settled yet
+    quantizer.settle()
+    torch.testing.assert_close(quantizer(x)[1, 3], TOKEN(x[1, 3][None])[0])
+
+
+@torch.no_grad()
+def test_all_ops_rounds_the_residual_stream_itself():
+    """The sum that the second norm reads is also what goes on beside it."""
+    task, batch = task_of("llama"), joined("llama")
+    quantize_activations(task, [Quantized(AllOps(), IntGrid(3, per_tensor=True))], lambda: [batch])
+    seen = {}
+    task.blocks[0].post_attention_layernorm.register_forward_pre_hook(
+        lambda _, args: seen.update(sum=args[0])
+    )
+    task.loss(batch)
+    assert len(seen["sum"].unique()) <= 8
+
+
+@torch.no_grad()
+def test_cache_quantization_rounds_keys_and_values_per_head_and_token():
+    task, batch = task_of("llama"), joined("llama")
+    quantize_activations(
+        task, [Quantized(KVCache(), IntGrid(2), dynamic=True)], lambda: pytest.fail("no data")
+    )
+    seen = {}
+    quantizer = task.quantizers["model/layers/1/attention/key"]
+    quantizer.register_forward_hook(lambda _, args, out: seen.update(key=out))
+    task.loss(batch)
+    assert seen["key"].shape[1] == 2  # before key heads are repeated for the query heads
+    assert all(len(vector.unique()) <= 4 for vector in seen["key"].flatten(0, 2))
+
+
+@pytest.mark.parametrize("estimator", [MinMax(), Percentile(99.0), MSE(norm=2.0)], ids=str)
+def test_streamed_ranges_are_those_of_all_values_at_once(estimator):
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(4, 256, generator=generator) * size for size in (1, 3, 0.5)]
+    grid = IntGrid(8, per_tensor=True, range=estimator)
+    summary = Summary(histogram=not isinstance(estimator, MinMax))
+    for part in parts:
+        summary.add(part)
+    streamed, whole = summary.fit(grid), grid.fit(torch.cat(parts))
+    torch.testing.assert_close(streamed.scale, whole.scale, rtol=1e-2, atol=0)
+
+
+def test_values_that_are_not_finite_are_refused():
+    with pytest.raises(UserError, match="not finite"):
+        Summary(histogram=False).add(torch.tensor([1.0, torch.nan]))
+    with pytest.raises(UserError, match="never reached"):
+        Summary(histogram=False).fit(TENSOR)
