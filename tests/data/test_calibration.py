@@ -190,7 +190,7 @@ def test_a_tokenizer_is_known_by_what_it_does() -> None:
     assert fingerprint(one) != fingerprint(other)
 
 
-def test_the_definition_holds_the_content(tmp_path: Path) -> None:
+def test_the_definition_holds_the_content() -> None:
     one, other = (recipe("first", Synthetic(seed)).definition() for seed in (0, 1))
     assert one["corpus"] != other["corpus"]
     assert one["split"] == "train" and one["sequences"] == 32

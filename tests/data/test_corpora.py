@@ -224,7 +224,6 @@ def test_synthetic_is_seeded_and_splits_differ() -> None:
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_gives_text_that_does_not_overlap(choice: str) -> None:
-    """On the real files, where they are."""
     node = OmegaConf.create(
         {"seed": 0, "data": OmegaConf.load(CONF / "data" / f"{choice}.yaml")}
     ).data

@@ -8,19 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CONF, DECODERS, tiny
-from hydra.utils import get_class
-from omegaconf import OmegaConf
-from torch import Tensor
-from torch.nn.functional import cross_entropy
+from protocols import CORPUS, full_losses, ids_of, llama, protocol
 
-from qexp.data.corpus import Corpus
 from qexp.data.synthetic import Synthetic
 from qexp.errors import UserError
-from qexp.eval.evaluator import Evaluator, digest
-from qexp.eval.pages import detokenize, pages, words
-from qexp.task import TASKS, CausalLM
+from qexp.eval.evaluator import digest
+from qexp.task import TASKS
 
-CORPUS = Synthetic(count=30, words=20)
 OTHERS = {"none", "loss", "from_run"}
 PROTOCOLS = sorted({path.stem for path in (CONF / "eval").glob("*.yaml")} - OTHERS)
 
@@ -28,35 +22,6 @@ PROTOCOLS = sorted({path.stem for path in (CONF / "eval").glob("*.yaml")} - OTHE
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QEXP_CACHE_DIR", str(tmp_path / "cache"))
-
-
-def protocol(choice: str, corpus: Corpus = CORPUS, **fields: object) -> Evaluator:
-    """conf/eval/<choice>.yaml on another corpus, in small."""
-    data = {"name": corpus.name, "evaluation_split": "test"}
-    whole = OmegaConf.create({"data": data, "seed": 0, "eval": {}})
-    whole.eval = OmegaConf.load(CONF / "eval" / f"{choice}.yaml")
-    [node] = whole.eval.values()
-    kind = get_class(node._target_)
-    del node._target_, node.corpus
-    node.update(fields)  # before the name, which some fields are part of
-    return kind(corpus=corpus, **node)
-
-
-def llama(family: str = "llama") -> CausalLM:
-    task = TASKS["causal_lm"](*tiny(family)[:2]).eval()
-    assert isinstance(task, CausalLM)
-    return task
-
-
-def ids_of(task: CausalLM, text: str) -> Tensor:
-    return torch.tensor([task.tokenizer(text)["input_ids"]])
-
-
-@torch.no_grad()
-def full_losses(task: CausalLM, ids: Tensor) -> Tensor:
-    """Of tokens 1, 2, … from all logits at once."""
-    logits = task.model(input_ids=ids).logits
-    return cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="none")
 
 
 @pytest.mark.parametrize("family", DECODERS)
@@ -177,78 +142,6 @@ def test_streamed_logits_are_the_full_ones(slice: int, monkeypatch: pytest.Monke
     monkeypatch.setattr("qexp.task.POSITIONS", slice)
     found = protocol("held_out", length=32, limit=6).token_losses(task)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-
-
-WIKI = (
-    " \n = First page = \n \n It 's 3 @,@ 000 words ( or so ) ; the authors ' \" own \" ones . \n"
-    " = = A section = = \n \n But N people said : no ! \n"
-    " \n = Second , page = \n \n More [ text ] . \n"
-    + " and on and on , for longer than one window of the model \n"
-    * 3
-)
-
-
-class Wiki(Synthetic):
-    def text(self, split: str) -> str:
-        return WIKI
-
-
-def test_pages_and_words() -> None:
-    first, second = pages(WIKI)
-    assert first.startswith(" = First page = \n") and first.endswith("no ! \n ")
-    assert second.startswith(" = Second , page = \n")
-    assert words(first) == len(re.split(r"\s+", first))
-    clean = detokenize(first)
-    assert "It's 3,000 words (or so); the authors'" in clean
-    assert "== A section ==" in clean and "But 1 people said: no!" in clean
-
-
-def test_word_perplexity_rolls_over_pages() -> None:
-    task = llama()
-    measured = protocol("lm_eval_word", Wiki(), length=40)(task)
-    total, count = 0.0, 0
-    for page in pages(WIKI):
-        ids = ids_of(task, detokenize(page))
-        ids = torch.cat([torch.tensor([[task.tokenizer.bos_token_id]]), ids], dim=1)
-        for start in range(1, ids.shape[1], 40):
-            end = min(start + 40, ids.shape[1])
-            seen = ids[:, max(0, end - 41) : end]
-            total += float(full_losses(task, seen)[-(end - start) :].sum())
-        count += words(page)
-    assert measured["ppl"] == pytest.approx(math.exp(total / count), rel=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_word_perplexity_is_that_of_lm_eval(family: str) -> None:
-    pytest.importorskip("lm_eval")
-    from lm_eval.api.instance import Instance
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks.wikitext.preprocess_wikitext import process_results, wikitext_detokenizer
-
-    task = llama(family)
-    path = CONF.parents[1] / "shared" / "data" / "wikitext2" / "wiki.test.raw"
-    text = path.read_text()[:30_000] if path.is_file() else WIKI
-
-    class Raw(Synthetic):
-        def text(self, split: str) -> str:
-            return text
-
-    documents = [{"page": page} for page in pages(text)]
-    engine = HFLM(pretrained=task.model, tokenizer=task.tokenizer, max_length=128, batch_size=4)
-    requests = [
-        Instance("loglikelihood_rolling", document, (wikitext_detokenizer(document),), i)
-        for i, document in enumerate(documents)
-    ]
-    found = engine.loglikelihood_rolling(requests, disable_tqdm=True)
-    pairs = [
-        process_results(document, (value,))["word_perplexity"]
-        for document, value in zip(documents, found, strict=True)
-    ]
-    expected = -sum(value for value, _ in pairs) / sum(count for _, count in pairs)
-    measured = protocol("lm_eval_word", Raw(), length=128)(task)
-    assert math.log(measured["ppl"]) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("choice", PROTOCOLS)
