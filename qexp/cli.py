@@ -41,6 +41,7 @@ def main() -> None:
     os.environ[TRACE] = "1" if asked == "1" else "0"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand exceptions on instead of printing them
     os.environ.pop(ledger.VARIABLE, None)
+    logging.raiseExceptions = False  # a log that a full disk refuses is not what went wrong
     code: str | int | None = 0
     try:
         hydra.main(version_base="1.3", config_path=str(conf()), config_name="config")(job)()

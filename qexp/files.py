@@ -28,8 +28,9 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise _refused(path, error.strerror) from error
     temporary = Path(name)
     try:
-        temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files; results are shared
         yield temporary
+        # results are shared; mkstemp, and savers that replace the file, make it private
+        temporary.chmod(0o666 & ~_umask())
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)
