@@ -111,8 +111,9 @@ class FromGradients(Hessian):
             dead = hessian.diagonal() == 0
             if not torch.equal(dead, ~seen[name]):
                 raise UserError(
-                    f"{name}: {int((dead & seen[name]).sum())} inputs that carry data have no "
-                    "gradient: it underflowed; raise method.hessian.loss_scale or use dtype=float32."
+                    f"{name}: {int((dead & seen[name]).sum())} inputs with data have no "
+                    "gradient: it underflowed; raise method.hessian.loss_scale or take "
+                    "method.hessian.dtype=float32."
                 )
         return found
 

@@ -7,7 +7,7 @@ import lightning as L
 import torch
 from omegaconf import DictConfig
 
-from qexp import results, store
+from qexp import progress, results, store
 from qexp.build import build
 from qexp.data.calibration import Recipe
 from qexp.eval.evaluator import Evaluator, digest
@@ -26,6 +26,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
     Raises UserError for what the user can put right; nothing is written then.
     """
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
+    progress.show(cfg.progress)
     source: Source = build(cfg.model)
     recipe: Recipe = build(cfg.calibration)
     steps: list[Step] = [build(cfg.transform), build(cfg.method)]
@@ -65,13 +66,19 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
 
 
 def storage(records: list[Record]) -> dict[str, float]:
-    """Measured bits per quantized weight over all linears, and how many weights those are."""
+    """Measured bits per quantized weight over all linears, and how many weights those are; beside
+    them the bits that the method's paper would print, where it counts otherwise."""
     weights = sum(record.rows * record.columns for record in records)
     if not weights:
         return {}
     bits = sum(record.bits * record.rows * record.columns for record in records)
     error = sum(record.error for record in records) / len(records)
-    return {"weight/bits": bits / weights, "weight/count": weights, "weight/error": error}
+    metrics = {"weight/bits": bits / weights, "weight/count": float(weights), "weight/error": error}
+    printed = [(r.paper_bits, r.rows * r.columns) for r in records if r.paper_bits is not None]
+    if printed:
+        total = sum(bits * count for bits, count in printed)
+        metrics["weight/paper_bits"] = total / sum(count for _, count in printed)
+    return metrics
 
 
 def save(task: Task, records: list[Record], folder: Path) -> None:

@@ -17,7 +17,10 @@ from qexp.provenance import Provenance, stamp
 METRICS = "metrics.json"
 PROVENANCE = "provenance.json"
 LAYERS = "layers.csv"
-COLUMNS = ("name", "rows", "columns", "bits", "error_before", "error", "damp", "seconds")
+COLUMNS = (
+    *("name", "rows", "columns", "bits", "paper_bits"),
+    *("error_before", "error", "damp", "seconds"),
+)
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +128,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def _number(name: str, value: Any) -> float:
     try:
-        return int(value) if isinstance(value, int) else float(value)
+        return float(value)
     except (TypeError, ValueError) as error:
         raise TypeError(f"metric {name} is {value!r}, not a number") from error
 

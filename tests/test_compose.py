@@ -39,7 +39,7 @@ def holder(group: str, choice: str) -> list[str]:
     if not nested:
         return [f"{group}={choice}"]
     for path in sorted((CONF / top).glob("*.yaml")):
-        for key in (group, f"{group}@{top}.grid.range"):  # where the parent puts it elsewhere
+        for key in (group,):
             with contextlib.suppress(HydraException):
                 compose("config", [f"{top}={path.stem}", f"{key}={choice}"])
                 return [f"{top}={path.stem}", f"{key}={choice}"]

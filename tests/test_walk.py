@@ -66,16 +66,15 @@ def test_every_linear_is_shown_its_input_and_changes_are_felt(family):
     hessians = []
     for chunk in (None, 1):
         task, seen = task_of(family), {}
-
-        def visit(names, inputs, seen=seen):
-            seen[names] = second_moment(inputs)
-            for name in names:
-                linears[name].weight.data *= 0.5
-
         for block in walk(task, [joined(family)], chunk):
-            linears = block.linears
+
+            def visit(names, inputs, seen=seen, linears=block.linears):
+                seen[names] = second_moment(inputs)
+                for name in names:
+                    linears[name].weight.data *= 0.5
+
             block.advance(visit)
-            assert set(linears) == {name for names in seen for name in names}
+            assert set(block.linears) == {name for names in seen for name in names}
         hessians.append(seen)
     for names, hessian in hessians[0].items():
         torch.testing.assert_close(hessian, hessians[1][names])

@@ -1,0 +1,99 @@
+"""What a job costs, stage by stage, as ratios within one run."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+from torch import Tensor
+
+from qexp import cli, resolvers
+from qexp.build import build
+from qexp.hessian import second_moment
+from qexp.methods.step import Step
+from qexp.models.source import Source
+from qexp.offload import place
+from qexp.provenance import peak_rss
+from qexp.task import TASKS, Batch, Task
+from qexp.walk import walk
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """`bench.py NAME [key=value …]`: the configuration of a run, measured instead of kept."""
+    name, *overrides = sys.argv[1:] if arguments is None else arguments
+    if name not in BENCHES:
+        raise SystemExit(f"bench.py: {name} is unknown: give one of {', '.join(BENCHES)}")
+    resolvers.register()
+    with initialize_config_dir(version_base="1.3", config_dir=str(cli.conf())):
+        cfg = compose("config", overrides)
+    torch.set_num_threads(cfg.threads or torch.get_num_threads())
+    print(f"{name}: {' '.join(overrides)}, {torch.get_num_threads()} threads")
+    BENCHES[name](cfg)
+
+
+def loaded(cfg: DictConfig) -> tuple[Task, list[Batch]]:
+    """The model on its device and its calibration batches."""
+    source: Source = build(cfg.model)
+    made = source.load()
+    task = TASKS[source.objective](made.model, made.tokenizer).eval()
+    place(task, cfg.device, cfg.offload)
+    return task, build(cfg.calibration)(task)
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def show(stages: dict[str, float], unit: str) -> None:
+    """Seconds of each stage and their ratio to `unit`."""
+    for name, seconds in stages.items():
+        print(f"{name:<28}{seconds:8.1f} s {seconds / stages[unit]:8.2f} × {unit}")
+    print(f"{'peak memory':<28}{peak_rss() / 2**30:8.2f} GiB")
+
+
+def blockwise(cfg: DictConfig) -> None:
+    """The stages of a block-wise method: what one forward, the Hessians and the solver take."""
+    task, batches = loaded(cfg)
+
+    def forward() -> None:
+        for block in walk(task, batches):
+            block.advance(lambda names, inputs: None)
+
+    def measure(names: tuple[str, ...], inputs: Iterator[Tensor]) -> None:
+        second_moment(inputs)
+
+    def hessians() -> None:
+        for block in walk(task, batches):
+            block.advance(measure)
+
+    stages = {"forward": timed(forward)}
+    stages["Hessians"] = timed(hessians) - stages["forward"]
+    method: Step = build(cfg.method)
+    start = time.perf_counter()
+    records = method(task, lambda: batches)
+    total = time.perf_counter() - start
+    stages["solver"] = sum(record.seconds for record in records)
+    stages["whole job"] = total
+    show(stages, "forward")
+
+
+def evaluation(cfg: DictConfig) -> None:
+    """Evaluation after the method against evaluation before it."""
+    task, batches = loaded(cfg)
+    [evaluator] = [build(node) for node in cfg.eval.values()]
+    evaluator(task)  # tokenises
+    stages = {"float": timed(lambda: evaluator(task))}
+    build(cfg.method)(task, lambda: batches)
+    stages["quantized"] = timed(lambda: evaluator(task))
+    show(stages, "float")
+
+
+BENCHES: dict[str, Callable[[DictConfig], None]] = {
+    "blockwise": blockwise,
+    "evaluation": evaluation,
+}

@@ -1,0 +1,200 @@
+"""Whole runs on tiny models: every method, placement and family; saved, reloaded, refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from safetensors import safe_open
+
+from qexp import cli, pipeline, resolvers, results, store
+from qexp.errors import UserError
+
+SMALL = [
+    "data=synthetic",
+    "calibration.sequences=6",
+    "calibration.length=64",
+    "eval.held_out.length=64",
+    "eval.held_out.limit=4",
+    "weight.group_size=32",
+]
+PPL = "synthetic_raw_64x4/ppl"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _configured():
+    resolvers.register()
+    with initialize_config_dir(version_base="1.3", config_dir=str(cli.conf())):
+        yield
+
+
+def run(folder: Path, *overrides: str, small=SMALL) -> dict[str, float]:
+    cfg = compose("config", [*small, *overrides])
+    (folder / ".hydra").mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")
+    return pipeline.run(cfg, folder)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("method=none",),
+        ("method=rtn", "weight.bits=3"),
+        ("method=rtn", "weight=nf4"),
+        ("method=rtn", "weight=fp8_e4m3", "weight.group_size=null"),
+        ("method=rtn", "weight=fp8_e5m2"),
+        ("method=rtn", "weight=fp4_e2m1"),
+        ("method=rtn", "weight.per_tensor=true", "weight.group_size=null", "weight.bits=8"),
+        ("method=rtn", "weight/range=mse"),
+        ("method=rtn", "weight/range=percentile", "weight.symmetric=true"),
+        ("method=gptq",),
+        ("method=gptq", "method.solver.static_groups=false"),
+        ("method=gptq", "method.solver.act_order=false", "method.solver.static_groups=false"),
+        ("method=gptq", "method.propagate=false", "method.chunk=2"),
+        ("method=gptq", "method.hessian.sequential=false"),
+        ("method=gptq", "weight=nf4", "method.solver.damp=0.1"),
+        ("method=rtn", "activation=int8_tensor"),
+        ("method=rtn", "activation=int8_tensor", "activation/grid/range=mse"),
+        ("method=gptq", "activation=int8_token", "activation.grid.bits=6"),
+        ("method=none", "activation=int8_tensor", "activation/placement=all_ops"),
+        ("method=none", "activation=int8_token", "kv=int8_token"),
+        ("method=none", "kv=int4_token"),
+        ("model=tiny_gpt2", "method=gptq", "activation=int8_tensor"),
+    ],
+    ids=" ".join,
+)
+def test_a_run_reloads_to_the_same_number(tmp_path, overrides):
+    model = () if any(o.startswith("model=") for o in overrides) else ("model=tiny_llama",)
+    first = run(tmp_path / "first", *model, *overrides)
+    assert first[PPL] > 1 and first[f"{PPL}_stderr"] > 0
+    again = run(tmp_path / "again", "model=from_run", f"run={tmp_path / 'first'}", small=[])
+    assert again[PPL] == first[PPL]
+    assert (tmp_path / "first" / "layers.csv").read_text().count("\n") == 1 + (
+        0 if "method=none" in overrides else len(json_layout(tmp_path / "first"))
+    )
+
+
+def json_layout(folder: Path) -> dict:
+    with safe_open(folder / store.FILE, "pt") as file:
+        return json.loads(file.metadata()["layout"])
+
+
+@pytest.mark.parametrize("family", ["opt", "mistral", "qwen2", "qwen3", "gpt_neox", "gemma3"])
+def test_families_run(tmp_path, family):
+    float_ = run(tmp_path / "float", f"model=tiny_{family}", "method=none")
+    fine = run(tmp_path / "fine", f"model=tiny_{family}", "method=gptq", "weight.bits=8")
+    assert fine[PPL] == pytest.approx(float_[PPL], rel=0.02)
+    assert "weight/bits" not in float_
+
+
+@pytest.mark.parametrize("family", ["bert", "vit"])
+def test_encoders_run(tmp_path, family):
+    small = ["data=synthetic", "eval=loss", "calibration.sequences=4", "weight.group_size=32"]
+    metrics = run(tmp_path, f"model=tiny_{family}", "activation=int8_tensor", small=small)
+    assert any(name.endswith("/loss") for name in metrics)
+
+
+def test_bits_are_those_of_the_file(tmp_path):
+    metrics = run(tmp_path, "model=tiny_llama", "method=rtn", "weight.bits=3")
+    with safe_open(tmp_path / store.FILE, "pt") as file:
+        size = sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118
+    measured = metrics["weight/bits"] * metrics["weight/count"] / 8
+    assert metrics["weight/bits"] == 3 + (16 + 3) / 32
+    assert measured <= size <= measured * 1.001
+
+
+def test_more_bits_lose_less_and_gptq_less_than_rtn(tmp_path):
+    errors = {
+        (method, bits): run(
+            tmp_path / f"{method}{bits}",
+            "model=tiny_llama",
+            f"method={method}",
+            f"weight.bits={bits}",
+        )["weight/error"]
+        for method in ("rtn", "gptq")
+        for bits in (2, 3, 4)
+    }
+    for method in ("rtn", "gptq"):
+        assert errors[method, 2] > errors[method, 3] > errors[method, 4]
+
+
+def test_a_finished_run_is_answered_until_something_changes(tmp_path, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_text("The cat sat on the mat, and the dog did not.\n" * 200)
+    data = ["data=local", f"data.path={text}", "model=tiny_llama", "method=rtn", *SMALL[1:]]
+    folder = tmp_path / "run"
+    first = run(folder, small=data)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "place", lambda *_: pytest.fail("it ran again"))
+        assert run(folder, small=data) == first
+    text.write_text("All other words now stand here in some order that is new.\n" * 200)
+    assert run(folder, small=data) != first
+    monkeypatch.setattr("qexp.fingerprint.code", lambda: "other")
+    ran = []
+    monkeypatch.setattr(pipeline, "place", lambda *_: ran.append(1))
+    run(folder, small=data)
+    assert ran
+
+
+def test_the_same_run_twice_gives_the_same_number(tmp_path):
+    one = run(tmp_path / "one", "model=tiny_llama", "method=gptq")
+    two = run(tmp_path / "two", "model=tiny_llama", "method=gptq", "label=other")
+    assert one == two
+
+
+def test_a_full_disk_leaves_no_result(tmp_path, monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store, "save_file", full)
+    with pytest.raises(UserError, match=r"weights\.safetensors"):
+        run(tmp_path, "model=tiny_llama", "method=rtn")
+    assert not (tmp_path / results.METRICS).exists()
+    assert not (tmp_path / store.FILE).exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["weight.bits=1"], "2 to 16"),
+        (["weight.group_size=48"], r"q_proj.*group_size=48 does not divide"),
+        (["model=local", "model.path=nowhere"], r"model\.path.*nowhere"),
+        (["device=cuda:7"], "device=cuda:7"),
+        (["model=tiny_gpt2", "eval.held_out.length=4096"], "length"),
+        (["calibration.sequences=0"], r"calibration\.sequences"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, overrides, message):
+    with pytest.raises(Exception, match=message) as error:
+        run(tmp_path / "run", "model=tiny_llama", *overrides)
+    assert isinstance(error.value, UserError) or "InterpolationResolutionError" in repr(error)
+    assert not (tmp_path / "run" / results.METRICS).exists()
+
+
+def test_a_run_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(Exception, match="run=nowhere"):
+        run(tmp_path, "model=from_run", "run=nowhere", small=[])
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path, monkeypatch):
+    original = pipeline.place
+
+    def damaged(task, *rest):
+        task.blocks[1].mlp.up_proj.weight.data[3, 3] = torch.inf
+        original(task, *rest)
+
+    monkeypatch.setattr(pipeline, "place", damaged)
+    for method in ("rtn", "gptq"):
+        with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj"):
+            run(tmp_path / method, "model=tiny_llama", f"method={method}")
+    with pytest.raises(UserError, match="synthetic_raw_64x4"):
+        run(tmp_path / "none", "model=tiny_llama", "method=none")
+
+
+@pytest.mark.parametrize("offload", [True, False])
+def test_offloaded_blocks_give_the_same_number(tmp_path, offload):
+    metrics = run(tmp_path, "model=tiny_llama", f"offload={offload}")
+    assert metrics == run(tmp_path / "plain", "model=tiny_llama")
