@@ -57,7 +57,8 @@ def _panel(axes: Any, column: Column, runs: Sequence[Run], x: str) -> None:
             yerr=[value if math.isfinite(value) else 0.0 for value in spread],
             color=colour,
             marker=MARKERS[index % len(MARKERS)],
-            markersize=6,
+            markersize=7,
+            markeredgecolor="white",  # points of lines that meet stay apart
             linewidth=1.8,
             elinewidth=1,
             capsize=2,
