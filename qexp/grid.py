@@ -7,8 +7,6 @@ stands for (`decode`). Everything in the project that rounds, rounds here.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -16,16 +14,11 @@ from torch import Tensor
 
 from qexp.errors import UserError
 from qexp.ranges import MinMax, Range
+from qexp.scale import Scale as Scale
+from qexp.scale import cut, positive
 
 Rounding = Callable[[Tensor], Tensor]
 Clamp = Callable[[Tensor, float, float], Tensor]
-
-
-class Scale(NamedTuple):
-    """Where a grid lies: value = scale · (code - zero)."""
-
-    scale: Float[Tensor, "*rows 1"]
-    zero: Float[Tensor, "*rows 1"]
 
 
 class Grid(ABC):
@@ -48,7 +41,12 @@ class Grid(ABC):
     @property
     def rowwise(self) -> bool:
         """Whether the values of a row depend on that row alone."""
-        return not self.per_tensor
+        return not (self.per_tensor or self.second)
+
+    @property
+    @abstractmethod
+    def second(self) -> "dict[str, IntGrid]":
+        """The grids of its own "scales" and "zeros", where they are quantized in turn."""
 
     @property
     @abstractmethod
@@ -93,22 +91,30 @@ class Grid(ABC):
         training hands in other gradients for `rounding` and `clamp`."""
         return self.decode(self.encode(x, q, rounding, clamp), q)
 
+    def check(self, rows: int, columns: int) -> None:
+        """UserError when a [rows, columns] matrix cannot be cut as the settings say."""
+        self.groups(columns)
+        for name, grid in self.second.items():
+            cut(rows, grid.group_size, f"weight.{name}.group_size", "outputs")
+
     def groups(self, columns: int) -> int:
         """How many groups a row of `columns` is cut into. Raises UserError when it cannot be."""
-        if self.group_size is None:
-            return 1
-        if self.group_size < 1 or columns % self.group_size:
-            raise UserError(
-                f"weight.group_size={self.group_size} does not divide the {columns} inputs of a "
-                f"layer: choose a divisor of {columns}, or null for one scale per row."
-            )
-        return columns // self.group_size
+        return cut(columns, self.group_size, "weight.group_size", "inputs")
 
     def cost(self, rows: int, columns: int) -> float:
         """Bits per weight that storage of a [rows, columns] matrix takes, scales included."""
-        scales = 1 if self.per_tensor else rows * self.groups(columns)
-        each = torch.finfo(getattr(torch, self.scale_dtype)).bits + self.zero_bits
-        return self.bits + scales * each / (rows * columns)
+        groups = self.groups(columns)
+        scales = 1 if self.per_tensor else rows * groups
+        own = torch.finfo(self.stored_dtype).bits
+        each: dict[str, float] = {"scales": own, "zeros": self.zero_bits}
+        each |= {name: grid.cost(groups, rows) for name, grid in self.second.items()}
+        return self.bits + scales * sum(each.values()) / (rows * columns)
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Of scales, and of zero points that are not whole."""
+        dtype: torch.dtype = getattr(torch, self.scale_dtype)
+        return dtype
 
     @property
     def zero_bits(self) -> int:
@@ -119,23 +125,26 @@ class Grid(ABC):
         """Fit every group of a matrix: scales and zeros [rows, groups]."""
         rows, columns = x.shape
         groups = self.groups(columns)
+        if self.second:  # their groups run along the rows of one group of columns
+            return Scale.join([self.fit(part) for part in x.chunk(groups, 1)])
         q = self.fit(x.reshape(rows * groups, columns // groups))
-        return Scale(*(part.expand(rows * groups, 1).reshape(rows, groups) for part in q))
+        return q.map(lambda part: part.expand(rows * groups, 1).reshape(rows, groups))
 
     def __call__(self, x: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
         """Round to nearest, group by group."""
         rows, columns = x.shape
-        grouped = x.reshape(-1, columns // self.groups(columns))
-        return self.round(grouped, self.fit(grouped)).reshape(rows, columns)
+        groups = self.groups(columns)
+        q = self.scales_of(x).map(lambda part: part.reshape(-1, 1))
+        return self.round(x.reshape(rows * groups, -1), q).reshape(rows, columns)
 
     def _stored(self, scale: Float[Tensor, "rows 1"]) -> Float[Tensor, "rows 1"]:
         """The scale as storage keeps it; rounding must use that one, or reloading changes values.
 
         A scale that underflows to zero there becomes the smallest that does not.
         """
-        dtype = getattr(torch, self.scale_dtype)
-        tiny = torch.finfo(dtype).smallest_normal
-        return scale.clamp(tiny, torch.finfo(dtype).max).to(dtype).to(scale.dtype)
+        limits = torch.finfo(self.stored_dtype)
+        kept = scale.clamp(limits.smallest_normal, limits.max).to(self.stored_dtype)
+        return kept.to(scale.dtype)
 
 
 @dataclass(frozen=True)
@@ -146,7 +155,8 @@ class IntGrid(Grid):
     zero = 2^(bits-1). Asymmetric: scale = (max - min) / (2^bits - 1), zero = round(-min / scale).
     include_zero: asymmetric ranges are widened to hold 0 (GPTQ does, SpQR does not).
     real_zero: zero points are not rounded (SpQR's default).
-    scales, zeros: a grid for the scales or zeros of this one, along the rows (SpQR's second level).
+    scales, zeros: a grid for the scales or zeros of this one, whose groups are runs of rows within
+    one group of columns (SpQR's second level).
     """
 
     bits: int = 4
@@ -167,6 +177,13 @@ class IntGrid(Grid):
             raise UserError(
                 f"scale_dtype={self.scale_dtype} is unknown: give float32, float16 or bfloat16."
             )
+        if self.per_tensor and self.second:
+            raise UserError("weight.scales, weight.zeros need weight.per_tensor=false.")
+
+    @property
+    def second(self) -> "dict[str, IntGrid]":
+        named = {"scales": self.scales, "zeros": None if self.symmetric else self.zeros}
+        return {name: grid for name, grid in named.items() if grid is not None}
 
     @property
     def top(self) -> int:
@@ -181,7 +198,7 @@ class IntGrid(Grid):
     def zero_bits(self) -> int:
         if self.symmetric:
             return 0
-        return torch.finfo(getattr(torch, self.scale_dtype)).bits if self.real_zero else self.bits
+        return torch.finfo(self.stored_dtype).bits if self.real_zero else self.bits
 
     def span(self, low: Float[Tensor, "rows 1"], high: Float[Tensor, "rows 1"]) -> Scale:
         low, high = low.float(), high.float()
@@ -190,30 +207,33 @@ class IntGrid(Grid):
             low = -high
         elif self.include_zero:
             low, high = low.clamp(max=0), high.clamp(min=0)
-        # A row of one value has no width: widen to 0, and for a row of zeros to [-1, 1] (GPTQ).
+        # A row of one value has no width: widen to 0, and for a row of zeros to [0, 1].
         constant = low == high
         low, high = (
             torch.where(constant, low.clamp(max=0), low),
             torch.where(constant, high.clamp(min=0), high),
         )
-        low, high = torch.where(low == high, -1.0, low), torch.where(low == high, 1.0, high)
-        scale = self._stored((high - low) / self.top)
-        if self.scales is not None:
-            scale = self._second(self.scales, scale).clamp(min=torch.finfo(torch.float32).tiny)
+        high = torch.where(low == high, 1.0, high)
+        width = (high - low) / self.top
+        if self.real_zero:  # a zero point beyond its dtype would be infinite
+            width = torch.maximum(width, low.abs() / torch.finfo(self.stored_dtype).max)
+        scale = width if self.scales is not None else self._stored(width)
         if self.symmetric:
-            return Scale(scale, torch.full_like(scale, 2 ** (self.bits - 1)))
-        zero = -low / scale
-        zero = self._real(zero) if self.real_zero else zero.round().clamp(0, self.top)
-        if self.zeros is not None:
-            zero = self._second(self.zeros, zero)
-        return Scale(scale, zero)
-
-    def _real(self, zero: Float[Tensor, "rows 1"]) -> Float[Tensor, "rows 1"]:
-        return zero.to(getattr(torch, self.scale_dtype)).float()
-
-    @staticmethod
-    def _second(grid: "IntGrid", column: Float[Tensor, "rows 1"]) -> Float[Tensor, "rows 1"]:
-        return grid(column.reshape(1, -1)).reshape(-1, 1)
+            zero = torch.full_like(scale, 2 ** (self.bits - 1))
+        elif self.real_zero:
+            zero = -low / scale
+            zero = zero if self.zeros is not None else zero.to(self.stored_dtype).float()
+        else:
+            zero = (-low / scale).round().clamp(0, self.top)
+        if not self.second:
+            return Scale(scale, zero)
+        # As in SpQR, zeros come from the scale before its own rounding.
+        raw = {"scales": scale, "zeros": zero}
+        coded = raw | {
+            name: grid(raw[name].reshape(1, -1)).reshape(-1, 1)
+            for name, grid in self.second.items()
+        }
+        return Scale(positive(coded["scales"]), coded["zeros"], (scale, zero))
 
     def encode(
         self,
@@ -226,89 +246,3 @@ class IntGrid(Grid):
 
     def decode(self, codes: Float[Tensor, "*shape"], q: Scale) -> Float[Tensor, "*shape"]:
         return (codes - q.zero) * q.scale
-
-
-@cache
-def levels(kind: str) -> tuple[float, ...]:
-    """The sorted values of a named format, unscaled.
-
-    eEmM: E exponent and M mantissa bits with subnormals; e4m3 is the "fn" variant whose top code
-    is NaN, e5m2 the IEEE one whose top exponent is infinity. nf4: quantiles of the normal
-    distribution, 8 positive and 7 negative beside 0 (QLoRA, section 3).
-    """
-    if kind == "nf4":
-        tail = 0.9677083  # mean of 1 - 1/(2·15) and 1 - 1/(2·16), QLoRA's offset
-        positive = torch.special.ndtri(torch.linspace(tail, 0.5, 9, dtype=torch.float64)[:-1])
-        negative = -torch.special.ndtri(torch.linspace(tail, 0.5, 8, dtype=torch.float64)[:-1])
-        values = torch.cat([positive, negative, torch.zeros(1, dtype=torch.float64)])
-        return tuple((values / values.max()).sort().values.tolist())
-    exponent, mantissa = int(kind[1]), int(kind[3])
-    bias = 2 ** (exponent - 1) - 1
-    last = {"e4m3": 2**7 - 1, "e5m2": 31 << 2}.get(kind, 2 ** (exponent + mantissa))
-    values_ = []
-    for code in range(last):
-        e, m = divmod(code, 2**mantissa)
-        fraction = m / 2**mantissa
-        values_.append(
-            2.0 ** (1 - bias) * fraction if e == 0 else 2.0 ** (e - bias) * (1 + fraction)
-        )
-    return tuple(sorted({-v for v in values_} | set(values_)))
-
-
-KINDS = ("e4m3", "e5m2", "e2m1", "nf4")
-
-
-@dataclass(frozen=True)
-class LevelGrid(Grid):
-    """Unevenly spaced values of a named format (e4m3, e5m2, e2m1, nf4) times a scale per row.
-
-    scale = max|x| / largest level. Ties round to the even mantissa, as floating-point casts do.
-    """
-
-    kind: str = "nf4"
-    group_size: int | None = None
-    range: Range = MinMax()  # noqa: RUF009
-    per_tensor: bool = False
-    scale_dtype: str = "float32"
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise UserError(
-                f"kind={self.kind} is not a known format: give one of {', '.join(KINDS)}."
-            )
-
-    @property
-    def bits(self) -> int:
-        return 8 if self.kind in ("e4m3", "e5m2") else 4
-
-    @property
-    def has_zero(self) -> bool:
-        return False
-
-    def span(self, low: Float[Tensor, "rows 1"], high: Float[Tensor, "rows 1"]) -> Scale:
-        reach = torch.maximum(low.abs(), high.abs()).float()
-        scale = self._stored(torch.where(reach == 0, 1.0, reach / levels(self.kind)[-1]))
-        return Scale(scale, torch.zeros_like(scale))
-
-    def encode(
-        self,
-        x: Float[Tensor, "*shape"],
-        q: Scale,
-        rounding: Rounding = torch.round,
-        clamp: Clamp = torch.clamp,
-    ) -> Float[Tensor, "*shape"]:
-        return torch.bucketize((x / q.scale).float(), self._edges(x.device)).to(x.dtype)
-
-    def decode(self, codes: Float[Tensor, "*shape"], q: Scale) -> Float[Tensor, "*shape"]:
-        table = torch.tensor(levels(self.kind), device=codes.device)
-        return table[codes.long()].to(q.scale.dtype) * q.scale
-
-    def _edges(self, device: torch.device) -> Float[Tensor, " edges"]:
-        """Midpoints between levels, lowered by one step of float32 where a tie goes up."""
-        table = torch.tensor(levels(self.kind))
-        middle = (table[1:] + table[:-1]) / 2
-        # Distance in codes from 0 has the parity of the mantissa.
-        away = (torch.arange(len(table)) - int((table == 0).nonzero())).abs()
-        up = away[1:] % 2 == 0
-        lowered = torch.nextafter(middle, torch.full_like(middle, -torch.inf))
-        return torch.where(up, lowered, middle).to(device)

@@ -4,12 +4,15 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from qexp.grid import Grid, IntGrid, LevelGrid, Scale
+from qexp.bits import pack_bits, unpack_bits
+from qexp.grid import Grid, IntGrid, Scale
+from qexp.levels import LevelGrid
+from qexp.outliers import Outliers
+from qexp.scale import positive
 
 GRIDS: dict[str, type[IntGrid] | type[LevelGrid]] = {"IntGrid": IntGrid, "LevelGrid": LevelGrid}
 
@@ -53,64 +56,6 @@ class Packed(ABC):
         """The inverse of `stored` and `layout`."""
 
 
-def pack_bits(codes: Int[Tensor, "*shape"], bits: int) -> Tensor:
-    """Codes of `bits` bits, one after another in a byte string (the last byte filled up)."""
-    flat = codes.reshape(-1).cpu().numpy().astype(np.uint32)
-    each = (flat[:, None] >> np.arange(bits, dtype=np.uint32)) & 1
-    return torch.from_numpy(np.packbits(each.astype(np.uint8).reshape(-1), bitorder="little"))
-
-
-def unpack_bits(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Int[Tensor, "..."]:
-    """The inverse of `pack_bits`."""
-    count = int(np.prod(shape))
-    each = np.unpackbits(packed.cpu().numpy(), count=count * bits, bitorder="little")
-    weights = (1 << np.arange(bits)).astype(np.int64)
-    return torch.from_numpy((each.reshape(count, bits) * weights).sum(1).reshape(shape))
-
-
-@dataclass(frozen=True)
-class Outliers:
-    """Weights that stay 16-bit, by row: column indices and values, with the row ends (CSR)."""
-
-    ends: Int[Tensor, " rows"]
-    columns: Int[Tensor, " count"]
-    values: Float[Tensor, " count"]
-
-    @staticmethod
-    def of(weight: Float[Tensor, "rows columns"], mask: Bool[Tensor, "rows columns"]) -> "Outliers":
-        """The masked entries of a matrix, their values rounded to half precision."""
-        row_counts = mask.sum(1)
-        return Outliers(row_counts.cumsum(0), mask.nonzero()[:, 1], weight[mask].half())
-
-    def size(self) -> int:
-        return 32 * len(self.ends) + (16 + 16) * len(self.values)
-
-    def put(self, weight: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
-        """The matrix with the outliers in their places."""
-        counts = self.ends.diff(prepend=self.ends.new_zeros(1))
-        rows = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
-        return weight.index_put((rows, self.columns), self.values.to(weight.dtype))
-
-    def rows(self, start: int, stop: int) -> "Outliers":
-        first = int(self.ends[start - 1]) if start else 0
-        last = int(self.ends[stop - 1])
-        ends = self.ends[start:stop] - first
-        return Outliers(ends, self.columns[first:last], self.values[first:last])
-
-    def stored(self) -> dict[str, Tensor]:
-        return {
-            "outlier_ends": self.ends.to(torch.int32),
-            # uint16 holds 65,536 columns; no linear layer in use is wider.
-            "outlier_columns": self.columns.to(torch.uint16),
-            "outlier_values": self.values,
-        }
-
-    @staticmethod
-    def restore(stored: dict[str, Tensor]) -> "Outliers":
-        ends, columns = stored["outlier_ends"].long(), stored["outlier_columns"].long()
-        return Outliers(ends, columns, stored["outlier_values"])
-
-
 @dataclass(frozen=True)
 class Coded(Packed):
     """Codes of a grid with their scales.
@@ -142,18 +87,18 @@ class Coded(Packed):
         codes = grid.encode(weight.float(), wide).to(torch.int32)
         scale: Tensor | Coded = scales.scale
         zero: Tensor | Coded | None = scales.zero if grid.has_zero else None
-        if isinstance(grid, IntGrid) and grid.scales is not None:
-            scale = _second(grid.scales, scales.scale)
-        if isinstance(grid, IntGrid) and grid.zeros is not None and isinstance(zero, Tensor):
-            zero = _second(grid.zeros, zero)
         if grid.per_tensor:
-            scale = scale[:1, :1] if isinstance(scale, Tensor) else scale
-            zero = zero[:1, :1] if isinstance(zero, Tensor) else zero
+            scale, zero = scale[:1, :1], zero if zero is None else zero[:1, :1]
+        if grid.second:
+            assert scales.raw is not None, "scales of a two-level grid keep their raw values"
+            raw = dict(zip(("scales", "zeros"), scales.raw, strict=True))
+            coded = {name: _second(part, raw[name]) for name, part in grid.second.items()}
+            scale, zero = coded.get("scales", scale), coded.get("zeros", zero)
         return Coded(grid, codes, scale, zero, group, outliers)
 
     def scales(self) -> Scale:
         """Scales and zeros [rows, groups] as decoding uses them."""
-        scale = _plain(self.scale)
+        scale = positive(_plain(self.scale))
         if self.zero is not None:
             return Scale(scale, _plain(self.zero))
         fixed = 2 ** (self.grid.bits - 1) if isinstance(self.grid, IntGrid) else 0
@@ -258,9 +203,6 @@ def _plain(part: "Tensor | Coded") -> Float[Tensor, "each groups"]:
 
 
 def _second(grid: IntGrid, values: Float[Tensor, "rows groups"]) -> Coded:
-    # `values` already lie on the second grid, but only their fit before rounding gives its scales
-    # back; the solver kept them rounded, and min and max of a group are on its grid, so fitting
-    # again finds the same ones.
     turned = values.T.contiguous()
     return Coded.of(grid, turned, grid.scales_of(turned))
 

@@ -12,7 +12,7 @@ from qexp.errors import UserError
 from qexp.hessian import Hessian
 from qexp.methods.step import Batches, Record, Step, write
 from qexp.progress import bar
-from qexp.solvers.sweep import NotPositiveDefinite, Solution, Solver
+from qexp.solvers.sweep import NotPositiveDefinite, Solver
 from qexp.task import Task
 from qexp.walk import Block, walk
 
@@ -131,7 +131,7 @@ class Blockwise(Step):
             rows = slice(row, row := row + linear.out_features)
             whole = len(linears) == 1
             packed = solution.packed if whole else solution.packed.rows(rows.start, rows.stop)
-            own = Solution(solution.weight[rows], packed.bits(), packed, solution.damp)
+            own = solution._replace(weight=solution.weight[rows], bits=packed.bits(), packed=packed)
             share = seconds * linear.out_features / len(weight)
             records.append(write(name, linear, own, nearest[rows], hessian, share))
         return records

@@ -19,7 +19,8 @@ Batches = Callable[[], list[Batch]]
 class Record:
     """One quantized linear. Errors are shares of the float layer's own: tr(Δ H Δᵀ) / tr(W H Wᵀ)
     with the Hessian of the method (the identity where it uses none); `error_before` is what
-    rounding to nearest on the same grid leaves, `error` what the method leaves."""
+    rounding to nearest on the same grid leaves, `error` what the method leaves. `bits` is measured
+    from storage; `paper_bits` what the method's paper would print, where it counts otherwise."""
 
     name: str
     rows: int
@@ -30,6 +31,7 @@ class Record:
     damp: float
     seconds: float
     packed: Packed
+    paper_bits: float | None = None
 
 
 class Step(ABC):
@@ -76,5 +78,14 @@ def write(
     linear.weight.data = solution.weight.to(linear.weight)
     rows, columns = weight.shape
     return Record(
-        name, rows, columns, solution.bits, before, after, solution.damp, seconds, solution.packed
+        name,
+        rows,
+        columns,
+        solution.bits,
+        before,
+        after,
+        solution.damp,
+        seconds,
+        solution.packed,
+        solution.paper_bits,
     )

@@ -34,7 +34,7 @@ class GPTQ(Solver):
     block: int = 128
 
     def check(self, rows: int, columns: int) -> None:
-        self.grid.groups(columns)
+        self.grid.check(rows, columns)
 
     @property
     def rowwise(self) -> bool:
@@ -77,15 +77,17 @@ class GPTQ(Solver):
 
             def fit(values: Tensor, _: int) -> Rule:
                 q = self.grid.fit(values)
-                fitted.append(Scale(*(part.expand(len(values), 1) for part in q)))
+                fitted.append(q.map(lambda part: part.expand(len(values), 1)))
                 flat = Scale(q.scale.squeeze(1), q.zero.squeeze(1))
                 return lambda w, _: self.grid.round(w, flat)
 
-        rounded = sweep(weight, factor.upper, fit, size, self.block, fit_every=self.fit_every)[:, place]
+        rounded = sweep(weight, factor.upper, fit, size, self.block, fit_every=self.fit_every)[
+            :, place
+        ]
         if self.static_groups:
             packed = Coded.of(self.grid, rounded, static)
         else:
-            found = Scale(*(torch.cat(parts, 1) for parts in zip(*fitted, strict=True)))
+            found = Scale.join(fitted)
             scattered = self.act_order and size < columns
             packed = Coded.of(self.grid, rounded, found, place // size if scattered else None)
         return Solution(packed.dequantize(), packed.bits(), packed, factor.damp)

@@ -17,7 +17,7 @@ class RTN(Solver):
     grid: Grid
 
     def check(self, rows: int, columns: int) -> None:
-        self.grid.groups(columns)
+        self.grid.check(rows, columns)
 
     @property
     def rowwise(self) -> bool:

@@ -26,12 +26,14 @@ class Solution(NamedTuple):
     """A rounded matrix and its stored form.
 
     damp: the damping that was needed, as a share of the mean diagonal; 0 where none is used.
+    paper_bits: average bits as the method's own paper counts them, where that is another number.
     """
 
     weight: Float[Tensor, "rows columns"]
     bits: float
     packed: Packed
     damp: float = 0.0
+    paper_bits: float | None = None
 
 
 class Solver(ABC):

@@ -1,0 +1,165 @@
+"""SpQR (Dettmers et al., 2306.03078): sparse outliers, and scales that are quantized in turn."""
+
+from dataclasses import dataclass, replace
+from math import inf
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from qexp.grid import IntGrid, Scale
+from qexp.outliers import Outliers
+from qexp.packed import Coded
+from qexp.solvers.rtn import RTN
+from qexp.solvers.sweep import Rule, Solution, Solver, inverse_factor, sweep
+
+
+@dataclass(frozen=True)
+class SpQR(Solver):
+    """GPTQ's sweep on a grid fitted without outliers, which stay in floating point.
+
+    threshold: a weight is an outlier when its error e² = (w - Q(w))² / U_jj² exceeds `threshold`
+    times the mean over columns of Var(w_j) / U_jj². Infinity: none, and the grid is fitted on
+    everything.
+    grid: its `scales` and `zeros` are the second level; the reference's ranges do not include 0 and
+    its zero points are real (`weight=spqr`).
+    damp: share of the mean diagonal (reference default 0.01, its near-lossless recipe 1.0).
+    act_order: columns by descending diagonal; groups are then cut from that order, and each
+    column's group is stored.
+    outlier_dtype: in which outliers are stored, and so used: float32 (as the reference computes;
+    its bits count 16), float16 or bfloat16.
+    block: columns finished before the rest is updated; no effect on the result.
+
+    As the reference, and checked against it: a group is fitted when its first column is
+    reached, on weights that carry all earlier errors; likely outliers are found with scales that
+    the second level has not touched, replaced by the mean of the others, and only then the group's
+    two-level grid is fitted; zero points come from scales before the second level; row statistics
+    stay in float32 (grid.scale_dtype) and so do outliers.
+    """
+
+    grid: IntGrid
+    threshold: float = 0.2
+    damp: float = 0.01
+    act_order: bool = False
+    outlier_dtype: str = "float32"
+    block: int = 128
+
+    def check(self, rows: int, columns: int) -> None:
+        self.grid.check(rows, columns)
+
+    @property
+    def rowwise(self) -> bool:
+        return self.threshold == inf and self.grid.rowwise
+
+    @property
+    def baseline(self) -> Solver:
+        return RTN(self.grid)
+
+    def __call__(
+        self,
+        weight: Float[Tensor, "rows columns"],
+        hessian: Float[Tensor, "columns columns"],
+    ) -> Solution:
+        rows, columns = weight.shape
+        size = columns // self.grid.groups(columns)
+        order = (
+            torch.argsort(hessian.diagonal(), descending=True, stable=True)
+            if self.act_order
+            else torch.arange(columns, device=weight.device)
+        )
+        factor = inverse_factor(hessian[order][:, order], self.damp)
+        weight = weight.float()[:, order].masked_fill(factor.dead, 0)
+        diagonal = factor.upper.diagonal()
+        limit = inf
+        if self.threshold < inf and rows > 1:
+            limit = self.threshold * float((weight.var(0) / diagonal.square()).mean())
+        plain, kept = (
+            replace(self.grid, scales=None, zeros=None),
+            getattr(torch, self.outlier_dtype),
+        )
+        steps = diagonal.tolist()
+        outlying = torch.zeros(columns, rows, dtype=torch.bool, device=weight.device)
+        fitted: list[Scale] = []
+
+        def fit(values: Tensor, first: int) -> Rule:
+            if limit < inf:
+                gains = gains_alone(values, diagonal[first : first + size], plain)
+                values = filled(values, gains > limit)
+            q = self.grid.fit(values)
+            fitted.append(q)
+            flat = Scale(q.scale.squeeze(1), q.zero.squeeze(1))
+
+            def rule(w: Tensor, j: int) -> Tensor:
+                rounded = self.grid.round(w, flat)
+                if limit < inf:
+                    # (w - Q(w))² > limit · U_jj², without a square
+                    torch.gt((w - rounded).abs_(), limit**0.5 * steps[j], out=outlying[j])
+                    rounded = torch.where(outlying[j], w.to(kept).float(), rounded)
+                return rounded
+
+            return rule
+
+        rounded = sweep(weight, factor.upper, fit, size, self.block)
+        place = torch.argsort(order)
+        mask = outlying.T[:, place] if outlying.any() else None
+        packed = Coded.of(
+            self.grid,
+            rounded[:, place],
+            Scale.join(fitted),
+            place // size if self.act_order and size < columns else None,
+            None if mask is None else Outliers.of(rounded[:, place], mask, self.outlier_dtype),
+        )
+        share = 0.0 if mask is None else float(mask.float().mean())
+        bits = paper_bits(self.grid, size, share)
+        return Solution(packed.dequantize(), packed.bits(), packed, factor.damp, bits)
+
+
+def gains_alone(
+    values: Float[Tensor, "rows size"], diagonal: Float[Tensor, " size"], grid: IntGrid
+) -> Float[Tensor, "rows size"]:
+    """How much a group's error Σ (w - Q(w))² / U_jj² falls when one weight is left out, from the
+    fit and from the sum, for each in turn.
+
+    Leaving out a weight moves the range only if it is the smallest or the largest, so three fits
+    serve all; for the others the gain is their own error.
+    """
+
+    def errors(q: Scale) -> Tensor:
+        return ((grid.round(values, q) - values) / diagonal).square_()
+
+    low, lowest = values.min(1, keepdim=True)
+    high, highest = values.max(1, keepdim=True)
+    whole = errors(grid.span(low, high))
+    gains = whole.clone()
+    total = whole.sum(1, keepdim=True)
+    inner_low = values.scatter(1, lowest, inf).amin(1, keepdim=True)
+    inner_high = values.scatter(1, highest, -inf).amax(1, keepdim=True)
+    for index, q in (
+        (lowest, grid.span(inner_low, high)),
+        (highest, grid.span(low, inner_high)),
+    ):
+        left = errors(q).scatter_(1, index, 0).sum(1, keepdim=True)
+        gains.scatter_(1, index, total - left)
+    return gains
+
+
+def filled(
+    values: Float[Tensor, "rows size"], mask: Bool[Tensor, "rows size"]
+) -> Float[Tensor, "rows size"]:
+    """Masked entries replaced by the mean of their row's others (0 where there are none)."""
+    kept = values.masked_fill(mask, 0)
+    mean = kept.sum(1, keepdim=True) / (~mask).sum(1, keepdim=True).clamp_(min=1)
+    return torch.where(mask, mean, values)
+
+
+def paper_bits(grid: IntGrid, size: int, outliers: float) -> float:
+    """Average bits as the SpQR code counts them: row pointers and column order are left out, an
+    outlier takes 32 bits and each second-level group two (with real zero points four) 16-bit
+    numbers. `size`: columns per group; `outliers`: their share."""
+    scale = grid.scales.bits if grid.scales is not None else 16
+    zero = grid.bits if not grid.real_zero else grid.zeros.bits if grid.zeros is not None else 16
+    bits = grid.bits + (scale + (0 if grid.symmetric else zero)) / size + 32 * outliers
+    for second in (grid.scales, grid.zeros if grid.real_zero else None):
+        if second is not None:
+            bits += 32 / (size * (second.group_size or inf))
+    return bits
