@@ -52,7 +52,7 @@ def timed(work: Callable[[], object]) -> float:
 def show(stages: dict[str, float], unit: str) -> None:
     """Seconds of each stage and their ratio to `unit`."""
     for name, seconds in stages.items():
-        print(f"{name:<28}{seconds:8.1f} s {seconds / stages[unit]:8.2f} × {unit}")
+        print(f"{name:<28}{seconds:8.1f} s {seconds / stages[unit]:8.2f} x {unit}")
     print(f"{'peak memory':<28}{peak_rss() / 2**30:8.2f} GiB")
 
 

@@ -1,5 +1,6 @@
 """Work that runs share, done once: a cache whose keys hold everything an entry depends on."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -48,8 +49,7 @@ class Cache:
         `key` must be JSON; the source of the module that defines `build` is added to it, so that
         changed code never meets old entries. Tensors come back on the CPU, contiguous.
         """
-        whole = json.dumps({**key, "kind": kind, "code": _source(build)}, sort_keys=True)
-        path = self.folder / kind / f"{_sha256(whole.encode())[:32]}.safetensors"
+        path, whole = self._place(kind, {**key, "code": _source(build.__module__)})
         if (found := _read(path, whole)) is not None:
             return found
         lock = FileLock(path.with_suffix(".lock"))
@@ -58,18 +58,36 @@ class Cache:
             lock.acquire()
         except (OSError, NotImplementedError) as error:
             log.warning("cache %s cannot be written (%s): going on without it", path.parent, error)
-            return _plain(build())
+            return plain(build())
         try:
             if (found := _read(path, whole, quiet=True)) is not None:  # made while we waited
                 return found
-            built = _plain(build())
+            built = plain(build())
             _write(path, whole, built)
             return built
         finally:
             lock.release()
 
+    def find(self, kind: str, key: Mapping[str, Any]) -> dict[str, Tensor] | None:
+        """The entry of `key`, which must name its code (`sources`), or None."""
+        return _read(*self._place(kind, key))
 
-def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def put(self, kind: str, key: Mapping[str, Any], tensors: dict[str, Tensor]) -> bool:
+        """Keep an entry; False, with a warning, where that cannot be done."""
+        path, whole = self._place(kind, key)
+        return _write(path, whole, plain(tensors))
+
+    def drop(self, kind: str, key: Mapping[str, Any]) -> None:
+        """Forget an entry, if there is one."""
+        with contextlib.suppress(OSError):
+            self._place(kind, key)[0].unlink(missing_ok=True)
+
+    def _place(self, kind: str, key: Mapping[str, Any]) -> tuple[Path, str]:
+        whole = json.dumps({**key, "kind": kind}, sort_keys=True)
+        return self.folder / kind / f"{_sha256(whole.encode())[:32]}.safetensors", whole
+
+
+def plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
@@ -86,7 +104,7 @@ def _read(path: Path, whole: str, quiet: bool = False) -> dict[str, Tensor] | No
     else:
         if said.get("key") != whole:
             wrong = "made for another key"
-        elif said.get("checksum") != _checksum(tensors):
+        elif said.get("checksum") != checksum(tensors):
             wrong = "checksum differs"
         else:
             return tensors
@@ -95,25 +113,32 @@ def _read(path: Path, whole: str, quiet: bool = False) -> dict[str, Tensor] | No
     return None
 
 
-def _write(path: Path, whole: str, tensors: dict[str, Tensor]) -> None:
+def _write(path: Path, whole: str, tensors: dict[str, Tensor]) -> bool:
     try:
         with atomic(path) as temporary:
-            save_file(tensors, temporary, {"key": whole, "checksum": _checksum(tensors)})
+            save_file(tensors, temporary, {"key": whole, "checksum": checksum(tensors)})
     except (OSError, SafetensorError, UserError) as error:
         log.warning("cache entry %s was not written (%s): going on without it", path, error)
+        return False
+    return True
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
+def checksum(tensors: Mapping[str, Tensor]) -> str:
     """Of names, types, shapes and bytes."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(uint8).numpy().data)
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _source(build: Build) -> str:
-    file = getattr(sys.modules.get(build.__module__), "__file__", None)
+def sources(*modules: str) -> dict[str, str]:
+    """The source of some modules, for a key: changed code must never meet old entries."""
+    return {module: _source(module) for module in modules}
+
+
+def _source(module: str) -> str:
+    file = getattr(sys.modules.get(module), "__file__", None)
     return _file_sha256(file) if file else "no file"
 
 

@@ -64,7 +64,8 @@ class FakeQuant(nn.Module):
 
     dynamic: scales from the tensor at hand, one per vector along the last axis (token), or per
     group of it, or per tensor, as the grid says. Otherwise one scale for good, fitted by the grid's
-    range estimator on what passes between `observe` and `settle`. Nothing is rounded before `settle`.
+    range estimator on what passes between `observe` and `settle`. Before `settle` nothing is
+    rounded.
     """
 
     scale: Tensor

@@ -172,7 +172,9 @@ class IntGrid(Grid):
 
     def __post_init__(self) -> None:
         if not isinstance(self.bits, int) or not 2 <= self.bits <= 16:
-            raise UserError(f"bits={self.bits!r} is not an integer grid: give 2 to 16 bits.")
+            raise UserError(
+                f"bits={self.bits!r} makes no integer grid: give 2 to 16 (weight.bits=4)."
+            )
         if self.scale_dtype not in ("float32", "float16", "bfloat16"):
             raise UserError(
                 f"scale_dtype={self.scale_dtype} is unknown: give float32, float16 or bfloat16."

@@ -21,6 +21,11 @@ STRIP = 192
 
 
 class Hessian(ABC):
+    @property
+    @abstractmethod
+    def span(self) -> int:
+        """How many blocks are measured together: work can be taken up again at multiples of it."""
+
     @abstractmethod
     def each(self, block: Block, solve: Solve) -> None:
         """Hand every linear of the block to `solve`, once, with its Hessian as soon as that is
@@ -66,6 +71,10 @@ class Layerwise(Hessian):
     """
 
     sequential: bool = True
+
+    @property
+    def span(self) -> int:
+        return 1
 
     def each(self, block: Block, solve: Solve) -> None:
         if self.sequential:

@@ -9,17 +9,20 @@ activation Hessian weighted by ‖g_t‖².
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from qexp.cache import Cache, sources
 from qexp.errors import UserError
 from qexp.hessian import Hessian, Solve, second_moment
 from qexp.progress import bar
 from qexp.walk import Block
 
+KIND = "hessians"
 SCHEDULES = ("per_block", "every_k", "one_pass")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -36,6 +39,8 @@ class FromGradients(Hessian):
     result: solvers are indifferent to the scale of H.
     labels: `data` for the next token of the text (empirical Fisher, the paper), `sampled` for
     tokens drawn from the model's own distribution (true Fisher), with `seed`.
+    memory: GiB of Hessians that `one_pass` holds at once; beyond it blocks are measured a few at a
+    time, one pass each, and wait in the cache on disk.
     """
 
     schedule: str = "per_block"
@@ -45,6 +50,7 @@ class FromGradients(Hessian):
     loss_scale: float = 1024.0
     labels: str = "data"
     seed: int = 0
+    memory: float = 8.0
 
     def __post_init__(self) -> None:
         for key, value, known in (
@@ -63,21 +69,67 @@ class FromGradients(Hessian):
     ) -> Float[Tensor, "columns columns"]:
         """What one sequence adds to the Hessian."""
 
+    @property
+    def span(self) -> int:
+        return self.k if self.schedule == "every_k" else 1
+
     def each(self, block: Block, solve: Solve) -> None:
-        if block.index % self._every(block) == 0:
-            block.notes.update(self._measure(block))
-        for name in block.linears:
-            solve((name,), block.notes.pop(f"{block.name}.{name}"))
+        if self.schedule == "one_pass":
+            if block.index == 0:
+                block.notes.update(self._at_float_weights(block))
+            if not any(key.startswith(f"{block.name}.") for key in block.notes):
+                block.notes.update(Cache().find(KIND, self._key(block, block.index)) or {})
+        elif block.index % self.span == 0:
+            covered = range(block.index, min(block.index + self.span, len(block.task.blocks)))
+            block.notes.update(self._measure(block, covered))
+        for name, linear in block.linears.items():
+            hessian = block.notes.pop(f"{block.name}.{name}", None)
+            if hessian is None:
+                raise RuntimeError(f"{block.name}.{name}: its Hessian went from the cache")
+            solve((name,), hessian.to(linear.weight.device))
 
-    def _every(self, block: Block) -> int:
-        count = len(block.task.blocks)
-        return {"per_block": 1, "every_k": self.k, "one_pass": count}[self.schedule]
+    def _at_float_weights(self, block: Block) -> dict[str, Float[Tensor, "_ _"]]:
+        """The Hessians of every block, from the cache or measured and put there.
 
-    def _measure(self, block: Block) -> dict[str, Float[Tensor, "_ _"]]:
-        """Hessians of the linears of this block and of the others that the schedule covers."""
-        task, found = block.task, {}
+        Returned are those that the cache does not hold, and all of them if they fit `memory`.
+        """
+        task, store = block.task, Cache()
+        size = sum(4 * linear.in_features**2 for linear in block.linears.values())
+        span = max(int(self.memory * 2**30 / size), 1)
+        whole = span >= len(task.blocks)
+        keep: dict[str, Tensor] = {}
+        for first in range(0, len(task.blocks), span):
+            covered = range(first, min(first + span, len(task.blocks)))
+            found = {index: store.find(KIND, self._key(block, index)) for index in covered}
+            if None in found.values():
+                measured = self._measure(block, covered)
+                for index in covered:
+                    name = f"{task.arch.blocks}.{index}."
+                    own = {key: h for key, h in measured.items() if key.startswith(name)}
+                    kept = store.put(KIND, self._key(block, index), own)
+                    keep |= {} if kept and not whole else own
+            elif whole:
+                keep |= {key: h for own in found.values() if own for key, h in own.items()}
+        return keep
+
+    def _key(self, block: Block, index: int) -> dict[str, Any]:
+        """Everything that the Hessians of a block at float weights depend on."""
+        fields = asdict(self)
+        for speed in ("memory", "k"):  # no influence on the result
+            fields.pop(speed)
+        return {
+            "hessian": type(self).__name__,
+            **fields,
+            "content": block.origin,
+            "block": index,
+            "code": sources("qexp.output_hessian", "qexp.walk", "qexp.task", "qexp.hessian"),
+        }
+
+    def _measure(self, block: Block, covered: range) -> dict[str, Float[Tensor, "_ _"]]:
+        """Hessians of the linears of some blocks, this one the first or before them."""
+        task = block.task
+        found: dict[str, Tensor] = {}
         seen: dict[str, Tensor] = {}
-        covered = range(block.index, min(block.index + self._every(block), len(task.blocks)))
         root = task.arch.blocks
         linears = {
             f"{root}.{index}.{name}": task.blocks[index].get_submodule(name)

@@ -85,10 +85,9 @@ class Coded(Packed):
         columns = weight.shape[1]
         wide = _per_column(scales, group, columns)
         codes = grid.encode(weight.float(), wide).to(torch.int32)
-        scale: Tensor | Coded = scales.scale
-        zero: Tensor | Coded | None = scales.zero if grid.has_zero else None
-        if grid.per_tensor:
-            scale, zero = scale[:1, :1], zero if zero is None else zero[:1, :1]
+        kept = slice(1 if grid.per_tensor else None)
+        scale: Tensor | Coded = scales.scale[kept, kept]
+        zero: Tensor | Coded | None = scales.zero[kept, kept] if grid.has_zero else None
         if grid.second:
             assert scales.raw is not None, "scales of a two-level grid keep their raw values"
             raw = dict(zip(("scales", "zeros"), scales.raw, strict=True))

@@ -3,17 +3,19 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qexp.binary import Binary
 from qexp.errors import UserError
 from qexp.files import atomic
 from qexp.packed import Coded, Packed
 
 FILE = "weights.safetensors"
-FORMS: dict[str, type[Packed]] = {"Coded": Coded}
+FORMS: dict[str, type[Packed]] = {"Coded": Coded, "Binary": Binary}
 
 
 def save(folder: Path, weights: Mapping[str, Packed], others: Mapping[str, Tensor]) -> None:
@@ -22,12 +24,8 @@ def save(folder: Path, weights: Mapping[str, Packed], others: Mapping[str, Tenso
     weights: stored forms by linear. others: further tensors that the run changed or made (ranges
     of static activation quantizers), by their own names.
     """
-    tensors = {f"other:{name}": tensor.contiguous().cpu() for name, tensor in others.items()}
-    layout = {}
-    for name, packed in weights.items():
-        layout[name] = {"form": type(packed).__name__, **packed.layout()}
-        for key, tensor in packed.stored().items():
-            tensors[f"{name}:{key}"] = tensor.contiguous().cpu()
+    tensors, layout = flatten(weights)
+    tensors |= {f"other:{name}": tensor.contiguous().cpu() for name, tensor in others.items()}
     with atomic(folder / FILE) as path:
         save_file(tensors, path, metadata={"layout": json.dumps(layout)})
 
@@ -43,17 +41,30 @@ def load(folder: Path) -> tuple[dict[str, Packed], dict[str, Tensor]]:
         raise UserError(
             f"{path} cannot be read ({error}): run the configuration again with save_weights=true."
         ) from error
-    packed = {}
-    for name, facts in layout.items():
-        own = {
-            key.removeprefix(f"{name}:"): tensor
-            for key, tensor in tensors.items()
-            if key.startswith(f"{name}:")
-        }
-        packed[name] = FORMS[facts.pop("form")].restore(own, facts)
+    packed = unflatten(tensors, layout)
     others = {
         key.removeprefix("other:"): tensor
         for key, tensor in tensors.items()
         if key.startswith("other:")
     }
     return packed, others
+
+
+def flatten(weights: Mapping[str, Packed]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Stored forms as one dict of tensors, and the layout (fit for JSON) that reads it."""
+    tensors, layout = {}, {}
+    for name, packed in weights.items():
+        layout[name] = {"form": type(packed).__name__, **packed.layout()}
+        for key, tensor in packed.stored().items():
+            tensors[f"{name}:{key}"] = tensor.contiguous().cpu()
+    return tensors, layout
+
+
+def unflatten(tensors: Mapping[str, Tensor], layout: Mapping[str, Any]) -> dict[str, Packed]:
+    """The inverse of `flatten`; tensors that the layout does not name are left out."""
+    own: dict[str, dict[str, Tensor]] = {name: {} for name in layout}
+    for key, tensor in tensors.items():
+        name, _, part = key.partition(":")
+        if name in own:
+            own[name][part] = tensor
+    return {name: FORMS[facts["form"]].restore(own[name], facts) for name, facts in layout.items()}

@@ -47,6 +47,16 @@ class Task(L.LightningModule):
         assert isinstance(blocks, torch.nn.ModuleList)
         return blocks
 
+    def linears(self) -> dict[str, torch.nn.Linear]:
+        """What is quantized: every linear of every block by its full name, in execution order."""
+        found = {}
+        for index, block in enumerate(self.blocks):
+            for name in (name for group in self.arch.groups for name in group.linears):
+                linear = block.get_submodule(name)
+                assert isinstance(linear, torch.nn.Linear)
+                found[f"{self.arch.blocks}.{index}.{name}"] = linear
+        return found
+
     @contextmanager
     def labels(self, kind: str, seed: int) -> Iterator[None]:
         """Losses against the data (`data`), or against labels drawn from the model's own
@@ -108,7 +118,7 @@ class _WithLabels(Task):
     def loss(self, batch: Batch) -> Float[Tensor, ""]:
         if self._sampler is not None:
             raise UserError(
-                "method.hessian.labels=sampled: only causal language models draw labels here; give data."
+                "method.hessian.labels=sampled: only causal language models draw labels; give data."
             )
         return self.model(**{key: value.to(self.device) for key, value in batch.items()}).loss
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qexp.arch import Group
+from qexp.cache import checksum
 from qexp.progress import bar
 from qexp.task import Batch, Task
 
@@ -51,6 +52,7 @@ class Block:
     task: Task
     returns_tuple: bool
     notes: dict[str, Tensor]  # shared by the blocks of one walk: what was measured ahead
+    origin: str  # checksum of the model's weights and the batches as the walk began
     left: list[Tensor] | None = None  # outputs that `advance` settled
 
     @property
@@ -138,9 +140,12 @@ def walk(task: Task, batches: Sequence[Batch], chunk: int | None = None) -> Iter
     returns_tuple = _returns_tuple(task, parts[0])
     pieces = [_record(task, part, returns_tuple) for part in parts]
     notes: dict[str, Tensor] = {}
+    origin = "".join(map(checksum, [dict(task.model.state_dict()), *batches]))
     for index, module in enumerate(bar(task.blocks, "blocks")):
         name = f"{task.arch.blocks}.{index}"
-        block = Block(index, name, module, task.arch.groups, pieces, task, returns_tuple, notes)
+        block = Block(
+            index, name, module, task.arch.groups, pieces, task, returns_tuple, notes, origin
+        )
         yield block
         if index + 1 < len(task.blocks):
             for piece, output in zip(pieces, block.left or block.outputs(), strict=True):

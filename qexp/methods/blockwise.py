@@ -1,5 +1,6 @@
 """Post-training quantization of weights: every linear of every block, one after another."""
 
+import logging
 import time
 from dataclasses import dataclass
 
@@ -10,11 +11,14 @@ from torch import Tensor, nn
 from qexp.activations import Activations, quantize_activations
 from qexp.errors import UserError
 from qexp.hessian import Hessian
+from qexp.methods.journal import Journal
 from qexp.methods.step import Batches, Record, Step, write
 from qexp.progress import bar
 from qexp.solvers.sweep import NotPositiveDefinite, Solver
 from qexp.task import Task
 from qexp.walk import Block, walk
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -28,18 +32,13 @@ class Direct(Step):
     def __call__(self, task: Task, batches: Batches) -> list[Record]:
         check(task, self.solver)
         records = []
-        for index, module in enumerate(bar(task.blocks, "blocks")):
-            for group in task.arch.groups:
-                for name in group.linears:
-                    linear = module.get_submodule(name)
-                    assert isinstance(linear, nn.Linear)
-                    full = f"{task.arch.blocks}.{index}.{name}"
-                    finite(full, linear)
-                    start = time.perf_counter()
-                    eye = torch.eye(linear.in_features, device=linear.weight.device)
-                    solution = self.solver(linear.weight.detach().float(), eye)
-                    seconds = time.perf_counter() - start
-                    records.append(write(full, linear, solution, solution.weight, None, seconds))
+        for name, linear in bar(list(task.linears().items()), "linears"):
+            finite(name, linear)
+            start = time.perf_counter()
+            eye = torch.eye(linear.in_features, device=linear.weight.device)
+            solution = self.solver(linear.weight.detach().float(), eye)
+            seconds = time.perf_counter() - start
+            records.append(write(name, linear, solution, solution.weight, None, seconds))
         quantize_activations(task, self.activations, batches)
         return records
 
@@ -66,15 +65,41 @@ class Blockwise(Step):
     def __call__(self, task: Task, batches: Batches) -> list[Record]:
         check(task, self.solver)
         records: list[Record] = []
+        journal: Journal | None = None
         for block in walk(task, batches(), self.chunk):
-            records += self._solve(block)
-        expected = len(task.blocks) * sum(len(group.linears) for group in task.arch.groups)
-        if len(records) != expected:
+            if journal is None:
+                journal = Journal({"model": block.origin, "method": repr(self)})
+                finished = self._finished(journal, len(task.blocks))
+            if block.index < len(finished):
+                for record in finished[block.index]:
+                    linear = task.model.get_submodule(record.name)
+                    linear.weight.data = record.packed.dequantize().to(linear.weight)
+                records += finished[block.index]
+                continue
+            solved = self._solve(block)
+            journal.write(block.index, solved)
+            records += solved
+        if len(records) != (expected := len(task.linears())):
             raise RuntimeError(
                 f"{len(records)} linears were quantized, not the {expected} asked for"
             )
+        if journal is not None:
+            journal.clear(len(task.blocks))
         quantize_activations(task, self.activations, batches)
         return records
+
+    def _finished(self, journal: Journal, blocks: int) -> list[list[Record]]:
+        """The records of the blocks that an interrupted run finished, up to where Hessians can be
+        taken up again."""
+        found: list[list[Record]] = []
+        for index in range(blocks):
+            if (records := journal.read(index)) is None:
+                break
+            found.append(records)
+        found = found[: len(found) // self.hessian.span * self.hessian.span]
+        if found:
+            log.info("taken up again at block %d of %d", len(found), blocks)
+        return found
 
     def _solve(self, block: Block) -> list[Record]:
         linears = block.linears
@@ -139,14 +164,11 @@ class Blockwise(Step):
 
 def check(task: Task, solver: Solver) -> None:
     """UserError, before any work, when the solver cannot take one of the model's shapes."""
-    for index, module in enumerate(task.blocks):
-        for group in task.arch.groups:
-            for name in group.linears:
-                rows, columns = module.get_submodule(name).weight.shape  # type: ignore[union-attr]
-                try:
-                    solver.check(rows, columns)
-                except UserError as reason:
-                    raise UserError(f"{task.arch.blocks}.{index}.{name}: {reason}") from reason
+    for name, linear in task.linears().items():
+        try:
+            solver.check(linear.out_features, linear.in_features)
+        except UserError as reason:
+            raise UserError(f"{name}: {reason}") from reason
 
 
 def finite(name: str, linear: nn.Linear) -> None:

@@ -68,14 +68,14 @@ class GPTQ(Solver):
             scales, zeros = static.scale.T.contiguous(), static.zero.T.contiguous()
             homes = group.tolist()
 
-            def fit(_: Tensor, __: int) -> Rule:
+            def fit(values: Tensor, first: int) -> Rule:
                 def rule(w: Tensor, j: int) -> Tensor:
                     return self.grid.round(w, Scale(scales[homes[j]], zeros[homes[j]]))
 
                 return rule
         else:
 
-            def fit(values: Tensor, _: int) -> Rule:
+            def fit(values: Tensor, first: int) -> Rule:
                 q = self.grid.fit(values)
                 fitted.append(q.map(lambda part: part.expand(len(values), 1)))
                 flat = Scale(q.scale.squeeze(1), q.zero.squeeze(1))
