@@ -12,7 +12,8 @@ from torch import Tensor
 
 from qexp.grid import IntGrid
 from qexp.packed import Coded
-from qexp.solvers import GPTQ, RTN, Solver
+from qexp.solvers import GPTQ, Solver
+from qexp.solvers.billm import BiLLM
 from qexp.solvers.spqr import SpQR
 
 FOLDER = data_dir()
@@ -36,6 +37,7 @@ SOLVERS: dict[str, Solver] = {
     "spqr.w4.g16": SpQR(two_levels(4, 16), threshold=0.2, damp=1.0),
     "spqr.w2.g64": SpQR(two_levels(2, 64), threshold=2.0, act_order=True),
     "spqr.w3.g32.noout": SpQR(two_levels(3, 32, second=False), threshold=inf),
+    "billm": BiLLM(),
 }
 
 
@@ -51,7 +53,7 @@ def test_parity(golden: dict[str, Tensor], key: str) -> None:
     ours, theirs = (loss(w - weight, hessian) for w in (solution.weight, reference))
     assert ours == pytest.approx(theirs, rel=1e-3)
     assert (solution.weight - reference).abs().lt(1e-5).double().mean() >= 0.99
-    nearest = RTN(SOLVERS[key].grid)(weight).weight  # type: ignore[attr-defined]
+    nearest = SOLVERS[key].baseline(weight, hessian).weight
     assert ours < loss(nearest - weight, hessian)
 
 

@@ -1,0 +1,162 @@
+"""BiLLM (Huang et al., 2402.04291): one bit per weight, two in the columns that matter most."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from qexp.binary import Binary, Halves
+from qexp.errors import UserError
+from qexp.solvers.parting import break_point, salient_columns, stored, two_values
+from qexp.solvers.sweep import Rule, Solution, Solver, inverse_factor, sweep
+
+
+@dataclass(frozen=True)
+class BiLLM(Solver):
+    """Blocks of columns binarized at once, their error spread over the blocks after them.
+
+    In each block a few whole columns are salient and binarized twice (the residual again); the
+    other weights form two groups per row, of small and of large ones. How many columns, and where
+    the groups part, is searched.
+
+    block: columns binarized at once, with their own means and reaches.
+    damp: share of the mean diagonal.
+    salient_metric: what ranks columns and parts groups: "hessian", M = w² / U_jj², or "magnitude",
+    |w|.
+    search: in what the searches measure their error: "importance", the matrix M itself (a quirk of
+    the reference), or "weight", what is rounded in the end.
+    most_salient: fewer columns of a block than this are salient (and at least one is).
+    scale_dtype: of stored means and reaches, which rounding uses: float32 (the reference), float16
+    or bfloat16.
+    feedback: errors are spread at all.
+
+    Other quirks of the reference, kept: U's diagonal, not [H⁻¹]_jj, is in M; columns inside a
+    block do not hear of each other's errors; quantiles for the break-points count the salient
+    columns as zeros. Both were checked against it. Unlike there, a weight equal to its group's mean
+    takes the upper value, since storage has two signs.
+    """
+
+    block: int = 128
+    damp: float = 0.01
+    salient_metric: str = "hessian"
+    search: str = "importance"
+    most_salient: int = 50
+    scale_dtype: str = "float32"
+    feedback: bool = True
+
+    def __post_init__(self) -> None:
+        for key, known in (
+            ("salient_metric", ("hessian", "magnitude")),
+            ("search", ("importance", "weight")),
+            ("scale_dtype", ("float32", "float16", "bfloat16")),
+        ):
+            if getattr(self, key) not in known:
+                raise UserError(
+                    f"method.solver.{key}={getattr(self, key)} is unknown: give "
+                    f"{' or '.join(known)}."
+                )
+
+    def check(self, rows: int, columns: int) -> None:
+        if columns < 2 or self.block < 2:
+            raise UserError("method.solver.block: BiLLM needs blocks of at least two columns.")
+
+    @property
+    def rowwise(self) -> bool:
+        return False  # salient columns and break-points are the whole matrix'
+
+    @property
+    def baseline(self) -> Solver:
+        return Binarize(self.block, self.scale_dtype)
+
+    def __call__(
+        self,
+        weight: Float[Tensor, "rows columns"],
+        hessian: Float[Tensor, "columns columns"],
+    ) -> Solution:
+        factor = inverse_factor(hessian, self.damp)
+        diagonal = factor.upper.diagonal()
+        halves: list[Halves] = []
+        levels: list[Tensor] = []
+
+        def fit(values: Tensor, first: int) -> Rule:
+            size = values.shape[1]
+            importance = values
+            if self.salient_metric == "hessian":
+                importance = (values / diagonal[first : first + size]).square()
+            searched = values if self.search == "weight" else importance
+            order = importance.abs().sum(0).argsort(descending=True, stable=True)
+            count = salient_columns(searched[:, order], min(self.most_salient, size))
+            salient = torch.zeros(size, dtype=torch.bool, device=values.device)
+            salient[order[:count]] = True
+            split = break_point(importance, searched, salient)
+            high = (importance.abs() > split) & ~salient
+            part, numbers = binarized(values, high, salient, getattr(torch, self.scale_dtype))
+            halves.append(part)
+            levels.append(numbers)
+            rounded = part.decode(numbers).T.contiguous()
+            return lambda _, j: rounded[j - first]
+
+        weight = weight.float().masked_fill(factor.dead, 0)
+        upper = factor.upper if self.feedback else diagonal.diag()
+        sweep(weight, upper, fit, self.block, within=False)
+        packed = Binary(self.block, Halves.join(halves), torch.stack(levels, 1))
+        assert packed.halves.salient is not None
+        paper = 1 + float(packed.halves.salient.float().mean())
+        return Solution(packed.dequantize(), packed.bits(), packed, factor.damp, paper)
+
+
+@dataclass(frozen=True)
+class Binarize(Solver):
+    """Two values per row and block, mean ± mean distance from it, whatever the Hessian."""
+
+    block: int = 128
+    scale_dtype: str = "float32"
+
+    def check(self, rows: int, columns: int) -> None:
+        pass
+
+    @property
+    def rowwise(self) -> bool:
+        return True
+
+    @property
+    def baseline(self) -> Solver:
+        return self
+
+    def __call__(
+        self,
+        weight: Float[Tensor, "rows columns"],
+        hessian: Float[Tensor, "columns columns"] | None = None,
+    ) -> Solution:
+        dtype = getattr(torch, self.scale_dtype)
+        halves, levels = [], []
+        for values in weight.float().split(self.block, 1):
+            everything = torch.ones_like(values, dtype=torch.bool)
+            mean, reach, signs = two_values(values, everything, dtype)
+            halves.append(Halves(signs))
+            levels.append(torch.cat([mean, reach], 1).to(dtype))
+        packed = Binary(self.block, Halves.join(halves), torch.stack(levels, 1))
+        return Solution(packed.dequantize(), packed.bits(), packed, paper_bits=1.0)
+
+
+def binarized(
+    values: Float[Tensor, "rows size"],
+    high: Bool[Tensor, "rows size"],
+    salient: Bool[Tensor, " size"],
+    dtype: torch.dtype,
+) -> tuple[Halves, Float[Tensor, "rows 7"]]:
+    """A block's signs and levels: order 1 in both groups, order 2 in the salient columns."""
+    low = two_values(values, ~(high | salient), dtype)
+    upper = two_values(values, high, dtype)
+    first = two_values(values, salient[None], dtype)
+    rest = values - first[0] - torch.where(first[2], first[1], -first[1])
+    shift = two_values(rest, salient[None], dtype)[0]
+    mean = stored(first[0] + shift, dtype)  # the means of both orders are one number
+    rest = values - mean - torch.where(first[2], first[1], -first[1])
+    count = salient.sum().clamp(min=1)
+    reach = stored(rest.abs().masked_fill(~salient, 0).sum(1, keepdim=True) / count, dtype)
+    signs = torch.where(salient, first[2], torch.where(high, upper[2], low[2]))
+    halves = Halves(signs, high, salient, (rest >= 0) & salient)
+    levels = torch.cat([*low[:2], *upper[:2], mean, first[1], reach], 1)
+    return halves, levels.to(dtype)
