@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from qexp.cache import Cache, sources
@@ -144,8 +144,9 @@ class FromGradients(Hessian):
             for x, g in zip(xs, gs, strict=True):
                 added = self.contribution(x, g)
                 found[name] = found[name].add_(added) if name in found else added
-                used = (x != 0).any(0)
-                seen[name] = seen[name] | used if name in seen else used
+                for key, part in ((name, x), (f"{name} scored", x[:-1])):
+                    used = (part != 0).any(0)
+                    seen[key] = seen[key] | used if key in seen else used
 
         total = -(-sum(len(inputs) for inputs in block.inputs) // self.sequences)
         kind, dtype = task.device.type, DTYPES[self.dtype]
@@ -160,14 +161,30 @@ class FromGradients(Hessian):
             for loss, running in bar(losses, f"gradients from block {block.index}", total):
                 (loss * running * self.loss_scale).backward()
         for name, hessian in found.items():
-            dead = hessian.diagonal() == 0
-            if not torch.equal(dead, ~seen[name]):
-                raise UserError(
-                    f"{name}: {int((dead & seen[name]).sum())} inputs with data have no "
-                    "gradient: it underflowed; raise method.hessian.loss_scale or take "
-                    "method.hessian.dtype=float32."
-                )
+            _check_dead(name, hessian, seen[name], seen[f"{name} scored"])
         return found
+
+
+def _check_dead(
+    name: str,
+    hessian: Float[Tensor, "columns columns"],
+    seen: Bool[Tensor, " columns"],
+    scored: Bool[Tensor, " columns"],
+) -> None:
+    """See that only inputs without data have no diagonal: solvers delete the weights of those.
+
+    An input that only a sequence's last token uses has data and rightly no gradient, as nothing is
+    predicted there; it gets the least diagonal of the others. UserError for an underflow.
+    """
+    diagonal = hessian.diagonal()
+    dead = diagonal == 0
+    if (lost := int((dead & scored).sum())) > 0:
+        raise UserError(
+            f"{name}: {lost} inputs with data have no gradient: it underflowed; raise "
+            "method.hessian.loss_scale or take method.hessian.dtype=float32."
+        )
+    if not dead.all():
+        diagonal[dead & seen] = diagonal[~dead].min()
 
 
 @dataclass(frozen=True)
