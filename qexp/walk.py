@@ -6,11 +6,13 @@ alone on what reaches it, and what the caller does to it before asking for the n
 downstream.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +24,9 @@ from qexp.task import Batch, Task
 # Called with the names of linears that share an input and with that input, once all of it is
 # known, as chunks [..., columns].
 Visit = Callable[[tuple[str, ...], Iterator[Tensor]], None]
+
+
+log = logging.getLogger(__name__)
 
 
 class Call(NamedTuple):
@@ -133,10 +138,11 @@ class Block:
 def walk(task: Task, batches: Sequence[Batch], chunk: int | None = None) -> Iterator[Block]:
     """Yield each block with the data that reaches it.
 
-    chunk: sequences that run together; None runs each batch whole. Inputs of a block rest where
-    its weights do, which for an offloaded model is the host.
+    chunk: sequences that run together; None runs each batch whole if the device's memory allows,
+    else as many as fit. Inputs of a block rest where its weights do, which for an offloaded model
+    is the host.
     """
-    parts = [part for batch in batches for part in _split(batch, chunk)]
+    parts = [part for batch in batches for part in _split(batch, chunk or _fitting(task, batch))]
     returns_tuple = _returns_tuple(task, parts[0])
     pieces = [_record(task, part, returns_tuple) for part in parts]
     notes: dict[str, Tensor] = {}
@@ -152,13 +158,39 @@ def walk(task: Task, batches: Sequence[Batch], chunk: int | None = None) -> Iter
                 piece.hidden = output
 
 
-def _split(batch: Batch, chunk: int | None) -> list[Batch]:
-    size = len(next(iter(batch.values())))
-    step = chunk or size
+def _split(batch: Batch, chunk: int) -> list[Batch]:
     return [
-        {key: value[start : start + step] for key, value in batch.items()}
-        for start in range(0, size, step)
+        {key: value[start : start + chunk] for key, value in batch.items()}
+        for start in range(0, _rows(batch), chunk)
     ]
+
+
+def _rows(batch: Batch) -> int:
+    return len(next(iter(batch.values())))
+
+
+def _fitting(task: Task, batch: Batch) -> int:
+    """How many sequences' activations inside a block fit into half of the free memory."""
+    widths = [linear.out_features for linear in task.linears().values()]
+    tokens = batch["input_ids"].shape[1] if "input_ids" in batch else _patches(task)
+    # The widest result three times (gate, up, product), the stream and what attention holds.
+    floats = tokens * (3 * max(widths) + 6 * task.model.config.hidden_size)
+    each = floats * max(next(task.parameters()).element_size(), 2)
+    fitting = max(int(_free(task.device) / 2 / each), 1)
+    if fitting < _rows(batch):
+        log.info("%d of %d sequences at a time: all do not fit the memory", fitting, _rows(batch))
+    return min(fitting, _rows(batch))
+
+
+def _patches(task: Task) -> int:
+    config = task.model.config
+    return (config.image_size // config.patch_size) ** 2 + 1
+
+
+def _free(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
 
 
 def _record(task: Task, batch: Batch, returns_tuple: bool) -> Piece:

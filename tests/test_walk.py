@@ -108,3 +108,11 @@ def test_layerwise_hessian_of_a_shared_input_is_shared_and_leaves_the_walk_free(
         if index == 0:
             block.module.mlp.down_proj.weight.data.zero_()  # must reach the next block
             expected = block_outputs(task, batch)
+
+
+def test_sequences_that_do_not_fit_the_memory_run_in_parts(monkeypatch):
+    expected = block_outputs(task_of("llama"), joined("llama"))
+    monkeypatch.setattr("qexp.walk._free", lambda device: 200_000)
+    for block, outputs in zip(walk(task_of("llama"), [joined("llama")]), expected, strict=True):
+        assert len(block.pieces) > 1
+        torch.testing.assert_close(torch.cat(list(block.outputs())), outputs)
