@@ -103,3 +103,21 @@ class MSE(Range):
             best_low = torch.where(better, low * keep, best_low)
             best_high = torch.where(better, high * keep, best_high)
         return best_low, best_high
+
+
+@dataclass(frozen=True)
+class RMS(Range):
+    """As many root mean squares to both sides of 0 (QuIP's 2.4, for weights made normal)."""
+
+    reach: float = 2.4
+
+    def __call__(
+        self,
+        x: Float[Tensor, "rows size"],
+        grid: "Grid",
+        counts: Float[Tensor, "rows size"] | None = None,
+    ) -> Interval:
+        weight = torch.ones_like(x) if counts is None else counts
+        mean = (x.square() * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
+        high = self.reach * mean.sqrt()
+        return -high, high

@@ -13,9 +13,13 @@ from qexp.binary import Binary
 from qexp.errors import UserError
 from qexp.files import atomic
 from qexp.packed import Coded, Packed
+from qexp.partial import Partial
+from qexp.rotated import Rotated
 
 FILE = "weights.safetensors"
-FORMS: dict[str, type[Packed]] = {"Coded": Coded, "Binary": Binary}
+FORMS: dict[str, type[Packed]] = {
+    form.__name__: form for form in (Coded, Binary, Partial, Rotated)
+}
 
 
 def save(folder: Path, weights: Mapping[str, Packed], others: Mapping[str, Tensor]) -> None:

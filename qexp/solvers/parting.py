@@ -29,16 +29,17 @@ def salient_columns(searched: Float[Tensor, "rows size"], most: int) -> int:
     """How many of the first columns, 1 … most - 1, to binarize twice apart from the others (which
     are binarized twice too here), for the least square error."""
     counts = range(1, max(most, 2))
-    errors = torch.zeros(len(counts), dtype=torch.float64)
+    errors = torch.zeros(len(counts), dtype=torch.float64, device=searched.device)
     for tile in searched.split(TILE):
         columns = tile.T.contiguous()  # [size, rows]: any run of columns is one piece of memory
         for index, count in enumerate(counts):
             for part in (columns[:count], columns[count:]):
-                errors[index] += twice_binarized(part) if len(part) else 0.0
+                if len(part):
+                    errors[index] += twice_binarized(part)
     return counts[int(errors.argmin())]
 
 
-def twice_binarized(columns: Float[Tensor, "size rows"]) -> float:
+def twice_binarized(columns: Float[Tensor, "size rows"]) -> Float[Tensor, ""]:
     """Square error of binarizing each row (here: column) and then its residual."""
     away = columns - columns.mean(0)
     reach = away.abs().mean(0)
@@ -46,7 +47,7 @@ def twice_binarized(columns: Float[Tensor, "size rows"]) -> float:
     away -= away.mean(0)
     away.abs_()
     away -= away.mean(0)  # distance from the reach of the second order
-    return float(torch.linalg.vector_norm(away)) ** 2
+    return torch.linalg.vector_norm(away).double().square()
 
 
 def break_point(

@@ -1,0 +1,115 @@
+"""PB-LLM (Shang et al., 2310.00034), its post-training half: a few weights at 8 bits, the others
+binarized."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qexp.binary import Binary, Halves
+from qexp.errors import UserError
+from qexp.grid import IntGrid, Scale
+from qexp.packed import Coded
+from qexp.partial import Partial
+from qexp.solvers.billm import Binarize
+from qexp.solvers.parting import ascending, two_values
+from qexp.solvers.sweep import Rule, Solution, Solver, inverse_factor, sweep
+
+
+@dataclass(frozen=True)
+class PBLLM(Solver):
+    """GPTQ's sweep, in which the salient weights take the nearest value of `grid` and the others
+    one of their row's two: mean ± mean distance from it.
+
+    salient: their share, taken where the metric is highest among a group's weights.
+    salient_metric: "hessian", w² / U_jj², or "magnitude", |w|.
+    group_size: columns with a choice and two values per row of their own, made when the sweep
+    reaches them; null: the whole row, as the paper.
+    grid: of the salient weights; fitted on the float matrix (8 bits, a scale per row).
+    damp: share of the mean diagonal. block: run time only. feedback: errors are spread at all.
+    scale_dtype: of stored means and distances.
+
+    The reference counts salient weights as zeros in those means; here they are left out.
+    """
+
+    grid: IntGrid = IntGrid(8)  # noqa: RUF009 (frozen)
+    salient: float = 0.1
+    salient_metric: str = "hessian"
+    group_size: int | None = None
+    damp: float = 0.01
+    scale_dtype: str = "float32"
+    block: int = 128
+    feedback: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.salient < 1:
+            raise UserError(f"method.solver.salient={self.salient} is no share: give 0 to 1.")
+        if self.salient_metric not in ("hessian", "magnitude"):
+            raise UserError(
+                f"method.solver.salient_metric={self.salient_metric} is unknown: give hessian or "
+                "magnitude."
+            )
+
+    def check(self, rows: int, columns: int) -> None:
+        self.grid.check(rows, columns)
+        if self.group_size is not None and (self.group_size < 1 or columns % self.group_size):
+            raise UserError(
+                f"method.solver.group_size={self.group_size} does not divide the {columns} inputs "
+                "of a layer: choose a divisor, or null for the whole row."
+            )
+
+    @property
+    def rowwise(self) -> bool:
+        return False  # the salient ones are chosen among all rows
+
+    @property
+    def baseline(self) -> Solver:
+        return Binarize(self.group_size or 2**31, self.scale_dtype)
+
+    def __call__(
+        self,
+        weight: Float[Tensor, "rows columns"],
+        hessian: Float[Tensor, "columns columns"],
+    ) -> Solution:
+        columns = weight.shape[1]
+        size = self.group_size or columns
+        factor = inverse_factor(hessian, self.damp)
+        diagonal = factor.upper.diagonal()
+        weight = weight.float().masked_fill(factor.dead, 0)
+        scales = self.grid.scales_of(weight)
+        each = columns // scales.scale.shape[1]
+        salient = torch.zeros(columns, len(weight), dtype=torch.bool, device=weight.device)
+        signs = torch.zeros_like(salient)
+        levels: list[Tensor] = []
+        dtype = getattr(torch, self.scale_dtype)
+
+        def fit(values: Tensor, first: int) -> Rule:
+            here = slice(first, first + size)
+            metric = values.abs()
+            if self.salient_metric == "hessian":
+                metric = metric / diagonal[here]
+            count = round(self.salient * metric.numel())
+            if count:
+                least = ascending(metric.flatten())[-count]
+                salient[here] = (metric >= least).T
+            mean, reach, _ = two_values(values, ~salient[here].T, dtype)
+            levels.append(torch.cat([mean, reach], 1).to(dtype))
+            middle, low, high = mean[:, 0], (mean - reach)[:, 0], (mean + reach)[:, 0]
+
+            def rule(w: Tensor, j: int) -> Tensor:
+                q = Scale(scales.scale[:, j // each], scales.zero[:, j // each])
+                torch.ge(w, middle, out=signs[j])
+                return torch.where(
+                    salient[j], self.grid.round(w, q), torch.where(signs[j], high, low)
+                )
+
+            return rule
+
+        upper = factor.upper if self.feedback else diagonal.diag()
+        rounded = sweep(weight, upper, fit, size, self.block)
+        binary = Binary(size, Halves(signs.T.contiguous()), torch.stack(levels, 1))
+        packed = Partial(salient.T.contiguous(), Coded.of(self.grid, rounded, scales), binary)
+        share = float(salient.float().mean())
+        paper = share * self.grid.bits + (1 - share)
+        return Solution(packed.dequantize(), packed.bits(), packed, factor.damp, paper)

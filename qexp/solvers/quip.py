@@ -1,0 +1,84 @@
+"""QuIP (Chee et al., 2307.13304): round where neither weights nor Hessian lie along an axis."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qexp.grid import Grid
+from qexp.packed import Coded
+from qexp.rotated import Rotated, rotations
+from qexp.solvers.gptq import GPTQ
+from qexp.solvers.rtn import RTN
+from qexp.solvers.sweep import Solution, Solver
+
+
+@dataclass(frozen=True)
+class QuIP(Solver):
+    """Incoherence processing, then LDLQ.
+
+    Inputs are rescaled by (H_jj / ‖w_j‖²)^¼ and both sides rotated by random orthogonal matrices
+    and permutations, the codes found there. LDLQ, which goes through the columns from last to first
+    with the factor of H = L D Lᵀ, is GPTQ's sweep of the reversed order (the paper's theorem 6),
+    and an order is as random as its reverse here.
+
+    grid: `weight=quip` is the paper's, 2.4 root mean squares to both sides, one scale per matrix.
+    damp: share of the mean diagonal. The reference adds 0.01 twice.
+    seed: of the rotations. rescale, feedback: whether inputs are rescaled, and errors spread.
+    block: columns finished before the rest is updated; no effect on the result.
+    """
+
+    grid: Grid
+    damp: float = 0.02
+    seed: int = 0
+    rescale: bool = True
+    feedback: bool = True
+    block: int = 128
+
+    def check(self, rows: int, columns: int) -> None:
+        self.grid.check(rows, columns)
+
+    @property
+    def rowwise(self) -> bool:
+        return False  # rows are mixed
+
+    @property
+    def baseline(self) -> Solver:
+        return replace(self, feedback=False)
+
+    def __call__(
+        self,
+        weight: Float[Tensor, "rows columns"],
+        hessian: Float[Tensor, "columns columns"],
+    ) -> Solution:
+        rows, columns = weight.shape
+        dead = hessian.diagonal() == 0
+        weight = weight.float().masked_fill(dead, 0)
+        stretch = self._stretch(weight, hessian).masked_fill_(dead, 1)
+        outputs, inputs = rotations(rows, columns, self.seed)
+        turned = outputs.apply(inputs.apply(weight * stretch.float()).T).T.float().contiguous()
+        scaled = hessian / stretch.float() / stretch.float()[:, None]
+        scaled = inputs.apply(inputs.apply(scaled).T).float()
+        solver = (
+            GPTQ(self.grid, self.damp, fit_every=1, block=self.block)
+            if self.feedback
+            else RTN(self.grid)
+        )
+        inner = solver(turned, (scaled + scaled.T) / 2)
+        assert isinstance(inner.packed, Coded)
+        packed = Rotated(inner.packed, self.seed, stretch)
+        return Solution(packed.dequantize(), packed.bits(), packed, inner.damp)
+
+    def _stretch(
+        self, weight: Float[Tensor, "rows columns"], hessian: Float[Tensor, "columns columns"]
+    ) -> Float[Tensor, " columns"]:
+        """As stored, in half precision around 1."""
+        if not self.rescale:
+            return torch.ones(weight.shape[1], dtype=torch.float16, device=weight.device)
+        tiny = torch.finfo(torch.float32).tiny
+        energy = weight.square().sum(0).clamp(min=tiny)
+        log = (hessian.diagonal().clamp(min=tiny).log() - energy.log()) / 4
+        alive = (hessian.diagonal() > 0) & (energy > tiny)
+        middle = log[alive].mean() if alive.any() else 0.0
+        return (log - middle).clamp(-9, 9).exp().masked_fill(~alive, 1).half()

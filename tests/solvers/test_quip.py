@@ -1,0 +1,103 @@
+"""QuIP: LDLQ is the sweep, rotations are orthogonal and come back from their seed, storage."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from reference.ldlq import ldlq
+from solvers.problems import loss, problem
+from torch import Tensor
+
+from qexp.grid import IntGrid
+from qexp.ranges import RMS
+from qexp.rotated import Rotated, Rotation
+from qexp.solvers import GPTQ
+from qexp.solvers.quip import QuIP
+
+
+def grid(bits: int) -> IntGrid:
+    return IntGrid(
+        bits,
+        per_tensor=True,
+        include_zero=False,
+        real_zero=True,
+        range=RMS(),
+        scale_dtype="float16",
+    )
+
+
+def test_ldlq_is_gptqs_sweep() -> None:
+    weight, hessian = problem(24, 48)
+    places = grid(3)
+    q = places.fit(weight)
+
+    def nearest(values: Tensor) -> Tensor:
+        return places.round(values[:, None], q)[:, 0]
+
+    ours = GPTQ(places, damp=0.0)(weight, hessian).weight
+    reference = ldlq(weight, hessian, nearest)
+    assert (ours - reference).abs().lt(1e-5).double().mean() > 0.99
+
+
+@pytest.mark.parametrize("length", [1, 7, 48, 96, 576])
+def test_rotations_are_orthogonal_and_undone(length: int) -> None:
+    rotation = Rotation.random(length, torch.Generator().manual_seed(3))
+    matrix = rotation.apply(torch.eye(length))
+    identity = torch.eye(length, dtype=torch.float64)
+    torch.testing.assert_close(matrix @ matrix.T, identity)
+    torch.testing.assert_close(rotation.undo(matrix), identity)
+
+
+def test_the_objective_is_that_of_the_rotated_problem() -> None:
+    # fine codes: the error is the grid's, so it shows that W and H were turned alike
+    weight, hessian = problem()
+    solution = QuIP(grid(8))(weight, hessian)
+    unturned = QuIP(grid(8), rescale=False)(weight, hessian)
+    total = loss(weight, hessian)
+    assert loss(solution.weight - weight, hessian) < 1e-2 * total
+    assert loss(unturned.weight - weight, hessian) < 1e-2 * total
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_beats_rounding_after_rotation_and_plain_sweep(bits: int) -> None:
+    weight, hessian = problem()
+    solver = QuIP(grid(bits))
+    ours = loss(solver(weight, hessian).weight - weight, hessian)
+    assert ours < loss(solver.baseline(weight, hessian).weight - weight, hessian)
+    plain = GPTQ(grid(bits), act_order=True)(weight, hessian).weight
+    assert ours < loss(plain - weight, hessian)
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+@pytest.mark.parametrize("feedback", [False, True])
+@pytest.mark.parametrize("places", [grid(2), IntGrid(4, group_size=32, scale_dtype="float16")])
+def test_storage_is_exact_and_complete(rescale: bool, feedback: bool, places: IntGrid) -> None:
+    weight, hessian = problem()
+    solution = QuIP(places, rescale=rescale, feedback=feedback, seed=5)(weight, hessian)
+    packed = solution.packed
+    assert isinstance(packed, Rotated)
+    assert torch.equal(solution.weight, packed.dequantize())
+    restored = Rotated.restore(packed.stored(), packed.layout())
+    assert torch.equal(solution.weight, restored.dequantize())
+    stored = sum(8 * t.numel() * t.element_size() for t in packed.stored().values())
+    assert packed.size() <= stored < packed.size() + 8 * len(packed.stored())
+    assert solution.bits == packed.size() / weight.numel()
+    beside = (16 * 96 + 64) / weight.numel()
+    assert solution.bits == pytest.approx(places.cost(48, 96) + beside)
+
+
+def test_scale_of_the_hessian_is_free_and_the_seed_is_not() -> None:
+    weight, hessian = problem()
+    solver = QuIP(grid(3))
+    ours = solver(weight, hessian).weight
+    other = solver(weight, 1000 * hessian).weight
+    assert (ours - other).abs().lt(1e-4).double().mean() > 0.95
+    assert not torch.equal(ours, replace(solver, seed=1)(weight, hessian).weight)
+
+
+def test_unseen_inputs_are_harmless() -> None:
+    weight, hessian = problem()
+    hessian[:, 7] = hessian[7] = 0
+    rounded = QuIP(grid(4))(weight, hessian).weight
+    assert rounded.isfinite().all()
+    assert loss(rounded - weight, hessian) < 0.1 * loss(weight, hessian)

@@ -1,0 +1,67 @@
+"""Every stored form through a file and back."""
+
+import pytest
+import torch
+from solvers.problems import problem
+
+from qexp import store
+from qexp.bits import pack_bits, unpack_bits
+from qexp.errors import UserError
+from qexp.grid import IntGrid
+from qexp.solvers import GPTQ, Solver
+from qexp.solvers.billm import BiLLM, Binarize
+from qexp.solvers.pbllm import PBLLM
+from qexp.solvers.quip import QuIP
+from qexp.solvers.spqr import SpQR
+
+LEVEL = IntGrid(3, group_size=16, include_zero=False, real_zero=True, scale_dtype="float16")
+TWO = IntGrid(
+    3,
+    group_size=16,
+    include_zero=False,
+    real_zero=True,
+    scale_dtype="float16",
+    scales=LEVEL,
+    zeros=LEVEL,
+)
+SOLVERS: dict[str, Solver] = {
+    "gptq": GPTQ(IntGrid(3, group_size=32, scale_dtype="bfloat16"), act_order=True),
+    "spqr": SpQR(TWO, act_order=True, outlier_dtype="float16"),
+    "billm": BiLLM(block=40, scale_dtype="float16"),
+    "binary": Binarize(64, "float16"),
+    "pbllm": PBLLM(IntGrid(8, scale_dtype="float16"), scale_dtype="float16"),
+    "quip": QuIP(IntGrid(2, per_tensor=True, scale_dtype="float16")),
+}
+
+
+def test_every_form_comes_back_from_a_file(tmp_path) -> None:
+    solutions = {name: solver(*problem()) for name, solver in SOLVERS.items()}
+    extra = {"range": torch.arange(3.0)}
+    store.save(tmp_path, {name: each.packed for name, each in solutions.items()}, extra)
+    packed, others = store.load(tmp_path)
+    assert set(packed) == set(solutions) and torch.equal(others["range"], extra["range"])
+    for name, solution in solutions.items():
+        assert type(packed[name]) is type(solution.packed)
+        assert torch.equal(packed[name].dequantize(), solution.weight)
+        assert packed[name].bits() == solution.bits
+
+
+def test_the_file_is_as_small_as_the_bits_say(tmp_path) -> None:
+    solution = SOLVERS["spqr"](*problem(192, 192))
+    store.save(tmp_path, {"layer": solution.packed}, {})
+    size = (tmp_path / store.FILE).stat().st_size
+    assert 8 * size < solution.packed.size() + 8 * 2500  # the header names tensors and layout
+
+
+def test_a_damaged_file_is_named(tmp_path) -> None:
+    (tmp_path / store.FILE).write_bytes(b"nonsense")
+    with pytest.raises(UserError, match=store.FILE):
+        store.load(tmp_path)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 5, 8, 16])
+def test_codes_of_any_width_come_back(bits: int) -> None:
+    codes = torch.randint(2**bits, (7, 13), generator=torch.Generator().manual_seed(bits))
+    packed = pack_bits(codes, bits)
+    assert packed.numel() == -(-codes.numel() * bits // 8)
+    assert torch.equal(unpack_bits(packed, bits, (7, 13)), codes)
