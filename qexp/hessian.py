@@ -16,7 +16,7 @@ from qexp.walk import Block
 # Called with linears that have one Hessian in common, and that Hessian.
 Solve = Callable[[tuple[str, ...], Float[Tensor, "columns columns"]], None]
 
-# Columns per strip of the triangle that `second_moment` computes.
+# Columns per strip of the triangle that `add_symmetric` computes.
 STRIP = 192
 
 
@@ -43,23 +43,36 @@ class Hessian(ABC):
         return found
 
 
-def second_moment(chunks: Iterable[Float[Tensor, "..."]]) -> Float[Tensor, "columns columns"]:
-    """2/N Σ x xᵀ over the N rows of all chunks [..., columns], accumulated in float32.
+def add_symmetric(
+    total: Float[Tensor, "columns columns"],
+    a: Float[Tensor, "rows columns"],
+    b: Float[Tensor, "rows columns"],
+) -> None:
+    """Add aᵀ b, known to be symmetric, to the part of `total` on and above the diagonal.
 
-    Only the strips on and above the diagonal are multiplied, which saves nearly half the work.
+    Only strips there are multiplied, which saves nearly half the work.
     """
-    count, hessian = 0, torch.empty(0)
+    for start in range(0, a.shape[1], STRIP):
+        stop = min(start + STRIP, a.shape[1])
+        total[start:stop, start:].addmm_(a[:, start:stop].T, b[:, start:])
+
+
+def mirrored(total: Float[Tensor, "columns columns"]) -> Float[Tensor, "columns columns"]:
+    """The whole matrix, from what `add_symmetric` left on and above the diagonal."""
+    upper = total.triu()
+    return upper + upper.triu(1).T
+
+
+def second_moment(chunks: Iterable[Float[Tensor, "..."]]) -> Float[Tensor, "columns columns"]:
+    """2/N Σ x xᵀ over the N rows of all chunks [..., columns], accumulated in float32."""
+    count, total = 0, torch.empty(0, 0)
     for chunk in chunks:
         x = chunk.detach().reshape(-1, chunk.shape[-1]).float()
-        columns = x.shape[1]
         if not count:
-            hessian = torch.zeros(columns, columns, device=x.device)
-        for start in range(0, columns, STRIP):
-            stop = min(start + STRIP, columns)
-            hessian[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
+            total = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+        add_symmetric(total, x, x)
         count += len(x)
-    hessian = hessian.triu()
-    return (hessian + hessian.triu(1).T).mul_(2 / max(count, 1))
+    return mirrored(total).mul_(2 / max(count, 1))
 
 
 @dataclass(frozen=True)

@@ -7,20 +7,21 @@ activation Hessian weighted by ‖g_t‖².
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
+from qexp.backward import frozen, watching
 from qexp.cache import Cache, sources
 from qexp.errors import UserError
-from qexp.hessian import Hessian, Solve, second_moment
+from qexp.hessian import Hessian, Solve, add_symmetric, mirrored
 from qexp.progress import bar
 from qexp.walk import Block
+
+Factors = tuple[Float[Tensor, "each columns"], Float[Tensor, "each columns"]]
 
 KIND = "hessians"
 SCHEDULES = ("per_block", "every_k", "one_pass")
@@ -64,10 +65,10 @@ class FromGradients(Hessian):
                 )
 
     @abstractmethod
-    def contribution(
+    def factors(
         self, x: Float[Tensor, "tokens columns"], g: Float[Tensor, "tokens rows"]
-    ) -> Float[Tensor, "columns columns"]:
-        """What one sequence adds to the Hessian."""
+    ) -> Factors:
+        """A and B of AᵀB, the symmetric matrix that one sequence adds to the Hessian."""
 
     @property
     def span(self) -> int:
@@ -142,8 +143,9 @@ class FromGradients(Hessian):
             # Some families flatten sequences into rows on the way (OPT's MLP).
             xs, gs = (part.float().reshape(running, -1, part.shape[-1]) for part in (x, g))
             for x, g in zip(xs, gs, strict=True):
-                added = self.contribution(x, g)
-                found[name] = found[name].add_(added) if name in found else added
+                if name not in found:
+                    found[name] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+                add_symmetric(found[name], *self.factors(x, g))
                 for key, part in ((name, x), (f"{name} scored", x[:-1])):
                     used = (part != 0).any(0)
                     seen[key] = seen[key] | used if key in seen else used
@@ -152,15 +154,16 @@ class FromGradients(Hessian):
         kind, dtype = task.device.type, DTYPES[self.dtype]
         with (
             torch.enable_grad(),
-            _frozen(task),
-            _watching(linears, take),
+            frozen(task),
+            watching(linears, take),
             task.labels(self.labels, self.seed),
             torch.autocast(kind, dtype, enabled=self.dtype != "float32"),
         ):
             losses = block.losses(self.sequences)
             for loss, running in bar(losses, f"gradients from block {block.index}", total):
                 (loss * running * self.loss_scale).backward()
-        for name, hessian in found.items():
+        for name in found:
+            hessian = found[name] = mirrored(found[name])
             _check_dead(name, hessian, seen[name], seen[f"{name} scored"])
         return found
 
@@ -191,59 +194,29 @@ def _check_dead(
 class OutputAdaptive(FromGradients):
     """Σ_n G[n]ᵀ G[n], one gradient per sequence (OAC, Algorithm 1)."""
 
-    def contribution(
+    def factors(
         self, x: Float[Tensor, "tokens columns"], g: Float[Tensor, "tokens rows"]
-    ) -> Float[Tensor, "columns columns"]:
+    ) -> Factors:
         if through_tokens(len(x), g.shape[1], x.shape[1]):
-            return x.T @ ((g @ g.T) @ x)
+            return x, (g @ g.T) @ x
         gradient = g.T @ x
-        return gradient.T @ gradient
+        return gradient, gradient
 
 
 @dataclass(frozen=True)
 class TokenWeighted(FromGradients):
     """Σ_t ‖g_t‖² x_t x_tᵀ: tokens count by how much the loss hears of the layer there."""
 
-    def contribution(
+    def factors(
         self, x: Float[Tensor, "tokens columns"], g: Float[Tensor, "tokens rows"]
-    ) -> Float[Tensor, "columns columns"]:
+    ) -> Factors:
         weighted = x * g.norm(dim=1, keepdim=True)
-        return second_moment([weighted]) * (len(x) / 2)
+        return weighted, weighted
 
 
 def through_tokens(tokens: int, rows: int, columns: int) -> bool:
-    """Whether Xᵀ (ΔΔᵀ) X takes fewer multiplications than (ΔᵀX)ᵀ (ΔᵀX)."""
-    by_gradient = tokens * rows * columns + rows * columns**2
-    by_tokens = tokens**2 * (rows + columns) + tokens * columns**2
+    """Whether Xᵀ (ΔΔᵀ) X takes fewer multiplications than (ΔᵀX)ᵀ (ΔᵀX), half of either last product
+    being saved by symmetry."""
+    by_gradient = tokens * rows * columns + rows * columns**2 / 2
+    by_tokens = tokens**2 * (rows + columns) + tokens * columns**2 / 2
     return by_tokens < by_gradient
-
-
-@contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
-    """No parameter requires a gradient: products with x and g are ours to take."""
-    wanted = [p for p in module.parameters() if p.requires_grad]
-    for parameter in wanted:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)
-
-
-@contextmanager
-def _watching(linears: dict[str, nn.Module], take) -> Iterator[None]:  # type: ignore[no-untyped-def]
-    """Call `take(name, inputs, gradients at the outputs)` as backward passes each linear."""
-    handles = []
-    for name, linear in linears.items():
-
-        def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor, name: str = name) -> None:
-            x = args[0].detach()
-            out.register_hook(lambda g: take(name, x, g))
-
-        handles.append(linear.register_forward_hook(hook))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -1,0 +1,40 @@
+"""What a backward pass shows: inputs of layers with the gradients at their outputs."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+# (name of a linear, its inputs, the gradients at its outputs)
+Take = Callable[[str, Tensor, Tensor], None]
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """No parameter requires a gradient: products with x and g are ours to take."""
+    wanted = [p for p in module.parameters() if p.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def watching(linears: dict[str, nn.Module], take: Take) -> Iterator[None]:
+    """Call `take(name, inputs, gradients at the outputs)` as backward passes each linear."""
+    handles = []
+    for name, linear in linears.items():
+
+        def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor, name: str = name) -> None:
+            x = args[0].detach()
+            out.register_hook(lambda g: take(name, x, g))
+
+        handles.append(linear.register_forward_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
