@@ -1,8 +1,10 @@
 """What a job costs, stage by stage, as ratios within one run."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from tempfile import TemporaryDirectory
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -15,6 +17,7 @@ from qexp.hessian import second_moment
 from qexp.methods.step import Step
 from qexp.models.source import Source
 from qexp.offload import place
+from qexp.output_hessian import through_tokens
 from qexp.provenance import peak_rss
 from qexp.task import TASKS, Batch, Task
 from qexp.walk import walk
@@ -93,7 +96,41 @@ def evaluation(cfg: DictConfig) -> None:
     show(stages, "float")
 
 
+def oac(cfg: DictConfig) -> None:
+    """OAC with gradients in one pass against SpQR on the same data, nothing from the cache.
+
+    Seconds per block are those of the gradient pass over all blocks divided by their number.
+    """
+    with TemporaryDirectory() as folder:
+        os.environ["QEXP_CACHE_DIR"] = folder
+        task, batches = loaded(cfg)
+        state = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
+        tokens = batches[0]["input_ids"].shape[1]
+        for shape in {(w.out_features, w.in_features) for w in task.linears().values()}:
+            order = "X'(DD')X" if through_tokens(tokens, *shape) else "(D'X)'(D'X)"
+            print(f"{shape[0]} x {shape[1]}: {order} at {tokens} tokens")
+        with initialize_config_dir(version_base="1.3", config_dir=str(cli.conf())):
+            methods = {
+                name: build(compose("config", [f"method={name}"]).method)
+                for name in ("spqr", "oac_one_pass")
+            }
+        stages = {"SpQR job": timed(lambda: methods["spqr"](task, lambda: batches))}
+        task.model.load_state_dict(state)
+
+        def gradients() -> None:
+            block = next(iter(walk(task, batches)))
+            methods["oac_one_pass"].hessian(block)
+
+        stages["gradients, all blocks"] = timed(gradients)
+        stages["gradients, per block"] = stages["gradients, all blocks"] / len(task.blocks)
+        rest = timed(lambda: methods["oac_one_pass"](task, lambda: batches))
+        stages["OAC job, Hessians cached"] = rest
+        stages["OAC job"] = stages["gradients, all blocks"] + rest
+        show(stages, "SpQR job")
+
+
 BENCHES: dict[str, Callable[[DictConfig], None]] = {
     "blockwise": blockwise,
     "evaluation": evaluation,
+    "oac": oac,
 }
