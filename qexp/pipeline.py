@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from qexp import progress, results, store
 from qexp.build import build
 from qexp.data.calibration import Recipe
+from qexp.edits import Marks, edits, marks
 from qexp.eval.evaluator import Evaluator, digest
 from qexp.methods.step import Record, Step
 from qexp.models.source import Source
@@ -45,6 +46,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
         task = TASKS[source.objective](loaded.model, loaded.tokenizer).eval()
         place(task, cfg.device, cfg.offload)
         loaded.finish(task)
+        origin = marks(task.model) if cfg.save_weights else {}
     provenance.add(model=source.fingerprint(), device=str(task.device), seed=cfg.seed)
 
     def batches() -> list[Batch]:
@@ -62,7 +64,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
         entry = {"digest": digest(definition), "definition": definition}
         provenance.add(protocols={evaluator.name: entry})
     if cfg.save_weights:
-        save(task, records, folder)
+        save(task, origin, records, folder)
     return results.write(folder, metrics, records, provenance)
 
 
@@ -82,7 +84,12 @@ def storage(records: list[Record]) -> dict[str, float]:
     return metrics
 
 
-def save(task: Task, records: list[Record], folder: Path) -> None:
-    """Codes and scales of the weights, and the ranges of static activation quantizers."""
-    ranges = {f"quantizers.{name}": tensor for name, tensor in task.quantizers.state_dict().items()}
-    store.save(folder, {record.name: record.packed for record in records}, ranges)
+def save(task: Task, origin: Marks, records: list[Record], folder: Path) -> None:
+    """Codes and scales of the weights, whatever else in the model is not as it was loaded, and the
+    ranges of static activation quantizers."""
+    packed = {record.name: record.packed for record in records}
+    others = {
+        f"model.{name}": tensor for name, tensor in edits(task.model, origin, packed.keys()).items()
+    }
+    state = task.quantizers.state_dict()
+    store.save(folder, packed, others | {f"quantizers.{name}": t for name, t in state.items()})

@@ -4,17 +4,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
 from qexp import results, store
 from qexp.activations import attach
 from qexp.build import build
+from qexp.edits import put
 from qexp.models.source import Loaded, Source, sha256
 from qexp.task import Task
 
 
 @dataclass(frozen=True)
 class Run(Source):
-    """The float model that the run started from, with the weights and the activation quantizers
-    that it ended with."""
+    """The float model that the run started from, with the weights, whatever else the run changed,
+    and the activation quantizers that it ended with."""
 
     folder: str
 
@@ -30,6 +33,7 @@ class Run(Source):
         config = results.config(self.folder)
         loaded = self._origin().load()
         packed, others = store.load(Path(self.folder))
+        put(loaded.model, _under("model.", others))
         for name, form in packed.items():
             weight = loaded.model.get_submodule(name).weight
             assert isinstance(weight, torch.nn.Parameter)
@@ -38,13 +42,7 @@ class Run(Source):
 
         def finish(task: Task) -> None:
             attach(task, kinds)
-            prefix = "quantizers."
-            state = {
-                name.removeprefix(prefix): tensor
-                for name, tensor in others.items()
-                if name.startswith(prefix)
-            }
-            task.quantizers.load_state_dict(state)
+            task.quantizers.load_state_dict(_under("quantizers.", others))
 
         return Loaded(loaded.model, loaded.tokenizer, finish)
 
@@ -62,3 +60,11 @@ class Run(Source):
         source = build(results.config(self.folder).model)
         assert isinstance(source, Source)
         return source
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
