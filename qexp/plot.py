@@ -1,6 +1,7 @@
 """Perplexity against bits, as a picture."""
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from qexp.runs import Column, Run
 # Okabe and Ito: told apart with any colour vision, and by their markers in grey
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LONGEST = 24  # letters of a name that has room beside its line
 GREY = "#666666"
 
 
@@ -62,6 +64,7 @@ def _panel(axes: Any, column: Column, runs: Sequence[Run], x: str) -> None:
             linewidth=1.8,
             elinewidth=1,
             capsize=2,
+            label=name,
         )
         labels.append((points[0][0], points[0][1], name, colour))
     baselines = [run.metrics[column.name] for run in runs if run.is_float]
@@ -100,6 +103,7 @@ def _series(runs: Sequence[Run]) -> dict[str, list[Run]]:
             method, *others = traits[id(run)]
             kept = [word for word, many in zip(others, varies[1:], strict=True) if many]
             name = ", ".join([method, *(word for word in kept if word not in ("", "none"))])
+            name = re.sub(r"[\w./]+\.(\w+=)", r"\1", name)  # the last part of a key says enough
             series.setdefault(name, []).append(run)
     return series
 
@@ -119,8 +123,11 @@ def _label(axes: Any, labels: Sequence[tuple[float, float, str, str]]) -> None:
     """Names beside the low-bit ends of the lines, where those lie apart, pushed off each other."""
     if not labels:
         return
-    low, high = axes.get_xlim()
     longest = max(len(name) for _, _, name, _ in labels)
+    if longest > LONGEST:  # would cover the lines
+        axes.legend(frameon=False, fontsize=9)
+        return
+    low, high = axes.get_xlim()
     axes.set_xlim(low - (high - low) * min(0.5, 0.03 + 0.016 * longest), high)
     taken = -math.inf
     for x, y, name, colour in sorted(labels, key=lambda label: label[1]):
