@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from qexp.fake import FakeQuant
-from qexp.grid import Grid
+from qexp.grid import Grid, Rounding
 from qexp.methods.step import Batches
 from qexp.placement import Placement
 from qexp.progress import bar
@@ -19,6 +20,11 @@ class Activations(ABC):
     def put(self, task: Task) -> dict[str, FakeQuant]:
         """Put quantizers on the task's model, rounding nothing until they are settled."""
 
+    @abstractmethod
+    def rounded(self, x: Tensor, rounding: Rounding = torch.round) -> Tensor:
+        """A tensor as the quantizers to come would leave it, scales taken from itself: what a
+        transform expects. Differentiable, scales included, with such a `rounding`."""
+
 
 @dataclass(frozen=True)
 class Float(Activations):
@@ -26,6 +32,9 @@ class Float(Activations):
 
     def put(self, task: Task) -> dict[str, FakeQuant]:
         return {}
+
+    def rounded(self, x: Tensor, rounding: Rounding = torch.round) -> Tensor:
+        return x
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,9 @@ class Quantized(Activations):
     def put(self, task: Task) -> dict[str, FakeQuant]:
         made = self.placement(task, lambda: FakeQuant(self.grid, self.dynamic))
         return {name: q for name, q in made.items() if isinstance(q, FakeQuant)}
+
+    def rounded(self, x: Tensor, rounding: Rounding = torch.round) -> Tensor:
+        return self.grid(x.reshape(-1, x.shape[-1]).float(), rounding).reshape(x.shape).to(x.dtype)
 
 
 def attach(task: Task, kinds: Sequence[Activations]) -> list[FakeQuant]:

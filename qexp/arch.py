@@ -31,7 +31,8 @@ class Arch:
     the final hidden states gives the logits; `embeddings` make the first block's input. `norm` is
     the final norm, None where the family has none. `pre_norm` says that each branch adds
     writer(… norm(x)) to the stream x with nothing behind the writer, so that norms can be folded
-    and the stream rotated. `unit_offset`: norms multiply by 1 + weight instead of weight.
+    and the stream rotated. `post_norm` says that norms stand behind the residual sums: what they
+    return is the stream itself, whose channels other branches read too. `unit_offset`: norms multiply by 1 + weight instead of weight.
     """
 
     blocks: str
@@ -42,6 +43,7 @@ class Arch:
     norm: str | None
     head: str
     pre_norm: bool = True
+    post_norm: bool = False
     unit_offset: bool = False
 
 
@@ -102,6 +104,7 @@ OPT_POST_NORM = replace(
     ),
     norm=None,
     pre_norm=False,
+    post_norm=True,
 )
 
 ARCHS: dict[str, Arch] = {
@@ -159,6 +162,7 @@ ARCHS: dict[str, Arch] = {
         norm=None,
         head="cls",
         pre_norm=False,
+        post_norm=True,
     ),
     "vit": Arch(
         blocks="vit.layers",

@@ -130,12 +130,12 @@ class Grid(ABC):
         q = self.fit(x.reshape(rows * groups, columns // groups))
         return q.map(lambda part: part.expand(rows * groups, 1).reshape(rows, groups))
 
-    def __call__(self, x: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
+    def __call__(
+        self, x: Float[Tensor, "rows columns"], rounding: Rounding = torch.round
+    ) -> Float[Tensor, "rows columns"]:
         """Round to nearest, group by group."""
-        rows, columns = x.shape
-        groups = self.groups(columns)
         q = self.scales_of(x).map(lambda part: part.reshape(-1, 1))
-        return self.round(x.reshape(rows * groups, -1), q).reshape(rows, columns)
+        return self.round(x.reshape(len(q.scale), -1), q, rounding).reshape(x.shape)
 
     def _stored(self, scale: Float[Tensor, "rows 1"]) -> Float[Tensor, "rows 1"]:
         """The scale as storage keeps it; rounding must use that one, or reloading changes values.
