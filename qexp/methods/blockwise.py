@@ -151,14 +151,14 @@ class Blockwise(Step):
             ) from reason
         seconds = time.perf_counter() - start
         nearest = self.solver.baseline(weight, hessian).weight
-        records, row = [], 0
+        records, row, slack = [], 0, self.solver.slack
         for name, linear in zip(names, linears, strict=True):
             rows = slice(row, row := row + linear.out_features)
             whole = len(linears) == 1
             packed = solution.packed if whole else solution.packed.rows(rows.start, rows.stop)
             own = solution._replace(weight=solution.weight[rows], bits=packed.bits(), packed=packed)
             share = seconds * linear.out_features / len(weight)
-            records.append(write(name, linear, own, nearest[rows], hessian, share))
+            records.append(write(name, linear, own, nearest[rows], hessian, share, slack))
         return records
 
 

@@ -1,5 +1,6 @@
 """What transforms and methods both are, and the account they give of each linear."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from qexp.packed import Packed
 from qexp.solvers.sweep import Solution
 from qexp.task import Batch, Task
+
+log = logging.getLogger(__name__)
 
 Batches = Callable[[], list[Batch]]
 
@@ -56,11 +59,13 @@ def write(
     baseline: Float[Tensor, "rows columns"],
     hessian: Float[Tensor, "columns columns"] | None,
     seconds: float,
+    slack: float = 1e-3,
 ) -> Record:
     """Put a solution into its layer, after checking that it is one.
 
     Raises RuntimeError naming the layer when the weights are not finite, are not what storage
-    gives back, or lie farther from the float layer than rounding to nearest would leave them.
+    gives back, or lie farther from the float layer than rounding to nearest would leave them, by
+    more than a share of `slack`.
     """
     weight = linear.weight.detach().float()
     if not solution.weight.isfinite().all():
@@ -70,11 +75,13 @@ def write(
     scale = max(error(weight, hessian), torch.finfo(torch.float32).tiny)
     before = error(baseline - weight, hessian) / scale
     after = error(solution.weight - weight, hessian) / scale
-    if after > before * (1 + 1e-3) + 1e-7:
+    if after > before * (1 + slack) + 1e-7:
         raise RuntimeError(
             f"{name}: the calibrated error {after:.3g} exceeds the {before:.3g} of rounding to "
             "nearest: calibration data or damping do not fit this layer (raise method.solver.damp)"
         )
+    if after > before * (1 + 1e-3) + 1e-7:
+        log.warning("%s: error %.3g, rounding to nearest %.3g", name, after, before)
     linear.weight.data = solution.weight.to(linear.weight)
     rows, columns = weight.shape
     return Record(

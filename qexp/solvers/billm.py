@@ -29,7 +29,9 @@ class BiLLM(Solver):
     most_salient: fewer columns of a block than this are salient (and at least one is).
     scale_dtype: of stored means and reaches, which rounding uses: float32 (the reference), float16
     or bfloat16.
-    feedback: errors are spread at all.
+    feedback: how a block's errors reach the blocks after it. "columns" (the reference): as if each
+    column's error had been spread before the next was binarized, which it was not; "block": the
+    best change of the columns to come, given all errors of the block; "none".
 
     Other quirks of the reference, kept: U's diagonal, not [H⁻¹]_jj, is in M; columns inside a
     block do not hear of each other's errors; quantiles for the break-points count the salient
@@ -43,12 +45,13 @@ class BiLLM(Solver):
     search: str = "importance"
     most_salient: int = 50
     scale_dtype: str = "float32"
-    feedback: bool = True
+    feedback: str = "columns"
 
     def __post_init__(self) -> None:
         for key, known in (
             ("salient_metric", ("hessian", "magnitude")),
             ("search", ("importance", "weight")),
+            ("feedback", ("columns", "block", "none")),
             ("scale_dtype", ("float32", "float16", "bfloat16")),
         ):
             if getattr(self, key) not in known:
@@ -68,6 +71,12 @@ class BiLLM(Solver):
     @property
     def baseline(self) -> Solver:
         return Binarize(self.block, self.scale_dtype)
+
+    @property
+    def slack(self) -> float:
+        """Errors inside a block are not compensated, so that a small layer may do worse than plain
+        binarization; twice its error is what a broken calibration looks like."""
+        return 1.0
 
     def __call__(
         self,
@@ -98,12 +107,28 @@ class BiLLM(Solver):
             return lambda _, j: rounded[j - first]
 
         weight = weight.float().masked_fill(factor.dead, 0)
-        upper = factor.upper if self.feedback else diagonal.diag()
+        upper = {"columns": factor.upper, "none": diagonal.diag()}.get(self.feedback)
+        if upper is None:
+            upper = jointly(factor.upper, self.block)
         sweep(weight, upper, fit, self.block, within=False)
         packed = Binary(self.block, Halves.join(halves), torch.stack(levels, 1))
         assert packed.halves.salient is not None
         paper = 1 + float(packed.halves.salient.float().mean())
         return Solution(packed.dequantize(), packed.bits(), packed, factor.damp, paper)
+
+
+def jointly(
+    upper: Float[Tensor, "columns columns"], block: int
+) -> Float[Tensor, "columns columns"]:
+    """The factor with which `sweep(within=False)` spreads a block's errors E as
+    E U_bb⁻¹ U_b,later: the least tr(Δ H Δᵀ) that later columns can reach."""
+    spread = torch.eye(len(upper), device=upper.device)
+    for start in range(0, len(upper) - block, block):
+        own, later = slice(start, start + block), slice(start + block, None)
+        spread[own, later] = torch.linalg.solve_triangular(
+            upper[own, own], upper[own, later], upper=True
+        )
+    return spread
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from qexp.errors import UserError
 from qexp.grid import IntGrid, Scale
 from qexp.outliers import Outliers
 from qexp.packed import Coded
@@ -43,6 +44,18 @@ class SpQR(Solver):
     act_order: bool = False
     outlier_dtype: str = "float32"
     block: int = 128
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.threshold, int | float) or self.threshold < 0:
+            raise UserError(
+                f"method.solver.threshold={self.threshold} is no threshold: give a number (about "
+                "0.2 for 4 bits), or inf for no outliers."
+            )
+        if self.outlier_dtype not in ("float32", "float16", "bfloat16"):
+            raise UserError(
+                f"method.solver.outlier_dtype={self.outlier_dtype} is unknown: give float32, "
+                "float16 or bfloat16."
+            )
 
     def check(self, rows: int, columns: int) -> None:
         self.grid.check(rows, columns)

@@ -60,6 +60,11 @@ class Solver(ABC):
     def baseline(self) -> "Solver":
         """Rounding to nearest on the same grid: what the result must not be worse than."""
 
+    @property
+    def slack(self) -> float:
+        """By which share the calibrated error may exceed the baseline's all the same."""
+        return 1e-3
+
 
 class Factor(NamedTuple):
     """upper: U with (H + damp·mean(diag H)·I)⁻¹ = Uᵀ U, float32, dead columns given diagonal 1.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qexp.binary import Binary
 from qexp.errors import UserError
-from qexp.solvers.billm import BiLLM, Binarize, binarized
+from qexp.solvers.billm import BiLLM, Binarize, binarized, jointly
 from qexp.solvers.parting import (
     SPLITS,
     break_point,
@@ -18,11 +18,13 @@ from qexp.solvers.parting import (
     quantiles,
     salient_columns,
 )
+from qexp.solvers.sweep import inverse_factor
 
 VARIANTS = {
     "default": BiLLM(block=64),
     "float16": BiLLM(block=32, scale_dtype="float16"),
     "weight": BiLLM(block=64, search="weight", scale_dtype="bfloat16"),
+    "block feedback": BiLLM(block=32, feedback="block", damp=0.1),
     "magnitude": BiLLM(block=96, salient_metric="magnitude"),
     "few columns": BiLLM(block=7, most_salient=50),
 }
@@ -141,8 +143,21 @@ def test_feedback_between_blocks_helps() -> None:
     weight, hessian = problem()
     solver = BiLLM(block=16)
     ours = solver(weight, hessian).weight
-    without = replace(solver, feedback=False)(weight, hessian).weight
+    without = replace(solver, feedback="none")(weight, hessian).weight
     assert loss(ours - weight, hessian) < 0.95 * loss(without - weight, hessian)
+    jointly = replace(solver, feedback="block")(weight, hessian).weight
+    assert loss(jointly - weight, hessian) < loss(ours - weight, hessian)
+
+
+def test_joint_feedback_is_the_best_answer_to_a_blocks_errors() -> None:
+    _, hessian = problem(24, 48)
+    errors = torch.randn(24, 16, generator=torch.Generator().manual_seed(2))
+    upper = inverse_factor(hessian, 0.0).upper
+    change = -errors @ jointly(upper, 16)[:16, 16:]
+    # d/dδ of tr((E, δ) H (E, δ)ᵀ), with E = Q(w) - w = -errors, is zero
+    whole = torch.cat([-errors, change], 1)
+    slope = (whole @ hessian)[:, 16:]
+    torch.testing.assert_close(slope, torch.zeros_like(slope), atol=1e-2, rtol=0)
 
 
 def test_scale_of_the_hessian_is_free() -> None:

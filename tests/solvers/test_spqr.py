@@ -9,6 +9,7 @@ import torch
 from solvers.problems import loss, problem
 from torch import Tensor
 
+from qexp.errors import UserError
 from qexp.grid import IntGrid
 from qexp.packed import Coded
 from qexp.solvers import GPTQ, RTN
@@ -147,3 +148,12 @@ def test_bits_as_the_paper_counts_them() -> None:
     share = len(sparse.packed.outliers.values) / weight.numel()
     assert sparse.paper_bits == pytest.approx(3.625 + 32 * share)
     assert sparse.bits > sparse.paper_bits
+
+
+def test_wrong_settings_are_named() -> None:
+    with pytest.raises(UserError, match=r"method\.solver\.threshold=-1"):
+        SpQR(GRID, threshold=-1.0)
+    with pytest.raises(UserError, match="outlier_dtype=int8"):
+        SpQR(GRID, outlier_dtype="int8")
+    with pytest.raises(UserError, match="does not divide the 40 outputs"):
+        SpQR(GRID).check(40, 96)
