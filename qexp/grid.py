@@ -5,7 +5,6 @@ stands for (`decode`). Everything in the project that rounds, rounds here.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,12 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qexp.errors import UserError
+from qexp.gradients import Clamp, Rounding, snap
 from qexp.ranges import MinMax, Range
 from qexp.scale import Scale as Scale
 from qexp.scale import cut, positive
-
-Rounding = Callable[[Tensor], Tensor]
-Clamp = Callable[[Tensor, float, float], Tensor]
 
 
 class Grid(ABC):
@@ -47,6 +44,11 @@ class Grid(ABC):
     @abstractmethod
     def second(self) -> "dict[str, IntGrid]":
         """The grids of its own "scales" and "zeros", where they are quantized in turn."""
+
+    @property
+    @abstractmethod
+    def ends(self) -> tuple[float, float]:
+        """The least and the greatest x / scale + zero that is not clipped."""
 
     @property
     @abstractmethod
@@ -105,8 +107,7 @@ class Grid(ABC):
         """Bits per weight that storage of a [rows, columns] matrix takes, scales included."""
         groups = self.groups(columns)
         scales = 1 if self.per_tensor else rows * groups
-        own = torch.finfo(self.stored_dtype).bits
-        each: dict[str, float] = {"scales": own, "zeros": self.zero_bits}
+        each = {"scales": float(torch.finfo(self.stored_dtype).bits), "zeros": self.zero_bits}
         each |= {name: grid.cost(groups, rows) for name, grid in self.second.items()}
         return self.bits + scales * sum(each.values()) / (rows * columns)
 
@@ -193,6 +194,10 @@ class IntGrid(Grid):
         return 2**self.bits - 1
 
     @property
+    def ends(self) -> tuple[float, float]:
+        return 0.0, float(self.top)
+
+    @property
     def has_zero(self) -> bool:
         return not self.symmetric
 
@@ -211,10 +216,8 @@ class IntGrid(Grid):
             low, high = low.clamp(max=0), high.clamp(min=0)
         # A row of one value has no width: widen to 0, and for a row of zeros to [0, 1].
         constant = low == high
-        low, high = (
-            torch.where(constant, low.clamp(max=0), low),
-            torch.where(constant, high.clamp(min=0), high),
-        )
+        low = torch.where(constant, low.clamp(max=0), low)
+        high = torch.where(constant, high.clamp(min=0), high)
         high = torch.where(low == high, 1.0, high)
         width = (high - low) / self.top
         if self.real_zero:  # a zero point beyond its dtype would be infinite
@@ -231,10 +234,7 @@ class IntGrid(Grid):
             return Scale(scale, zero)
         # As in SpQR, zeros come from the scale before its own rounding.
         raw = {"scales": scale, "zeros": zero}
-        coded = raw | {
-            name: grid(raw[name].reshape(1, -1)).reshape(-1, 1)
-            for name, grid in self.second.items()
-        }
+        coded = raw | {n: g(raw[n].reshape(1, -1)).reshape(-1, 1) for n, g in self.second.items()}
         return Scale(positive(coded["scales"]), coded["zeros"], (scale, zero))
 
     def encode(
@@ -244,7 +244,7 @@ class IntGrid(Grid):
         rounding: Rounding = torch.round,
         clamp: Clamp = torch.clamp,
     ) -> Float[Tensor, "*shape"]:
-        return rounding(clamp(x / q.scale + q.zero, 0, self.top))
+        return snap(x / q.scale + q.zero, self.top, rounding, clamp)
 
     def decode(self, codes: Float[Tensor, "*shape"], q: Scale) -> Float[Tensor, "*shape"]:
         return (codes - q.zero) * q.scale

@@ -66,6 +66,10 @@ class LevelGrid(Grid):
         return 8 if self.kind in ("e4m3", "e5m2") else 4
 
     @property
+    def ends(self) -> tuple[float, float]:
+        return levels(self.kind)[0], levels(self.kind)[-1]
+
+    @property
     def has_zero(self) -> bool:
         return False
 

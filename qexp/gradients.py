@@ -1,0 +1,229 @@
+"""What training differentiates in place of rounding and clamping, whose own slopes say nothing.
+
+Forward values are those of `torch.round` and `torch.clamp`, bit for bit (but for `Soft` with
+forward=soft); only what flows back differs. Codes are in units of one step, so the width of every
+surrogate is measured in steps. Formulas, with v = x/s + z, c = clamp(v), q = round(c), and
+y = s(q - z), R and C the slopes given to rounding and clamping:
+
+    dy/dx = R C        dy/ds = (q - z) - (v - z) R C        dy/dz = s (R C - 1)
+
+R = 1 where C clipped: there rounding meets a whole number that it cannot move. With R = 1 and C the
+indicator of the range this is LSQ (1902.08153).
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qexp.errors import UserError
+
+EPS = torch.finfo(torch.float32).eps
+Number = float | int  # shape checks tell the two apart
+Rounding = Callable[[Tensor], Tensor]
+Clamp = Callable[[Tensor, float, float], Tensor]
+
+
+class RoundingGradient(ABC):
+    """Rounding with a gradient of its own."""
+
+    @abstractmethod
+    def back(self, c: Float[Tensor, "*shape"], g: Float[Tensor, "*shape"]) -> Tensor:
+        """The gradient at `c` when `g` arrives at round(c)."""
+
+    def __call__(self, c: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        rounded: Tensor = _Round.apply(c, self)
+        return rounded
+
+
+@dataclass(frozen=True)
+class Straight(RoundingGradient):
+    """The straight-through estimator: rounding is taken for the identity (1308.3432)."""
+
+    def back(self, c: Float[Tensor, "*shape"], g: Float[Tensor, "*shape"]) -> Tensor:
+        return g
+
+
+@dataclass(frozen=True)
+class Sigmoid(RoundingGradient):
+    """The slope of floor(c) + sigmoid(T (c - floor(c) - ½)) (2410.10849).
+
+    mode: `raw` is that slope, of mean tanh(T/4); `author` adds the 1/(e^T + 1) of the first
+    author's code, which keeps it off zero; `norm` divides by the mean: the straight-through
+    estimator at T → 0, and DSQ's slope at alpha = 1 - tanh(T/4).
+    """
+
+    temperature: Number = 5.0
+    mode: str = "author"
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("author", "norm", "raw"):
+            raise UserError(f"mode={self.mode!r} is unknown: give author, norm or raw.")
+        if self.temperature <= 0:
+            raise UserError(f"temperature={self.temperature} must be above 0.")
+
+    def back(self, c: Float[Tensor, "*shape"], g: Float[Tensor, "*shape"]) -> Tensor:
+        t = self.temperature
+        p = torch.sigmoid(t * (c - c.floor() - 0.5))
+        slope = t * p * (1 - p)
+        if self.mode == "author":  # e^-T / (1 + e^-T): e^T itself overflows
+            slope = (slope + math.exp(-t) / (1 + math.exp(-t))).clamp(min=EPS)
+        elif self.mode == "norm":
+            slope = slope / math.tanh(t / 4)
+        return g * slope
+
+
+@dataclass(frozen=True)
+class DSQ(RoundingGradient):
+    """The slope of the tanh between two steps (1908.05033): alpha, half of the step's height that
+    the tanh leaves to a jump, is fixed here; the paper may learn it."""
+
+    alpha: Number = 0.2
+
+    def __post_init__(self) -> None:
+        if not 0 < self.alpha < 1:
+            raise UserError(f"alpha={self.alpha} must lie between 0 and 1.")
+
+    def back(self, c: Float[Tensor, "*shape"], g: Float[Tensor, "*shape"]) -> Tensor:
+        k = math.log(2 / self.alpha - 1)
+        height = 1 / (1 - self.alpha)
+        phi = torch.tanh(k * (c - c.floor() - 0.5))
+        return g * (height * k / 2 * (1 - phi * phi))
+
+
+@dataclass(frozen=True)
+class EWGS(RoundingGradient):
+    """Gradients scaled by the rounding error where it agrees with them in sign (2104.00903):
+    g (1 + δ sign(g) (c - round(c)) / (2^bits - 1)).
+
+    The paper measures the error on a range from 0 to 1, hence `bits`; delta is fixed here (the
+    paper may set it from the Hessian's trace).
+    """
+
+    delta: Number = 1e-3
+    bits: int = 4
+
+    def back(self, c: Float[Tensor, "*shape"], g: Float[Tensor, "*shape"]) -> Tensor:
+        return g * (1 + self.delta / (2**self.bits - 1) * g.sign() * (c - c.round()))
+
+
+class ClampGradient(ABC):
+    """Clamping with a slope of its own."""
+
+    steps_inside: bool = True  # whether values that are not clipped move the step size, as in LSQ
+
+    @abstractmethod
+    def value(self, v: Float[Tensor, "*shape"], low: Number, high: Number) -> Tensor:
+        """What training sees in the forward pass."""
+
+    @abstractmethod
+    def slope(self, v: Float[Tensor, "*shape"], low: Number, high: Number) -> Tensor:
+        """What it sees in the backward pass, a factor of each value."""
+
+    def __call__(
+        self, v: Float[Tensor, "*shape"], low: Number, high: Number
+    ) -> Float[Tensor, "*shape"]:
+        clamped: Tensor = _Clamp.apply(v, self, float(low), float(high))
+        return clamped
+
+
+@dataclass(frozen=True)
+class Hard(ClampGradient):
+    """Clipped values have no gradient. Without `steps_inside` they alone move the step size, as
+    PACT's clipping level gets the gradient of what lies beyond it (1805.06085); only `Formula`
+    knows that."""
+
+    steps_inside: bool = True
+
+    def value(self, v: Float[Tensor, "*shape"], low: Number, high: Number) -> Tensor:
+        return v.clamp(low, high)
+
+    def slope(self, v: Float[Tensor, "*shape"], low: Number, high: Number) -> Tensor:
+        return ((v >= low) & (v <= high)).to(v.dtype)
+
+
+@dataclass(frozen=True)
+class Soft(ClampGradient):
+    """SoftClamp (2410.10849): a + h(v - a) - h(v - b), with h(u) = u g(u) an activation.
+
+    gate: `gelu`, g = Φ(k u), or `silu`, g = sigmoid(k u), k the sharpness; grids of two bits want
+    k ≥ 2, since both ends must lie far apart. forward: `hard` clamps as ever and only the slope
+    is soft; `soft` trains on the soft value too.
+    """
+
+    gate: str = "gelu"
+    sharpness: Number = 1.0
+    forward: str = "hard"
+
+    def __post_init__(self) -> None:
+        if self.gate not in ("gelu", "silu"):
+            raise UserError(f"gate={self.gate!r} is unknown: give gelu or silu.")
+        if self.forward not in ("hard", "soft"):
+            raise UserError(f"forward={self.forward!r} is unknown: give hard or soft.")
+
+    def soft(self, v: Float[Tensor, "*shape"], low: Number, high: Number) -> Tensor:
+        return low + (v - low) * self._gate(v - low) - (v - high) * self._gate(v - high)
+
+    def value(self, v: Float[Tensor, "*shape"], low: Number, high: Number) -> Tensor:
+        return v.clamp(low, high) if self.forward == "hard" else self.soft(v, low, high)
+
+    def slope(self, v: Float[Tensor, "*shape"], low: Number, high: Number) -> Tensor:
+        return self._rise(v - low) - self._rise(v - high)
+
+    def _gate(self, u: Tensor) -> Tensor:
+        u = self.sharpness * u
+        return torch.special.ndtr(u) if self.gate == "gelu" else torch.sigmoid(u)
+
+    def _rise(self, u: Tensor) -> Tensor:
+        """h'(u)."""
+        g, u = self._gate(u), self.sharpness * u
+        if self.gate == "silu":
+            return g + u * g * (1 - g)
+        return g + u * torch.exp(-u * u / 2) / math.sqrt(2 * math.pi)
+
+
+def snap(
+    v: Float[Tensor, "*shape"],
+    top: int,
+    rounding: Rounding,
+    clamp: Clamp,
+) -> Float[Tensor, "*shape"]:
+    """The code of each value: clamped to [0, top], then rounded; R = 1 where it was clipped."""
+    c = clamp(v, 0, top)
+    if rounding is torch.round:
+        return rounding(c)
+    return torch.where(ended(v, c, top), c, rounding(c))
+
+
+def ended(v: Tensor, c: Tensor, top: Number) -> Tensor:
+    """Where a value was clipped to an end itself (a soft clamp in the forward pass never does)."""
+    return ((v < 0) & (c == 0)) | ((v > top) & (c == top))
+
+
+class _Round(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, c: Tensor, rounding: RoundingGradient) -> Tensor:
+        ctx.save_for_backward(c)
+        ctx.rounding = rounding
+        return c.round()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.rounding.back(ctx.saved_tensors[0], grads[0]), None
+
+
+class _Clamp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, clamp: ClampGradient, low: Number, high: Number) -> Tensor:
+        ctx.save_for_backward(v)
+        ctx.clamp, ctx.ends = clamp, (low, high)
+        return clamp.value(v, low, high)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0] * ctx.clamp.slope(ctx.saved_tensors[0], *ctx.ends), None, None, None
