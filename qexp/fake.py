@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qexp.errors import UserError
+from qexp.fused import Formula, gain, placed
 from qexp.grid import Grid, Scale
 from qexp.ranges import MinMax
 
@@ -65,7 +66,8 @@ class FakeQuant(nn.Module):
     dynamic: scales from the tensor at hand, one per vector along the last axis (token), or per
     group of it, or per tensor, as the grid says. Otherwise one scale for good, fitted by the grid's
     range estimator on what passes between `observe` and `settle`. Before `settle` nothing is
-    rounded.
+    rounded. Gradients pass straight through, until `learn` chooses others; between `learn` and
+    `freeze` a static scale is a parameter.
     """
 
     scale: Tensor
@@ -76,6 +78,7 @@ class FakeQuant(nn.Module):
         self.grid, self.dynamic = grid, dynamic
         self.summary: Summary | None = None
         self.on = False
+        self.formula, self.reach = Formula(), 1.0
         self.register_buffer("scale", torch.ones(0, 1))
         self.register_buffer("zero", torch.zeros(0, 1))
 
@@ -92,14 +95,45 @@ class FakeQuant(nn.Module):
             self.summary = None
         self.on = True
 
+    def learn(self, formula: Formula, offset: bool) -> None:
+        """Train a static scale, with its zero point where there is one and `offset` says so."""
+        self.formula = formula
+        if not self.dynamic:
+            self.reach = max(self.grid.ends[1] - float(self.zero.mean()), 1.0)
+            self._keep(nn.Parameter(self.scale), self.zero)
+            if offset and self.grid.has_zero:
+                self._keep(self.scale, nn.Parameter(self.zero))
+
+    def freeze(self) -> None:
+        """What was learned, as storage keeps it, for good."""
+        q = placed(self.scale.detach(), self.zero.detach(), self.grid)
+        self._keep(q.scale, q.zero)
+        self.formula = Formula()
+
+    def _place(self) -> Scale:
+        if self.scale.requires_grad or self.zero.requires_grad:
+            return placed(self.scale, self.zero, self.grid)
+        return Scale(self.scale, self.zero)
+
+    def _keep(self, scale: Tensor, zero: Tensor) -> None:
+        for name, tensor in (("scale", scale), ("zero", zero)):
+            delattr(self, name)
+            if isinstance(tensor, nn.Parameter):
+                self.register_parameter(name, tensor)
+            else:
+                self.register_buffer(name, tensor)
+
     def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         if self.summary is not None:
             self.summary.add(x)
         if not self.on:
             return x
         if self.dynamic:
-            return self.grid(x.reshape(-1, x.shape[-1]).float()).reshape(x.shape).to(x.dtype)
-        return self.grid.round(x.float(), Scale(self.scale, self.zero)).to(x.dtype)
+            rows = x.reshape(-1, x.shape[-1])
+            q = self.grid.scales_of(rows.detach().float())
+            return self.formula.rows(rows, q, self.grid).reshape(x.shape)
+        q = self._place()
+        return self.formula(x, q, self.grid, gain(x.numel(), self.reach), self.training)
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
         # A fresh quantizer has no scales yet; take the shapes that the file brings.

@@ -1,5 +1,6 @@
 """The quantization formula with the gradients of training, as one node of the autograd graph."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,44 @@ class Formula:
         clamp = self.clamp if training else Hard()
         y: Tensor = _Fused.apply(x, q.scale, q.zero, grid, self.rounding, clamp, gain)
         return y
+
+
+    def rows(
+        self,
+        x: Float[Tensor, "rows columns"],
+        q: Scale,
+        grid: Grid,
+        gain: float = 1.0,
+        training: bool = True,
+    ) -> Float[Tensor, "rows columns"]:
+        """A matrix whose scales are [rows, groups], as `Grid.scales_of` gives them."""
+        groups = x.reshape(q.scale.numel(), -1)
+        flat = q.map(lambda part: part.reshape(-1, 1))
+        return self(groups, flat, grid, gain, training).reshape(x.shape)
+
+
+def gain(count: int, reach: float) -> float:
+    """LSQ's factor of a scale's gradient, 1/√(N q_p): so many values share it, and codes lie up to
+    `reach` above zero."""
+    return 1 / math.sqrt(count * reach)
+
+
+def placed(
+    scale: Float[Tensor, "*rows groups"], zero: Float[Tensor, "*rows groups"], grid: Grid
+) -> Scale:
+    """A scale that trains, as storage would keep it; gradients pass straight through."""
+    low, high = grid.ends
+    whole = grid.has_zero and grid.zero_bits == grid.bits
+    if whole:
+        kept = zero.detach().round().clamp(low, high)
+    else:
+        kept = zero.detach().to(grid.stored_dtype).to(zero.dtype) if grid.has_zero else zero
+    return Scale(_as(grid.stored(scale.detach()), scale), _as(kept, zero))
+
+
+def _as(value: Tensor, trained: Tensor) -> Tensor:
+    """`value`, bit for bit, with the gradient of `trained`."""
+    return value.detach() + (trained - trained.detach())
 
 
 class _Fused(torch.autograd.Function):

@@ -138,7 +138,7 @@ class Grid(ABC):
         q = self.scales_of(x).map(lambda part: part.reshape(-1, 1))
         return self.round(x.reshape(len(q.scale), -1), q, rounding).reshape(x.shape)
 
-    def _stored(self, scale: Float[Tensor, "rows 1"]) -> Float[Tensor, "rows 1"]:
+    def stored(self, scale: Float[Tensor, "rows 1"]) -> Float[Tensor, "rows 1"]:
         """The scale as storage keeps it; rounding must use that one, or reloading changes values.
 
         A scale that underflows to zero there becomes the smallest that does not.
@@ -222,7 +222,7 @@ class IntGrid(Grid):
         width = (high - low) / self.top
         if self.real_zero:  # a zero point beyond its dtype would be infinite
             width = torch.maximum(width, low.abs() / torch.finfo(self.stored_dtype).max)
-        scale = width if self.scales is not None else self._stored(width)
+        scale = width if self.scales is not None else self.stored(width)
         if self.symmetric:
             zero = torch.full_like(scale, 2 ** (self.bits - 1))
         elif self.real_zero:

@@ -79,7 +79,7 @@ class LevelGrid(Grid):
 
     def span(self, low: Float[Tensor, "rows 1"], high: Float[Tensor, "rows 1"]) -> Scale:
         reach = torch.maximum(low.abs(), high.abs()).float()
-        scale = self._stored(torch.where(reach == 0, 1.0, reach / levels(self.kind)[-1]))
+        scale = self.stored(torch.where(reach == 0, 1.0, reach / levels(self.kind)[-1]))
         return Scale(scale, torch.zeros_like(scale))
 
     def encode(
