@@ -1,0 +1,90 @@
+"""AWQ (2306.00978): weights that read large activations are scaled up before they are rounded."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from qexp.activations import Float as FloatActivations
+from qexp.grid import Grid
+from qexp.hessian import second_moment
+from qexp.methods.step import Batches, Record, Step
+from qexp.task import Task
+from qexp.transforms.search import Change, Watched, first, rescale, resident
+from qexp.walk import Block, walk
+
+
+@dataclass(frozen=True)
+class AWQ(Step):
+    """s = mean|X|^a / √(max · min) with the best of `points` values a in [0, 1), by the output of
+    the group's module with weights on `grid`; then each group of weights is clipped to the best of
+    ten shares of its largest magnitude, queries and keys left out. Weight-only, as published.
+
+    clip: the second part. It changes weights for good, as part of how they will be rounded, and
+    with it the float model's logits; scales alone do not.
+    sequences: of each calibration batch; null is all of them.
+    """
+
+    grid: Grid
+    points: int = 20
+    clip: bool = True
+    sites: str = "norms+value+up"
+    sequences: int | None = None
+
+    @torch.no_grad()
+    def __call__(self, task: Task, batches: Batches) -> list[Record]:
+        data = first(batches(), self.sequences)
+        weight_only = FloatActivations()
+        rescale(task, data, self.sites, self._propose, self.grid, weight_only, self.points > 1)
+        if self.clip:
+            for block in walk(task, data):
+                self._clip(block)
+        return []
+
+    def _propose(self, watched: Watched) -> list[Change]:
+        powers = (step / self.points for step in range(self.points))
+        scales = (watched.mean.pow(power).clamp(min=1e-4) for power in powers)
+        return [Change(scale / (scale.max() * scale.min()).sqrt()) for scale in scales]
+
+    def _clip(self, block: Block) -> None:
+        moments: dict[str, Tensor] = {}
+
+        def visit(names: tuple[str, ...], inputs: Iterator[Tensor]) -> None:
+            moments.update(dict.fromkeys(names, second_moment(inputs)))
+
+        block.advance(visit)  # the next block receives what unclipped weights make
+        sources = {group.source for group in block.groups}
+        attention = set(block.groups[0].linears) - sources  # the first group is the attention's
+        with resident(block):
+            for name, linear in block.linears.items():
+                if name not in attention:
+                    linear.weight.data = clipped(linear, moments[name], self.grid)
+
+
+def clipped(
+    linear: nn.Linear, moment: Float[Tensor, "columns columns"], grid: Grid
+) -> Float[Tensor, "rows columns"]:
+    """The weights, each group of each row clipped at the share 1, 0.95 … 0.55 of its largest
+    magnitude that leaves the least error in the output: δᵀ (Σ x xᵀ) δ over the group's columns."""
+    weight = linear.weight.detach().float()
+    rows, columns = weight.shape
+    size = columns // grid.groups(columns)
+    tiles = moment.reshape(columns // size, size, columns // size, size)
+    blocks = tiles.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # [groups, size, size]
+    largest = weight.reshape(rows, -1, size).abs().amax(2)
+    if grid.per_tensor:
+        largest = largest.max().expand_as(largest)
+    best, kept = torch.full_like(largest, torch.inf), largest
+    for step in range(10):
+        limit = largest * (1 - step / 20)
+        wide = limit.repeat_interleave(size, 1)
+        change = (grid(weight.clamp(-wide, wide)) - weight).reshape(rows, -1, size)
+        error = torch.einsum("rgi,gij,rgj->rg", change, blocks, change)
+        if grid.per_tensor:
+            error = error.sum().expand_as(error)
+        kept = torch.where(error < best, limit, kept)
+        best = torch.minimum(best, error)
+    wide = kept.repeat_interleave(size, 1)
+    return weight.clamp(-wide, wide).to(linear.weight)

@@ -1,0 +1,203 @@
+"""Channel scales: what makes a tensor divides its channels, what reads it multiplies them back.
+
+With y the tensor, s and z a scale and a shift per channel: the source makes (y - z) / s, and the
+linears have W diag(s) and b + W z. The model's function is unchanged; what is rounded is not.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from qexp.arch import Arch, Group
+from qexp.errors import UserError
+from qexp.task import Task
+
+log = logging.getLogger(__name__)
+
+SITES = ("norms", "norms+value+up")
+
+
+@dataclass(frozen=True)
+class Channels:
+    """The channels that the linears of a group read, and the norm or linear that makes them.
+
+    name: of the source. offset: what a norm adds to its weight. heads, repeats: a value head is
+    read by so many query heads, hence one row of the values by so many columns of the output
+    projection. shiftable: the source has a bias, and nothing but sums that weigh to 1 (attention)
+    stands between.
+    """
+
+    name: str
+    source: nn.Module
+    linears: tuple[nn.Linear, ...]
+    offset: float = 0.0
+    heads: int = 1
+    repeats: int = 1
+    shiftable: bool = False
+
+    def spread(self, x: Float[Tensor, " channels"]) -> Float[Tensor, " columns"]:
+        """From channels of the source to columns of the linears."""
+        parts = x.reshape(self.heads, 1, -1)
+        return parts.expand(-1, self.repeats, -1).flatten()
+
+    def gather(self, x: Float[Tensor, " columns"]) -> Float[Tensor, " channels"]:
+        """From columns to channels: the largest of those that share one."""
+        return x.reshape(self.heads, self.repeats, -1).amax(1).flatten()
+
+    def weights(self) -> Float[Tensor, " channels"]:
+        """The largest magnitude among the weights that read each channel."""
+        columns = torch.stack([linear.weight.detach().abs().amax(0) for linear in self.linears])
+        return self.gather(columns.amax(0)).float()
+
+    @torch.no_grad()
+    def fold(
+        self, scale: Float[Tensor, " channels"], shift: Float[Tensor, " channels"] | None = None
+    ) -> None:
+        """Change source and linears for good. A shift gives linears that have no bias one."""
+        if not (scale.isfinite().all() and (scale > 0).all()):
+            raise RuntimeError(f"{self.name}: a channel scale is not a positive number")
+        self.shift_into(shift)
+        for name, parameter in self.source.named_parameters(recurse=False):
+            parameter.data = self._made(name, _wide(parameter), scale, shift).to(parameter)
+        self.multiply(scale)
+
+    def shift_into(self, shift: Float[Tensor, " channels"] | None) -> None:
+        """b + W z: the linears' half of a shift."""
+        if shift is None:
+            return
+        for linear in self.linears:
+            weight = _wide(linear.weight)
+            moved = weight @ self.spread(shift).to(weight)
+            if linear.bias is None:
+                linear.bias = nn.Parameter(torch.zeros_like(linear.weight[:, 0]))
+            linear.bias.data = (_wide(linear.bias) + moved).to(linear.bias)
+
+    def multiply(self, scale: Float[Tensor, " channels"]) -> None:
+        """W diag(s): the linears' half of a scale."""
+        for linear in self.linears:
+            linear.weight.data = self._read(_wide(linear.weight), scale).to(linear.weight)
+
+    @contextmanager
+    def live(self, scale: Callable[[], Float[Tensor, " channels"]]) -> Iterator[None]:
+        """Source and linears follow `scale` as it changes, gradients included, until the end of
+        the context, when they are what they were."""
+        with ExitStack() as stack:
+            for name, _ in list(self.source.named_parameters(recurse=False)):
+                made = _Made(self, name, scale)
+                stack.enter_context(parametrized(self.source, name, made))
+            for linear in self.linears:
+                stack.enter_context(parametrized(linear, "weight", _Read(self, scale)))
+            yield
+
+    def _made(self, name: str, value: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
+        scale = scale.to(value)
+        if name == "bias":
+            return (value if shift is None else value - shift.to(value)) / scale
+        if value.ndim == 2:
+            return value / scale[:, None]
+        return (value + self.offset) / scale - self.offset
+
+    def _read(self, weight: Tensor, scale: Tensor) -> Tensor:
+        return weight * self.spread(scale).to(weight)
+
+
+class _Made(nn.Module):
+    def __init__(self, channels: Channels, name: str, scale: Callable[[], Tensor]) -> None:
+        super().__init__()
+        self.channels, self.name, self.scale = channels, name, scale
+
+    def forward(self, value: Tensor) -> Tensor:
+        return self.channels._made(self.name, value, self.scale(), None)
+
+
+class _Read(nn.Module):
+    def __init__(self, channels: Channels, scale: Callable[[], Tensor]) -> None:
+        super().__init__()
+        self.channels, self.scale = channels, scale
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.channels._read(weight, self.scale())
+
+
+@contextmanager
+def parametrized(module: nn.Module, name: str, change: nn.Module) -> Iterator[None]:
+    """The parameter passes through `change` wherever it is read. Nested contexts on one parameter
+    apply in the order of entering."""
+    parametrize.register_parametrization(module, name, change)
+    try:
+        yield
+    finally:
+        parts = module.get_submodule(f"parametrizations.{name}")
+        assert isinstance(parts, nn.ModuleList)
+        if len(parts) > 1:
+            del parts[-1]
+        else:
+            parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+
+
+def channels_of(task: Task, index: int, sites: str) -> list[Channels]:
+    """Where block `index` can be scaled, in execution order; UserError when nowhere.
+
+    sites: `norms` (norm → linears), or `norms+value+up` (also value → output projection and up →
+    down in a gated MLP, where linear).
+    """
+    arch = task.arch
+    if index == 0 and arch.post_norm:
+        log.info("norms are not scaled: they stand behind the residual sums and make the stream")
+    return [_channels(task, index, group) for group in _groups(arch, sites)]
+
+
+def _groups(arch: Arch, sites: str) -> list[Group]:
+    if sites not in SITES:
+        raise UserError(f"transform.sites={sites} is unknown: give one of {', '.join(SITES)}.")
+    norms = [group for group in arch.groups if group.source in arch.norms]
+    found = [group for group in arch.groups if group.source is not None]
+    if arch.post_norm:
+        found = [group for group in found if group not in norms]
+        norms = []
+    found = norms if sites == "norms" else found
+    if not found:
+        more = "; sites=norms+value+up scales its values" if sites == "norms" else ""
+        raise UserError(
+            f"transform.sites={sites}: in this family norms stand behind the residual sums, so "
+            f"what they make is the stream itself and its channels cannot be scaled{more}."
+        )
+    return found
+
+
+def _channels(task: Task, index: int, group: Group) -> Channels:
+    arch, block = task.arch, task.blocks[index]
+    assert group.source is not None
+    source = block.get_submodule(group.source)
+    linears = []
+    for name in group.linears:
+        linear = block.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        linears.append(linear)
+    norm = group.source in arch.norms
+    heads = repeats = 1
+    if isinstance(source, nn.Linear) and source.out_features != linears[0].in_features:
+        heads = task.model.config.get_text_config().num_key_value_heads
+        repeats = linears[0].in_features // source.out_features
+    return Channels(
+        name=f"{arch.blocks}.{index}.{group.source}",
+        source=source,
+        linears=tuple(linears),
+        offset=1.0 if norm and arch.unit_offset else 0.0,
+        heads=heads,
+        repeats=repeats,
+        # A gated MLP multiplies its up projection, and a shift does not pass a product.
+        shiftable=getattr(source, "bias", None) is not None
+        and (norm or group.linears[0] == arch.writers[0]),
+    )
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Without gradients, in float32 at least."""
+    return x.detach().to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,45 @@
+"""Outlier Suppression+ (2304.09145): channels are centred, those that reach far are shrunk."""
+
+from dataclasses import dataclass
+
+import torch
+
+from qexp.activations import Activations
+from qexp.grid import Grid
+from qexp.methods.step import Batches, Record, Step
+from qexp.task import Task
+from qexp.transforms.search import Change, Watched, first, rescale
+
+
+@dataclass(frozen=True)
+class OutlierSuppression(Step):
+    """Shift each channel by the middle of its range, then divide it by max(1, reach / t); the
+    threshold t is the best of `points` equal steps up to the largest reach, by the output of the
+    group's module with weights rounded to `grid` and inputs as `activation` will.
+
+    shift: false leaves ranges where they are. Where the source has no bias to take a shift (RMS
+    norms, up projections) there is none in any case.
+    """
+
+    grid: Grid
+    activation: Activations
+    shift: bool = True
+    points: int = 20  # [choice]
+    sites: str = "norms"
+    sequences: int | None = None
+
+    def __call__(self, task: Task, batches: Batches) -> list[Record]:
+        def propose(watched: Watched) -> list[Change]:
+            low, high = watched.ends
+            middle = (low + high) / 2
+            shift = middle if self.shift and watched.channels.shiftable else None
+            reach = (high - low) / 2 if shift is not None else torch.maximum(-low, high)
+            thresholds = (reach.max() * step / self.points for step in range(self.points, 0, -1))
+            return [
+                Change((reach / threshold.clamp(min=1e-12)).clamp(min=1), shift)
+                for threshold in thresholds
+            ]
+
+        data = first(batches(), self.sequences)
+        rescale(task, data, self.sites, propose, self.grid, self.activation, self.points > 1)
+        return []

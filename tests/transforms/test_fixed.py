@@ -1,0 +1,136 @@
+"""Fixed scales: unchanged functions, less error where channels stand out, every family."""
+
+import pytest
+import torch
+from conftest import FAMILIES
+from test_channels import ALL, NORMS, close, logits
+from test_walk import joined, task_of
+
+from qexp.activations import Float, Quantized, quantize_activations
+from qexp.errors import UserError
+from qexp.grid import IntGrid
+from qexp.methods.blockwise import Direct
+from qexp.placement import LinearInputs
+from qexp.solvers import RTN
+from qexp.transforms.awq import AWQ, clipped
+from qexp.transforms.channels import channels_of
+from qexp.transforms.equalize import Equalize, reach
+from qexp.transforms.os_plus import OutlierSuppression
+from qexp.transforms.smooth import Smooth
+
+GRID = IntGrid(4, group_size=32)
+TENSOR = Quantized(LinearInputs(), IntGrid(8, per_tensor=True))
+FIXED = [
+    Smooth(GRID, TENSOR),
+    Smooth(GRID, TENSOR, alpha=[0.25, 0.75], sites=ALL),
+    AWQ(GRID, points=4, clip=False),
+    Equalize(ALL),
+    OutlierSuppression(GRID, TENSOR, points=4, sites=ALL),
+]
+
+
+def planted(family: str, size: float = 50):
+    """Two channels of every norm's output are `size` times what they were, undone by the weights:
+    the function of the tiny model, with activations as large models have them."""
+    task = task_of(family)
+    for index in range(len(task.blocks)):
+        for channels in channels_of(task, index, NORMS):
+            scale = torch.ones(channels.linears[0].in_features)
+            scale[3] = scale[17] = 1 / size
+            channels.fold(scale)
+    return task
+
+
+def drift(task, batch, expected) -> float:
+    return float((logits(task, batch) - expected).square().mean())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("transform", FIXED, ids=lambda t: f"{type(t).__name__}-{t.sites}")
+def test_no_logit_changes(family, transform):
+    if family == "bert" and transform.sites == NORMS:
+        with pytest.raises(UserError, match="behind the residual sums"):
+            transform(task_of(family), lambda: [joined(family)])
+        return
+    task, batch = task_of(family), joined(family)
+    expected = logits(task, batch)
+    before = [p.detach().clone() for p in task.parameters()]
+    assert transform(task, lambda: [batch]) == []
+    close(logits(task, batch), expected, 1e-4)
+    assert any(not torch.equal(a, b) for a, b in zip(before, task.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "gemma3", "gpt_neox", "vit"])
+@pytest.mark.parametrize(
+    "transform",
+    [Smooth(GRID, TENSOR), Smooth(GRID, TENSOR, alpha=[0.3, 0.5, 0.7, 0.9]),
+     OutlierSuppression(GRID, TENSOR)],
+    ids=["smooth", "searched", "os_plus"],
+)  # fmt: skip
+def test_planted_outliers_cost_less_after(family, transform):
+    batch = joined(family)
+    expected = logits(planted(family), batch)
+    errors = []
+    for steps in ([], [transform]):
+        task = planted(family)
+        for step in [*steps, Direct(RTN(IntGrid(8)), [TENSOR])]:
+            step(task, lambda: [batch])
+        errors.append(drift(task, batch, expected))
+    assert errors[1] < 0.2 * errors[0]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "gpt_neox", "vit"])
+@pytest.mark.parametrize("clip", [False, True])
+def test_awq_leaves_less_error_of_rounded_weights(family, clip):
+    batch, grid = joined(family), IntGrid(3, group_size=32)
+    expected = logits(planted(family, 10), batch)
+    errors = []
+    for steps in ([], [AWQ(grid, clip=clip)]):
+        task = planted(family, 10)
+        for step in [*steps, Direct(RTN(grid))]:
+            step(task, lambda: [batch])
+        errors.append(drift(task, batch, expected))
+    assert errors[1] < errors[0]
+
+
+def test_clipping_takes_the_best_share_of_each_group_by_hand():
+    generator = torch.Generator().manual_seed(0)
+    linear = torch.nn.Linear(8, 3, bias=False)
+    linear.weight.data = torch.randn(3, 8, generator=generator)
+    linear.weight.data[0, 1] = 6
+    x = torch.randn(50, 8, generator=generator)
+    grid = IntGrid(2, group_size=4)
+    result = clipped(linear, x.T @ x, grid)
+    for row in range(3):
+        for part in (slice(0, 4), slice(4, 8)):
+            w = linear.weight.data[row : row + 1, part]
+            tried = [w.clamp(-(m := w.abs().max() * (1 - k / 20)), m) for k in range(10)]
+            errors = [float(((grid(t) - w) @ x[:, part].T).square().sum()) for t in tried]
+            best = tried[errors.index(min(errors))]
+            torch.testing.assert_close(result[row : row + 1, part], best)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_equalized_sources_reach_as_far_as_the_weights_that_read_them(family):
+    task = planted(family)
+    Equalize(NORMS)(task, lambda: pytest.fail("no data is asked for"))
+    for channels in channels_of(task, 1, NORMS):
+        torch.testing.assert_close(reach(channels), channels.weights(), rtol=1e-3, atol=1e-5)
+
+
+def test_a_searched_alpha_is_the_best_of_those_tried():
+    batch, found = joined("llama"), {}
+    for alpha in (0.1, 0.5, [0.1, 0.5]):
+        task = planted("llama")
+        Smooth(GRID, TENSOR, alpha)(task, lambda: [batch])
+        found[str(alpha)] = task.blocks[0].input_layernorm.weight.detach().clone()
+    either = (found["0.1"], found["0.5"])
+    assert any(torch.equal(found["[0.1, 0.5]"], one) for one in either)
+
+
+def test_scales_do_nothing_to_a_model_on_no_grid():
+    task, batch = planted("opt"), joined("opt")
+    expected = logits(task, batch)
+    Smooth(GRID, Float())(task, lambda: [batch])
+    quantize_activations(task, [Float()], lambda: pytest.fail("nothing to calibrate"))
+    close(logits(task, batch), expected, 1e-4)

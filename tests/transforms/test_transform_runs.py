@@ -1,0 +1,68 @@
+"""Transforms in whole runs: they compose with solvers, and a run reloads to its number."""
+
+import pytest
+import torch
+from conftest import tiny
+from test_pipeline import PPL, SMALL, _configured, run  # noqa: F401 (an autouse fixture)
+
+from qexp import edits
+
+SENTENCES = [
+    ("transform=smooth", "method=none"),
+    ("transform=smooth", "method=gptq", "activation=int8_tensor"),
+    ("transform=awq", "method=rtn", "transform.points=4"),
+    ("transform=equalize", "method=spqr", "weight.group_size=32"),
+    ("transform=os_plus", "method=gptq", "transform.points=3", "activation=int8_token"),
+]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("overrides", SENTENCES, ids=" ".join)
+def test_a_transformed_run_reloads_to_the_same_number(tmp_path, family, overrides):
+    first = run(tmp_path / "first", f"model=tiny_{family}", *overrides)
+    again = run(tmp_path / "again", "model=from_run", f"run={tmp_path / 'first'}", small=[])
+    assert again[PPL] == first[PPL]
+
+
+def test_every_solver_takes_a_transformed_model(tmp_path):
+    for number, method in enumerate((["method=billm"], ["method=gptq", "method/hessian=token"])):
+        metrics = run(tmp_path / str(number), "model=tiny_opt", "transform=smooth", *method)
+        assert metrics["weight/count"] > 0
+
+
+def test_encoders_reload_too(tmp_path):
+    small = [*SMALL[:2], "eval=loss", "weight.group_size=32"]
+    where = "transform.sites=norms+value+up"
+    first = run(tmp_path / "first", "model=tiny_bert", "transform=smooth", where, small=small)
+    again = run(tmp_path / "again", "model=from_run", f"run={tmp_path / 'first'}", small=[])
+    key = next(name for name in first if name.endswith("/loss"))
+    assert again[key] == first[key]
+
+
+def test_edits_are_what_changed_and_nothing_else():
+    model, fresh = tiny("gpt2").model, tiny("gpt2").model
+    before = edits.marks(model)
+    assert edits.edits(model, before, ()) == {}
+    head, block = model.lm_head, model.transformer.h[0]
+    assert head.weight is model.transformer.wte.weight
+    head.weight = torch.nn.Parameter(head.weight.detach() * 2)
+    head.bias = torch.nn.Parameter(torch.ones(len(head.weight)))
+    block.ln_1.bias.data += 1
+    block.mlp.c_fc.weight.data *= 2  # coded, hence stored elsewhere
+    changed = edits.edits(model, before, ["transformer.h.0.mlp.c_fc"])
+    assert set(changed) == {"lm_head.weight", "lm_head.bias", "transformer.h.0.ln_1.bias"}
+    edits.put(fresh, changed)
+    assert torch.equal(fresh.lm_head.weight, head.weight)
+    assert torch.equal(fresh.transformer.wte.weight, model.transformer.wte.weight)
+    assert torch.equal(fresh.lm_head(torch.eye(64)), head(torch.eye(64)))
+
+
+def test_a_shared_tensor_that_changed_stays_shared():
+    model, fresh = tiny("gpt2").model, tiny("gpt2").model
+    before = edits.marks(model)
+    model.lm_head.weight.data *= 2
+    changed = edits.edits(model, before, ())
+    assert set(changed) == {"transformer.wte.weight"}
+    edits.put(fresh, changed)
+    assert fresh.lm_head.weight is fresh.transformer.wte.weight
+    assert torch.equal(fresh.lm_head.weight, model.lm_head.weight)
