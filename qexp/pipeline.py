@@ -1,19 +1,21 @@
 """One run, from a configuration to the files of its folder."""
 
 import logging
+from functools import cache
 from pathlib import Path
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from omegaconf import DictConfig
 
 from qexp import progress, results, store
 from qexp.build import build
 from qexp.data.calibration import Recipe
 from qexp.edits import Marks, edits, marks
-from qexp.eval.evaluator import Evaluator, digest
+from qexp.eval.evaluator import Evaluator, Start, digest
 from qexp.methods.step import Record, Step
-from qexp.models.source import Source
+from qexp.models.source import Loaded, Source
 from qexp.offload import place
 from qexp.provenance import Provenance
 from qexp.task import TASKS, Batch, Task
@@ -43,11 +45,21 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
     L.seed_everything(cfg.seed, verbose=False)
     with provenance.stage("load"):
         loaded = source.load()
-        task = TASKS[source.objective](loaded.model, loaded.tokenizer).eval()
-        place(task, cfg.device, cfg.offload)
+        task = as_task(source, loaded, cfg)
         loaded.finish(task)
         origin = marks(task.model) if cfg.save_weights else {}
     provenance.add(model=source.fingerprint(), device=str(task.device), seed=cfg.seed)
+
+    unquantized = source.origin()
+
+    @cache
+    def float_task() -> Task:
+        same = unquantized is source
+        return task if same else as_task(unquantized, unquantized.load(), cfg)
+
+    start = Start(unquantized.fingerprint() | {"device": task.device.type}, float_task, folder)
+    with provenance.stage("measure the float model"), isolate_rng():
+        evaluators = [evaluator.before(start) for evaluator in evaluators]
 
     def batches() -> list[Batch]:
         provenance.add(calibration=recipe.definition())
@@ -66,6 +78,13 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
     if cfg.save_weights:
         save(task, origin, records, folder)
     return results.write(folder, metrics, records, provenance)
+
+
+def as_task(source: Source, loaded: Loaded, cfg: DictConfig) -> Task:
+    """The loaded model on its device."""
+    task = TASKS[source.objective](loaded.model, loaded.tokenizer).eval()
+    place(task, cfg.device, cfg.offload)
+    return task
 
 
 def storage(records: list[Record]) -> dict[str, float]:

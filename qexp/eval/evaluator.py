@@ -3,17 +3,31 @@
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from qexp.task import Task
+
+
+class Start(NamedTuple):
+    """A run before anything in its model is changed."""
+
+    model: Mapping[str, str]  # what the float model's numbers depend on, for keys of caches
+    task: Callable[[], Task]  # the float model, loaded at the first call if it is not yet
+    folder: Path  # of the run, for what is not a number
 
 
 class Evaluator(ABC):
     """A name and, for a model, numbers. Nothing else knows how a metric is computed."""
 
     name: str
+
+    def before(self, start: Start) -> "Evaluator":
+        """What to call once the model is quantized. Who compares with the float model measures it
+        here, through the cache, so that a sweep does it once."""
+        return self
 
     @abstractmethod
     def __call__(self, task: Task) -> dict[str, float]:
@@ -27,6 +41,27 @@ class Evaluator(ABC):
     @abstractmethod
     def files(self) -> list[Path]:
         """The local files it reads."""
+
+
+@dataclass(frozen=True)
+class Informed(Evaluator):
+    """An evaluator that has seen the float model: `measure` knows what was seen."""
+
+    plain: Evaluator
+    measure: Callable[[Task], dict[str, float]]
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.plain.name
+
+    def __call__(self, task: Task) -> dict[str, float]:
+        return self.measure(task)
+
+    def definition(self) -> dict[str, Any]:
+        return self.plain.definition()
+
+    def files(self) -> list[Path]:
+        return self.plain.files()
 
 
 def digest(definition: Mapping[str, Any]) -> str:

@@ -17,6 +17,17 @@ from qexp.eval.windows import Window, token_losses
 from qexp.task import Task
 
 
+def ratio(
+    totals: Float[Tensor, " samples"], units: Float[Tensor, " samples"]
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """The sum of totals over the sum of units, and its standard error over samples (delta method
+    for a ratio of sums; NaN for one sample)."""
+    rate = totals.sum() / units.sum()
+    count = len(totals)
+    spread = ((totals - rate * units) ** 2).sum() / units.sum() ** 2
+    return rate, (spread * count / (count - 1)).sqrt() if count > 1 else torch.tensor(math.nan)
+
+
 class Passage(NamedTuple):
     """What counts as one sample for the standard error: windows, and the units they are worth."""
 
@@ -49,8 +60,8 @@ class Windowed(Evaluator):
         return torch.stack([losses.mean() for losses in self.token_losses(task)])
 
     def __call__(self, task: Task) -> dict[str, float]:
-        """`ppl` with its standard error over passages (delta method for a ratio of sums; NaN for
-        one passage), and how many windows and scored tokens it rests on."""
+        """`ppl` with its standard error over passages, and how many windows and scored tokens it
+        rests on."""
         passages = self.passages(task)
         losses = iter(self._losses(task, passages))
         totals = torch.tensor(
@@ -58,10 +69,7 @@ class Windowed(Evaluator):
             dtype=torch.float64,
         )
         units = torch.tensor([part.units for part in passages], dtype=torch.float64)
-        rate = totals.sum() / units.sum()
-        count = len(passages)
-        spread = ((totals - rate * units) ** 2).sum() / units.sum() ** 2
-        error = (spread * count / (count - 1)).sqrt() if count > 1 else torch.tensor(math.nan)
+        rate, error = ratio(totals, units)
         windows = [window for part in passages for window in part.windows]
         return {
             "ppl": float(rate.exp()),

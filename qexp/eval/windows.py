@@ -27,27 +27,36 @@ def token_losses(
     Logits exist for a few hundred positions at a time (task.token_losses). A loss that is not
     finite raises a UserError that names the protocol.
     """
+    losses: list[Float[Tensor, " scored"]] = []
+    for batch, hidden in states(task, windows, batch_tokens, name):
+        assert isinstance(task, CausalLM)
+        scored = batch[0].scored
+        targets = torch.cat([window.tokens[-scored:] for window in batch])
+        with torch.no_grad():
+            found = task.token_losses(hidden.flatten(0, 1), targets).cpu()
+        if not found.isfinite().all():
+            raise UserError(
+                f"eval {name}: the loss of window {len(losses)} or near it is not a finite "
+                "number: there is NaN or infinity in the model's weights or activations"
+            )
+        losses.extend(found.view(len(batch), scored))
+    return losses
+
+
+def states(
+    task: Task, windows: Sequence[Window], batch_tokens: int, name: str
+) -> Iterator[tuple[list[Window], Float[Tensor, "windows scored width"]]]:
+    """Windows of one shape and the hidden states that predict their targets, without gradient."""
     if not isinstance(task, CausalLM):
         raise UserError(
             f"eval {name}: perplexity needs a causal language model and this one is "
             f"{task.objective}; choose eval=loss"
         )
-    losses: list[Float[Tensor, " scored"]] = []
-    batches = list(_batches(windows, batch_tokens))
-    with torch.no_grad():
-        for batch in bar(batches, name):
-            ids = torch.stack([window.tokens for window in batch])
-            scored = batch[0].scored
-            hidden = task.hidden(ids[:, :-1])[:, -scored:]  # the last token predicts none
-            targets = ids[:, -scored:]
-            found = task.token_losses(hidden.flatten(0, 1), targets.flatten()).cpu()
-            if not found.isfinite().all():
-                raise UserError(
-                    f"eval {name}: the loss of window {len(losses)} or near it is not a finite "
-                    "number: there is NaN or infinity in the model's weights or activations"
-                )
-            losses.extend(found.view(len(batch), scored))
-    return losses
+    for batch in bar(list(_batches(windows, batch_tokens)), name):
+        ids = torch.stack([window.tokens for window in batch])
+        with torch.no_grad():
+            hidden = task.hidden(ids[:, :-1])  # the last token predicts none
+        yield batch, hidden[:, -batch[0].scored :]
 
 
 def _batches(windows: Sequence[Window], batch_tokens: int) -> Iterator[list[Window]]:

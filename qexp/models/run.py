@@ -56,6 +56,9 @@ class Run(Source):
         own = [folder / store.FILE, folder / ".hydra" / "config.yaml"]
         return [*self._origin().files(), *own]
 
+    def origin(self) -> Source:
+        return self._origin().origin()
+
     def _origin(self) -> Source:
         source = build(results.config(self.folder).model)
         assert isinstance(source, Source)

@@ -58,6 +58,10 @@ class Source(ABC):
     def files(self) -> list[Path]:
         """The local files that loading reads; a run recorded with others is stale."""
 
+    def origin(self) -> "Source":
+        """The source of the model before anything in it was quantized."""
+        return self
+
 
 def check(source: Source) -> None:
     """UserError unless `dtype` and `objective` are known: called as a source is built."""
