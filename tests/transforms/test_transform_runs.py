@@ -13,6 +13,7 @@ SENTENCES = [
     ("transform=awq", "method=rtn", "transform.points=4"),
     ("transform=equalize", "method=spqr", "weight.group_size=32"),
     ("transform=os_plus", "method=gptq", "transform.points=3", "activation=int8_token"),
+    ("transform=rotate", "method=gptq", "activation=int8_token"),
 ]
 
 
@@ -25,7 +26,7 @@ def test_a_transformed_run_reloads_to_the_same_number(tmp_path, family, override
 
 
 def test_every_solver_takes_a_transformed_model(tmp_path):
-    for number, method in enumerate((["method=billm"], ["method=gptq", "method/hessian=token"])):
+    for number, method in enumerate((["method=billm"], ["method=quip"])):
         metrics = run(tmp_path / str(number), "model=tiny_opt", "transform=smooth", *method)
         assert metrics["weight/count"] > 0
 

@@ -1,0 +1,119 @@
+"""Rotation of the residual stream (QuaRot, 2404.00456, without its online rotations)."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from qexp.errors import UserError
+from qexp.methods.step import Batches, Record, Step
+from qexp.task import Task
+from qexp.transforms.channels import Channels, channels_of
+
+Matrix = Float[Tensor, "width width"]
+
+
+@dataclass(frozen=True)
+class Rotate(Step):
+    """x → Q x for every vector of the stream: embeddings and writers turn their outputs, readers
+    (after norms gave their weights to them) and head their inputs. An embedding that was the head
+    too becomes two matrices.
+
+    kind: `hadamard` (Sylvester's, with random signs; a width 2^k m takes a random orthogonal m by m
+    matrix beside it, as a Kronecker product), or `random` (uniform over the orthogonal group).
+
+    Q leaves the vector of ones where it is, so that the mean a LayerNorm subtracts is the same
+    before and after: such norms stay what they are, and nothing need be centred.
+    """
+
+    kind: str = "hadamard"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("hadamard", "random"):
+            raise UserError(f"transform.kind={self.kind} is unknown: give hadamard or random.")
+
+    @torch.no_grad()
+    def __call__(self, task: Task, batches: Batches) -> list[Record]:
+        arch, model = task.arch, task.model
+        if not arch.pre_norm:
+            raise UserError(
+                "transform=rotate: norms of this family stand between what a branch writes and the "
+                "stream, so no rotation of the stream can be folded into weights; choose a scale "
+                "(transform=smooth)."
+            )
+        _untie(task)
+        _empty_norms(task)
+        generator = torch.Generator().manual_seed(self.seed)
+        q = rotation(model.config.hidden_size, self.kind, generator).to(task.device)
+        for name in arch.embeddings:
+            for module in model.get_submodule(name).modules():
+                for parameter in module.parameters(recurse=False):
+                    _turn(parameter, q, 0 if isinstance(module, nn.Conv2d) else -1)
+        for block in task.blocks:
+            for group in arch.groups:
+                for name in group.linears:
+                    if group.source in arch.norms:
+                        _turn(block.get_submodule(name).weight, q, -1)
+                    if name in arch.writers:
+                        for parameter in block.get_submodule(name).parameters():
+                            _turn(parameter, q, 0)
+        _turn(model.get_submodule(arch.head).weight, q, -1)
+        return []
+
+
+def rotation(width: int, kind: str, generator: torch.Generator) -> Matrix:
+    """An orthogonal matrix, float64, that maps the vector of ones to itself."""
+    power = width & -width if kind == "hadamard" else 1
+    q = torch.ones(1, 1, dtype=torch.float64)
+    while len(q) < power:
+        q = torch.cat([torch.cat([q, q], 1), torch.cat([q, -q], 1)]) / 2**0.5
+    signs = torch.randint(2, (width,), generator=generator) * 2 - 1
+    q = torch.kron(_orthogonal(width // power, generator), q) * signs
+    # A reflection brings the image of the ones back to the ones.
+    ones = torch.full((width,), width**-0.5, dtype=torch.float64)
+    normal = q @ ones - ones
+    if float(normal.norm()) < 1e-9:
+        return q
+    normal /= normal.norm()
+    return q - 2 * torch.outer(normal, normal @ q)
+
+
+def _orthogonal(size: int, generator: torch.Generator) -> Matrix:
+    """Uniform over the orthogonal group: the signs of R's diagonal make QR unique."""
+    q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+    return (q * r.diagonal().sign()).contiguous()
+
+
+def _turn(parameter: Tensor, q: Matrix, axis: int) -> None:
+    """Rotate the vectors that lie along an axis."""
+    moved = parameter.data.to(q).movedim(axis, -1) @ q.T
+    parameter.data = moved.movedim(-1, axis).contiguous().to(parameter)
+
+
+def _empty_norms(task: Task) -> None:
+    """Weights and biases of norms go into the linears behind them."""
+    arch = task.arch
+    sites = [c for index in range(len(task.blocks)) for c in channels_of(task, index, "norms")]
+    assert arch.norm is not None
+    head = task.model.get_submodule(arch.head)
+    assert isinstance(head, nn.Linear)
+    final = task.model.get_submodule(arch.norm)
+    sites.append(Channels(arch.norm, final, (head,), float(arch.unit_offset)))
+    for channels in sites:
+        parameters = dict(channels.source.named_parameters(recurse=False))
+        channels.shift_into(parameters["bias"].data if "bias" in parameters else None)
+        channels.multiply(parameters["weight"].data + channels.offset)
+        # A fold would divide, and a channel whose weight is 0 must become one of weight 1.
+        parameters["weight"].data.fill_(1 - channels.offset)
+        if "bias" in parameters:
+            parameters["bias"].data.zero_()
+
+
+def _untie(task: Task) -> None:
+    head = task.model.get_submodule(task.arch.head)
+    embeddings = (task.model.get_submodule(name) for name in task.arch.embeddings)
+    if any(getattr(each, "weight", None) is head.weight for each in embeddings):
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        task.model.config.tie_word_embeddings = False
