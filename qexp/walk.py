@@ -128,6 +128,7 @@ class Block:
         finally:
             handle.remove()
 
+    @torch.no_grad()  # a generator's own no_grad does not reach what its caller calls
     def _run(self, piece: Piece) -> Tensor:
         args, kwargs = piece.calls[self.index]
         output = self.module(piece.hidden.to(self.task.device), *args, **kwargs)

@@ -116,3 +116,9 @@ def test_sequences_that_do_not_fit_the_memory_run_in_parts(monkeypatch):
     for block, outputs in zip(walk(task_of("llama"), [joined("llama")]), expected, strict=True):
         assert len(block.pieces) > 1
         torch.testing.assert_close(torch.cat(list(block.outputs())), outputs)
+
+
+def test_replays_build_no_graph_even_where_gradients_are_on():
+    for block in walk(task_of("llama"), [joined("llama")]):
+        block.advance(lambda names, inputs: None)
+        assert not block.left[0].requires_grad and block.left[0].grad_fn is None
