@@ -55,11 +55,11 @@ class Rotate(Step):
             for group in arch.groups:
                 for name in group.linears:
                     if group.source in arch.norms:
-                        _turn(block.get_submodule(name).weight, q, -1)
+                        _turn(block.get_parameter(f"{name}.weight"), q, -1)
                     if name in arch.writers:
                         for parameter in block.get_submodule(name).parameters():
                             _turn(parameter, q, 0)
-        _turn(model.get_submodule(arch.head).weight, q, -1)
+        _turn(model.get_parameter(f"{arch.head}.weight"), q, -1)
         return []
 
 

@@ -14,6 +14,7 @@ SENTENCES = [
     ("transform=equalize", "method=spqr", "weight.group_size=32"),
     ("transform=os_plus", "method=gptq", "transform.points=3", "activation=int8_token"),
     ("transform=rotate", "method=gptq", "activation=int8_token"),
+    ("transform=quadapter", "method=gptq", "transform.steps=2", "activation=int8_tensor"),
 ]
 
 

@@ -1,0 +1,88 @@
+"""Training a few numbers of one block, so that the block with quantizers does what it did without
+them."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from qexp.activations import Activations
+from qexp.gradients import Straight
+from qexp.transforms.channels import parametrized
+from qexp.walk import Block
+
+Rule = Callable[[Tensor], Tensor]
+
+
+@contextmanager
+def quantized(block: Block, rules: dict[str, Rule], activation: Activations) -> Iterator[None]:
+    """Every linear of the block has its weight passed through its rule, and its input rounded with
+    scales from the input itself, gradients passing straight through."""
+
+    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (activation.rounded(args[0], Straight()), *args[1:])
+
+    handles = [linear.register_forward_pre_hook(hook) for linear in block.linears.values()]
+    with ExitStack() as stack:
+        for name, linear in block.linears.items():
+            stack.enter_context(parametrized(linear, "weight", _Passed(rules[name])))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class _Passed(nn.Module):
+    def __init__(self, rule: Rule) -> None:
+        super().__init__()
+        self.rule = rule
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.rule(weight).to(weight)
+
+
+def run(block: Block, piece: int, hidden: Tensor | None = None) -> Tensor:
+    """One piece through the block, which must lie on the device: hooks that move it for a forward
+    would take it away from the backward."""
+    args, kwargs = block.pieces[piece].calls[block.index]
+    given = block.pieces[piece].hidden if hidden is None else hidden
+    output = block.module.forward(given.to(block.task.device), *args, **kwargs)
+    return output[0] if block.returns_tuple else output
+
+
+def error(block: Block, targets: Sequence[Tensor], piece: int) -> Float[Tensor, ""]:
+    """Squares summed over channels, their mean over tokens."""
+    output = run(block, piece)
+    target = targets[piece].to(output.device)
+    return (output.float() - target.float()).square().sum(-1).mean()
+
+
+@torch.no_grad()
+def total(block: Block, targets: Sequence[Tensor]) -> float:
+    """The mean error over all pieces, as the block stands."""
+    return sum(float(error(block, targets, n)) for n in range(len(targets))) / len(targets)
+
+
+def descend(
+    block: Block,
+    targets: Sequence[Tensor],
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    generator: torch.Generator,
+) -> None:
+    """Train what the optimizer holds, a piece a step, in a new order every time round."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    order: list[int] = []
+    with torch.enable_grad():
+        for _ in range(steps):
+            order = order or torch.randperm(len(targets), generator=generator).tolist()
+            loss = error(block, targets, order.pop())
+            # Of these alone: the model's own weights are frozen.
+            for parameter, gradient in zip(
+                parameters, torch.autograd.grad(loss, parameters), strict=True
+            ):
+                parameter.grad = gradient
+            optimizer.step()

@@ -1,0 +1,104 @@
+"""Quadapter (2211.16912): channel scales learned for the quantizers, all weights frozen."""
+
+import logging
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qexp.activations import Activations
+from qexp.errors import UserError
+from qexp.gradients import Straight
+from qexp.grid import Grid
+from qexp.methods.step import Batches, Record, Step
+from qexp.task import Task
+from qexp.transforms.channels import Channels, channels_of
+from qexp.transforms.descent import descend, quantized, total
+from qexp.transforms.search import first, resident, watch
+from qexp.transforms.smooth import smoothed
+from qexp.walk import Block, walk
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Quadapter(Step):
+    """Phase 1: each block on its own learns alpha = exp(theta) per channel, by the squared error
+    between the block with quantizers and the float block, both on the float block's input; alpha is
+    then folded into the norm (times alpha) and the linears (divided by it). A block that ends with
+    a larger error than at alpha = 1 keeps alpha = 1.
+
+    grid: on which folded weights are rounded. activation: how the inputs of all linears are;
+    ranges are taken from each batch, and differentiated.
+    init: `ones`, or `smooth`: SmoothQuant's scale with its alpha at one half.
+    steps of Adam with `batch` sequences at `rate`. sequences: of each calibration batch.
+    """
+
+    grid: Grid
+    activation: Activations
+    sites: str = "norms"
+    init: str = "ones"
+    steps: int = 1000
+    batch: int = 8
+    rate: float = 1e-3
+    sequences: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.init not in ("ones", "smooth"):
+            raise UserError(f"transform.init={self.init} is unknown: give ones or smooth.")
+
+    @torch.no_grad()
+    def __call__(self, task: Task, batches: Batches) -> list[Record]:
+        generator = torch.Generator().manual_seed(self.seed)
+        for block in walk(task, first(batches(), self.sequences), self.batch):
+            sites = channels_of(task, block.index, self.sites)
+            starts = self._starts(block, sites)
+            with resident(block):
+                thetas = self._learn(block, sites, starts, generator)
+                for channels, theta in zip(sites, thetas, strict=True):
+                    channels.fold(inverse(theta.detach()))
+        return []
+
+    def _starts(self, block: Block, sites: list[Channels]) -> list[Float[Tensor, " _"]]:
+        """theta to begin with; what the block makes in float is settled on the way."""
+        found = watch(block, sites, replay=False)
+        if self.init == "ones":
+            return [torch.zeros_like(watched.largest) for watched in found]
+        weights = [channels.weights() for channels in sites]
+        pairs = zip(found, weights, strict=True)
+        return [-smoothed(watched.largest, weight, 0.5).log() for watched, weight in pairs]
+
+    def _learn(
+        self,
+        block: Block,
+        sites: list[Channels],
+        starts: list[Float[Tensor, " _"]],
+        generator: torch.Generator,
+    ) -> list[Float[Tensor, " _"]]:
+        targets = block.left
+        assert targets is not None
+        thetas = [torch.zeros_like(start, requires_grad=True) for start in starts]
+        rules = {
+            name: lambda weight: self.grid(weight.float(), Straight()) for name in block.linears
+        }
+        with ExitStack() as stack:
+            for channels, theta in zip(sites, thetas, strict=True):
+                stack.enter_context(channels.live(partial(inverse, theta)))
+            stack.enter_context(quantized(block, rules, self.activation))
+            plain = total(block, targets)
+            for theta, start in zip(thetas, starts, strict=True):
+                theta.copy_(start)
+            optimizer = torch.optim.Adam(thetas, lr=self.rate)
+            descend(block, targets, optimizer, self.steps, generator)
+            learned = total(block, targets)
+        log.info("%s: error %.4g, with alpha = 1 %.4g", block.name, learned, plain)
+        return thetas if learned < plain else [torch.zeros_like(theta) for theta in thetas]
+
+
+def inverse(theta: Float[Tensor, " channels"]) -> Float[Tensor, " channels"]:
+    """1 / alpha: by what the source's output is divided."""
+    return torch.exp(-theta)

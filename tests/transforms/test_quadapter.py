@@ -1,0 +1,134 @@
+"""Quadapter's first phase: what it learns, what it leaves alone, every family."""
+
+from contextlib import ExitStack
+
+import pytest
+import torch
+from conftest import FAMILIES
+from test_channels import ALL, NORMS, close, every, logits, random_scale
+from test_fixed import TENSOR, drift, planted
+from test_walk import joined, task_of
+
+from qexp.activations import Float
+from qexp.errors import UserError
+from qexp.gradients import Straight
+from qexp.grid import IntGrid
+from qexp.methods.blockwise import Direct
+from qexp.solvers import RTN
+from qexp.transforms.channels import channels_of
+from qexp.transforms.descent import quantized, run, total
+from qexp.transforms.quadapter import Quadapter
+from qexp.walk import walk
+
+GRID = IntGrid(8, symmetric=True, per_tensor=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("sites", [NORMS, ALL])
+def test_no_logit_changes(family, sites):
+    step = Quadapter(GRID, TENSOR, sites, init="smooth", steps=3, batch=2)
+    task, batch = task_of(family), joined(family)
+    if (family, sites) == ("bert", NORMS):
+        with pytest.raises(UserError, match="behind the residual sums"):
+            step(task, lambda: [batch])
+        return
+    expected = logits(task, batch)
+    names = set(task.state_dict())
+    assert step(task, lambda: [batch]) == []
+    assert set(task.state_dict()) == names
+    close(logits(task, batch), expected, 1e-4)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "gpt_neox", "gemma3", "vit"])
+@pytest.mark.parametrize("init", ["ones", "smooth"])
+def test_planted_outliers_cost_less_after(family, init):
+    batch = joined(family)
+    expected = logits(planted(family), batch)
+    errors = []
+    step = Quadapter(GRID, TENSOR, init=init, steps=30, batch=2, rate=0.1)
+    for steps in ([], [step]):
+        task = planted(family)
+        for each in [*steps, Direct(RTN(GRID), [TENSOR])]:
+            each(task, lambda: [batch])
+        errors.append(drift(task, batch, expected))
+    assert errors[1] < 0.3 * errors[0]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3"])
+@torch.no_grad()
+def test_live_with_quantizers_is_folded_with_quantizers(family):
+    """Rounding is that of the folded weight, so that what is learned is what is deployed."""
+    task = task_of(family)
+    for block in walk(task, [joined(family)], 2):
+        sites = channels_of(task, block.index, NORMS)
+        scales = [random_scale(channels, n) for n, channels in enumerate(sites)]
+        rules = dict.fromkeys(block.linears, lambda w: GRID(w.float(), Straight()))
+        with ExitStack() as stack:
+            for channels, scale in zip(sites, scales, strict=True):
+                stack.enter_context(channels.live(lambda scale=scale: scale))
+            stack.enter_context(quantized(block, rules, TENSOR))
+            live = run(block, 0)
+        for channels, scale in zip(sites, scales, strict=True):
+            channels.fold(scale)
+        with quantized(block, rules, TENSOR):
+            assert torch.equal(run(block, 0), live)
+        break
+
+
+@torch.no_grad()
+def test_alpha_of_one_is_the_plain_quantizer():
+    task, batch = task_of("gpt2"), joined("gpt2")
+    block = next(iter(walk(task, [batch], 2)))
+    rules = dict.fromkeys(block.linears, lambda w: GRID(w.float(), Straight()))
+    with quantized(block, rules, TENSOR):
+        plain = run(block, 0)
+        with channels_of(task, 0, NORMS)[0].live(lambda: torch.ones(64)):
+            assert torch.equal(run(block, 0), plain)
+        for linear in block.linears.values():
+            weight = linear.parametrizations.weight.original
+            assert torch.equal(linear.weight, GRID(weight))
+    assert all(not linear._forward_pre_hooks for linear in block.linears.values())
+
+
+def test_theta_has_the_gradient_of_the_papers_formula():
+    """d Q(alpha x) / alpha / d alpha = -(Q(alpha x) - alpha x) / alpha^2 with the range held."""
+    x = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    alpha = torch.full((6,), 1.3, requires_grad=True)
+    grid = IntGrid(4, per_tensor=True)
+    q = grid.fit(1.5 * x)  # nothing is clipped
+    rounded = grid.round(alpha * x, q, Straight())
+    (rounded / alpha).sum().backward()
+    expected = (-(rounded - alpha * x) / alpha**2).sum(0)
+    torch.testing.assert_close(alpha.grad, expected.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_block_that_gains_nothing_keeps_alpha_at_one():
+    task, batch = task_of("llama"), joined("llama")
+    before = {name: tensor.clone() for name, tensor in task.state_dict().items()}
+    Quadapter(IntGrid(16), Float(), steps=5, batch=4, rate=3.0)(task, lambda: [batch])
+    for name, tensor in task.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_the_error_of_every_block_falls_and_weights_need_no_gradient():
+    batch = joined("opt")
+    rules = {}
+    for step in (None, Quadapter(GRID, TENSOR, steps=20, batch=2, rate=0.1)):
+        task = planted("opt")
+        if step is not None:
+            step(task, lambda: [batch])
+            assert all(p.grad is None for p in task.parameters())
+        errors = []
+        for block in walk(task, [batch], 2):
+            targets = list(block.outputs())
+            names = dict.fromkeys(block.linears, lambda w: GRID(w.float(), Straight()))
+            with quantized(block, names, TENSOR):
+                errors.append(total(block, targets))
+        rules[step is None] = errors
+    assert all(a < b for a, b in zip(rules[False], rules[True], strict=True))
+
+
+def test_a_start_that_is_unknown_is_refused():
+    with pytest.raises(UserError, match="ones or smooth"):
+        Quadapter(GRID, TENSOR, init="awq")
+    assert len(every(task_of("gpt2"), NORMS)) == 6
