@@ -138,7 +138,7 @@ class FakeQuant(nn.Module):
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
         # A fresh quantizer has no scales yet; take the shapes that the file brings.
         for name in ("scale", "zero"):
-            if prefix + name in state:
+            if prefix + name in state and not isinstance(getattr(self, name), nn.Parameter):
                 setattr(self, name, torch.empty_like(state[prefix + name]))
         self.on = True
         super()._load_from_state_dict(state, prefix, *rest)

@@ -138,7 +138,7 @@ class Grid(ABC):
         q = self.scales_of(x).map(lambda part: part.reshape(-1, 1))
         return self.round(x.reshape(len(q.scale), -1), q, rounding).reshape(x.shape)
 
-    def stored(self, scale: Float[Tensor, "rows 1"]) -> Float[Tensor, "rows 1"]:
+    def stored(self, scale: Float[Tensor, "*rows each"]) -> Float[Tensor, "*rows each"]:
         """The scale as storage keeps it; rounding must use that one, or reloading changes values.
 
         A scale that underflows to zero there becomes the smallest that does not.

@@ -46,6 +46,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
     with provenance.stage("load"):
         loaded = source.load()
         task = as_task(source, loaded, cfg)
+        task.folder = folder
         loaded.finish(task)
         origin = marks(task.model) if cfg.save_weights else {}
     provenance.add(model=source.fingerprint(), device=str(task.device), seed=cfg.seed)

@@ -14,14 +14,16 @@ Item = TypeVar("Item")
 def show(wanted: bool) -> None:
     """Whether this process draws bars; those of transformers follow."""
     os.environ["QEXP_PROGRESS"] = str(int(wanted))
-    if not wanted or not sys.stderr.isatty():
+    if not drawn():
         logging.disable_progress_bar()
 
 
-def bar(items: Iterable[Item], description: str, total: int | None = None) -> Iterable[Item]:
-    """`items`, with a bar on standard error while they last.
+def drawn() -> bool:
+    """Whether bars are drawn: not if QEXP_PROGRESS=0 (which `show(False)` sets), nor where standard
+    error is not a terminal."""
+    return os.environ.get("QEXP_PROGRESS") != "0" and sys.stderr.isatty()
 
-    No bar where QEXP_PROGRESS=0 (which `show(False)` sets) or standard error is not a terminal.
-    """
-    quiet = True if os.environ.get("QEXP_PROGRESS") == "0" else None  # None: tqdm asks the terminal
-    return tqdm(items, desc=description, total=total, disable=quiet, leave=False)
+
+def bar(items: Iterable[Item], description: str, total: int | None = None) -> Iterable[Item]:
+    """`items`, with a bar on standard error while they last."""
+    return tqdm(items, desc=description, total=total, disable=not drawn(), leave=False)

@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import lightning as L
 import torch
@@ -34,6 +35,7 @@ class Task(L.LightningModule):
         self.arch: Arch = arch_of(model)
         # Live quantizers of activations by site; parameters of theirs train with the model's.
         self.quantizers = torch.nn.ModuleDict()
+        self.folder: Path | None = None  # of the run, for what a step keeps while it works
         self._sampler: torch.Generator | None = None
 
     @property

@@ -1,0 +1,176 @@
+"""What is trained on what, as Lightning sees it.
+
+Training is cut into legs of so many optimizer steps, Lightning's epochs; each ends with validation,
+a line of the log and a checkpoint. Which sequences a step sees depends on the seed and its number
+alone, so a run that was killed goes on from its last leg to the weights it would have had.
+"""
+
+import csv
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from qexp import faults
+from qexp.files import atomic
+from qexp.optimizer import AdamW
+from qexp.task import Batch, Task
+
+Loss = Callable[[Batch], Float[Tensor, ""]]
+
+
+@dataclass
+class Course:
+    """What is trained on what: `parameters` by kind, `loss` of a batch, and the batches.
+
+    measure: numbers for the log at the end of each leg. identity: what the result depends on, so
+    that only a run of the same may go on from its checkpoint.
+    """
+
+    task: Task
+    loss: Loss
+    parameters: Mapping[str, Sequence[nn.Parameter]]
+    batches: Sequence[Batch]
+    optimizer: AdamW = field(default_factory=AdamW)
+    validation: Sequence[Batch] = ()
+    validation_loss: Loss | None = None
+    measure: Callable[[], Mapping[str, float]] = dict
+    seed: int = 0
+    identity: str = ""
+    folder: Path | None = None
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Steps in all, steps of a leg, batches of a step, sequences of a batch."""
+
+    steps: int
+    every: int
+    accumulate: int
+    sequences: int
+
+
+class Rows(Dataset[Batch]):
+    """Batches of some sequences of a whole, in an order that depends on the seed alone."""
+
+    def __init__(self, whole: Batch, rows: int, seed: int, first: int, count: int) -> None:
+        self.whole, self.rows, self.seed = whole, rows, seed
+        self.first, self.count = first, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Batch:
+        if index >= self.count:
+            raise IndexError
+        start = (self.first + index) * self.rows
+        total = len(next(iter(self.whole.values())))
+        passes = range(start // total, (start + self.rows - 1) // total + 1)
+        order = torch.cat([self._pass(number, total) for number in passes])
+        chosen = order[start - passes[0] * total :][: self.rows]
+        return {key: value[chosen] for key, value in self.whole.items()}
+
+    def _pass(self, number: int, total: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+        return torch.randperm(total, generator=generator)
+
+
+class Training(L.LightningModule):
+    """A course under way."""
+
+    strict_loading = False  # checkpoints hold what trains, nothing else
+
+    def __init__(self, course: Course, pace: Pace, path: Path) -> None:
+        super().__init__()
+        self.task = course.task
+        self.course, self.pace, self.path = course, pace, path
+        self.lines: list[dict[str, float]] = []
+        self.losses: list[Tensor] = []
+        self.random: Tensor | None = None
+        chosen = {id(p) for group in course.parameters.values() for p in group}
+        self.names = {name for name, p in self.named_parameters() if id(p) in chosen}
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        return {name: p.detach() for name, p in self.named_parameters() if name in self.names}
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.course.optimizer.optimizer(self.course.parameters)
+        rule, steps = self.course.optimizer, self.pace.steps
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda at: rule.factor(at, steps))
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        pace, leg = self.pace, self.trainer.current_epoch
+        steps = min(pace.every, pace.steps - leg * pace.every)
+        count = pace.accumulate * self.trainer.world_size
+        rows = Rows(
+            _stack(self.course.batches),
+            pace.sequences,
+            self.course.seed,
+            leg * pace.every * count,
+            max(steps, 0) * count,
+        )
+        return DataLoader(rows, batch_size=None, generator=torch.Generator())
+
+    def val_dataloader(self) -> list[DataLoader[Batch]]:
+        if not self.course.validation:
+            return []
+        whole, rows = _stack(self.course.validation), self.pace.sequences
+        parts = [
+            {key: value[start : start + rows] for key, value in whole.items()}
+            for start in range(0, len(next(iter(whole.values()))), rows)
+        ]
+        return [DataLoader(parts, batch_size=None, generator=torch.Generator())]  # type: ignore[arg-type]
+
+    def training_step(self, batch: Batch, index: int) -> Float[Tensor, ""]:
+        loss = self.course.loss(batch)
+        if not loss.isfinite():
+            raise faults.loss(self.task, batch, self.global_step)
+        self.losses.append(loss.detach())
+        return loss
+
+    def validation_step(self, batch: Batch, index: int) -> None:
+        loss = (self.course.validation_loss or self.course.loss)(batch)
+        rows = len(next(iter(batch.values())))
+        self.log("validation", loss, batch_size=rows, on_epoch=True, sync_dist=True)
+
+    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        chosen = [p for group in self.course.parameters.values() for p in group]
+        limit = self.course.optimizer.clip
+        norm = nn.utils.clip_grad_norm_(chosen, math.inf if limit is None else limit)
+        if not norm.isfinite():
+            raise faults.gradient(self.task, self.global_step)
+
+    def on_train_start(self) -> None:
+        if self.random is not None:
+            torch.set_rng_state(self.random)
+
+    def on_train_epoch_end(self) -> None:
+        line = {"step": float(self.global_step)}
+        line["loss"] = float(torch.stack(self.losses).mean())
+        self.losses.clear()
+        if "validation" in self.trainer.callback_metrics:
+            line["validation"] = float(self.trainer.callback_metrics["validation"])
+        self.lines.append(line | dict(self.course.measure()))
+        if self.trainer.is_global_zero:
+            with atomic(self.path) as path, path.open("w", newline="") as file:
+                table = csv.DictWriter(file, list(self.lines[-1]), restval="")
+                table.writeheader()
+                table.writerows(self.lines)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["course"] = {"lines": self.lines, "random": torch.get_rng_state()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.lines, self.random = checkpoint["course"]["lines"], checkpoint["course"]["random"]
+
+
+def _stack(batches: Sequence[Batch]) -> Batch:
+    return {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}

@@ -1,0 +1,50 @@
+"""What went wrong first in a training step that is not finite."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qexp.errors import UserError
+from qexp.task import Batch, Task
+
+ADVICE = "lower method.optimizer's rates or its clip, or train in trainer.precision=32-true."
+
+
+def loss(task: Task, batch: Batch, step: int) -> UserError:
+    """The first layer whose weights, else whose outputs, are not finite."""
+    for name, parameter in task.model.named_parameters():
+        if not parameter.isfinite().all():
+            return UserError(f"training: step {step}: {name} is no longer finite: {ADVICE}")
+    first: list[str] = []
+    handles = [
+        module.register_forward_hook(_noting(name, first))
+        for name, module in task.model.named_modules()
+        if name
+    ]
+    with torch.no_grad():
+        task.loss(batch)
+    for handle in handles:
+        handle.remove()
+    where = f"the first outputs that are not finite leave {first[0]}" if first else "no layer shows"
+    return UserError(f"training: step {step}: the loss is not finite; {where}: {ADVICE}")
+
+
+def gradient(task: Task, step: int) -> UserError:
+    """The layer nearest to the loss whose gradient is not finite: there it began."""
+    bad = [
+        name
+        for name, parameter in task.named_parameters()
+        if parameter.grad is not None and not parameter.grad.isfinite().all()
+    ]
+    where = bad[-1].removeprefix("model.") if bad else "no parameter"
+    return UserError(f"training: step {step}: the gradient of {where} is not finite: {ADVICE}")
+
+
+def _noting(name: str, first: list[str]) -> Any:
+    def hook(_: nn.Module, __: Any, output: Any) -> None:
+        made = output[0] if isinstance(output, tuple) else output
+        if isinstance(made, Tensor) and made.is_floating_point() and not made.isfinite().all():
+            first.append(name)
+
+    return hook

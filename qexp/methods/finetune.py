@@ -1,0 +1,158 @@
+"""Training with the rounding in place: quantization-aware methods are choices of its parts."""
+
+import copy
+import hashlib
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from qexp import fingerprint
+from qexp.activations import Activations, quantize_activations
+from qexp.cache import checksum
+from qexp.course import Course
+from qexp.data.calibration import Recipe
+from qexp.errors import UserError
+from qexp.fake import FakeQuant
+from qexp.fused import Formula
+from qexp.gradients import ClampGradient, RoundingGradient
+from qexp.grid import Grid
+from qexp.learned import ScaleRule, bake, behind, put
+from qexp.losses import Objective, Penalty
+from qexp.methods.blockwise import finite
+from qexp.methods.step import Batches, Record, Step, error
+from qexp.optimizer import AdamW
+from qexp.task import Batch, Task
+from qexp.trained import Trained
+from qexp.training import Trainer
+
+
+@dataclass(frozen=True)
+class FineTune(Step):
+    """Fake-quantize weights and activations, train, keep the codes.
+
+    weight: null trains a model whose weights stay float. rounding, clamp: what is differentiated.
+    scale: where the scales of weights come from. trained: what moves. train, validation: data, null
+    for the calibration batches and for none. Static ranges of activations are fitted to the float
+    model first.
+    """
+
+    weight: Grid | None
+    rounding: RoundingGradient
+    clamp: ClampGradient
+    scale: ScaleRule
+    trained: Trained
+    loss: Objective
+    optimizer: AdamW
+    trainer: Trainer
+    penalty: Penalty | None = None
+    train: Recipe | None = None
+    validation: Recipe | None = None
+    seed: int = 0
+    activations: tuple[Activations, ...] | list[Activations] = ()
+
+    def __call__(self, task: Task, batches: Batches) -> list[Record]:
+        once = cache(batches)
+        self._check(task)
+        data = once() if self.train is None else self.train(task)
+        if not data:
+            raise UserError("method.train: training needs data; choose a calibration recipe.")
+        origin = "".join(map(checksum, [dict(task.model.state_dict()), *data]))
+        whole = f"{origin} {self!r} {fingerprint.code()}"
+        teacher = None
+        if self.loss.teacher:
+            teacher = copy.deepcopy(task.model).eval().requires_grad_(False)
+        quantize_activations(task, self.activations, once)
+        linears = task.linears() if self.weight is not None else {}
+        start = time.perf_counter()
+        with _restored(task), ExitStack() as stack:
+            self._install(task, linears)
+            watch = None if self.penalty is None else stack.enter_context(self.penalty.watch(task))
+
+            def plain(batch: Batch) -> Float[Tensor, ""]:
+                loss = self.loss(task, teacher, batch)
+                if watch is not None:
+                    watch.take(loss)
+                return loss
+
+            def penalized(batch: Batch) -> Float[Tensor, ""]:
+                loss = self.loss(task, teacher, batch)
+                return loss if watch is None else loss + watch.take(loss)
+
+            course = Course(
+                task,
+                penalized,
+                self.trained.parameters(task),
+                data,
+                self.optimizer,
+                () if self.validation is None else self.validation(task),
+                plain,
+                seed=self.seed,
+                identity=hashlib.sha256(whole.encode()).hexdigest()[:8],
+                folder=task.folder,
+            )
+            self.trainer.fit(course)
+            for quantizer in task.quantizers.values():
+                assert isinstance(quantizer, FakeQuant)
+                quantizer.freeze()
+            seconds = (time.perf_counter() - start) / max(len(linears), 1)
+            return [self._record(name, linear, seconds) for name, linear in linears.items()]
+
+    def _install(self, task: Task, linears: dict[str, nn.Linear]) -> None:
+        formula = Formula(self.rounding, self.clamp)
+        self.trained.prepare(linears.values())
+        for linear in linears.values():
+            assert self.weight is not None
+            put(linear, self.scale, self.weight, formula)
+        for quantizer in task.quantizers.values():
+            assert isinstance(quantizer, FakeQuant)
+            quantizer.learn(formula, self.trained.offsets)
+
+    @torch.no_grad()
+    def _record(self, name: str, linear: nn.Linear, seconds: float) -> Record:
+        """Errors are shares of the trained weight, what rounding to nearest would leave beside what
+        the trained scales leave: the weight that training started from is no measure any more."""
+        assert self.weight is not None
+        weight = behind(linear).float()
+        packed = bake(linear)
+        scale = max(error(weight, None), torch.finfo(torch.float32).tiny)
+        finite(name, linear)
+        before = error(self.weight(weight) - weight, None) / scale
+        after = error(packed.dequantize() - weight, None) / scale
+        rows, columns = packed.shape
+        return Record(name, rows, columns, packed.bits(), before, after, 0.0, seconds, packed)
+
+    def _check(self, task: Task) -> None:
+        """UserError, before any work, for what cannot be trained."""
+        for name, parameter in task.model.named_parameters():
+            if parameter.dtype != torch.float32:
+                raise UserError(
+                    f"model.dtype: {name} is {parameter.dtype}, too coarse to train; load the "
+                    "model in float32 and let trainer.precision=bf16-mixed save time."
+                )
+            if not parameter.isfinite().all():
+                raise UserError(f"{name} holds values that are not finite; load another model.")
+        for name, linear in task.linears().items():
+            if self.weight is None:
+                break
+            try:
+                self.weight.check(linear.out_features, linear.in_features)
+            except UserError as reason:
+                raise UserError(f"{name}: {reason}") from reason
+
+
+@contextmanager
+def _restored(task: Task) -> Iterator[None]:
+    """Which parameters ask for gradients is afterwards as it was."""
+    flags = {name: parameter.requires_grad for name, parameter in task.named_parameters()}
+    try:
+        yield
+    finally:
+        for name, parameter in task.named_parameters():
+            parameter.requires_grad_(flags.get(name, False))
+            parameter.grad = None
