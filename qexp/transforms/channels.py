@@ -74,8 +74,7 @@ class Channels:
         for linear in self.linears:
             weight = _wide(linear.weight)
             moved = weight @ self.spread(shift).to(weight)
-            if linear.bias is None:
-                linear.bias = nn.Parameter(torch.zeros_like(linear.weight[:, 0]))
+            _give_bias(linear)
             linear.bias.data = (_wide(linear.bias) + moved).to(linear.bias)
 
     def multiply(self, scale: Float[Tensor, " channels"]) -> None:
@@ -84,15 +83,26 @@ class Channels:
             linear.weight.data = self._read(_wide(linear.weight), scale).to(linear.weight)
 
     @contextmanager
-    def live(self, scale: Callable[[], Float[Tensor, " channels"]]) -> Iterator[None]:
-        """Source and linears follow `scale` as it changes, gradients included, until the end of
-        the context, when they are what they were."""
+    def live(
+        self,
+        scale: Callable[[], Float[Tensor, " channels"]],
+        shift: Callable[[], Float[Tensor, " channels"]] | None = None,
+    ) -> Iterator[None]:
+        """Source and linears follow `scale` and `shift` as they change, gradients included, until
+        the end of the context, when they are what they were."""
         with ExitStack() as stack:
-            for name, _ in list(self.source.named_parameters(recurse=False)):
-                made = _Made(self, name, scale)
-                stack.enter_context(parametrized(self.source, name, made))
             for linear in self.linears:
+                if shift is not None:
+                    _give_bias(linear)
+                    moved = _Moved(self, _wide(linear.weight), shift)
+                    stack.enter_context(parametrized(linear, "bias", moved))
                 stack.enter_context(parametrized(linear, "weight", _Read(self, scale)))
+            # By name: a parameter that another site follows already is none of the module's own.
+            for name in ("weight", "bias"):
+                if getattr(self.source, name, None) is None:
+                    continue
+                made = _Made(self, name, scale, shift)
+                stack.enter_context(parametrized(self.source, name, made))
             yield
 
     def _made(self, name: str, value: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
@@ -108,12 +118,28 @@ class Channels:
 
 
 class _Made(nn.Module):
-    def __init__(self, channels: Channels, name: str, scale: Callable[[], Tensor]) -> None:
+    def __init__(
+        self,
+        channels: Channels,
+        name: str,
+        scale: Callable[[], Tensor],
+        shift: Callable[[], Tensor] | None,
+    ) -> None:
         super().__init__()
-        self.channels, self.name, self.scale = channels, name, scale
+        self.channels, self.name, self.scale, self.shift = channels, name, scale, shift
 
     def forward(self, value: Tensor) -> Tensor:
-        return self.channels._made(self.name, value, self.scale(), None)
+        shift = None if self.shift is None else self.shift()
+        return self.channels._made(self.name, value, self.scale(), shift)
+
+
+class _Moved(nn.Module):
+    def __init__(self, channels: Channels, weight: Tensor, shift: Callable[[], Tensor]) -> None:
+        super().__init__()
+        self.channels, self.weight, self.shift = channels, weight, shift
+
+    def forward(self, bias: Tensor) -> Tensor:
+        return bias + (self.weight @ self.channels.spread(self.shift()).to(self.weight)).to(bias)
 
 
 class _Read(nn.Module):
@@ -196,6 +222,12 @@ def _channels(task: Task, index: int, group: Group) -> Channels:
         shiftable=getattr(source, "bias", None) is not None
         and (norm or group.linears[0] == arch.writers[0]),
     )
+
+
+def _give_bias(linear: nn.Linear) -> None:
+    if linear.bias is None:
+        zeros = torch.zeros_like(linear.weight[:, 0])
+        linear.bias = nn.Parameter(zeros, requires_grad=linear.weight.requires_grad)
 
 
 def _wide(x: Tensor) -> Tensor:

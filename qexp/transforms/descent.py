@@ -3,6 +3,7 @@ them."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -44,45 +45,44 @@ class _Passed(nn.Module):
         return self.rule(weight).to(weight)
 
 
-def run(block: Block, piece: int, hidden: Tensor | None = None) -> Tensor:
-    """One piece through the block, which must lie on the device: hooks that move it for a forward
+def run(block: Block, piece: int, hidden: Tensor) -> Tensor:
+    """`hidden` through the block, which must lie on the device: hooks that move it for a forward
     would take it away from the backward."""
     args, kwargs = block.pieces[piece].calls[block.index]
-    given = block.pieces[piece].hidden if hidden is None else hidden
-    output = block.module.forward(given.to(block.task.device), *args, **kwargs)
+    output = block.module.forward(hidden.to(block.task.device), *args, **kwargs)
     return output[0] if block.returns_tuple else output
 
 
-def error(block: Block, targets: Sequence[Tensor], piece: int) -> Float[Tensor, ""]:
-    """Squares summed over channels, their mean over tokens."""
-    output = run(block, piece)
-    target = targets[piece].to(output.device)
-    return (output.float() - target.float()).square().sum(-1).mean()
+@dataclass(frozen=True)
+class Match:
+    """What a block receives, and what it should make of that, piece by piece."""
 
+    block: Block
+    inputs: Sequence[Tensor]
+    targets: Sequence[Tensor]
 
-@torch.no_grad()
-def total(block: Block, targets: Sequence[Tensor]) -> float:
-    """The mean error over all pieces, as the block stands."""
-    return sum(float(error(block, targets, n)) for n in range(len(targets))) / len(targets)
+    def error(self, piece: int) -> Float[Tensor, ""]:
+        """Squares summed over channels, their mean over tokens."""
+        output = run(self.block, piece, self.inputs[piece])
+        target = self.targets[piece].to(output.device)
+        return (output.float() - target.float()).square().sum(-1).mean()
 
+    @torch.no_grad()
+    def total(self) -> float:
+        """The mean error over all pieces, as the block stands."""
+        return sum(float(self.error(n)) for n in range(len(self.inputs))) / len(self.inputs)
 
-def descend(
-    block: Block,
-    targets: Sequence[Tensor],
-    optimizer: torch.optim.Optimizer,
-    steps: int,
-    generator: torch.Generator,
-) -> None:
-    """Train what the optimizer holds, a piece a step, in a new order every time round."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    order: list[int] = []
-    with torch.enable_grad():
-        for _ in range(steps):
-            order = order or torch.randperm(len(targets), generator=generator).tolist()
-            loss = error(block, targets, order.pop())
-            # Of these alone: the model's own weights are frozen.
-            for parameter, gradient in zip(
-                parameters, torch.autograd.grad(loss, parameters), strict=True
-            ):
-                parameter.grad = gradient
-            optimizer.step()
+    def descend(
+        self, optimizer: torch.optim.Optimizer, steps: int, generator: torch.Generator
+    ) -> None:
+        """Train what the optimizer holds, a piece a step, in a new order every time round."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        order: list[int] = []
+        with torch.enable_grad():
+            for _ in range(steps):
+                order = order or torch.randperm(len(self.inputs), generator=generator).tolist()
+                # Gradients of these alone: the model's own weights are frozen.
+                gradients = torch.autograd.grad(self.error(order.pop()), parameters)
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    parameter.grad = gradient
+                optimizer.step()

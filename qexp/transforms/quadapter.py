@@ -16,7 +16,7 @@ from qexp.grid import Grid
 from qexp.methods.step import Batches, Record, Step
 from qexp.task import Task
 from qexp.transforms.channels import Channels, channels_of
-from qexp.transforms.descent import descend, quantized, total
+from qexp.transforms.descent import Match, quantized
 from qexp.transforms.search import first, resident, watch
 from qexp.transforms.smooth import smoothed
 from qexp.walk import Block, walk
@@ -79,8 +79,8 @@ class Quadapter(Step):
         starts: list[Float[Tensor, " _"]],
         generator: torch.Generator,
     ) -> list[Float[Tensor, " _"]]:
-        targets = block.left
-        assert targets is not None
+        assert block.left is not None
+        match = Match(block, block.inputs, block.left)
         thetas = [torch.zeros_like(start, requires_grad=True) for start in starts]
         rules = {
             name: lambda weight: self.grid(weight.float(), Straight()) for name in block.linears
@@ -89,12 +89,12 @@ class Quadapter(Step):
             for channels, theta in zip(sites, thetas, strict=True):
                 stack.enter_context(channels.live(partial(inverse, theta)))
             stack.enter_context(quantized(block, rules, self.activation))
-            plain = total(block, targets)
+            plain = match.total()
             for theta, start in zip(thetas, starts, strict=True):
                 theta.copy_(start)
             optimizer = torch.optim.Adam(thetas, lr=self.rate)
-            descend(block, targets, optimizer, self.steps, generator)
-            learned = total(block, targets)
+            match.descend(optimizer, self.steps, generator)
+            learned = match.total()
         log.info("%s: error %.4g, with alpha = 1 %.4g", block.name, learned, plain)
         return thetas if learned < plain else [torch.zeros_like(theta) for theta in thetas]
 

@@ -1,6 +1,7 @@
 """Channel scales: the function of every family is unchanged, folded or live."""
 
 import copy
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -47,6 +48,21 @@ def test_a_scale_and_a_shift_change_no_logit(family, sites, dtype, share):
         shift = random_scale(channels, -seed, dtype) if channels.shiftable else None
         channels.fold(scale, shift)
     close(logits(task, batch), before, share)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_live_shifts_are_the_folded_ones(family):
+    live, folded, batch = task_of(family), task_of(family), joined(family)
+    with ExitStack() as stack:
+        for seed, (one, two) in enumerate(zip(every(live, ALL), every(folded, ALL), strict=True)):
+            scale = random_scale(one, seed)
+            shift = random_scale(one, -seed) if one.shiftable else None
+            two.fold(scale, shift)
+            follow = None if shift is None else (lambda shift=shift: shift)
+            stack.enter_context(one.live(lambda scale=scale: scale, follow))
+        close(logits(live, batch), logits(folded, batch), 1e-6)
+        for one, two in zip(every(live, ALL), every(folded, ALL), strict=True):
+            torch.testing.assert_close(one.linears[0].weight, two.linears[0].weight)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -16,7 +16,7 @@ from qexp.grid import IntGrid
 from qexp.methods.blockwise import Direct
 from qexp.solvers import RTN
 from qexp.transforms.channels import channels_of
-from qexp.transforms.descent import quantized, run, total
+from qexp.transforms.descent import Match, quantized, run
 from qexp.transforms.quadapter import Quadapter
 from qexp.walk import walk
 
@@ -67,11 +67,11 @@ def test_live_with_quantizers_is_folded_with_quantizers(family):
             for channels, scale in zip(sites, scales, strict=True):
                 stack.enter_context(channels.live(lambda scale=scale: scale))
             stack.enter_context(quantized(block, rules, TENSOR))
-            live = run(block, 0)
+            live = run(block, 0, block.inputs[0])
         for channels, scale in zip(sites, scales, strict=True):
             channels.fold(scale)
         with quantized(block, rules, TENSOR):
-            assert torch.equal(run(block, 0), live)
+            assert torch.equal(run(block, 0, block.inputs[0]), live)
         break
 
 
@@ -81,9 +81,9 @@ def test_alpha_of_one_is_the_plain_quantizer():
     block = next(iter(walk(task, [batch], 2)))
     rules = dict.fromkeys(block.linears, lambda w: GRID(w.float(), Straight()))
     with quantized(block, rules, TENSOR):
-        plain = run(block, 0)
+        plain = run(block, 0, block.inputs[0])
         with channels_of(task, 0, NORMS)[0].live(lambda: torch.ones(64)):
-            assert torch.equal(run(block, 0), plain)
+            assert torch.equal(run(block, 0, block.inputs[0]), plain)
         for linear in block.linears.values():
             weight = linear.parametrizations.weight.original
             assert torch.equal(linear.weight, GRID(weight))
@@ -123,7 +123,7 @@ def test_the_error_of_every_block_falls_and_weights_need_no_gradient():
             targets = list(block.outputs())
             names = dict.fromkeys(block.linears, lambda w: GRID(w.float(), Straight()))
             with quantized(block, names, TENSOR):
-                errors.append(total(block, targets))
+                errors.append(Match(block, block.inputs, targets).total())
         rules[step is None] = errors
     assert all(a < b for a, b in zip(rules[False], rules[True], strict=True))
 

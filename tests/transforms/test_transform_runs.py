@@ -15,6 +15,7 @@ SENTENCES = [
     ("transform=os_plus", "method=gptq", "transform.points=3", "activation=int8_token"),
     ("transform=rotate", "method=gptq", "activation=int8_token"),
     ("transform=quadapter", "method=gptq", "transform.steps=2", "activation=int8_tensor"),
+    ("transform=omniquant", "method=rtn", "transform.epochs=1", "transform.sites=norms+value+up"),
 ]
 
 

@@ -1,0 +1,157 @@
+"""OmniQuant (2308.13137): clipping of weights and channel scales, learned block by block."""
+
+import logging
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from qexp.activations import Activations
+from qexp.errors import UserError
+from qexp.gradients import Straight
+from qexp.grid import Grid
+from qexp.methods.step import Batches, Record, Step
+from qexp.task import Task
+from qexp.transforms.channels import channels_of
+from qexp.transforms.descent import Match, quantized, run
+from qexp.transforms.search import Watched, first, resident, watch
+from qexp.transforms.smooth import smoothed
+from qexp.walk import Block, walk
+
+log = logging.getLogger(__name__)
+
+
+class Clipping(nn.Module):
+    """Each group of a weight's rows reaches from sigmoid(low) min to sigmoid(high) max."""
+
+    def __init__(self, grid: Grid, weight: Float[Tensor, "rows columns"]) -> None:
+        super().__init__()
+        self.grid = grid
+        count = 1 if grid.per_tensor else len(weight) * grid.groups(weight.shape[1])
+        self.low = nn.Parameter(torch.full((count, 1), 4.0, device=weight.device))
+        self.high = nn.Parameter(torch.full((count, 1), 4.0, device=weight.device))
+
+    def ends(self, groups: Float[Tensor, "groups size"]) -> tuple[Tensor, Tensor]:
+        low = torch.sigmoid(self.low) * groups.amin(1, keepdim=True)
+        high = torch.sigmoid(self.high) * groups.amax(1, keepdim=True)
+        if self.grid.has_zero:
+            return low, high
+        reach = torch.maximum(low.abs(), high.abs())  # a symmetric grid's ends are one
+        return -reach, reach
+
+    def forward(self, weight: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
+        groups = weight.float().reshape(len(self.low), -1)
+        q = self.grid.span(*self.ends(groups))
+        return self.grid.round(groups, q, Straight()).reshape(weight.shape)
+
+    @torch.no_grad()
+    def clamp(self, weight: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
+        """A weight whose own least and largest values are those ends."""
+        groups = weight.float().reshape(len(self.low), -1)
+        return groups.clamp(*self.ends(groups)).reshape(weight.shape).to(weight)
+
+
+class Shape(nn.Module):
+    """A learned scale exp(theta) of some channels, and a learned shift."""
+
+    def __init__(self, watched: Watched, shift: bool) -> None:
+        super().__init__()
+        self.channels = watched.channels
+        low, high = watched.ends
+        self.shift = None
+        reach = watched.largest
+        if shift and self.channels.shiftable:
+            self.shift = nn.Parameter((low + high) / 2)
+            reach = (high - low) / 2
+        self.theta = nn.Parameter(smoothed(reach, self.channels.weights(), 0.5).log())
+
+    def forward(self) -> Float[Tensor, " channels"]:
+        return torch.exp(self.theta)
+
+    def live(self) -> AbstractContextManager[None]:
+        shift = self.shift
+        return (
+            self.channels.live(self) if shift is None else self.channels.live(self, lambda: shift)
+        )
+
+    def fold(self) -> None:
+        self.channels.fold(self().detach(), None if self.shift is None else self.shift.detach())
+
+
+@dataclass(frozen=True)
+class OmniQuant(Step):
+    """The quantized block, on what quantized blocks before it make, learns to return what the float
+    block makes of float inputs: ends of the weights' ranges (from sigmoid(4) of the whole) and, if
+    `sites` says where, channel scales (from SmoothQuant's) and shifts (from the middle of each
+    range, where the source can take one). The paper's scale between queries and keys is left out.
+
+    Clipping changes weights for good, as part of how they will be rounded, and with it the float
+    model's logits; it is the grid's own range that a solver must find again, so weight.range must
+    be minmax. Learned scales and shifts do not.
+    """
+
+    grid: Grid
+    activation: Activations
+    sites: str | None = None
+    shift: bool = True
+    epochs: int = 20
+    batch: int = 1
+    clip_rate: float = 1e-2
+    scale_rate: float = 5e-3
+    sequences: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.grid.second:
+            raise UserError(
+                "transform=omniquant: clipping is not learned for scales that are quantized in "
+                "turn; set weight.scales and weight.zeros to null."
+            )
+
+    @torch.no_grad()
+    def __call__(self, task: Task, batches: Batches) -> list[Record]:
+        generator = torch.Generator().manual_seed(self.seed)
+        inputs: list[Tensor] = []  # of the quantized model
+        for block in walk(task, first(batches(), self.sequences), self.batch):
+            inputs = inputs or block.inputs
+            sites = [] if self.sites is None else channels_of(task, block.index, self.sites)
+            found = watch(block, sites, replay=False)
+            with resident(block):
+                inputs = self._block(block, found, inputs, generator)
+        return []
+
+    def _block(
+        self,
+        block: Block,
+        found: list[Watched],
+        inputs: list[Tensor],
+        generator: torch.Generator,
+    ) -> list[Tensor]:
+        """Learn, change the block, and return what it makes with quantizers."""
+        assert block.left is not None
+        match = Match(block, inputs, block.left)
+        learned = [Shape(watched, self.shift) for watched in found]
+        clips = {name: Clipping(self.grid, linear.weight) for name, linear in block.linears.items()}
+        groups = [
+            {"params": [p for clip in clips.values() for p in clip.parameters()]}
+            | {"lr": self.clip_rate},
+        ]
+        if learned:
+            moving = [p for shape in learned for p in shape.parameters()]
+            groups.append({"params": moving, "lr": self.scale_rate})
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        with ExitStack() as stack:
+            for shape in learned:
+                stack.enter_context(shape.live())
+            stack.enter_context(quantized(block, dict(clips), self.activation))
+            before = match.total()
+            match.descend(optimizer, self.epochs * len(inputs), generator)
+            log.info("%s: error %.4g, to begin with %.4g", block.name, match.total(), before)
+            outputs = [run(block, n, x).to(x.device) for n, x in enumerate(inputs)]
+        for shape in learned:
+            shape.fold()
+        for name, linear in block.linears.items():
+            linear.weight.data = clips[name].clamp(linear.weight.data)
+        return outputs

@@ -1,0 +1,69 @@
+"""OmniQuant: learned ends are those that the solver finds again; scales change no logit."""
+
+import pytest
+import torch
+from conftest import FAMILIES
+from test_channels import ALL, NORMS, logits
+from test_fixed import TENSOR, drift, planted
+from test_walk import joined, task_of
+
+from qexp.activations import Float
+from qexp.errors import UserError
+from qexp.grid import IntGrid
+from qexp.methods.blockwise import Direct
+from qexp.solvers import RTN
+from qexp.transforms.omniquant import Clipping, OmniQuant
+
+GRID = IntGrid(3, group_size=32)
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        GRID,
+        IntGrid(3),
+        IntGrid(4, symmetric=True),
+        IntGrid(4, per_tensor=True),
+        IntGrid(4, symmetric=True, per_tensor=True),
+    ],
+    ids=str,
+)
+def test_a_clamped_weight_rounds_to_what_was_learned(grid):
+    weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+    clip = Clipping(grid, weight)
+    for parameter in clip.parameters():
+        parameter.data -= 3 * torch.rand_like(parameter)
+    torch.testing.assert_close(grid(clip.clamp(weight)), clip(weight).detach())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scales_and_shifts_alone_change_no_logit(family):
+    """But for the two per cent that sigmoid(4) clips off the largest weights."""
+    sites = ALL if family == "bert" else NORMS
+    task, batch = task_of(family), joined(family)
+    expected = logits(task, batch)
+    step = OmniQuant(IntGrid(16), TENSOR, sites, epochs=1, clip_rate=0.0)
+    names = set(task.state_dict())
+    assert step(task, lambda: [batch]) == []
+    assert set(task.state_dict()) == names
+    assert float((logits(task, batch) - expected).norm() / expected.norm()) < 0.1
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "qwen2", "gemma3", "gpt_neox", "vit"])
+@pytest.mark.parametrize("sites", [None, NORMS, ALL])
+def test_rounding_costs_less_after(family, sites):
+    batch = joined(family)
+    activation, size = (Float(), 1) if sites is None else (TENSOR, 50)
+    expected = logits(planted(family, size), batch)
+    errors = []
+    for steps in ([], [OmniQuant(GRID, activation, sites, epochs=20)]):
+        task = planted(family, size)
+        for step in [*steps, Direct(RTN(GRID), [activation])]:
+            step(task, lambda: [batch])
+        errors.append(drift(task, batch, expected))
+    assert errors[1] < errors[0]
+
+
+def test_two_levels_of_scales_are_refused():
+    with pytest.raises(UserError, match=r"weight\.scales"):
+        OmniQuant(IntGrid(3, group_size=16, scales=IntGrid(3, group_size=4)), Float())
