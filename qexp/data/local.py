@@ -16,7 +16,8 @@ class Local(Corpus):
 
     `path`: a .jsonl, .json (either also .gz) or .parquet file whose records hold a text in `field`,
     or else a plain UTF-8 text. The first `calibration_share` of it is the split `train`, the rest
-    is `test`: whole records, or for a plain text whole lines (measured in characters).
+    is `test`: whole records, or for a plain text whole lines (words where lines are long),
+    measured in characters.
     """
 
     path: str
@@ -67,10 +68,12 @@ class Local(Corpus):
         check_split(self, split, ("train", "test"))
         text = read_text(self._file())
         wanted = round(len(text) * self.calibration_share)
-        at = text.rfind("\n", 0, wanted) + 1 or text.find("\n", wanted) + 1
-        if not at or at == len(text):
+        # At a line break if one is not far before the share, else between words, else anywhere.
+        near = round(0.8 * wanted)
+        at = text.rfind("\n", near, wanted) + 1 or text.rfind(" ", near, wanted) + 1 or wanted
+        if not text[:at].strip() or not text[at:].strip():
             raise UserError(
-                f"data.path: {self.path} has one line only, so it cannot be cut into a calibration "
-                "and an evaluation part; break it into lines"
+                f"data.path: {self.path} holds too little text to be cut into a calibration and an "
+                "evaluation part; give a longer file"
             )
         return text[:at] if split == "train" else text[at:]

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from qexp.errors import UserError
 from qexp.packed import Packed
 
 # (values of a column, its index) → its rounded values. One per group of columns.
@@ -100,6 +101,8 @@ def inverse_factor(hessian: Float[Tensor, "columns columns"], damp: float) -> Fa
     if not hessian.isfinite().all():
         raise NotPositiveDefinite("its entries are not all finite")
     dead = hessian.diagonal() == 0
+    if not damp >= 0:
+        raise UserError(f"method.solver.damp={damp} is no damping: give 0 or a positive share.")
     tried = damp
     while True:
         for dtype in (torch.float32, torch.float64):

@@ -186,7 +186,12 @@ def test_a_local_text_is_cut_at_a_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(None, "is not a file"), (b"one line", "one line"), (b"\xff\xfe\xfa", "UTF-8"), (b"", "line")],
+    [
+        (None, "is not a file"),
+        (b"\n\n", "too little text"),
+        (b"\xff\xfe\xfa", "UTF-8"),
+        (b"", "too little text"),
+    ],
 )
 def test_a_local_text_that_cannot_serve(content: bytes | None, said: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.txt"
@@ -248,3 +253,12 @@ def test_wikitext_files_are_reproduced_byte_for_byte() -> None:
     corpus = known("wikitext2", folder=str(SHARED))
     assert corpus.text("test") == path.read_bytes().decode()
     assert len(corpus.documents("test")) == 4358
+
+
+def test_a_text_of_one_line_is_cut_between_words(tmp_path):
+    path = tmp_path / "line.txt"
+    path.write_text("some words " * 50)
+    corpus = Local(name="local", path=str(path))
+    first, second = corpus.text("train"), corpus.text("test")
+    assert first + second == path.read_text()
+    assert first.endswith(" ") and 200 < len(first) < 350
