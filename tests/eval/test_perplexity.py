@@ -15,8 +15,11 @@ from qexp.errors import UserError
 from qexp.eval.evaluator import digest
 from qexp.task import TASKS
 
-OTHERS = {"none", "loss", "from_run"}
-PROTOCOLS = sorted({path.stem for path in (CONF / "eval").glob("*.yaml")} - OTHERS)
+PROTOCOLS = sorted(
+    path.stem
+    for path in (CONF / "eval").glob("*.yaml")
+    if "\n  _target_: qexp.eval.perplexity." in path.read_text()
+)
 
 
 @pytest.fixture(autouse=True)
