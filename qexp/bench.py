@@ -1,9 +1,10 @@
 """What a job costs, stage by stage, as ratios within one run."""
 
+import atexit
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from tempfile import TemporaryDirectory
 
 import torch
@@ -12,8 +13,10 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from qexp import cli, resolvers
+from qexp.activations import quantize_activations
 from qexp.build import build
 from qexp.hessian import second_moment
+from qexp.methods.finetune import FineTune
 from qexp.methods.step import Step
 from qexp.models.source import Source
 from qexp.offload import place
@@ -37,12 +40,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def loaded(cfg: DictConfig) -> tuple[Task, list[Batch]]:
-    """The model on its device and its calibration batches."""
+    """The model on its device and its calibration batches. What is done with them from here on
+    finds an empty cache, which goes with the process."""
     source: Source = build(cfg.model)
     made = source.load()
     task = TASKS[source.objective](made.model, made.tokenizer).eval()
     place(task, cfg.device, cfg.offload)
-    return task, build(cfg.calibration)(task)
+    batches: list[Batch] = build(cfg.calibration)(task)
+    folder = TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    os.environ["QEXP_CACHE_DIR"] = folder.name
+    return task, batches
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -97,40 +105,113 @@ def evaluation(cfg: DictConfig) -> None:
 
 
 def oac(cfg: DictConfig) -> None:
-    """OAC with gradients in one pass against SpQR on the same data, nothing from the cache.
+    """OAC with gradients in one pass against SpQR on the same data.
 
     Seconds per block are those of the gradient pass over all blocks divided by their number.
     """
-    with TemporaryDirectory() as folder:
-        os.environ["QEXP_CACHE_DIR"] = folder
-        task, batches = loaded(cfg)
-        state = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
-        tokens = batches[0]["input_ids"].shape[1]
-        for shape in {(w.out_features, w.in_features) for w in task.linears().values()}:
-            order = "X'(DD')X" if through_tokens(tokens, *shape) else "(D'X)'(D'X)"
-            print(f"{shape[0]} x {shape[1]}: {order} at {tokens} tokens")
-        with initialize_config_dir(version_base="1.3", config_dir=str(cli.conf())):
-            methods = {
-                name: build(compose("config", [f"method={name}"]).method)
-                for name in ("spqr", "oac_one_pass")
-            }
-        stages = {"SpQR job": timed(lambda: methods["spqr"](task, lambda: batches))}
-        task.model.load_state_dict(state)
+    task, batches = loaded(cfg)
+    state = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
+    tokens = batches[0]["input_ids"].shape[1]
+    for shape in {(w.out_features, w.in_features) for w in task.linears().values()}:
+        order = "X'(DD')X" if through_tokens(tokens, *shape) else "(D'X)'(D'X)"
+        print(f"{shape[0]} x {shape[1]}: {order} at {tokens} tokens")
+    with initialize_config_dir(version_base="1.3", config_dir=str(cli.conf())):
+        methods = {
+            name: build(compose("config", [f"method={name}"]).method)
+            for name in ("spqr", "oac_one_pass")
+        }
+    stages = {"SpQR job": timed(lambda: methods["spqr"](task, lambda: batches))}
+    task.model.load_state_dict(state)
 
-        def gradients() -> None:
-            block = next(iter(walk(task, batches)))
-            methods["oac_one_pass"].hessian(block)
+    def gradients() -> None:
+        block = next(iter(walk(task, batches)))
+        methods["oac_one_pass"].hessian(block)
 
-        stages["gradients, all blocks"] = timed(gradients)
-        stages["gradients, per block"] = stages["gradients, all blocks"] / len(task.blocks)
-        rest = timed(lambda: methods["oac_one_pass"](task, lambda: batches))
-        stages["OAC job, Hessians cached"] = rest
-        stages["OAC job"] = stages["gradients, all blocks"] + rest
-        show(stages, "SpQR job")
+    stages["gradients, all blocks"] = timed(gradients)
+    stages["gradients, per block"] = stages["gradients, all blocks"] / len(task.blocks)
+    rest = timed(lambda: methods["oac_one_pass"](task, lambda: batches))
+    stages["OAC job, Hessians cached"] = rest
+    stages["OAC job"] = stages["gradients, all blocks"] + rest
+    show(stages, "SpQR job")
+
+
+def harness(cfg: DictConfig) -> None:
+    """Items per second beside the harness's own model `hf`: same rows, same batch size."""
+    from lm_eval.models.huggingface import HFLM
+
+    from qexp.eval.harness_model import Model
+
+    task, _ = loaded(cfg)
+    [evaluator] = [build(node) for node in cfg.eval.values()]
+    rows = evaluator.batch_size
+    models = {
+        "hf": HFLM(task.model, tokenizer=task.tokenizer, batch_size=rows),
+        "qexp": Model(task, rows, evaluator.name),
+    }
+    seconds, said = {}, {}
+    for name, model in models.items():
+        start = time.perf_counter()
+        said[name] = evaluator.ask(model)
+        seconds[name] = time.perf_counter() - start
+    show(seconds, "hf")
+    items = sum(values["sample_len"] for values in said["hf"]["results"].values())
+    for name, spent in seconds.items():
+        print(f"{name:<28}{items / spent:8.2f} items/s")
+    pairs = [
+        (one[key], other[key])
+        for task_name, samples in said["hf"]["samples"].items()
+        for one, other in zip(samples, said["qexp"]["samples"][task_name], strict=True)
+        for key in one["metrics"]
+    ]
+    print(f"{'same answers':<28}{sum(a == b for a, b in pairs):8d} of {len(pairs)}")
+
+
+def qat(cfg: DictConfig) -> None:
+    """A step of quantization-aware training against one of the float model: time and memory."""
+    task, batches = loaded(cfg)
+    method = build(cfg.method)
+    assert isinstance(method, FineTune)
+    batch = {key: value[: method.trainer.sequences] for key, value in batches[0].items()}
+    low = method.trainer.precision.startswith("bf16")
+
+    def steps(parameters: Mapping[str, list[torch.nn.Parameter]]) -> tuple[float, int]:
+        optimizer = method.optimizer.optimizer(parameters)
+
+        def step() -> None:
+            with torch.autocast(task.device.type, torch.bfloat16, enabled=low):
+                loss = task.loss(batch)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        step()
+        return min(timed(step) for _ in range(3)), peak(task)
+
+    seconds, memory = {}, {}
+    task.requires_grad_()
+    seconds["float"], memory["float"] = steps({"weights": list(task.model.parameters())})
+    quantize_activations(task, method.activations, lambda: batches)
+    method.install(task, task.linears())
+    parameters = method.trained.parameters(task)
+    seconds["quantized"], memory["quantized"] = steps(parameters)
+    show(seconds, "float")
+    print(f"{'memory':<28}{memory['quantized'] / memory['float']:8.2f} x float")
+
+
+def peak(task: Task) -> int:
+    """Bytes held at most: since the last call on a GPU, ever on a CPU."""
+    if task.device.type != "cuda":
+        return peak_rss()
+    torch.cuda.synchronize()
+    held = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return held
 
 
 BENCHES: dict[str, Callable[[DictConfig], None]] = {
     "blockwise": blockwise,
     "evaluation": evaluation,
+    "qat": qat,
+    "harness": harness,
     "oac": oac,
 }

@@ -1,0 +1,194 @@
+"""Tasks of EleutherAI's lm-evaluation-harness on the model in memory."""
+
+import hashlib
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qexp.cache import Cache, sources
+from qexp.data.known import SOURCES
+from qexp.errors import UserError
+from qexp.eval.against import changes
+from qexp.eval.evaluator import Evaluator, Informed, Start
+from qexp.task import Task
+
+CODE = [f"qexp.eval.harness{part}" for part in ("", "_model", "_rows", "_scoring", "_tasks")]
+
+
+class Outcome(NamedTuple):
+    """Numbers by key, and for each metric that is right or wrong its value of every item."""
+
+    numbers: dict[str, float]
+    items: dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Harness(Evaluator):
+    """Harness tasks, its prompts, metrics and standard errors as they are.
+
+    `tasks`: names of the harness (tasks, groups, tags), or tasks of one's own as in its yaml files.
+    `shots`: examples before each item (null: as each task says). `limit`: the first items of each
+    task. `batch_size`: inputs that go through the model at once; part of the definition, because
+    the last digits of a log-likelihood depend on it. `bootstrap`: rounds of the harness's bootstrap
+    for metrics whose standard error has no formula. `source`: `local` files below `folder` (null:
+    QEXP_DATA_DIR), the `hub`, or `auto`: local files where they are. `against_float`: also count
+    the items that quantization turns from right to wrong and from wrong to right.
+    """
+
+    name: str
+    tasks: Sequence[str | dict[str, Any]]
+    shots: int | None = None
+    limit: int | None = None
+    batch_size: int = 16
+    bootstrap: int = 100_000
+    source: str = "auto"
+    folder: str | None = None
+    against_float: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise UserError(f"eval {self.name}: tasks is empty; give names of harness tasks")
+        for key, least in (("limit", 1), ("shots", 0), ("batch_size", 1), ("bootstrap", 0)):
+            if (value := getattr(self, key)) is not None and value < least:
+                raise UserError(f"eval {self.name}: {key} {value} must be at least {least}")
+        if self.source not in SOURCES:
+            raise UserError(
+                f"eval {self.name}: source {self.source!r} is none of {', '.join(SOURCES)}"
+            )
+
+    def __call__(self, task: Task) -> dict[str, float]:
+        return self.outcome(task).numbers
+
+    def before(self, start: Start) -> Evaluator:
+        if not self.against_float:
+            return self
+
+        def build() -> dict[str, Tensor]:
+            return self.outcome(start.task()).items
+
+        key = {"model": dict(start.model), "definition": self.definition(), **sources(*CODE)}
+        plain = Cache().get("harness", key, build)
+
+        def measure(task: Task) -> dict[str, float]:
+            found = self.outcome(task)
+            numbers = dict(found.numbers)
+            for name, items in found.items.items():
+                numbers |= {f"{name}_{k}": v for k, v in changes(plain[name], items).items()}
+            return numbers
+
+        return Informed(self, measure)
+
+    def outcome(self, task: Task) -> Outcome:
+        """What the harness says of the model."""
+        self._loaded  # noqa: B018 - first of all: whether the harness is installed
+        from qexp.eval.harness_model import Model
+
+        said = self.ask(Model(task, self.batch_size, self.name))
+        return Outcome(_numbers(said["results"], said["versions"]), _items(said["samples"]))
+
+    def ask(self, model: Any) -> dict[str, Any]:
+        """The harness's own results, for any model of its kind."""
+        tasks = self._loaded
+        from lm_eval.evaluator import evaluate
+
+        self._same_shots()
+        with redirect_stdout(io.StringIO()):  # it announces every bootstrap
+            return evaluate(model, tasks, limit=self.limit, bootstrap_iters=self.bootstrap)
+
+    def definition(self) -> dict[str, Any]:
+        """The version of the harness and of the tasks, and a hash of all prompts and targets:
+        equal for local rows and for the hub's where these say the same."""
+        tasks: Mapping[str, Any] = self._loaded["tasks"]
+        return {
+            "kind": "Harness",
+            "lm_eval": version("lm_eval"),
+            "batch_size": self.batch_size,
+            "limit": self.limit,
+            "bootstrap": self.bootstrap,
+            "tasks": {
+                name: {
+                    "version": task.VERSION,
+                    "shots": task.get_config("num_fewshot"),
+                    "sha256": self._prompts[name],
+                }
+                for name, task in sorted(tasks.items())
+            },
+        }
+
+    def files(self) -> list[Path]:
+        found = (getattr(task, "files", []) for task in self._loaded["tasks"].values())
+        return sorted({path for paths in found for path in paths})
+
+    @cached_property
+    def _loaded(self) -> dict[str, Any]:
+        if find_spec("lm_eval") is None:
+            raise UserError(
+                f"eval {self.name}: lm-evaluation-harness is not installed; "
+                "`pip install -e .[eval]` brings it"
+            )
+        from qexp.eval import harness_tasks
+
+        return harness_tasks.load(self.tasks, self.source, self.folder, self.shots)
+
+    @cached_property
+    def _prompts(self) -> dict[str, str]:
+        """The sha256 of what each task asks and of what would be right."""
+        self._same_shots()
+        found = {}
+        for name, task in self._loaded["tasks"].items():
+            task.build_all_requests(limit=self.limit)
+            digest = hashlib.sha256()
+            for request in task.instances:
+                said = [request.args, str(task.doc_to_target(request.doc))]
+                digest.update(json.dumps(said, default=str).encode())
+            found[name] = digest.hexdigest()
+        return found
+
+    def _same_shots(self) -> None:
+        """The same examples before the same items, however often the tasks are built."""
+        from qexp.eval.harness_tasks import SHOT_SEED
+
+        for task in self._loaded["tasks"].values():
+            task.set_fewshot_seed(seed=SHOT_SEED)
+
+
+def _numbers(results: Mapping[str, Any], versions: Mapping[str, Any]) -> dict[str, float]:
+    """`task/metric`, or `task/filter/metric` where a task has filters; `task/version`, `/items`."""
+    numbers: dict[str, float] = {}
+    for task, values in results.items():
+        measured = {key: value for key, value in values.items() if "," in key}
+        for key, value in measured.items():
+            metric, _, chosen = key.partition(",")
+            place = task if chosen == "none" else f"{task}/{chosen}"
+            numbers[f"{place}/{metric}"] = math.nan if value == "N/A" else float(value)
+        if measured and "sample_len" in values:
+            numbers[f"{task}/items"] = float(values["sample_len"])
+            said = versions.get(task)
+            numbers[f"{task}/version"] = float(said) if isinstance(said, int | float) else math.nan
+    return numbers
+
+
+def _items(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Tensor]:
+    """1 or 0 for each item in order, by the metric's key."""
+    columns: dict[str, list[float]] = {}
+    for task, rows in samples.items():
+        for row in rows:
+            place = task if row["filter"] == "none" else f"{task}/{row['filter']}"
+            for metric in row["metrics"]:
+                columns.setdefault(f"{place}/{metric}", []).append(row[metric])
+    return {
+        key: torch.tensor(column, dtype=torch.float64)
+        for key, column in columns.items()
+        if all(isinstance(value, int | float) and value in (0, 1) for value in column)
+    }
