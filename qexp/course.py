@@ -107,7 +107,7 @@ class Training(L.LightningModule):
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        pace, leg = self.pace, self.trainer.current_epoch
+        pace, leg = self.pace, self.global_step // self.pace.every
         steps = min(pace.every, pace.steps - leg * pace.every)
         count = pace.accumulate * self.trainer.world_size
         rows = Rows(
@@ -149,10 +149,13 @@ class Training(L.LightningModule):
             raise faults.gradient(self.task, self.global_step)
 
     def on_train_start(self) -> None:
+        self.course.measure()  # what it measures, it measures from here
         if self.random is not None:
             torch.set_rng_state(self.random)
 
     def on_train_epoch_end(self) -> None:
+        if not self.losses:  # resumed at the end of a leg, which Lightning ends once more
+            return
         line = {"step": float(self.global_step)}
         line["loss"] = float(torch.stack(self.losses).mean())
         self.losses.clear()

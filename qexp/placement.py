@@ -125,7 +125,7 @@ def _input(module: nn.Module) -> Callable[[nn.Module], None]:
 def _in_place(module: nn.Module) -> Callable[[nn.Module], None]:
     def put(quantizer: nn.Module) -> None:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            args[0].copy_(quantizer(args[0]))
+            args[0].copy_(quantizer(args[0].clone()))  # backward wants what it was
 
         module.register_forward_pre_hook(hook)
 

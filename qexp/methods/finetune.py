@@ -26,6 +26,7 @@ from qexp.learned import ScaleRule, bake, behind, put
 from qexp.losses import Objective, Penalty
 from qexp.methods.blockwise import finite
 from qexp.methods.step import Batches, Record, Step, error
+from qexp.movement import Movement
 from qexp.optimizer import AdamW
 from qexp.task import Batch, Task
 from qexp.trained import Trained
@@ -71,7 +72,7 @@ class FineTune(Step):
         linears = task.linears() if self.weight is not None else {}
         start = time.perf_counter()
         with _restored(task), ExitStack() as stack:
-            self._install(task, linears)
+            self.install(task, linears)
             watch = None if self.penalty is None else stack.enter_context(self.penalty.watch(task))
 
             def plain(batch: Batch) -> Float[Tensor, ""]:
@@ -92,6 +93,7 @@ class FineTune(Step):
                 self.optimizer,
                 () if self.validation is None else self.validation(task),
                 plain,
+                Movement(linears),
                 seed=self.seed,
                 identity=hashlib.sha256(whole.encode()).hexdigest()[:8],
                 folder=task.folder,
@@ -103,7 +105,8 @@ class FineTune(Step):
             seconds = (time.perf_counter() - start) / max(len(linears), 1)
             return [self._record(name, linear, seconds) for name, linear in linears.items()]
 
-    def _install(self, task: Task, linears: dict[str, nn.Linear]) -> None:
+    def install(self, task: Task, linears: dict[str, nn.Linear]) -> None:
+        """Round these weights, and whatever activation quantizers there are, so that they train."""
         formula = Formula(self.rounding, self.clamp)
         self.trained.prepare(linears.values())
         for linear in linears.values():

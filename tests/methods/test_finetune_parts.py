@@ -1,0 +1,182 @@
+"""What trains, what it becomes, and the model left as it was."""
+
+import math
+import re
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from conftest import batches
+from torch import Tensor, nn
+from training import METHOD, SMOKE, STATIC, task_of, weights
+
+from qexp.activations import Quantized
+from qexp.grid import IntGrid
+from qexp.learned import LSQ, Dynamic, FixedCodes, fake
+from qexp.losses import Penalty, Watch
+from qexp.optimizer import AdamW
+from qexp.placement import AllOps, LinearInputs
+from qexp.solvers.rtn import RTN
+from qexp.task import Task
+from qexp.trained import Trained
+from qexp.training import Trainer
+
+
+def test_the_model_is_left_plain(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    task = task_of()
+    task.requires_grad_(False)
+    names, cached = list(task.state_dict()), task.model.config.use_cache
+    records = replace(METHOD, activations=[STATIC])(task, lambda: batches("llama"))
+    assert not any(p.requires_grad for p in task.parameters()) and not task.training
+    assert task.model.config.use_cache == cached
+    assert [name for name in task.state_dict() if "quantizers" not in name] == names
+    assert not any(list(q.parameters()) for q in task.quantizers.values())
+    for record, (name, linear) in zip(records, task.linears().items(), strict=True):
+        assert record.name == name and type(linear) is nn.Linear
+        assert torch.equal(record.packed.dequantize(), linear.weight)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("grid", "scale"),
+    [
+        (IntGrid(3, group_size=16, scale_dtype="float16"), LSQ("range", offset=True)),
+        (IntGrid(2, symmetric=True, per_tensor=True), LSQ()),
+        (IntGrid(3, group_size=16, real_zero=True, scale_dtype="float16"), FixedCodes(True)),
+        (IntGrid(3, scale_dtype="bfloat16"), Dynamic()),
+    ],
+    ids=str,
+)
+def test_baked_weights_are_those_that_trained(grid, scale):
+    task, data = task_of(), batches("llama", 1)
+    method = replace(METHOD, weight=grid, scale=scale)
+    method.install(task, task.linears())
+    optimizer = torch.optim.SGD([p for p in task.parameters() if p.requires_grad], 0.02)
+    for _ in range(3):
+        task.loss(data[0]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    live = {name: linear.weight.detach() for name, linear in task.linears().items()}
+    for name, linear in task.linears().items():
+        method._record(name, linear, 0.0)
+        assert torch.equal(linear.weight, live[name])
+
+
+def test_fixed_codes_are_those_of_rounding_to_nearest():
+    task, data = task_of(), batches("llama")
+    floats = {name: linear.weight.detach().clone() for name, linear in task.linears().items()}
+    grid = IntGrid(3, group_size=16)
+    trained = Trained(weights=False, norms=False)
+    method = replace(METHOD, weight=grid, scale=FixedCodes(), trained=trained)
+    records = replace(method, optimizer=AdamW(scales=1e-2))(task, lambda: data)
+    for record in records:
+        nearest = RTN(grid)(floats[record.name], None).packed
+        assert torch.equal(record.packed.codes, nearest.codes)
+        assert not torch.equal(record.packed.scale, nearest.scale)
+
+
+@pytest.mark.parametrize(
+    ("trained", "moves"),
+    [
+        (Trained(weights=False, scales=False, ranges=False), "norm"),
+        (Trained(weights=False, norms=False, scales=False), "quantizers"),
+        (Trained(weights=False, norms=False, ranges=False), "nothing of its own"),
+        (Trained(norms=False, scales=False, ranges=False), "embed_tokens|lm_head"),
+    ],
+    ids=str,
+)
+def test_only_what_is_asked_for_moves(trained, moves):
+    task, data = task_of(), batches("llama")
+    reference = task_of()
+    replace(
+        METHOD,
+        activations=[STATIC],
+        trainer=Trainer(1, 1, 1, 1),
+        trained=trained,
+        optimizer=AdamW(0.0, 0.0),
+    )(reference, lambda: data)
+    before = weights(reference)
+    method = replace(METHOD, activations=[STATIC], trained=trained)
+    method(task, lambda: data)
+    changed = {
+        name
+        for name, tensor in weights(task).items()
+        if not torch.equal(tensor, before[name]) and ".self_attn." not in name.replace("/", ".")
+    }
+    changed = {name for name in changed if ".mlp." not in name or "quantizers" in name}
+    assert all(re.search(moves, name) for name in changed)
+    assert changed or moves == "nothing of its own"
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "qwen3", "gemma3", "bert", "vit"])
+def test_families_train(family):
+    data = batches(family, rows=2)
+    task = task_of(family)
+    with torch.no_grad():
+        for linear in task.linears().values():
+            assert linear.weight.isfinite().all()
+    grid = IntGrid(6, per_tensor=True)
+    kind = Quantized(AllOps() if family in ("gpt2", "opt") else LinearInputs(), grid)
+    records = replace(METHOD, activations=[kind])(task, lambda: data)
+    assert len(records) == len(task.linears())
+
+
+@dataclass(frozen=True)
+class Large(Penalty):
+    """The mean square of the last norm's output, a thousandfold."""
+
+    def watch(self, task: Task) -> "Seen":
+        return Seen(task)
+
+
+class Seen(Watch):
+    def __init__(self, task: Task) -> None:
+        self.task, self.values = task, []
+
+    def __enter__(self) -> "Seen":
+        norm = self.task.model.get_submodule(self.task.arch.norm)
+        self.handle = norm.register_forward_hook(
+            lambda _, __, output: self.values.append(output.square().mean())
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.handle.remove()
+
+    def take(self, loss: Tensor) -> Tensor:
+        assert len(self.values) == 1
+        return 1000 * self.values.pop()
+
+
+def test_a_penalty_joins_the_loss_of_a_float_model():
+    task, data = task_of(), batches("llama")
+    method = replace(METHOD, weight=None, penalty=Large(), trainer=replace(SMOKE, steps=12))
+
+    def size() -> float:
+        with torch.no_grad():
+            return float(task.encode(data[0]).square().mean())
+
+    before = size()
+    assert method(task, lambda: data) == []
+    assert size() < before * 0.99
+
+
+def test_each_kind_has_its_own_rate():
+    groups = (
+        AdamW(1e-5, 1e-3, 1e-2, weight_decay=0.1)
+        .optimizer(
+            {kind: [nn.Parameter(torch.ones(1))] for kind in ("weights", "scales", "offsets")}
+        )
+        .param_groups
+    )
+    assert [(g["lr"], g["weight_decay"]) for g in groups] == [(1e-5, 0.1), (1e-3, 0), (1e-2, 0)]
+
+
+def test_lsq_starts_where_the_paper_does():
+    linear = nn.Linear(32, 6)
+    method = replace(METHOD, scale=LSQ())
+    method.install(task_of(), {"one": linear})
+    weight = linear.parametrizations.weight.original
+    expected = 2 * weight.abs().mean(1, keepdim=True) / math.sqrt(7)
+    torch.testing.assert_close(fake(linear).scale, expected)

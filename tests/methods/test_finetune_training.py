@@ -1,0 +1,146 @@
+"""What surrounds a training step: resuming, stopping, faults, data and rates."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import batches
+from torch import Tensor
+from training import METHOD, SMOKE, STATIC, Same, same, task_of, weights
+
+from qexp import losses
+from qexp.course import Rows
+from qexp.errors import UserError
+from qexp.learned import Dynamic
+from qexp.losses import CrossEntropy
+from qexp.optimizer import AdamW
+from qexp.task import Task
+from qexp.training import Trainer
+
+
+def test_a_killed_run_ends_at_the_same_weights(tmp_path, monkeypatch):
+    """With dropout (gpt2), so that the random state counts too."""
+    data = batches("gpt2", rows=3)
+    method = replace(METHOD, activations=[STATIC], validation=Same(batches("gpt2", 1)))
+    torch.manual_seed(5)
+    whole = task_of("gpt2", tmp_path / "whole")
+    method(whole, lambda: data)
+
+    killed, calls = task_of("gpt2", tmp_path / "killed"), []
+    plain = CrossEntropy.__call__
+
+    def dying(self: CrossEntropy, task: Task, *rest: object) -> Tensor:
+        calls.extend([1] if task.training else [])
+        if len(calls) == 5:
+            raise KeyError("killed")
+        return plain(self, task, *rest)
+
+    torch.manual_seed(5)
+    with monkeypatch.context() as patch:
+        patch.setattr(losses.CrossEntropy, "__call__", dying)
+        with pytest.raises(KeyError, match="killed"):
+            method(killed, lambda: data)
+    assert list((tmp_path / "killed").glob("training-*/last.ckpt"))
+    again = task_of("gpt2", tmp_path / "killed")
+    torch.manual_seed(99)
+    ran = []
+
+    def counting(self: CrossEntropy, task: Task, *rest: object) -> Tensor:
+        ran.extend([1] if task.training else [])
+        return plain(self, task, *rest)
+
+    monkeypatch.setattr(losses.CrossEntropy, "__call__", counting)
+    method(again, lambda: data)
+    assert len(ran) == 2  # the last leg alone
+    assert same(weights(again), weights(whole))
+    assert not list((tmp_path / "killed").glob("training-*"))
+
+
+def test_another_run_does_not_go_on_from_it(tmp_path, monkeypatch):
+    data = batches("llama", rows=2)
+    monkeypatch.setattr("qexp.training.shutil.rmtree", lambda *_, **__: None)  # as if killed
+    METHOD(task_of(folder=tmp_path), lambda: data)
+    other = replace(METHOD, optimizer=AdamW(weights=2e-3))
+    resumed, fresh = task_of(folder=tmp_path), task_of()
+    other(resumed, lambda: data)
+    other(fresh, lambda: data)
+    assert same(weights(resumed), weights(fresh))
+    assert len(list(tmp_path.glob("training-*/"))) == 2
+
+
+def test_accumulated_batches_are_one_batch():
+    data = batches("llama", rows=4)
+    trainers = [
+        Trainer(steps=3, sequences=4, every=3),
+        Trainer(steps=3, sequences=2, accumulate=2, every=3),
+        Trainer(steps=3, sequences=4, every=3, recompute=True),
+    ]
+    made = []
+    for trainer in trainers:
+        task = task_of()
+        replace(METHOD, trainer=trainer, scale=Dynamic(), weight=None)(task, lambda: data)
+        made.append(weights(task))
+    for other in made[1:]:
+        for name, tensor in made[0].items():
+            torch.testing.assert_close(other[name], tensor, atol=2e-5, rtol=1e-3)
+
+
+def test_a_diverged_run_names_the_step_and_the_layer():
+    task = task_of()
+    method = replace(METHOD, optimizer=AdamW(weights=1e30, warmup=0.0, clip=None))
+    with pytest.raises(UserError, match=r"step \d+: .*finite.*(layers|norm|embed|head)"):
+        method(task, lambda: batches("llama"))
+
+
+def test_the_first_layer_that_overflows_is_named():
+    task = task_of()
+    task.blocks[1].mlp.up_proj.weight.data *= 1e30
+    task.blocks[1].mlp.gate_proj.weight.data *= 1e30
+    with pytest.raises(UserError, match=r"step 0: .*layers\.1\.mlp"):
+        replace(METHOD, weight=None)(task, lambda: batches("llama"))
+
+
+def test_the_best_weights_are_kept_and_patience_ends(tmp_path):
+    """Rates so high that the first leg is the best."""
+    data = batches("llama", rows=2)
+    trainer = Trainer(steps=40, sequences=2, every=2, patience=3)
+    optimizer = AdamW(weights=0.1, warmup=0.0)
+    task = task_of(folder=tmp_path)
+    other = data[1:]
+    method = replace(METHOD, trainer=trainer, optimizer=optimizer, validation=Same(other))
+    method(task, lambda: data[:1])
+    rows = (tmp_path / "training.csv").read_text().splitlines()
+    header, lines = rows[0].split(","), [row.split(",") for row in rows[1:]]
+    values = [float(line[header.index("validation")]) for line in lines]
+    assert len(values) < 20 and min(values[-3:]) >= min(values)
+    with torch.no_grad():
+        found = task.loss(other[0])
+    assert float(found) == pytest.approx(min(values), rel=1e-4)
+
+
+def test_bfloat16_trains_float_weights():
+    task, data = task_of(), batches("llama")
+    replace(METHOD, trainer=replace(SMOKE, precision="bf16-mixed"))(task, lambda: data)
+    assert {p.dtype for p in task.parameters()} == {torch.float32}
+    with pytest.raises(UserError, match=r"model\.dtype"):
+        METHOD(task.bfloat16(), lambda: data)
+
+
+def test_rows_are_passes_in_an_order_of_the_seed():
+    whole = {"input_ids": torch.arange(5)[:, None]}
+    rows = Rows(whole, 2, 3, 0, 10)
+    drawn = torch.cat([rows[index]["input_ids"] for index in range(10)]).flatten()
+    for start in range(0, 20, 5):
+        assert sorted(drawn[start : start + 5].tolist()) == [0, 1, 2, 3, 4]
+    later = Rows(whole, 2, 3, 4, 6)
+    assert torch.equal(torch.cat([later[i]["input_ids"] for i in range(6)]).flatten(), drawn[8:])
+    assert [len(r["input_ids"]) for r in rows] == [2] * 10
+
+
+def test_the_rate_rises_then_falls_as_a_cosine():
+    rule = AdamW(warmup=0.1, floor=0.2)
+    rates = [rule.factor(step, 100) for step in range(101)]
+    assert rates[:10] == sorted(rates[:10]) and rates[0] > 0 and rates[10] == 1
+    assert rates[55] == pytest.approx(0.6) and rates[100] == pytest.approx(0.2)
+    assert rates[77] == pytest.approx(0.2 + 0.8 * (1 + math.cos(math.pi * 67 / 90)) / 2)

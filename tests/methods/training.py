@@ -1,0 +1,59 @@
+"""A tiny training method, tasks and data for it."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from conftest import tiny
+from torch import Tensor
+
+from qexp.activations import Quantized
+from qexp.data.calibration import NoCalibration
+from qexp.gradients import Hard, Straight
+from qexp.grid import IntGrid
+from qexp.learned import LSQ
+from qexp.losses import CrossEntropy
+from qexp.methods.finetune import FineTune
+from qexp.optimizer import AdamW
+from qexp.placement import LinearInputs
+from qexp.task import TASKS, Task
+from qexp.trained import Trained
+from qexp.training import Trainer
+
+GRID = IntGrid(4, symmetric=True)
+SMOKE = Trainer(steps=6, sequences=2, every=2)
+METHOD = FineTune(
+    GRID, Straight(), Hard(), LSQ(), Trained(), CrossEntropy(), AdamW(weights=1e-3), SMOKE
+)
+STATIC = Quantized(LinearInputs(), IntGrid(6, per_tensor=True))
+
+
+@dataclass(frozen=True)
+class Same(NoCalibration):
+    """Batches that a test hands in."""
+
+    found: list = field(default_factory=list)
+
+    def __call__(self, task: Task) -> list:
+        return self.found
+
+
+def task_of(family: str = "llama", folder: Path | None = None) -> Task:
+    loaded = tiny(family)
+    task = TASKS["masked_lm" if family == "bert" else _objective(family)](
+        loaded.model, loaded.tokenizer
+    ).eval()
+    task.folder = folder
+    return task
+
+
+def _objective(family: str) -> str:
+    return "image_classification" if family == "vit" else "causal_lm"
+
+
+def weights(task: Task) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in task.state_dict().items()}
+
+
+def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
