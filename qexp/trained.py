@@ -9,6 +9,7 @@ from torch.nn.utils import parametrize
 from qexp.fake import FakeQuant
 from qexp.learned import FakeWeight
 from qexp.task import Task
+from qexp.transforms.channels import Alpha
 
 
 class LowRank(nn.Module):
@@ -34,6 +35,7 @@ class Trained:
 
     weights: everything of the model itself. norms: the norms' own parameters. scales: steps of the
     weights. ranges: steps of static activation quantizers, with `offsets` their zero points too.
+    channels: scales of channels that a method put before the quantizers (Quadapter).
     rank: of a low-rank change of every quantized weight, 0 for none; alpha / rank is its factor.
     """
 
@@ -42,6 +44,7 @@ class Trained:
     scales: bool = True
     ranges: bool = True
     offsets: bool = False
+    channels: bool = False
     rank: int = 0
     alpha: float = 16.0
 
@@ -71,6 +74,8 @@ class Trained:
                     kind = "scales" if name == "scale" else "offsets"
                     own = self.scales if isinstance(module, FakeWeight) else self.ranges
                     yield kind, parameter, moves and own
+                elif isinstance(module, Alpha):
+                    yield "scales", parameter, self.channels
                 elif isinstance(module, LowRank):
                     yield "weights", parameter, True
                 else:

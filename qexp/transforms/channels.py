@@ -20,6 +20,9 @@ from qexp.task import Task
 
 log = logging.getLogger(__name__)
 
+# What a scale or a shift is at the moment.
+Follow = Callable[[], Float[Tensor, " channels"]]
+
 SITES = ("norms", "norms+value+up")
 
 
@@ -83,27 +86,39 @@ class Channels:
             linear.weight.data = self._read(_wide(linear.weight), scale).to(linear.weight)
 
     @contextmanager
-    def live(
-        self,
-        scale: Callable[[], Float[Tensor, " channels"]],
-        shift: Callable[[], Float[Tensor, " channels"]] | None = None,
-    ) -> Iterator[None]:
+    def live(self, scale: Follow, shift: Follow | None = None) -> Iterator[None]:
         """Source and linears follow `scale` and `shift` as they change, gradients included, until
         the end of the context, when they are what they were."""
         with ExitStack() as stack:
-            for linear in self.linears:
-                if shift is not None:
-                    _give_bias(linear)
-                    moved = _Moved(self, _wide(linear.weight), shift)
-                    stack.enter_context(parametrized(linear, "bias", moved))
-                stack.enter_context(parametrized(linear, "weight", _Read(self, scale)))
-            # By name: a parameter that another site follows already is none of the module's own.
-            for name in ("weight", "bias"):
-                if getattr(self.source, name, None) is None:
-                    continue
-                made = _Made(self, name, scale, shift)
-                stack.enter_context(parametrized(self.source, name, made))
+            for module, name, change in self._followers(scale, shift):
+                stack.enter_context(parametrized(module, name, change))
             yield
+
+    def install(self, scale: Follow) -> None:
+        """Source and linears follow `scale` from now on, until `settle`."""
+        for module, name, change in self._followers(scale, None):
+            parametrize.register_parametrization(module, name, change)
+
+    def settle(self) -> None:
+        """What follows a scale keeps the values that it has now; what was made plain already (a
+        rounded weight) is left alone."""
+        for module in (self.source, *self.linears):
+            for name in ("weight", "bias"):
+                if parametrize.is_parametrized(module, name):
+                    parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+
+    def _followers(
+        self, scale: Follow, shift: Follow | None
+    ) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+        for linear in self.linears:
+            if shift is not None:
+                _give_bias(linear)
+                yield linear, "bias", _Moved(self, _wide(linear.weight), shift)
+            yield linear, "weight", _Read(self, scale)
+        # By name: a parameter that another site follows already is none of the module's own.
+        for name in ("weight", "bias"):
+            if getattr(self.source, name, None) is not None:
+                yield self.source, name, _Made(self, name, scale, shift)
 
     def _made(self, name: str, value: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
         scale = scale.to(value)
@@ -117,14 +132,19 @@ class Channels:
         return weight * self.spread(scale).to(weight)
 
 
+class Alpha(nn.Module):
+    """Quadapter's alpha = exp(theta), by which channels are multiplied: the scale is 1 / alpha."""
+
+    def __init__(self, theta: Float[Tensor, " channels"]) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(theta)
+
+    def forward(self) -> Float[Tensor, " channels"]:
+        return torch.exp(-self.theta)
+
+
 class _Made(nn.Module):
-    def __init__(
-        self,
-        channels: Channels,
-        name: str,
-        scale: Callable[[], Tensor],
-        shift: Callable[[], Tensor] | None,
-    ) -> None:
+    def __init__(self, channels: Channels, name: str, scale: Follow, shift: Follow | None) -> None:
         super().__init__()
         self.channels, self.name, self.scale, self.shift = channels, name, scale, shift
 
@@ -134,7 +154,7 @@ class _Made(nn.Module):
 
 
 class _Moved(nn.Module):
-    def __init__(self, channels: Channels, weight: Tensor, shift: Callable[[], Tensor]) -> None:
+    def __init__(self, channels: Channels, weight: Tensor, shift: Follow) -> None:
         super().__init__()
         self.channels, self.weight, self.shift = channels, weight, shift
 
@@ -143,7 +163,7 @@ class _Moved(nn.Module):
 
 
 class _Read(nn.Module):
-    def __init__(self, channels: Channels, scale: Callable[[], Tensor]) -> None:
+    def __init__(self, channels: Channels, scale: Follow) -> None:
         super().__init__()
         self.channels, self.scale = channels, scale
 

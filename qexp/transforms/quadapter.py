@@ -3,7 +3,6 @@
 import logging
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -15,7 +14,7 @@ from qexp.gradients import Straight
 from qexp.grid import Grid
 from qexp.methods.step import Batches, Record, Step
 from qexp.task import Task
-from qexp.transforms.channels import Channels, channels_of
+from qexp.transforms.channels import Alpha, Channels, channels_of
 from qexp.transforms.descent import Match, quantized
 from qexp.transforms.search import first, resident, watch
 from qexp.transforms.smooth import smoothed
@@ -58,9 +57,8 @@ class Quadapter(Step):
             sites = channels_of(task, block.index, self.sites)
             starts = self._starts(block, sites)
             with resident(block):
-                thetas = self._learn(block, sites, starts, generator)
-                for channels, theta in zip(sites, thetas, strict=True):
-                    channels.fold(inverse(theta.detach()))
+                for channels, scale in self._learn(block, sites, starts, generator):
+                    channels.fold(scale)
         return []
 
     def _starts(self, block: Block, sites: list[Channels]) -> list[Float[Tensor, " _"]]:
@@ -78,27 +76,24 @@ class Quadapter(Step):
         sites: list[Channels],
         starts: list[Float[Tensor, " _"]],
         generator: torch.Generator,
-    ) -> list[Float[Tensor, " _"]]:
+    ) -> list[tuple[Channels, Float[Tensor, " _"]]]:
         assert block.left is not None
         match = Match(block, block.inputs, block.left)
-        thetas = [torch.zeros_like(start, requires_grad=True) for start in starts]
+        alphas = [Alpha(torch.zeros_like(start)) for start in starts]
         rules = {
             name: lambda weight: self.grid(weight.float(), Straight()) for name in block.linears
         }
         with ExitStack() as stack:
-            for channels, theta in zip(sites, thetas, strict=True):
-                stack.enter_context(channels.live(partial(inverse, theta)))
+            for channels, alpha in zip(sites, alphas, strict=True):
+                stack.enter_context(channels.live(alpha))
             stack.enter_context(quantized(block, rules, self.activation))
             plain = match.total()
-            for theta, start in zip(thetas, starts, strict=True):
-                theta.copy_(start)
-            optimizer = torch.optim.Adam(thetas, lr=self.rate)
+            for alpha, start in zip(alphas, starts, strict=True):
+                alpha.theta.copy_(start)
+            optimizer = torch.optim.Adam([alpha.theta for alpha in alphas], lr=self.rate)
             match.descend(optimizer, self.steps, generator)
             learned = match.total()
         log.info("%s: error %.4g, with alpha = 1 %.4g", block.name, learned, plain)
-        return thetas if learned < plain else [torch.zeros_like(theta) for theta in thetas]
-
-
-def inverse(theta: Float[Tensor, " channels"]) -> Float[Tensor, " channels"]:
-    """1 / alpha: by what the source's output is divided."""
-    return torch.exp(-theta)
+        return (
+            list(zip(sites, [a().detach() for a in alphas], strict=True)) if learned < plain else []
+        )

@@ -1,0 +1,38 @@
+"""Quadapter (2211.16912), phase 2: channel scales trained on the task's loss."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from qexp.activations import Activations
+from qexp.methods.finetune import FineTune
+from qexp.methods.step import Batches, Record, Step
+from qexp.task import Task
+from qexp.transforms.channels import Alpha, channels_of
+
+
+@dataclass(frozen=True)
+class EndToEnd(Step):
+    """Put alpha = exp(theta), to begin with 1, on the channels of every block, train as `training`
+    says (`trained.channels`), with rounding of folded weights, and fold what was learned."""
+
+    training: FineTune
+    sites: str = "norms"
+
+    @property
+    def activations(self) -> Sequence[Activations]:
+        """Whose quantizers a reloaded run puts back."""
+        return self.training.activations
+
+    def __call__(self, task: Task, batches: Batches) -> list[Record]:
+        blocks = range(len(task.blocks))
+        sites = [channels for index in blocks for channels in channels_of(task, index, self.sites)]
+        for channels in sites:
+            weights = channels.weights()
+            channels.install(Alpha(torch.zeros_like(weights)))
+        try:
+            return self.training(task, batches)
+        finally:
+            for channels in sites:
+                channels.settle()
