@@ -1,6 +1,7 @@
 """The quantization formula with the gradients of training, as one node of the autograd graph."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from qexp.gradients import ClampGradient, Hard, RoundingGradient, Straight, ended
 from qexp.grid import Grid, Scale
+
+PIECE = 2**15  # values
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,6 @@ class Formula:
         clamp = self.clamp if training else Hard()
         y: Tensor = _Fused.apply(x, q.scale, q.zero, grid, self.rounding, clamp, gain)
         return y
-
 
     def rows(
         self,
@@ -91,30 +93,67 @@ class _Fused(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, scale, zero)
         ctx.settings = grid, rounding, clamp, gain
-        return grid.round(x.float(), Scale(scale, zero), torch.round, clamp.value).to(x.dtype)
+        rows = x.reshape(-1, x.shape[-1])
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        made = y.view(rows.shape)
+        for part in _pieces(rows):
+            q = Scale(_of(scale, part), _of(zero, part))
+            made[part] = grid.round(rows[part].float(), q, torch.round, clamp.value)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         kept, scale, zero = ctx.saved_tensors
-        grid, rounding, clamp, gain = ctx.settings
-        low, high = grid.ends
-        x, g = kept.float(), grads[0].float()
-        v = x / scale + zero
-        h = g
-        if not isinstance(rounding, Straight) and low == 0:  # codes: cells of equal width
-            c = clamp.value(v, low, high)
-            h = torch.where(ended(v, c, high), g, rounding.back(c, g))
-        h = h * clamp.slope(v, low, high)
-        change: list[Tensor | None] = [None, None]
-        if ctx.needs_input_grad[1]:
-            y = grid.round(x, Scale(scale, zero), torch.round, clamp.value)
-            moved = g * y - h * x
-            if not clamp.steps_inside:
-                moved *= (v < low) | (v > high)
-            change[0] = gain * moved.sum_to_size(scale.shape) / scale
-        if ctx.needs_input_grad[2]:
-            moved = h - g
-            if not clamp.steps_inside:
-                moved *= (v < low) | (v > high)
-            change[1] = gain * moved.sum_to_size(zero.shape) * scale
-        return h.to(kept.dtype), *change, None, None, None, None
+        rows, upstream = (t.reshape(-1, t.shape[-1]) for t in (kept, grads[0]))
+        change = torch.empty_like(rows)
+        sums = [
+            torch.zeros_like(t) if needed else None
+            for t, needed in zip((scale, zero), ctx.needs_input_grad[1:3], strict=True)
+        ]
+        for part in _pieces(rows):
+            q = Scale(_of(scale, part), _of(zero, part))
+            own = [None if total is None else _of(total, part) for total in sums]
+            change[part] = _back(rows[part].float(), upstream[part].float(), q, own, *ctx.settings)
+        return change.reshape(kept.shape), *sums, None, None, None, None
+
+
+def _back(
+    x: Tensor,
+    g: Tensor,
+    q: Scale,
+    sums: list[Tensor | None],
+    grid: Grid,
+    rounding: RoundingGradient,
+    clamp: ClampGradient,
+    gain: float,
+) -> Tensor:
+    """The gradient of x; those of scale and zero are added to `sums`."""
+    low, high = grid.ends
+    v = x / q.scale + q.zero
+    h = g
+    if not isinstance(rounding, Straight) and low == 0:  # codes: cells of equal width
+        c = clamp.value(v, low, high)
+        h = rounding.back(c, g)
+        if not isinstance(clamp, Hard):  # whose slope is 0 there
+            h = torch.where(ended(v, c, high), g, h)
+    h = h * clamp.slope(v, low, high)
+    moves = 1.0 if clamp.steps_inside else (v < low) | (v > high)
+    if sums[0] is not None:
+        y = grid.round(x, q, torch.round, clamp.value)
+        moved = (g * y - h * x) * moves
+        sums[0] += gain * moved.sum_to_size(q.scale.shape) / q.scale
+    if sums[1] is not None:
+        sums[1] += gain * ((h - g) * moves).sum_to_size(q.zero.shape) * q.scale
+    return h
+
+
+def _pieces(rows: Tensor) -> Iterator[slice]:
+    """Rows that a processor's cache holds with all that is computed of them; on a GPU all."""
+    size = len(rows) if rows.is_cuda else max(PIECE // rows.shape[1], 1)
+    for start in range(0, len(rows), size):
+        yield slice(start, start + size)
+
+
+def _of(each: Tensor, part: slice) -> Tensor:
+    """The rows' own scales, or the one that all share."""
+    return each if each.shape[0] == 1 else each[part]

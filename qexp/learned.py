@@ -164,6 +164,19 @@ class FixedCodes(ScaleRule):
         return Frozen(Coded.of(grid, weight, grid.scales_of(weight)), self.offset and grid.has_zero)
 
 
+@dataclass(frozen=True)
+class KnownCodes(ScaleRule):
+    """Codes and first scales that another method found; scales and zero points that train."""
+
+    start: Coded
+    offset: bool = False
+
+    def __call__(
+        self, weight: Float[Tensor, "rows columns"], grid: Grid, formula: Formula
+    ) -> FakeWeight:
+        return Frozen(self.start, self.offset and grid.has_zero)
+
+
 def _single(grid: Grid) -> None:
     if grid.second:
         raise UserError(

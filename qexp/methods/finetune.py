@@ -3,10 +3,11 @@
 import copy
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
+from types import MappingProxyType
 
 import torch
 from jaxtyping import Float
@@ -22,12 +23,13 @@ from qexp.fake import FakeQuant
 from qexp.fused import Formula
 from qexp.gradients import ClampGradient, RoundingGradient
 from qexp.grid import Grid
-from qexp.learned import ScaleRule, bake, behind, put
+from qexp.learned import KnownCodes, ScaleRule, bake, behind, put
 from qexp.losses import Objective, Penalty
 from qexp.methods.blockwise import finite
 from qexp.methods.step import Batches, Record, Step, error
 from qexp.movement import Movement
 from qexp.optimizer import AdamW
+from qexp.packed import Coded
 from qexp.task import Batch, Task
 from qexp.trained import Trained
 from qexp.training import Trainer
@@ -58,6 +60,10 @@ class FineTune(Step):
     activations: tuple[Activations, ...] | list[Activations] = ()
 
     def __call__(self, task: Task, batches: Batches) -> list[Record]:
+        return self.tune(task, batches, {})
+
+    def tune(self, task: Task, batches: Batches, starts: Mapping[str, Coded]) -> list[Record]:
+        """Train; the weights that `starts` names keep the codes they have there."""
         once = cache(batches)
         self._check(task)
         data = once() if self.train is None else self.train(task)
@@ -72,7 +78,7 @@ class FineTune(Step):
         linears = task.linears() if self.weight is not None else {}
         start = time.perf_counter()
         with _restored(task), ExitStack() as stack:
-            self.install(task, linears)
+            self.install(task, linears, starts)
             watch = None if self.penalty is None else stack.enter_context(self.penalty.watch(task))
 
             def plain(batch: Batch) -> Float[Tensor, ""]:
@@ -103,32 +109,26 @@ class FineTune(Step):
                 assert isinstance(quantizer, FakeQuant)
                 quantizer.freeze()
             seconds = (time.perf_counter() - start) / max(len(linears), 1)
-            return [self._record(name, linear, seconds) for name, linear in linears.items()]
+            if self.weight is None:
+                return []
+            return [record(n, linear, self.weight, seconds) for n, linear in linears.items()]
 
-    def install(self, task: Task, linears: dict[str, nn.Linear]) -> None:
+    def install(
+        self,
+        task: Task,
+        linears: Mapping[str, nn.Linear],
+        starts: Mapping[str, Coded] = MappingProxyType({}),
+    ) -> None:
         """Round these weights, and whatever activation quantizers there are, so that they train."""
         formula = Formula(self.rounding, self.clamp)
         self.trained.prepare(linears.values())
-        for linear in linears.values():
+        for name, linear in linears.items():
             assert self.weight is not None
-            put(linear, self.scale, self.weight, formula)
+            rule = KnownCodes(starts[name]) if name in starts else self.scale
+            put(linear, rule, self.weight, formula)
         for quantizer in task.quantizers.values():
             assert isinstance(quantizer, FakeQuant)
             quantizer.learn(formula, self.trained.offsets)
-
-    @torch.no_grad()
-    def _record(self, name: str, linear: nn.Linear, seconds: float) -> Record:
-        """Errors are shares of the trained weight, what rounding to nearest would leave beside what
-        the trained scales leave: the weight that training started from is no measure any more."""
-        assert self.weight is not None
-        weight = behind(linear).float()
-        packed = bake(linear)
-        scale = max(error(weight, None), torch.finfo(torch.float32).tiny)
-        finite(name, linear)
-        before = error(self.weight(weight) - weight, None) / scale
-        after = error(packed.dequantize() - weight, None) / scale
-        rows, columns = packed.shape
-        return Record(name, rows, columns, packed.bits(), before, after, 0.0, seconds, packed)
 
     def _check(self, task: Task) -> None:
         """UserError, before any work, for what cannot be trained."""
@@ -147,6 +147,20 @@ class FineTune(Step):
                 self.weight.check(linear.out_features, linear.in_features)
             except UserError as reason:
                 raise UserError(f"{name}: {reason}") from reason
+
+
+@torch.no_grad()
+def record(name: str, linear: nn.Linear, grid: Grid, seconds: float) -> Record:
+    """Bake a trained weight. Errors are shares of that weight, what rounding to nearest would leave
+    beside what its trained scales leave: what training started from is no measure any more."""
+    weight = behind(linear).float()
+    packed = bake(linear)
+    finite(name, linear)
+    scale = max(error(weight, None), torch.finfo(torch.float32).tiny)
+    before = error(grid(weight) - weight, None) / scale
+    after = error(packed.dequantize() - weight, None) / scale
+    rows, columns = packed.shape
+    return Record(name, rows, columns, packed.bits(), before, after, 0.0, seconds, packed)
 
 
 @contextmanager

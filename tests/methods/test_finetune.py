@@ -82,3 +82,12 @@ def test_it_learns_and_reloads_to_the_same_number(tmp_path, overrides):
     assert again[PPL] == first[PPL]
     left = {path.name for path in (tmp_path / "first").iterdir()}
     assert not any(name.startswith(("training-", "lightning")) for name in left)
+
+
+def test_efficient_qat_trains_blocks_then_scales(tmp_path):
+    small = [key for key in SMALL if not key.startswith("method.")]
+    small += ["method=efficient_qat", "weight.bits=2", "weight.group_size=32"]
+    first = run(tmp_path / "first", small=small)
+    reload = ["model=from_run", f"run={tmp_path / 'first'}"]
+    assert run(tmp_path / "again", *reload, small=["progress=false"])[PPL] == first[PPL]
+    assert first["weight/bits"] == 2 + (16 + 2) / 32

@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from training import METHOD, SMOKE, STATIC, task_of, weights
 
 from qexp.activations import Quantized
+from qexp.fused import Formula
 from qexp.grid import IntGrid
 from qexp.learned import LSQ, Dynamic, FixedCodes, fake
 from qexp.losses import Penalty, Watch
+from qexp.methods.efficient import BlockPhase
+from qexp.methods.finetune import record
 from qexp.optimizer import AdamW
 from qexp.placement import AllOps, LinearInputs
 from qexp.solvers.rtn import RTN
@@ -32,9 +35,9 @@ def test_the_model_is_left_plain(tmp_path, monkeypatch):
     assert task.model.config.use_cache == cached
     assert [name for name in task.state_dict() if "quantizers" not in name] == names
     assert not any(list(q.parameters()) for q in task.quantizers.values())
-    for record, (name, linear) in zip(records, task.linears().items(), strict=True):
-        assert record.name == name and type(linear) is nn.Linear
-        assert torch.equal(record.packed.dequantize(), linear.weight)
+    for made, (name, linear) in zip(records, task.linears().items(), strict=True):
+        assert made.name == name and type(linear) is nn.Linear
+        assert torch.equal(made.packed.dequantize(), linear.weight)
     assert not list(tmp_path.iterdir())
 
 
@@ -59,7 +62,7 @@ def test_baked_weights_are_those_that_trained(grid, scale):
         optimizer.zero_grad()
     live = {name: linear.weight.detach() for name, linear in task.linears().items()}
     for name, linear in task.linears().items():
-        method._record(name, linear, 0.0)
+        record(name, linear, grid, 0.0)
         assert torch.equal(linear.weight, live[name])
 
 
@@ -70,10 +73,10 @@ def test_fixed_codes_are_those_of_rounding_to_nearest():
     trained = Trained(weights=False, norms=False)
     method = replace(METHOD, weight=grid, scale=FixedCodes(), trained=trained)
     records = replace(method, optimizer=AdamW(scales=1e-2))(task, lambda: data)
-    for record in records:
-        nearest = RTN(grid)(floats[record.name], None).packed
-        assert torch.equal(record.packed.codes, nearest.codes)
-        assert not torch.equal(record.packed.scale, nearest.scale)
+    for made in records:
+        nearest = RTN(grid)(floats[made.name], None).packed
+        assert torch.equal(made.packed.codes, nearest.codes)
+        assert not torch.equal(made.packed.scale, nearest.scale)
 
 
 @pytest.mark.parametrize(
@@ -180,3 +183,23 @@ def test_lsq_starts_where_the_paper_does():
     weight = linear.parametrizations.weight.original
     expected = 2 * weight.abs().mean(1, keepdim=True) / math.sqrt(7)
     torch.testing.assert_close(fake(linear).scale, expected)
+
+
+def test_blocks_trained_one_by_one_are_nearer_to_the_float_model():
+    """EfficientQAT's first phase against the same rule without a step."""
+    data = [{"input_ids": torch.cat([batch["input_ids"] for batch in batches("llama", 4)])}]
+    grid = IntGrid(2, group_size=16)
+
+    def distance(rate: float) -> float:
+        exact, task = task_of(), task_of()
+        optimizer = AdamW(rate, rate, rate)
+        phase = BlockPhase(grid, Formula(), LSQ("range", offset=True), optimizer, epochs=20)
+        made = phase(task, data)
+        assert len(made) == len(task.linears())
+        for one, (name, linear) in zip(made, task.linears().items(), strict=True):
+            assert one.name == name and torch.equal(one.packed.dequantize(), linear.weight)
+        with torch.no_grad():
+            gap = task.encode(data[0]) - exact.encode(data[0])
+        return float(gap.square().mean())
+
+    assert distance(1e-3) < 0.7 * distance(0.0)

@@ -1,0 +1,118 @@
+"""EfficientQAT (2407.11062): one block after another, then the scales of all together."""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qexp.errors import UserError
+from qexp.fused import Formula
+from qexp.grid import Grid
+from qexp.learned import ScaleRule, fake, put
+from qexp.methods.finetune import FineTune, record
+from qexp.methods.step import Batches, Record, Step
+from qexp.optimizer import AdamW
+from qexp.packed import Coded
+from qexp.progress import bar
+from qexp.task import Batch, Task
+from qexp.transforms.descent import run
+from qexp.walk import Block, walk
+
+
+@dataclass(frozen=True)
+class BlockPhase:
+    """Block-AP: weights, scales and zero points of a block trained so that, on what the quantized
+    blocks before it give, it makes what the float block makes of what float blocks give (mean
+    square error). sequences: of a step. epochs: passes over the data.
+    """
+
+    weight: Grid
+    formula: Formula
+    scale: ScaleRule
+    optimizer: AdamW
+    epochs: int = 2
+    sequences: int = 2
+    seed: int = 0
+
+    def __call__(self, task: Task, batches: Sequence[Batch]) -> list[Record]:
+        records: list[Record] = []
+        exact: list[Tensor] = []
+        for block in walk(task, batches, self.sequences):
+            with torch.no_grad():
+                exact = [run(block, n, hidden) for n, hidden in enumerate(exact or block.inputs)]
+            start = time.perf_counter()
+            self._train(block, exact)
+            seconds = (time.perf_counter() - start) / len(block.linears)
+            records += [
+                record(f"{block.name}.{name}", linear, self.weight, seconds)
+                for name, linear in block.linears.items()
+            ]
+        return records
+
+    def _train(self, block: Block, targets: Sequence[Tensor]) -> None:
+        for linear in block.linears.values():
+            put(linear, self.scale, self.weight, self.formula)
+        steps = self.epochs * len(targets)
+        parameters = self._parameters(block)
+        optimizer = self.optimizer.optimizer(parameters)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        generator = torch.Generator().manual_seed(self.seed + block.index)
+        order: list[int] = []
+        for step in bar(range(steps), block.name):
+            order = order or torch.randperm(len(targets), generator=generator).tolist()
+            piece = order.pop()
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * self.optimizer.factor(step, steps)
+            with torch.enable_grad():
+                output = run(block, piece, block.inputs[piece].detach())
+                loss = (output.float() - targets[piece].float()).square().mean()
+                if not loss.isfinite():
+                    raise UserError(
+                        f"{block.name}: step {step} of its training: the loss is not finite; lower "
+                        "method.blocks.optimizer's rates."
+                    )
+                optimizer.zero_grad()
+                loss.backward()
+            limit = math.inf if self.optimizer.clip is None else self.optimizer.clip
+            torch.nn.utils.clip_grad_norm_([p for g in parameters.values() for p in g], limit)
+            optimizer.step()
+        for parameter in block.module.parameters():
+            parameter.grad = None
+
+    def _parameters(self, block: Block) -> Mapping[str, list[torch.nn.Parameter]]:
+        fakes = [fake(linear) for linear in block.linears.values()]
+        moves = {p: p.requires_grad for made in fakes for p in made.parameters()}
+        own = {id(p) for p in moves}
+        named = [(name, p) for made in fakes for name, p in made.named_parameters() if moves[p]]
+        chosen = {
+            "scales": [p for name, p in named if name == "scale"],
+            "offsets": [p for name, p in named if name == "zero"],
+            "weights": [p for p in block.module.parameters() if id(p) not in own],
+        }
+        for parameter in chosen["weights"]:
+            parameter.requires_grad_(True)
+        return chosen
+
+
+@dataclass(frozen=True)
+class EfficientQAT(Step):
+    """The block phase, then `end` with the codes fixed."""
+
+    blocks: BlockPhase
+    end: FineTune
+
+    @property
+    def activations(self) -> Sequence[object]:
+        return self.end.activations
+
+    def __call__(self, task: Task, batches: Batches) -> list[Record]:
+        data = batches() if self.end.train is None else self.end.train(task)
+        flags = {name: parameter.requires_grad for name, parameter in task.named_parameters()}
+        records = self.blocks(task, data)
+        for name, parameter in task.named_parameters():
+            parameter.requires_grad_(flags[name])
+        starts = {made.name: made.packed for made in records if isinstance(made.packed, Coded)}
+        return self.end.tune(task, lambda: data, starts)
