@@ -73,9 +73,15 @@ class Wandb(Logger):
             mode=None if os.environ.get("WANDB_MODE") else "offline",
             reinit="finish_previous",
         )
+
+        def log(metrics: Mapping[str, float]) -> None:
+            run.log(dict(metrics))
+            for text in folder.glob("*.md"):  # what evaluators left to be read
+                run.save(str(text), base_path=str(folder), policy="now")
+
         code = 1
         try:
-            yield lambda metrics: run.log(dict(metrics))
+            yield log
             code = 0
         finally:
             run.finish(exit_code=code)
