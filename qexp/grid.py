@@ -141,11 +141,11 @@ class Grid(ABC):
     def stored(self, scale: Float[Tensor, "*rows each"]) -> Float[Tensor, "*rows each"]:
         """The scale as storage keeps it; rounding must use that one, or reloading changes values.
 
-        A scale that underflows to zero there becomes the smallest that does not.
-        """
+        A scale that underflows to zero there becomes the smallest that does not. Gradients pass
+        straight through: a cast would cast them too, and overflow."""
         limits = torch.finfo(self.stored_dtype)
-        kept = scale.clamp(limits.smallest_normal, limits.max).to(self.stored_dtype)
-        return kept.to(scale.dtype)
+        kept = scale.detach().clamp(limits.smallest_normal, limits.max).to(self.stored_dtype)
+        return kept.to(scale.dtype) + (scale - scale.detach())
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,14 @@ def test_theta_has_the_gradient_of_the_papers_formula():
     torch.testing.assert_close(alpha.grad, expected.detach(), rtol=1e-4, atol=1e-4)
 
 
+def test_a_steep_loss_does_not_overflow_in_the_scales_dtype():
+    grid = IntGrid(8, symmetric=True, scale_dtype="float16")
+    theta = torch.zeros(6, requires_grad=True)
+    x = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    (1e9 * grid(x * theta.exp(), Straight()).square().sum()).backward()
+    assert theta.grad is not None and theta.grad.isfinite().all()
+
+
 def test_a_block_that_gains_nothing_keeps_alpha_at_one():
     task, batch = task_of("llama"), joined("llama")
     before = {name: tensor.clone() for name, tensor in task.state_dict().items()}
