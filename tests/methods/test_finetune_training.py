@@ -144,3 +144,18 @@ def test_the_rate_rises_then_falls_as_a_cosine():
     assert rates[:10] == sorted(rates[:10]) and rates[0] > 0 and rates[10] == 1
     assert rates[55] == pytest.approx(0.6) and rates[100] == pytest.approx(0.2)
     assert rates[77] == pytest.approx(0.2 + 0.8 * (1 + math.cos(math.pi * 67 / 90)) / 2)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one():
+    """Data-parallel on the CPU: each takes half of every step's sequences."""
+    data, made = batches("llama", rows=4), []
+    for trainer in (
+        Trainer(steps=2, sequences=4, every=1),
+        Trainer(steps=2, sequences=2, every=1, strategy="ddp_fork", devices=2),
+    ):
+        task = task_of()
+        replace(METHOD, weight=None, trainer=trainer)(task, lambda: data)
+        made.append(weights(task))
+    for name, tensor in made[0].items():
+        torch.testing.assert_close(made[1][name], tensor, atol=2e-5, rtol=1e-3)
