@@ -46,8 +46,7 @@ class Channels:
 
     def spread(self, x: Float[Tensor, " channels"]) -> Float[Tensor, " columns"]:
         """From channels of the source to columns of the linears."""
-        parts = x.reshape(self.heads, 1, -1)
-        return parts.expand(-1, self.repeats, -1).flatten()
+        return x.reshape(self.heads, 1, -1).expand(-1, self.repeats, -1).flatten()
 
     def gather(self, x: Float[Tensor, " columns"]) -> Float[Tensor, " channels"]:
         """From columns to channels: the largest of those that share one."""
@@ -221,11 +220,7 @@ def _channels(task: Task, index: int, group: Group) -> Channels:
     arch, block = task.arch, task.blocks[index]
     assert group.source is not None
     source = block.get_submodule(group.source)
-    linears = []
-    for name in group.linears:
-        linear = block.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        linears.append(linear)
+    linears = [m for m in map(block.get_submodule, group.linears) if isinstance(m, nn.Linear)]
     norm = group.source in arch.norms
     heads = repeats = 1
     if isinstance(source, nn.Linear) and source.out_features != linears[0].in_features:

@@ -51,7 +51,7 @@ def test_scales_and_shifts_alone_change_no_logit(family):
     assert float((logits(task, batch) - expected).norm() / expected.norm()) < 0.1
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "qwen2", "gemma3", "gpt_neox", "vit"])
+@pytest.mark.parametrize("family", ["gpt2", "opt", "qwen2", "gemma3"])
 @pytest.mark.parametrize("sites", [None, NORMS, ALL])
 def test_rounding_costs_less_after(family, sites):
     batch = joined(family)
