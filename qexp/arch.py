@@ -32,7 +32,8 @@ class Arch:
     the final norm, None where the family has none. `pre_norm` says that each branch adds
     writer(… norm(x)) to the stream x with nothing behind the writer, so that norms can be folded
     and the stream rotated. `post_norm` says that norms stand behind the residual sums: what they
-    return is the stream itself, whose channels other branches read too. `unit_offset`: norms multiply by 1 + weight instead of weight.
+    return is the stream itself, whose channels other branches read too. `unit_offset`: norms
+    multiply by 1 + weight instead of weight.
     """
 
     blocks: str

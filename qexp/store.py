@@ -17,9 +17,7 @@ from qexp.partial import Partial
 from qexp.rotated import Rotated
 
 FILE = "weights.safetensors"
-FORMS: dict[str, type[Packed]] = {
-    form.__name__: form for form in (Coded, Binary, Partial, Rotated)
-}
+FORMS: dict[str, type[Packed]] = {form.__name__: form for form in (Coded, Binary, Partial, Rotated)}
 
 
 def save(folder: Path, weights: Mapping[str, Packed], others: Mapping[str, Tensor]) -> None:
