@@ -16,11 +16,11 @@ from qexp import cli, resolvers
 from qexp.activations import quantize_activations
 from qexp.build import build
 from qexp.hessian import second_moment
+from qexp.hessian.output import through_tokens
 from qexp.methods.finetune import FineTune
 from qexp.methods.step import Step
 from qexp.models.source import Source
 from qexp.offload import place
-from qexp.output_hessian import through_tokens
 from qexp.provenance import peak_rss
 from qexp.task import TASKS, Batch, Task
 from qexp.walk import walk

@@ -5,12 +5,12 @@ import torch
 from conftest import batches
 from test_walk import joined, task_of
 
-from qexp import output_hessian
 from qexp.errors import UserError
 from qexp.grid import IntGrid
 from qexp.hessian import Layerwise, second_moment
+from qexp.hessian import output as output_hessian
+from qexp.hessian.output import OutputAdaptive, TokenWeighted, through_tokens
 from qexp.methods.blockwise import Blockwise
-from qexp.output_hessian import OutputAdaptive, TokenWeighted, through_tokens
 from qexp.solvers import GPTQ
 from qexp.walk import walk
 

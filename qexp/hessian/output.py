@@ -17,7 +17,7 @@ from torch import Tensor
 from qexp.backward import frozen, watching
 from qexp.cache import Cache, sources
 from qexp.errors import UserError
-from qexp.hessian import Hessian, Solve, add_symmetric, mirrored
+from qexp.hessian.layerwise import Hessian, Solve, add_symmetric, mirrored
 from qexp.progress import bar
 from qexp.walk import Block
 
@@ -123,7 +123,9 @@ class FromGradients(Hessian):
             **fields,
             "content": block.origin,
             "block": index,
-            "code": sources("qexp.output_hessian", "qexp.walk", "qexp.task", "qexp.hessian"),
+            "code": sources(
+                "qexp.hessian.output", "qexp.walk", "qexp.task", "qexp.hessian.layerwise"
+            ),
         }
 
     def _measure(self, block: Block, covered: range) -> dict[str, Float[Tensor, "_ _"]]:
