@@ -1,12 +1,15 @@
 """Files that are whole or absent."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from qexp.errors import UserError
+
+LOCK = ".lock"
 
 
 @contextmanager
@@ -45,6 +48,46 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that becomes `path`, absent or empty until then, when the
+    block ends well."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise _refused(path, error.strerror) from error
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())  # mkdtemp made it private
+        os.replace(temporary, path)
+    except OSError as error:
+        raise _refused(path, error.strerror) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def locked(folder: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold a folder against other processes. False, without it, if another has it and `wait` is not
+    set. However a process ends, what it held is free."""
+    from filelock import FileLock, Timeout  # a tenth of a second that --help need not wait
+
+    lock = FileLock(folder / LOCK)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=wait, poll_interval=0.2)
+    except Timeout:
+        yield False
+        return
+    except OSError as error:
+        raise _refused(folder, error.strerror) from error
+    try:
+        yield True
+    finally:
+        lock.release()
 
 
 def _refused(path: Path, reason: str | None) -> UserError:

@@ -1,7 +1,7 @@
 """Normalize at the door: every linear map of a loaded model is an nn.Linear."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -34,3 +34,15 @@ def _linear(conv: Conv1D, weights: dict[int, nn.Parameter]) -> nn.Linear:
         linear = nn.Linear(columns, rows)
     linear.weight, linear.bias = weights[id(conv.weight)], conv.bias
     return linear.train(conv.training)
+
+
+def published(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The state dict as `save_pretrained` of the untouched family has it: `linearize` undone."""
+    with torch.device("meta"):
+        family = dict(type(model)(model.config).named_modules())
+    return {
+        name: tensor.T.contiguous()
+        if name.endswith(".weight") and isinstance(family.get(name[: -len(".weight")]), Conv1D)
+        else tensor
+        for name, tensor in model.state_dict().items()
+    }

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from qexp.data import crops
+from qexp.data import crops, labelled
 from qexp.data.corpus import Corpus
 from qexp.data.tokens import check_length, running
 from qexp.errors import UserError
@@ -61,7 +61,9 @@ class Calibration(Recipe):
 
     `split`: null is the corpus's own calibration split. `join`: null takes the running text as it
     stands, else the documents are joined by it. `bos`: `none` or `start` (what the tokenizer itself
-    puts before a text). `sampling`: a key of SAMPLINGS. Image models get `sequences` images.
+    puts before a text). `sampling`: a key of SAMPLINGS; with `shuffled`, `share` of the windows
+    that there are instead of `sequences` of them. Classifiers get so many labelled rows instead:
+    the first of the split, or with any other sampling some drawn by `seed`.
     """
 
     corpus: Corpus
@@ -72,6 +74,7 @@ class Calibration(Recipe):
     sequences: int = 32
     length: int = 512
     seed: int = 0
+    share: float | int | None = None
 
     def __post_init__(self) -> None:
         for key, value, known in (
@@ -83,37 +86,41 @@ class Calibration(Recipe):
         for key, number, least in (("sequences", self.sequences, 1), ("length", self.length, 2)):
             if number < least:
                 raise UserError(f"calibration.{key}: {number} must be at least {least}")
+        if self.share is not None and not (self.sampling == "shuffled" and 0 < self.share <= 1):
+            raise UserError(
+                f"calibration.share: {self.share} must lie in (0, 1], with sampling=shuffled"
+            )
 
     def __call__(self, task: Task) -> list[Batch]:
         return [BATCHES[task.objective](self, task)]
 
     def definition(self) -> dict[str, Any]:
-        split = self._split()
+        split = self.chosen_split()
         settings = {key: value for key, value in vars(self).items() if key != "corpus"}
         content = {"name": self.corpus.name, "sha256": self.corpus.fingerprint(split)}
         return {**settings, "split": split, "corpus": content}
 
     def files(self) -> list[Path]:
-        return self.corpus.files(self._split())
+        return self.corpus.files(self.chosen_split())
 
     def windows(self, task: Task, length: int) -> Int64[Tensor, "sequences length"]:
         """The token ids. Fewer than asked where the text is short (logged); none is an error."""
         check_length(task.model, self.length, "calibration.length")
         windows = SAMPLINGS[self.sampling](self, task, length)
-        found, text = len(windows), f"the {self._split()} split of {self.corpus.name}"
+        found, text = len(windows), f"the {self.chosen_split()} split of {self.corpus.name}"
         if found == 0:
             raise UserError(
                 f"calibration.length: {text} is shorter than one window of {length} tokens; "
                 "choose a smaller length or another text"
             )
-        if found < self.sequences:
+        if self.share is None and found < self.sequences:
             log.warning(
                 "calibration.sequences=%d: %s gives only %d windows of %d tokens; using these",
                 *(self.sequences, text, found, length),
             )
         return windows
 
-    def _split(self) -> str:
+    def chosen_split(self) -> str:
         return self.split or self.corpus.calibration_split
 
     def _running(self, task: Task, length: int) -> Int64[Tensor, " tokens"]:
@@ -121,7 +128,7 @@ class Calibration(Recipe):
             task.model,
             task.tokenizer,
             self.corpus,
-            self._split(),
+            self.chosen_split(),
             self.join,
             special=self.bos == "start",
             enough=self.sequences * length + 1,
@@ -133,13 +140,23 @@ class Calibration(Recipe):
                 f"calibration.sampling: {self.sampling} needs a tokenizer and this model has none; "
                 "choose sampling=first"
             )
-        documents = self.corpus.documents(self._split())
+        documents = self.corpus.documents(self.chosen_split())
         special = self.bos == "start"
         return draw(task.tokenizer, documents, length, self.sequences, self.seed, special)
 
 
 def _first(recipe: Calibration, task: Task, length: int) -> Tensor:
     return crops.consecutive(recipe._running(task, length), length, recipe.sequences)
+
+
+def _shuffled(recipe: Calibration, task: Task, length: int) -> Tensor:
+    ids = recipe._running(task, length)
+    windows = crops.consecutive(ids, length, len(ids))
+    count = recipe.sequences
+    if recipe.share is not None:
+        count = max(round(recipe.share * len(windows)), 1)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    return windows[torch.randperm(len(windows), generator=generator)[:count]]
 
 
 def _random_windows(recipe: Calibration, task: Task, length: int) -> Tensor:
@@ -157,6 +174,7 @@ def _short_documents(recipe: Calibration, task: Task, length: int) -> Tensor:
 
 SAMPLINGS: dict[str, Callable[[Calibration, Task, int], Tensor]] = {
     "first": _first,
+    "shuffled": _shuffled,
     "random_windows": _random_windows,
     "random_documents": _random_documents,
     "short_documents": _short_documents,
@@ -191,15 +209,8 @@ def _masked(recipe: Calibration, task: Task) -> Batch:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-def _images(recipe: Calibration, task: Task) -> Batch:
-    config = task.model.config
-    shape = (recipe.sequences, config.num_channels, config.image_size, config.image_size)
-    pixels, labels = recipe.corpus.images(recipe._split(), shape, config.num_labels)
-    return {"pixel_values": pixels, "labels": labels}
-
-
 BATCHES: dict[str, Callable[[Calibration, Task], Batch]] = {
     "causal_lm": _causal,
     "masked_lm": _masked,
-    "image_classification": _images,
+    **labelled.BATCHES,
 }

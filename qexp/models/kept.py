@@ -3,9 +3,7 @@
 import hashlib
 import json
 import logging
-import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import transformers
 from filelock import FileLock
 
 from qexp.cache import default_folder
+from qexp.files import atomic_folder
 from qexp.models.pretrained import pretrained, tokenizer_of
 from qexp.models.source import Loaded, Source, sha256
 
@@ -46,20 +45,16 @@ def kept(source: Source, convert: Callable[[], Loaded]) -> Loaded:
 
 
 def _keep(loaded: Loaded, folder: Path) -> None:
-    """Under another name first: the folder is whole or absent."""
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        loaded.model.save_pretrained(temporary)
-        if loaded.tokenizer is not None:
-            loaded.tokenizer.save_pretrained(temporary)
-        sums = {path.name: sha256(path) for path in temporary.iterdir()}
-        (temporary / SUMS).write_text(json.dumps(sums))
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
+        with atomic_folder(folder) as temporary:
+            loaded.model.save_pretrained(temporary)
+            if loaded.tokenizer is not None:
+                loaded.tokenizer.save_pretrained(temporary)
+            sums = {path.name: sha256(path) for path in temporary.iterdir()}
+            (temporary / SUMS).write_text(json.dumps(sums))
+            shutil.rmtree(folder, ignore_errors=True)
     except Exception as error:  # a full disk has a different exception in every writer
         log.warning("%s was not written (%s): going on without it", folder, error)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _whole(folder: Path) -> bool:

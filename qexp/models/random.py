@@ -15,7 +15,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from qexp.data.tokens import fingerprint
 from qexp.errors import UserError
+from qexp.models.pretrained import tokenizer_of
 from qexp.models.source import AUTO, DTYPES, Loaded, Source, check, ready
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "mask_token": "<mask>"}
@@ -25,12 +27,14 @@ SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "mask_
 class Random(Source):
     """A transformers config of `family` with `sizes`, initialized from `seed`.
 
-    Biases and norm weights get normal noise (std 0.1): at their usual zeros and ones a mistake
-    with them would stay unseen. Language models come with a tokenizer of the 256 bytes.
+    noise: the deviation of what is added to biases and norm weights: at their usual zeros and ones
+    a test's mistake with them would stay unseen. tokenizer: its folder; null takes the 256 bytes.
     """
 
     family: str
     sizes: dict[str, Any] = field(default_factory=dict)
+    noise: float | int = 0.1
+    tokenizer: str | None = None
     seed: int = 0
     dtype: str = "float32"
     objective: str = "causal_lm"
@@ -42,10 +46,8 @@ class Random(Source):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             model = AUTO[self.objective].from_config(self._config(), dtype=torch.float32)
-            _disturb(model)
-        images = self.objective == "image_classification"
-        tokenizer = None if images else byte_tokenizer()
-        return Loaded(ready(model.to(DTYPES[self.dtype])), tokenizer)
+            _disturb(model, self.noise)
+        return Loaded(ready(model.to(DTYPES[self.dtype])), self._tokenizer())
 
     def fingerprint(self) -> dict[str, str]:
         loaded = self.load()
@@ -53,11 +55,27 @@ class Random(Source):
         for name, tensor in loaded.model.state_dict().items():
             digest.update(name.encode())
             digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-        tokenizer = "none" if loaded.tokenizer is None else "bytes"
-        return {"weights": digest.hexdigest(), "tokenizer": tokenizer, "dtype": self.dtype}
+        rules = "none" if loaded.tokenizer is None else fingerprint(loaded.tokenizer)
+        return {"weights": digest.hexdigest(), "tokenizer": rules, "dtype": self.dtype}
 
     def files(self) -> list[Path]:
-        return []
+        if self.tokenizer is None:
+            return []
+        folder = Path(self.tokenizer).expanduser()
+        if not folder.is_dir():
+            raise UserError(f"model.tokenizer: {folder} is no folder; give one with vocab.json")
+        return sorted(path for path in folder.iterdir() if path.is_file())
+
+    def _tokenizer(self) -> PreTrainedTokenizerBase | None:
+        if self.objective == "image_classification":
+            return None
+        if self.tokenizer is None:
+            return byte_tokenizer()
+        name = f"model.tokenizer: {self.tokenizer}"
+        # The folder may hold a vocabulary and nothing that names its kind: that is the family's.
+        options = {"config": self._config(), "local_files_only": True}
+        folder = str(Path(self.tokenizer).expanduser())
+        return tokenizer_of(folder, name, self, **options)
 
     def _config(self) -> PreTrainedConfig:
         try:
@@ -71,10 +89,10 @@ class Random(Source):
         return AutoConfig.for_model(self.family, **self.sizes)
 
 
-def _disturb(model: PreTrainedModel) -> None:
+def _disturb(model: PreTrainedModel, noise: float) -> None:
     for parameter in model.parameters():
         if parameter.ndim == 1:
-            parameter.data += 0.1 * torch.randn_like(parameter)
+            parameter.data += noise * torch.randn_like(parameter)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import CONF, tiny
 from omegaconf import OmegaConf
+from torch import Tensor
 
 from qexp.data.calibration import Calibration, NoCalibration
 from qexp.data.corpus import Corpus
@@ -194,3 +195,21 @@ def test_the_definition_holds_the_content() -> None:
     one, other = (recipe("first", Synthetic(seed)).definition() for seed in (0, 1))
     assert one["corpus"] != other["corpus"]
     assert one["split"] == "train" and one["sequences"] == 32
+
+
+def test_shuffled_windows_are_all_of_the_text_or_a_share(caplog: pytest.LogCaptureFixture) -> None:
+    task, corpus = task_of("llama"), PythonDocs()
+
+    def windows(**fields: object) -> Tensor:
+        made = Calibration(corpus, "train", "shuffled", **fields)
+        return made(task)[0]["input_ids"]
+
+    whole, tenth, other = windows(share=1.0), windows(share=0.1), windows(share=0.1, seed=1)
+    ids = encode(task.tokenizer, corpus.text("train"))
+    count = len(ids) // 512
+    assert whole.shape == (count, 512) and len(tenth) == round(count / 10)
+    assert sorted(whole.tolist()) == sorted(ids[: count * 512].reshape(count, 512).tolist())
+    assert torch.equal(tenth, whole[: len(tenth)]) and not torch.equal(tenth, other)
+    assert not caplog.records and torch.equal(windows(sequences=3), whole[:3])
+    with pytest.raises(UserError, match="sampling=shuffled"):
+        Calibration(corpus, share=0.5)
