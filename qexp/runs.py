@@ -1,7 +1,9 @@
 """Finished runs, as their folders tell them."""
 
+import csv
 import json
 import math
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +11,15 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from qexp import results
+from qexp import resolvers, results
 from qexp.errors import UserError
+from qexp.signature import UNSIGNED
 
-# overrides that a column of the table shows already, or that no number depends on
+# overrides that a name of the plot shows already
 SHOWN = ("model", "data", "method", "weight", "activation", "experiment", "eval")
-UNSEEN = ("logger", "progress", "threads", "save_weights", "optimize", "label", "hydra")
+GRID = ("weight.bits", "weight.group_size", "weight.symmetric")
+NOT_SETTINGS = (*UNSIGNED, "experiment", "local", "eval")  # what was measured is a column
+HIGHER = ("acc", "acc_norm", "exact_match", "f1", "mcc", "agreement", "agreed_tokens", "identical")
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,16 @@ class Column:
         """What stands above the column."""
         return f"{self.name} [{self.digest}]" if self.digest else self.name
 
+    @property
+    def higher(self) -> bool:
+        """Whether more is better."""
+        return self.name.rpartition("/")[2] in HIGHER
+
+    @property
+    def is_perplexity(self) -> bool:
+        """Whether its logarithm is what varies evenly."""
+        return self.name.endswith("/ppl")
+
 
 @dataclass(frozen=True)
 class Run:
@@ -37,6 +52,7 @@ class Run:
     folder: Path
     choices: dict[str, str]  # group → option
     config: dict[str, Any]
+    leaves: dict[str, Any]  # dotted key → value as written, interpolations not followed
     overrides: tuple[str, ...]
     metrics: dict[str, float]
     provenance: dict[str, Any]
@@ -47,6 +63,41 @@ class Run:
         groups = ("method", "activation", "kv", "transform")
         untouched = all(self.choices.get(group, "none") == "none" for group in groups)
         return untouched and self.choices.get("model") != "from_run"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Choices of groups, then single keys: what can make two runs different."""
+        kept = {
+            key: choice
+            for key, choice in self.choices.items()
+            if not key.startswith("hydra/") and "@eval" not in key and _top(key) not in NOT_SETTINGS
+        }
+        return kept | self.leaves
+
+    def label(self, key: str) -> str:
+        """A choice or a value as a table shows it; empty where the run has no such key."""
+        if _top(key) == "weight" and not self.uses_grid:
+            return ""
+        value = self.choices.get(key)
+        if value is None:
+            value = OmegaConf.select(OmegaConf.create(self.config), key)
+        if isinstance(value, dict) or OmegaConf.is_config(value):
+            return json.dumps(OmegaConf.to_container(value)) if value else ""
+        return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+    @property
+    def command(self) -> str:
+        """What makes this run again."""
+        return shlex.join(["qexp", *self.overrides])
+
+    @property
+    def layers(self) -> list[dict[str, str]]:
+        """The lines of `layers.csv`, none where the run quantized nothing."""
+        try:
+            with (self.folder / results.LAYERS).open(newline="", encoding="utf-8") as file:
+                return list(csv.DictReader(file))
+        except OSError:
+            return []
 
     @property
     def columns(self) -> list[Column]:
@@ -63,10 +114,15 @@ class Run:
         ]
 
     @property
+    def uses_grid(self) -> bool:
+        """Whether anything in it refers to `weight`; a method may have a grid of its own."""
+        return any("${weight" in str(value) for value in self.leaves.values())
+
+    @property
     def weight(self) -> str:
-        """The weight grid as it was asked for."""
-        if self.is_float:
-            return "float"
+        """The weight grid as it was asked for, empty where it is not used."""
+        if not self.uses_grid:
+            return "float" if self.is_float else ""
         grid = self.config.get("weight") or {}
         parts = [self.choices.get("weight", "?")]
         if "bits" in grid:
@@ -83,8 +139,7 @@ class Run:
         kept = []
         for override in self.overrides:
             key = override.lstrip("+~").partition("=")[0]
-            grid = key in ("weight.bits", "weight.group_size", "weight.symmetric")
-            if key not in SHOWN and key.partition(".")[0] not in UNSEEN and not grid:
+            if key not in (*SHOWN, *GRID) and _top(key) not in UNSIGNED:
                 kept.append(override)
         return " ".join(kept)
 
@@ -117,6 +172,7 @@ def load(folder: Path) -> Run:
         settings = OmegaConf.load(folder / ".hydra" / "hydra.yaml")
         choices = OmegaConf.select(settings, "hydra.runtime.choices") or {}
         overrides = OmegaConf.load(folder / ".hydra" / "overrides.yaml")
+        resolvers.register()
         content: Any = OmegaConf.to_container(config, resolve=True)
     except Exception as error:  # yaml, OmegaConf and the file system each have their own
         raise UserError(f"{folder / '.hydra'}: cannot be read ({error})") from error
@@ -124,10 +180,21 @@ def load(folder: Path) -> Run:
         folder=folder,
         choices={str(key): str(value) for key, value in choices.items()},
         config=content,
+        leaves=flat(OmegaConf.to_container(config)),
         overrides=tuple(str(override) for override in overrides),
         metrics=results.metrics(folder),
         provenance=results.provenance(folder),
     )
+
+
+def flat(tree: Any, above: str = "") -> dict[str, Any]:
+    """Dotted key → value; lists are values. Keys that no number depends on are left out."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        full = f"{above}{key}"
+        if above or key not in NOT_SETTINGS:
+            leaves |= flat(value, f"{full}.") if isinstance(value, dict) else {full: value}
+    return leaves
 
 
 def collect(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
@@ -155,6 +222,10 @@ def _order(run: Run) -> tuple[Any, ...]:
     bits = run.metrics.get("weight/bits", math.inf)
     names = [run.choices.get(group, "") for group in ("model", "data", "activation", "method")]
     return (*names[:2], not run.is_float, *names[2:], -bits, str(run.folder))
+
+
+def _top(key: str) -> str:
+    return key.partition(".")[0].partition("/")[0].partition("@")[0]
 
 
 def _reason(folder: Path) -> str:

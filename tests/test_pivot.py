@@ -1,0 +1,130 @@
+"""Settings over their seeds, tables of them, and who is better than whom."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from qexp import comparison, pivot
+from qexp.errors import UserError
+from qexp.runs import Column, Run, flat
+
+PPL = Column("text/ppl", "12345678")
+
+
+def run(method: str, seed: int, ppl: float, finished: str = "", **fields: object) -> Run:
+    """A run without a folder; `digest` and `bits` are what they say, other fields are keys."""
+    digest, bits = str(fields.pop("digest", PPL.digest)), fields.pop("bits", 3)
+    config = {
+        "method": {"_target_": method, "grid": "" if method == "none" else "${weight}", **fields},
+        "weight": {"bits": bits},
+        "seed": seed,
+        "label": f"{method} {seed}",
+    }
+    return Run(
+        Path(f"{method}-{bits}-{seed}"),
+        {"model": "tiny", "method": method, "hydra/launcher": "basic", "logger": "csv"},
+        config,
+        flat(config),
+        (),
+        {"text/ppl": float(ppl), "weight/bits": float(str(bits))},
+        {"protocols": {"text": {"digest": digest}}, "finished": finished},
+    )
+
+
+def seeds(method: str, *ppl: float, **fields: object) -> list[Run]:
+    return [run(method, seed, value, **fields) for seed, value in enumerate(ppl)]
+
+
+def test_seeds_are_averaged_and_nothing_else_is() -> None:
+    found = pivot.group([*seeds("gptq", 10, 11, 13), *seeds("gptq", 7, bits=4), *seeds("rtn", 20)])
+    spreads = [setting.spread(PPL) for setting in found]
+    assert [spread.count for spread in spreads] == [3, 1, 1]
+    assert spreads[0].mean == pytest.approx(34 / 3)
+    assert spreads[0].deviation == pytest.approx(math.sqrt(7 / 3))
+    assert math.isnan(spreads[1].deviation)
+    [whole] = pivot.group([*seeds("gptq", 1, damp=1), *seeds("gptq", 2, damp=2)], ["method.damp"])
+    assert whole.spread(PPL).values == {"1": 1, "2": 2}
+
+
+def test_a_seed_counts_once_and_the_latest_run_speaks_for_it() -> None:
+    old, new = run("gptq", 0, 10, finished="2026-01"), run("gptq", 0, 12, finished="2026-02")
+    [setting] = pivot.group([new, old])
+    assert setting.spread(PPL).values == {"0": 12}
+
+
+def test_definitions_do_not_mix() -> None:
+    other = Column(PPL.name, "another0")
+    [setting] = pivot.group([run("gptq", 0, 10), run("gptq", 1, 99, digest="another0")])
+    assert setting.spread(PPL).values == {"0": 10}
+    assert setting.spread(other).values == {"1": 99}
+    assert pivot.pivot([setting]).columns == (PPL, other)
+
+
+def test_only_keys_that_tell_settings_apart_are_shown() -> None:
+    runs = [
+        *seeds("gptq", 1, 2, damp=0.1),
+        *seeds("gptq", 3, damp=1.0),
+        *seeds("rtn", 4),
+        *seeds("rtn", 4, bits=2),
+    ]
+    assert pivot.differing(pivot.group(runs)) == ["method", "weight.bits", "method.damp"]
+    # another key of every run with that method tells nothing more
+    assert pivot.differing(pivot.group([*seeds("gptq", 1, damp=1), *seeds("rtn", 4)])) == ["method"]
+
+
+def test_rows_and_columns_are_chosen() -> None:
+    runs = [r for bits in (2, 3) for m in ("rtn", "gptq") for r in seeds(m, bits, bits=bits)]
+    table = pivot.pivot(pivot.group(runs), columns=["weight.bits"])
+    assert table.row_keys == ("method",)
+    assert table.places == (("2",), ("3",))
+    assert [row.labels for row in table.rows] == [("rtn",), ("gptq",)]
+    assert table.rows[1].cells["3",].spread(PPL).mean == 3
+    with pytest.raises(UserError, match=r"rtn would stand for several settings; add weight.bits"):
+        pivot.pivot(pivot.group(runs), rows=["method"])
+
+
+def test_the_best_is_among_equals() -> None:
+    runs = [
+        *seeds("none", 5),
+        *seeds("rtn", 20),
+        *seeds("gptq", 10),
+        *seeds("rtn", 6, bits=4),
+    ]
+    table = pivot.pivot(pivot.group(runs))
+    bold = comparison.best(table)
+    assert [s.label("method") for s in table.settings if (id(s), PPL) in bold] == ["gptq"]
+
+
+def test_a_difference_is_paired_over_seeds() -> None:
+    gptq, rtn = pivot.group([*seeds("gptq", 10, 21, 30.5), *seeds("rtn", 11, 22, 32, 99)])
+    moved = comparison.compare(gptq, rtn, PPL)
+    assert moved is not None and moved.count == 3
+    assert moved.mean == pytest.approx(-3.5 / 3)
+    # unpaired, the seeds' own spread of 10 would hide it; t of the logarithms by hand
+    logs = [math.log(10 / 11), math.log(21 / 22), math.log(30.5 / 32)]
+    mean = sum(logs) / 3
+    t = mean / math.sqrt(sum((x - mean) ** 2 for x in logs) / 2 / 3)
+    assert moved.p == pytest.approx(1 - abs(t) / math.sqrt(2 + t * t))  # of two degrees of freedom
+    one = comparison.compare(pivot.group(seeds("gptq", 10))[0], rtn, PPL)
+    assert one is not None and math.isnan(one.p)
+    other = pivot.group([run("gptq", 7, 1.0)])[0]
+    assert comparison.compare(other, rtn, PPL) is None
+
+
+def test_the_baseline_is_like_the_setting_in_all_else() -> None:
+    runs = [
+        *seeds("none", 5),
+        *seeds("rtn", 20),
+        *seeds("rtn", 8, bits=4),
+        *seeds("gptq", 10, damp=0.1),
+        *seeds("gptq", 9, damp=1.0),
+        *seeds("gptq", 6, bits=4, damp=1.0),
+    ]
+    settings = pivot.group(runs)
+    found = comparison.counterparts(settings, {"method": "rtn"})
+    ppl = {s.spread(PPL).mean: found[id(s)].spread(PPL).mean for s in settings if id(s) in found}
+    assert ppl == {10: 20, 9: 20, 6: 8}
+    assert len(comparison.counterparts(settings, {"method": "none"})) == 5
+    with pytest.raises(UserError, match="no run is so; there are gptq, none, rtn"):
+        comparison.counterparts(settings, {"method": "awq"})
