@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from transformers import PreTrainedModel
+from transformers import BertForSequenceClassification, PreTrainedModel
 
 from qexp.errors import UserError
 
@@ -192,4 +192,6 @@ def arch_of(model: PreTrainedModel) -> Arch:
         )
     if config.model_type == "opt" and not config.do_layer_norm_before:
         return OPT_POST_NORM
+    if isinstance(model, BertForSequenceClassification):
+        return replace(ARCHS["bert"], head="classifier")  # reads the pooler's output
     return ARCHS[config.model_type]

@@ -131,12 +131,37 @@ class MaskedLM(_WithLabels):
     objective = "masked_lm"
 
 
-class ImageClassifier(_WithLabels):
+class Classifier(_WithLabels):
+    """One class per row."""
+
+    def logits(self, batch: Batch) -> Float[Tensor, "rows classes"]:
+        inputs = {key: value.to(self.device) for key, value in batch.items() if key != "labels"}
+        logits: Tensor = self.model(**inputs).logits
+        return logits
+
+
+class SequenceClassifier(Classifier):
+    """Classes of texts, {"input_ids", "attention_mask", …, "labels"}, padded at their ends."""
+
+    objective = "sequence_classification"
+
+
+class ImageClassifier(Classifier):
     """Classes of {"pixel_values", "labels"}."""
 
     objective = "image_classification"
 
 
 TASKS: dict[str, type[Task]] = {
-    kind.objective: kind for kind in (CausalLM, MaskedLM, ImageClassifier)
+    kind.objective: kind for kind in (CausalLM, MaskedLM, SequenceClassifier, ImageClassifier)
 }
+
+
+def trimmed(batch: Batch) -> Batch:
+    """Without the columns in which every row is padding: the same losses, and what passes through
+    the model of a single row is its own tokens alone."""
+    mask = batch.get("attention_mask")
+    if mask is None or bool(mask[:, -1].any()):
+        return batch
+    length = int(mask.any(0).nonzero()[-1]) + 1
+    return {key: x[:, :length] if x.shape == mask.shape else x for key, x in batch.items()}

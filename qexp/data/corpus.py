@@ -4,6 +4,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -11,6 +12,14 @@ from torch import Tensor
 from qexp.errors import UserError
 
 SPLITS = ("train", "validation", "test")
+
+
+class Example(NamedTuple):
+    """A labelled text, or a labelled pair of texts."""
+
+    text: str
+    second: str | None
+    label: int
 
 
 class Corpus(ABC):
@@ -47,11 +56,20 @@ class Corpus(ABC):
             f"data.name: {self.name} is text and this model has no tokenizer; choose data=synthetic"
         )
 
+    def examples(self, split: str) -> list[Example]:
+        """The labelled rows, for classification."""
+        raise UserError(f"data.name: {self.name} has no labelled rows; choose data=sst2")
+
+    def total(self, split: str) -> int:
+        """How many labelled images there are."""
+        raise UserError(f"data.name: {self.name} has no images; choose data=cifar10")
+
     def images(
-        self, split: str, shape: Sequence[int], classes: int
+        self, split: str, shape: Sequence[int], classes: int, rows: Sequence[int]
     ) -> tuple[Float[Tensor, "images channels height width"], Int64[Tensor, " images"]]:
-        """Pixels of `shape` (images, channels, height, width) and labels below `classes`."""
-        raise UserError(f"data.name: {self.name} has no images; choose data=synthetic")
+        """The images of these numbers, in `shape` (channels, height, width) and as a model expects
+        them, and their labels, all below `classes`."""
+        raise UserError(f"data.name: {self.name} has no images; choose data=cifar10")
 
 
 def digest(texts: Sequence[str]) -> str:
@@ -64,7 +82,7 @@ def digest(texts: Sequence[str]) -> str:
     return found.hexdigest()
 
 
-def share(documents: list[str], part: tuple[float, float]) -> list[str]:
+def share(documents: list[Any], part: tuple[float, float]) -> list[Any]:
     """The documents from one fraction of the list to another: parts that meet never overlap."""
     start, stop = (round(fraction * len(documents)) for fraction in part)
     return documents[start:stop]

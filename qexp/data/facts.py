@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from qexp.data.corpus import Example
+
 WHOLE = (0.0, 1.0)
 FIRST, LAST = (0.0, 0.5), (0.5, 1.0)
 
@@ -22,7 +24,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Facts:
-    """A corpus. `revision` is a commit where one is known, else a branch."""
+    """A corpus. `revision` is a commit where one is known, else a branch. `example`: what a labelled
+    record says."""
 
     hub: str
     parts: dict[str, Part]
@@ -31,6 +34,7 @@ class Facts:
     record: Callable[[dict[str, Any]], str] = field(default=lambda record: record["text"])
     rows: Callable[[str], list[str]] = field(default=lambda text: [text])
     text: Callable[[list[str]], str] = "\n\n".join
+    example: Callable[[dict[str, Any]], Example] | None = None
     take: int | None = None  # the first documents of a hub split too large to fetch
 
 
@@ -79,6 +83,14 @@ def _halves(local: str | None, hub: str) -> dict[str, Part]:
         "train": Part(local, hub, local_share=FIRST, hub_share=FIRST),
         "test": Part(local, hub, local_share=LAST, hub_share=LAST),
     }
+
+
+def _sentence(record: dict[str, Any]) -> Example:
+    return Example(record["sentence"].strip(), None, int(record["label"]))
+
+
+def _pair(record: dict[str, Any]) -> Example:
+    return Example(record["sentence1"], record["sentence2"], int(record["label"]))
 
 
 WIKITEXT_COMMIT = "b08601e04326c79dfdd32d625aee71d232d685c3"
@@ -163,5 +175,26 @@ FACTS: dict[str, Facts] = {
     "pileval": Facts(
         "mit-han-lab/pile-val-backup",
         {**_halves(None, "validation"), "validation": Part(None, "validation")},
+    ),
+    "sst2": Facts(  # the hub's test split has no labels
+        "nyu-mll/glue",
+        {
+            "train": Part("glue/sst2_tsv/train_full.tsv", "train"),
+            "validation": Part("glue/sst2_tsv/dev.tsv", "validation"),
+            "test": Part("glue/sst2_tsv/test-labeled.tsv", "test"),
+        },
+        "sst2",
+        record=lambda record: record["sentence"].strip(),
+        example=_sentence,
+    ),
+    "rte": Facts(
+        "nyu-mll/glue",
+        {
+            "train": Part("glue/glue_rte_train.jsonl", "train"),
+            "validation": Part("glue/glue_rte_validation.jsonl", "validation"),
+        },
+        "rte",
+        record=lambda record: f"{record['sentence1']} {record['sentence2']}",
+        example=_pair,
     ),
 }

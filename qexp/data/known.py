@@ -2,11 +2,13 @@
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
-from qexp.data.corpus import Corpus, check_split, share
+from qexp.data.corpus import Corpus, Example, check_split, digest, share
 from qexp.data.facts import FACTS, Facts, Part
 from qexp.data.reading import read_records, read_text
 from qexp.errors import UserError
@@ -39,14 +41,27 @@ class Known(Corpus):
             raise UserError(f"data.source: {self.source!r} is none of {', '.join(SOURCES)}")
 
     def documents(self, split: str) -> list[str]:
+        return self._rows(split, labelled=False)
+
+    def examples(self, split: str) -> list[Example]:
+        if FACTS[self.name].example is None:
+            raise UserError(f"data={self.name}: has no labelled rows; choose data=sst2")
+        return self._rows(split, labelled=True)
+
+    def fingerprint(self, split: str) -> str:
+        labels = [] if FACTS[self.name].example is None else map(str, self.examples(split))
+        return digest([*self.documents(split), self.text(split), *labels])
+
+    def _rows(self, split: str, labelled: bool) -> list[Any]:
         facts, part = self._part(split)
         if path := self._local(part):
-            return share(_file_rows(self.name, path, path.stat().st_mtime_ns), part.local_share)
+            rows = _file_rows(self.name, path, path.stat().st_mtime_ns, labelled)
+            return share(rows, part.local_share)
         if self.source == "local":
             raise UserError(self._missing(split, part, "data.source=local asks for the file"))
         hub = self.hub or facts.hub
         try:
-            rows = _hub_rows(self.name, hub, split)
+            rows = _hub_rows(self.name, hub, split, labelled)
         except Exception as error:  # no network, no such repository, a changed layout, …
             reason = str(error).partition("\n")[0]
             why = f"the hub's {hub} did not answer ({type(error).__name__}: {reason})"
@@ -84,15 +99,15 @@ class Known(Corpus):
 
 
 @lru_cache(maxsize=4)
-def _file_rows(name: str, path: Path, mtime_ns: int) -> list[str]:
+def _file_rows(name: str, path: Path, mtime_ns: int, labelled: bool) -> list[Any]:
     facts = FACTS[name]
-    if path.name.endswith((".jsonl", ".json.gz")):
-        return [facts.record(record) for record in read_records(path)]
+    if path.name.endswith((".jsonl", ".json.gz", ".tsv")):
+        return [_read(facts, labelled)(record) for record in read_records(path)]
     return facts.rows(read_text(path))
 
 
 @lru_cache(maxsize=4)
-def _hub_rows(name: str, hub: str, split: str) -> list[str]:
+def _hub_rows(name: str, hub: str, split: str, labelled: bool) -> list[Any]:
     from datasets import load_dataset  # seconds to import, and local files never need it
 
     facts, part = FACTS[name], FACTS[name].parts[split]
@@ -107,4 +122,8 @@ def _hub_rows(name: str, hub: str, split: str) -> list[str]:
         streaming=streaming,
     )
     rows = dataset.take(facts.take) if streaming else dataset
-    return [facts.record(record) for record in rows]
+    return [_read(facts, labelled)(record) for record in rows]
+
+
+def _read(facts: Facts, labelled: bool) -> Callable[[dict[str, Any]], Any]:
+    return facts.example if labelled and facts.example is not None else facts.record

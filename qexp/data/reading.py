@@ -1,5 +1,6 @@
 """Files of text and of records, read whole, with errors that name the file."""
 
+import csv
 import gzip
 import json
 from pathlib import Path
@@ -20,10 +21,13 @@ def read_text(path: Path) -> str:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a .parquet, .jsonl or .json file (the last two also gzipped)."""
+    """The records of a .parquet, .tsv, .jsonl or .json file (the last two also gzipped)."""
     if path.suffix == ".parquet":
         return _parquet(path)
     content = read_text(path)
+    if path.suffix == ".tsv":  # names in the first line, no quotes
+        lines = content.removesuffix("\n").split("\n")
+        return list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
     try:
         if content.lstrip().startswith("["):
             records = json.loads(content)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from qexp.data.corpus import SPLITS, Corpus, check_split
+from qexp.data.corpus import SPLITS, Corpus, Example, check_split
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,28 @@ class Synthetic(Corpus):
     def ids(self, split: str, vocabulary: int, count: int) -> Int64[Tensor, " tokens"]:
         return torch.randint(vocabulary, (count,), generator=self._generator(split))
 
+    def examples(self, split: str) -> list[Example]:
+        """Words without an e for class 0, with one for class 1, in turn."""
+        found = []
+        for index, document in enumerate(self.documents(split)):
+            label = index % 2
+            words = [word for word in document.split() if ("e" in word) == bool(label)]
+            found.append(Example(" ".join(words[:12]), None, label))
+        return found
+
+    def total(self, split: str) -> int:
+        return self.count
+
     def images(
-        self, split: str, shape: Sequence[int], classes: int
+        self, split: str, shape: Sequence[int], classes: int, rows: Sequence[int]
     ) -> tuple[Float[Tensor, "images channels height width"], Int64[Tensor, " images"]]:
+        """Noise about one picture per class."""
+        pictures = torch.randn(classes, *shape, generator=self._generator("train"))
         generator = self._generator(split)
-        pixels = torch.randn(tuple(shape), generator=generator)
-        return pixels, torch.randint(classes, (shape[0],), generator=generator)
+        labels = torch.randint(classes, (self.count,), generator=generator)
+        noise = torch.randn(self.count, *shape, generator=generator)
+        chosen = list(rows)
+        return (pictures[labels] + noise)[chosen], labels[chosen]
 
     def _generator(self, split: str) -> torch.Generator:
         check_split(self, split, SPLITS)

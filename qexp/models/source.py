@@ -8,17 +8,18 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from qexp.errors import UserError
 from qexp.load import linearize
+from qexp.scale import DTYPES as DTYPES
 
 if TYPE_CHECKING:
     from qexp.task import Task
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
 AUTO = {
     "causal_lm": AutoModelForCausalLM,
     "masked_lm": AutoModelForMaskedLM,
+    "sequence_classification": AutoModelForSequenceClassification,
     "image_classification": AutoModelForImageClassification,
 }
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Loaded(NamedTuple):

@@ -1,0 +1,58 @@
+"""Accuracy of a classifier."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qexp.data.calibration import Recipe
+from qexp.errors import UserError
+from qexp.eval.evaluator import Evaluator
+from qexp.progress import bar
+from qexp.task import Classifier, Task, trimmed
+
+
+@dataclass(frozen=True)
+class Accuracy(Evaluator):
+    """The share of rows whose largest logit is the label's, with its standard error over rows.
+
+    `batch_rows`: rows that go through the model at once; changes no number.
+    """
+
+    name: str
+    batches: Recipe
+    batch_rows: int = 64
+
+    def __call__(self, task: Task) -> dict[str, float]:
+        if not isinstance(task, Classifier):
+            raise UserError(
+                f"eval {self.name}: accuracy needs a classifier and this model is "
+                f"{task.objective}; choose eval=loss"
+            )
+        right: list[torch.Tensor] = []
+        for batch in self.batches(task):
+            for start in bar(range(0, len(batch["labels"]), self.batch_rows), self.name):
+                stop = start + self.batch_rows
+                few = trimmed({key: part[start:stop] for key, part in batch.items()})
+                with torch.no_grad():
+                    logits = task.logits(few)
+                if not logits.isfinite().all():
+                    raise UserError(
+                        f"eval {self.name}: there is NaN or infinity in the model's weights or "
+                        "activations"
+                    )
+                right.append((logits.argmax(-1).cpu() == few["labels"]).double())
+        if not right:
+            raise UserError(f"eval {self.name}: no rows to classify")
+        hits = torch.cat(right)
+        rows, share = len(hits), float(hits.mean())
+        error = math.sqrt(share * (1 - share) / (rows - 1)) if rows > 1 else math.nan
+        return {"acc": share, "acc_stderr": error, "rows": float(rows)}
+
+    def definition(self) -> dict[str, Any]:
+        return {"kind": "Accuracy", "batches": self.batches.definition()}
+
+    def files(self) -> list[Path]:
+        return self.batches.files()
