@@ -6,7 +6,6 @@ alone, so a run that was killed goes on from its last leg to the weights it woul
 """
 
 import csv
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from qexp import faults
 from qexp.files import atomic
 from qexp.optimizer import AdamW
-from qexp.task import Batch, Task
+from qexp.task import Batch, Task, trimmed
 
 Loss = Callable[[Batch], Float[Tensor, ""]]
 
@@ -31,7 +30,8 @@ class Course:
     """What is trained on what: `parameters` by kind, `loss` of a batch, and the batches.
 
     measure: numbers for the log at the end of each leg. identity: what the result depends on, so
-    that only a run of the same may go on from its checkpoint.
+    that only a run of the same may go on from its checkpoint. notes: what the loss remembers from
+    step to step.
     """
 
     task: Task
@@ -45,6 +45,7 @@ class Course:
     seed: int = 0
     identity: str = ""
     folder: Path | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -130,23 +131,25 @@ class Training(L.LightningModule):
         return [DataLoader(parts, batch_size=None, generator=torch.Generator())]  # type: ignore[arg-type]
 
     def training_step(self, batch: Batch, index: int) -> Float[Tensor, ""]:
-        loss = self.course.loss(batch)
+        loss = self.course.loss(trimmed(batch))
         if not loss.isfinite():
             raise faults.loss(self.task, batch, self.global_step)
         self.losses.append(loss.detach())
         return loss
 
     def validation_step(self, batch: Batch, index: int) -> None:
-        loss = (self.course.validation_loss or self.course.loss)(batch)
+        loss = (self.course.validation_loss or self.course.loss)(trimmed(batch))
         rows = len(next(iter(batch.values())))
         self.log("validation", loss, batch_size=rows, on_epoch=True, sync_dist=True)
 
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         chosen = [p for group in self.course.parameters.values() for p in group]
+        norm = nn.utils.get_total_norm([p.grad for p in chosen if p.grad is not None])
         limit = self.course.optimizer.clip
-        norm = nn.utils.clip_grad_norm_(chosen, math.inf if limit is None else limit)
         if not norm.isfinite():
             raise faults.gradient(self.task, self.global_step)
+        if limit is not None and norm > limit:
+            nn.utils.clip_grads_with_norm_(chosen, limit, norm)
 
     def on_train_start(self) -> None:
         self.course.measure()  # what it measures, it measures from here
@@ -169,10 +172,13 @@ class Training(L.LightningModule):
                 table.writerows(self.lines)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["course"] = {"lines": self.lines, "random": torch.get_rng_state()}
+        kept = {"lines": self.lines, "random": torch.get_rng_state(), "notes": self.course.notes}
+        checkpoint["course"] = kept
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.lines, self.random = checkpoint["course"]["lines"], checkpoint["course"]["random"]
+        kept = checkpoint["course"]
+        self.lines, self.random = kept["lines"], kept["random"]
+        self.course.notes.update(kept["notes"])
 
 
 def _stack(batches: Sequence[Batch]) -> Batch:

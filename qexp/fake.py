@@ -6,58 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from qexp.errors import UserError
 from qexp.fused import Formula, gain, placed
 from qexp.grid import Grid, Scale
-from qexp.ranges import MinMax
-
-# Bins of a streamed histogram. The range doubles as values need it, so at worst half of the bins
-# lie within the data: a bin is 2⁻¹⁵ of the largest magnitude.
-BINS = 2**16
-
-
-class Summary:
-    """What a static range needs to know of a stream of values, in bounded memory."""
-
-    def __init__(self, histogram: bool) -> None:
-        self.low, self.high, self.reach = torch.inf, -torch.inf, 0.0
-        self.counts = torch.zeros(BINS if histogram else 0, dtype=torch.float64)
-
-    def add(self, x: Float[Tensor, "..."]) -> None:
-        low, high = (float(v) for v in x.detach().aminmax())
-        if not (low - low == 0 and high - high == 0):  # NaN or infinity
-            raise UserError(
-                "activation: a calibration activation is not finite; the model or its dtype "
-                "overflows (model.dtype), so no static range can hold it."
-            )
-        self.low, self.high = min(self.low, low), max(self.high, high)
-        if len(self.counts):
-            self._widen(max(abs(low), abs(high)))
-            x = x.detach().float().cpu()
-            self.counts += torch.histc(x, BINS, -self.reach, self.reach).double()
-
-    def _widen(self, magnitude: float) -> None:
-        if not self.reach:
-            self.reach = max(magnitude, torch.finfo(torch.float32).tiny)
-        while magnitude > self.reach:
-            merged = self.counts.reshape(-1, 2).sum(1)
-            self.counts = torch.zeros_like(self.counts)
-            self.counts[BINS // 4 : BINS // 4 + len(merged)] = merged
-            self.reach *= 2
-
-    def fit(self, grid: Grid) -> Scale:
-        """The grid's scale for what was seen. The ends are exact; between them are bins."""
-        if self.low > self.high:
-            raise UserError("activation: the calibration data never reached a quantized tensor.")
-        ends = torch.tensor([[self.low, self.high]])
-        if not len(self.counts):
-            return grid.fit(ends)
-        used = self.counts.nonzero().flatten()
-        width = 2 * self.reach / BINS
-        centers = (-self.reach + (used + 0.5) * width).clamp(self.low, self.high).float()
-        # The outermost bins stand for the ends themselves.
-        centers[0], centers[-1] = self.low, self.high
-        return grid.fit(centers[None], self.counts[used][None].float())
+from qexp.streams import Stream
 
 
 class FakeQuant(nn.Module):
@@ -76,7 +27,7 @@ class FakeQuant(nn.Module):
     def __init__(self, grid: Grid, dynamic: bool) -> None:
         super().__init__()
         self.grid, self.dynamic = grid, dynamic
-        self.summary: Summary | None = None
+        self.seen: Stream | None = None
         self.on = False
         self.formula, self.reach = Formula(), 1.0
         self.register_buffer("scale", torch.ones(0, 1))
@@ -84,15 +35,15 @@ class FakeQuant(nn.Module):
 
     def observe(self) -> None:
         if not self.dynamic:
-            self.summary = Summary(histogram=not isinstance(self.grid.range, MinMax))
+            self.seen = self.grid.range.stream()
 
     def settle(self) -> None:
         """Fit what was observed and start to round."""
-        if self.summary is not None:
+        if self.seen is not None:
             device = self.scale.device
-            q = self.summary.fit(self.grid)
+            q = self.seen.fit(self.grid)
             self.scale, self.zero = q.scale.to(device), q.zero.to(device)
-            self.summary = None
+            self.seen = None
         self.on = True
 
     def learn(self, formula: Formula, offset: bool) -> None:
@@ -110,7 +61,8 @@ class FakeQuant(nn.Module):
         self._keep(q.scale, q.zero)
         self.formula = Formula()
 
-    def _place(self) -> Scale:
+    def place(self) -> Scale:
+        """Where the static grid lies, as storage would keep it."""
         if self.scale.requires_grad or self.zero.requires_grad:
             return placed(self.scale, self.zero, self.grid)
         return Scale(self.scale, self.zero)
@@ -124,15 +76,15 @@ class FakeQuant(nn.Module):
                 self.register_buffer(name, tensor)
 
     def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        if self.summary is not None:
-            self.summary.add(x)
+        if self.seen is not None:
+            self.seen.add(x)
         if not self.on:
             return x
         if self.dynamic:
             rows = x.reshape(-1, x.shape[-1])
             q = self.grid.scales_of(rows.detach().float())
             return self.formula.rows(rows, q, self.grid).reshape(x.shape)
-        q = self._place()
+        q = self.place()
         return self.formula(x, q, self.grid, gain(x.numel(), self.reach), self.training)
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:

@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qexp.gradients import ClampGradient, Hard, RoundingGradient, Straight, ended
+from qexp.gradients import ClampGradient, Hard, RoundingGradient, Straight, ended, inside
 from qexp.grid import Grid, Scale
 
-PIECE = 2**15  # values
+PIECE = 2**17  # values
 
 
 @dataclass(frozen=True)
@@ -129,26 +129,31 @@ def _back(
 ) -> Tensor:
     """The gradient of x; those of scale and zero are added to `sums`."""
     low, high = grid.ends
-    v = x / q.scale + q.zero
+    v = (x / q.scale).add_(q.zero)
     h = g
     if not isinstance(rounding, Straight) and low == 0:  # codes: cells of equal width
         c = clamp.value(v, low, high)
         h = rounding.back(c, g)
         if not isinstance(clamp, Hard):  # whose slope is 0 there
-            h = torch.where(ended(v, c, high), g, h)
-    h = h * clamp.slope(v, low, high)
-    moves = 1.0 if clamp.steps_inside else (v < low) | (v > high)
+            h = torch.lerp(h, g, ended(v, c, high))
+    h = clamp.back(v, h, low, high)
+    if clamp.limit is not None:
+        h.mul_((x.abs() < clamp.limit).to(h))
+    moves = None if clamp.steps_inside else 1 - inside(v, low, high)
     if sums[0] is not None:
         y = grid.round(x, q, torch.round, clamp.value)
-        moved = (g * y - h * x) * moves
+        moved = y.mul_(g).addcmul_(h, x, value=-1)
+        moved = moved if moves is None else moved.mul_(moves)
         sums[0] += gain * moved.sum_to_size(q.scale.shape) / q.scale
     if sums[1] is not None:
-        sums[1] += gain * ((h - g) * moves).sum_to_size(q.zero.shape) * q.scale
+        moved = (h - g) if moves is None else (h - g).mul_(moves)
+        sums[1] += gain * moved.sum_to_size(q.zero.shape) * q.scale
     return h
 
 
 def _pieces(rows: Tensor) -> Iterator[slice]:
-    """Rows that a processor's cache holds with all that is computed of them; on a GPU all."""
+    """Rows that a processor's cache holds with all that is computed of them, enough of them that
+    the cores share the work; on a GPU all."""
     size = len(rows) if rows.is_cuda else max(PIECE // rows.shape[1], 1)
     for start in range(0, len(rows), size):
         yield slice(start, start + size)

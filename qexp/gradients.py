@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -55,27 +56,30 @@ class Sigmoid(RoundingGradient):
 
     mode: `raw` is that slope, of mean tanh(T/4); `author` adds the 1/(e^T + 1) of the first
     author's code, which keeps it off zero; `norm` divides by the mean: the straight-through
-    estimator at T → 0, and DSQ's slope at alpha = 1 - tanh(T/4).
+    estimator at T → 0, and DSQ's slope at alpha = 1 - tanh(T/4). `mean` is the control: that mean
+    everywhere, so that what `raw` does beyond a smaller step shows.
     """
 
     temperature: Number = 5.0
     mode: str = "author"
 
     def __post_init__(self) -> None:
-        if self.mode not in ("author", "norm", "raw"):
-            raise UserError(f"mode={self.mode!r} is unknown: give author, norm or raw.")
+        if self.mode not in ("author", "norm", "raw", "mean"):
+            raise UserError(f"mode={self.mode!r} is unknown: give author, norm, raw or mean.")
         if self.temperature <= 0:
             raise UserError(f"temperature={self.temperature} must be above 0.")
 
     def back(self, c: Float[Tensor, "*shape"], g: Float[Tensor, "*shape"]) -> Tensor:
         t = self.temperature
-        p = torch.sigmoid(t * (c - c.floor() - 0.5))
-        slope = t * p * (1 - p)
+        if self.mode == "mean":
+            return g * math.tanh(t / 4)
+        p = _offset(c).mul_(t).sigmoid_()
+        slope = (1 - p).mul_(p).mul_(t)
         if self.mode == "author":  # e^-T / (1 + e^-T): e^T itself overflows
-            slope = (slope + math.exp(-t) / (1 + math.exp(-t))).clamp(min=EPS)
+            slope.add_(math.exp(-t) / (1 + math.exp(-t))).clamp_(min=EPS)
         elif self.mode == "norm":
-            slope = slope / math.tanh(t / 4)
-        return g * slope
+            slope.div_(math.tanh(t / 4))
+        return slope.mul_(g)
 
 
 @dataclass(frozen=True)
@@ -92,8 +96,8 @@ class DSQ(RoundingGradient):
     def back(self, c: Float[Tensor, "*shape"], g: Float[Tensor, "*shape"]) -> Tensor:
         k = math.log(2 / self.alpha - 1)
         height = 1 / (1 - self.alpha)
-        phi = torch.tanh(k * (c - c.floor() - 0.5))
-        return g * (height * k / 2 * (1 - phi * phi))
+        phi = _offset(c).mul_(2 * k).sigmoid_().mul_(2).sub_(1)  # tanh k u, at a tenth of its cost
+        return phi.mul_(phi).sub_(1).mul_(-height * k / 2).mul_(g)
 
 
 @dataclass(frozen=True)
@@ -109,21 +113,27 @@ class EWGS(RoundingGradient):
     bits: int = 4
 
     def back(self, c: Float[Tensor, "*shape"], g: Float[Tensor, "*shape"]) -> Tensor:
-        return g * (1 + self.delta / (2**self.bits - 1) * g.sign() * (c - c.round()))
+        agreed = (c - c.round()).mul_(g.sign())
+        return agreed.mul_(self.delta / (2**self.bits - 1)).add_(1).mul_(g)
 
 
 class ClampGradient(ABC):
     """Clamping with a slope of its own."""
 
-    steps_inside: bool = True  # whether values that are not clipped move the step size, as in LSQ
+    # Two things that only `Formula` does: whether values that are not clipped move the step size,
+    # as in LSQ, and from which magnitude on, in the data's own units, gradients stop.
+    steps_inside: bool = True
+    limit: Number | None = None
 
     @abstractmethod
     def value(self, v: Float[Tensor, "*shape"], low: Number, high: Number) -> Tensor:
-        """What training sees in the forward pass."""
+        """What training sees of `v`."""
 
     @abstractmethod
-    def slope(self, v: Float[Tensor, "*shape"], low: Number, high: Number) -> Tensor:
-        """What it sees in the backward pass, a factor of each value."""
+    def back(
+        self, v: Float[Tensor, "*shape"], g: Float[Tensor, "*shape"], low: Number, high: Number
+    ) -> Tensor:
+        """The gradient at `v` when `g` arrives at its clamped value; a tensor of its own."""
 
     def __call__(
         self, v: Float[Tensor, "*shape"], low: Number, high: Number
@@ -135,16 +145,19 @@ class ClampGradient(ABC):
 @dataclass(frozen=True)
 class Hard(ClampGradient):
     """Clipped values have no gradient. Without `steps_inside` they alone move the step size, as
-    PACT's clipping level gets the gradient of what lies beyond it (1805.06085); only `Formula`
-    knows that."""
+    PACT's clipping level gets the gradient of what lies beyond it (1805.06085). limit: values from
+    there on have no gradient either, though nothing clips them: LLM-QAT's code does so at 2."""
 
     steps_inside: bool = True
+    limit: Number | None = None
 
     def value(self, v: Float[Tensor, "*shape"], low: Number, high: Number) -> Tensor:
         return v.clamp(low, high)
 
-    def slope(self, v: Float[Tensor, "*shape"], low: Number, high: Number) -> Tensor:
-        return ((v >= low) & (v <= high)).to(v.dtype)
+    def back(
+        self, v: Float[Tensor, "*shape"], g: Float[Tensor, "*shape"], low: Number, high: Number
+    ) -> Tensor:
+        return inside(v, low, high).mul_(g)
 
 
 @dataclass(frozen=True)
@@ -167,24 +180,19 @@ class Soft(ClampGradient):
             raise UserError(f"forward={self.forward!r} is unknown: give hard or soft.")
 
     def soft(self, v: Float[Tensor, "*shape"], low: Number, high: Number) -> Tensor:
-        return low + (v - low) * self._gate(v - low) - (v - high) * self._gate(v - high)
+        k, h = self.sharpness, F.gelu if self.gate == "gelu" else F.silu
+        return low + h(k * (v - low)) / k - h(k * (v - high)) / k
 
     def value(self, v: Float[Tensor, "*shape"], low: Number, high: Number) -> Tensor:
         return v.clamp(low, high) if self.forward == "hard" else self.soft(v, low, high)
 
-    def slope(self, v: Float[Tensor, "*shape"], low: Number, high: Number) -> Tensor:
-        return self._rise(v - low) - self._rise(v - high)
-
-    def _gate(self, u: Tensor) -> Tensor:
-        u = self.sharpness * u
-        return torch.special.ndtr(u) if self.gate == "gelu" else torch.sigmoid(u)
-
-    def _rise(self, u: Tensor) -> Tensor:
-        """h'(u)."""
-        g, u = self._gate(u), self.sharpness * u
-        if self.gate == "silu":
-            return g + u * g * (1 - g)
-        return g + u * torch.exp(-u * u / 2) / math.sqrt(2 * math.pi)
+    def back(
+        self, v: Float[Tensor, "*shape"], g: Float[Tensor, "*shape"], low: Number, high: Number
+    ) -> Tensor:
+        k, aten = self.sharpness, torch.ops.aten
+        rise = aten.gelu_backward if self.gate == "gelu" else aten.silu_backward
+        made: Tensor = rise(g, (v - low).mul_(k)).sub_(rise(g, (v - high).mul_(k)))
+        return made
 
 
 def snap(
@@ -197,12 +205,24 @@ def snap(
     c = clamp(v, 0, top)
     if rounding is torch.round:
         return rounding(c)
-    return torch.where(ended(v, c, top), c, rounding(c))
+    return torch.lerp(rounding(c), c, ended(v.detach(), c.detach(), top))
 
 
+# Masks are ones and zeros of the values' own type: truth values cost a processor many times more.
 def ended(v: Tensor, c: Tensor, top: Number) -> Tensor:
     """Where a value was clipped to an end itself (a soft clamp in the forward pass never does)."""
-    return ((v < 0) & (c == 0)) | ((v > top) & (c == top))
+    hard = v.clamp(0, top)
+    return (hard - c).eq_(0).mul_(hard.ne_(v))
+
+
+def inside(v: Tensor, low: Number, high: Number) -> Tensor:
+    """Where a value is not clipped."""
+    return v.clamp(low, high).eq_(v)
+
+
+def _offset(c: Tensor) -> Tensor:
+    """From the middle between two codes, in steps; a tensor of its own."""
+    return (c - c.floor()).sub_(0.5)
 
 
 class _Round(torch.autograd.Function):
@@ -226,4 +246,4 @@ class _Clamp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return grads[0] * ctx.clamp.slope(ctx.saved_tensors[0], *ctx.ends), None, None, None
+        return ctx.clamp.back(ctx.saved_tensors[0], grads[0], *ctx.ends), None, None, None

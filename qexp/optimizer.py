@@ -7,17 +7,18 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-KINDS = ("weights", "scales", "offsets")
+KINDS = ("weights", "scales", "offsets", "channels")
 
 
 @dataclass(frozen=True)
 class AdamW:
-    """AdamW with a learning rate of its own for weights, scales and offsets (zero points); a rise
-    over the first `warmup` share of all steps, then a cosine down to `floor` of the rate."""
+    """AdamW with a learning rate of its own for weights, scales, offsets (zero points) and channels
+    (logarithms of channel scales); a rise over the first `warmup` share of all steps, then a cosine down to `floor` of the rate."""
 
     weights: float = 2e-5
     scales: float = 1e-3
     offsets: float = 1e-3
+    channels: float = 1e-3
     weight_decay: float = 0.0  # of weights alone
     betas: tuple[float, float] | list[float] = (0.9, 0.999)
     warmup: float = 0.05
@@ -34,7 +35,8 @@ class AdamW:
             for kind in KINDS
             if parameters.get(kind)
         ]
-        return torch.optim.AdamW(groups, betas=(self.betas[0], self.betas[1]))
+        # Fused: one pass over the weights and their moments instead of about ten.
+        return torch.optim.AdamW(groups, betas=(self.betas[0], self.betas[1]), fused=True)
 
     def factor(self, step: int, steps: int) -> float:
         """Of every rate, at a step counted from 0."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from qexp.attention import CACHE, OPERANDS, Inside, install
 from qexp.task import Task
@@ -18,6 +19,16 @@ class Site(NamedTuple):
 
     name: str
     put: Callable[[nn.Module], Any]
+    module: nn.Module
+    leaves: bool = False
+
+    def watch(self, see: Callable[[Tensor], None]) -> RemovableHandle:
+        """Show the tensor, as it is before a quantizer rounds it, until the handle is removed."""
+        if self.leaves:
+            return self.module.register_forward_hook(
+                lambda _, __, y: see(y[0] if isinstance(y, tuple) else y), prepend=True
+            )
+        return self.module.register_forward_pre_hook(lambda _, args: see(args[0]), prepend=True)
 
 
 class Placement(ABC):
@@ -25,13 +36,20 @@ class Placement(ABC):
     def __call__(self, task: Task, make: Make) -> dict[str, nn.Module]:
         """Put a quantizer made by `make` on each site; the quantizers by site name."""
 
+    @abstractmethod
+    def sites(self, task: Task) -> list[Site]:
+        """Those that enter or leave a module; what lies inside of attention does not."""
+
 
 @dataclass(frozen=True)
 class LinearInputs(Placement):
     """The input of every linear of the blocks, one quantizer for linears that share it."""
 
     def __call__(self, task: Task, make: Make) -> dict[str, nn.Module]:
-        return _put(_linear_inputs(task), make)
+        return _put(self.sites(task), make)
+
+    def sites(self, task: Task) -> list[Site]:
+        return _linear_inputs(task)
 
 
 @dataclass(frozen=True)
@@ -42,6 +60,9 @@ class KVCache(Placement):
     def __call__(self, task: Task, make: Make) -> dict[str, nn.Module]:
         return _inside(task, make, CACHE, "qexp_cache")
 
+    def sites(self, task: Task) -> list[Site]:
+        return []
+
 
 @dataclass(frozen=True)
 class AllOps(Placement):
@@ -50,9 +71,13 @@ class AllOps(Placement):
     logits. The setting of Quadapter's line of work; biases stay float."""
 
     def __call__(self, task: Task, make: Make) -> dict[str, nn.Module]:
+        made = _put(self.sites(task), make)
+        return made | _inside(task, make, OPERANDS, "qexp_operands")
+
+    def sites(self, task: Task) -> list[Site]:
         arch, model = task.arch, task.model
         sites = _linear_inputs(task)
-        sites.append(Site("embeddings", _input(task.blocks[0])))
+        sites.append(Site("embeddings", _input(task.blocks[0]), task.blocks[0]))
         for index, block in enumerate(task.blocks):
             name = f"{arch.blocks}.{index}"
             for group in arch.groups:
@@ -63,7 +88,7 @@ class AllOps(Placement):
                 module = block.get_submodule(norm)
                 if norm in sources or not arch.pre_norm:
                     # The norm's input is the residual sum itself, which goes on beside the norm.
-                    sites.append(Site(f"{name}.{norm}.sum", _in_place(module)))
+                    sites.append(Site(f"{name}.{norm}.sum", _in_place(module), module))
                 sites.append(_output(f"{name}.{norm}", module))
             for inner, module in block.named_modules():
                 if _is_activation(module):
@@ -72,7 +97,7 @@ class AllOps(Placement):
         if arch.norm is not None:
             sites.append(_output(arch.norm, model.get_submodule(arch.norm)))
         sites.append(_output(arch.head, model.get_submodule(arch.head)))
-        return _put(sites, make) | _inside(task, make, OPERANDS, "qexp_operands")
+        return sites
 
 
 def _linear_inputs(task: Task) -> list[Site]:
@@ -81,7 +106,7 @@ def _linear_inputs(task: Task) -> list[Site]:
         for group in task.arch.groups:
             members = [block.get_submodule(linear) for linear in group.linears]
             name = f"{task.arch.blocks}.{index}.{group.linears[0]}.input"
-            sites.append(Site(name, _inputs(members)))
+            sites.append(Site(name, _inputs(members), members[0]))
     return sites
 
 
@@ -111,9 +136,23 @@ def _inside(
 
 
 def _inputs(modules: list[nn.Module]) -> Callable[[nn.Module], None]:
+    """Modules that read the same tensor, in execution order, share what the first one made of it:
+    one pass instead of several, and one tensor kept for backward."""
+
     def put(quantizer: nn.Module) -> None:
+        kept: list[tuple[Tensor, Tensor]] = []
+
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            x, *rest = args
+            if not kept or kept[0][0] is not x:
+                kept[:] = [(x, quantizer(x))]
+            rounded = kept[0][1]
+            if module is modules[-1]:
+                kept.clear()
+            return (rounded, *rest)
+
         for module in modules:
-            module.register_forward_pre_hook(lambda _, args: (quantizer(args[0]), *args[1:]))
+            module.register_forward_pre_hook(hook)
 
     return put
 
@@ -141,7 +180,7 @@ def _output(name: str, module: nn.Module) -> Site:
 
         module.register_forward_hook(hook)
 
-    return Site(f"{name}.output", put)
+    return Site(f"{name}.output", put, module, leaves=True)
 
 
 def _is_activation(module: nn.Module) -> bool:

@@ -96,7 +96,7 @@ def test_soft_clamp_is_the_published_sum(gate, near):
     ends = torch.tensor([a, b], dtype=torch.float64)
     torch.testing.assert_close(soft.soft(ends, a, b), ends, atol=1e-4, rtol=0)
     torch.testing.assert_close(
-        soft.slope(ends, a, b), torch.full_like(ends, 0.5), atol=1e-4, rtol=0
+        slope(lambda u: soft(u, a, b), ends), torch.full_like(ends, 0.5), atol=1e-4, rtol=0
     )
     codes = soft.soft(v, a, b).round()
     assert codes.min() == a and codes.max() == b  # the overshoot is below half a step
@@ -115,14 +115,13 @@ def test_soft_clamp_overshoots_as_computed(gate, over):
 def test_slope_of_the_soft_clamp_is_the_derivative(soft):
     v, step = torch.linspace(-12, 12, 401, dtype=torch.float64), 1e-6
     numeric = (soft.soft(v + step, -8.0, 7.0) - soft.soft(v - step, -8.0, 7.0)) / (2 * step)
-    torch.testing.assert_close(soft.slope(v, -8.0, 7.0), numeric, atol=1e-8, rtol=0)
     torch.testing.assert_close(slope(lambda u: soft(u, -8, 7), v), numeric, atol=1e-8, rtol=0)
 
 
 def test_slopes_of_the_soft_clamp_stay_in_their_range():
     v = torch.linspace(-14, 14, 20_001, dtype=torch.float64)
     for gate, low, high in (("gelu", -0.129, 1.129), ("silu", -0.100, 1.100)):
-        made = Soft(gate).slope(v, -8.0, 7.0)
+        made = slope(lambda u, gate=gate: Soft(gate)(u, -8.0, 7.0), v)
         assert (made.min().item(), made.max().item()) == pytest.approx((low, high), abs=1e-3)
 
 
@@ -186,7 +185,7 @@ def test_rounding_lets_through_what_was_clipped():
     grid, q = IntGrid(3), Scale(torch.ones(1, 1), torch.zeros(1, 1))
     v = torch.tensor([[-0.6, 7.4, 3.5]])
     made = slope(lambda u: grid.round(u, q, Sigmoid(20, "raw"), Soft()), v)
-    soft = Soft().slope(v, 0.0, 7.0)
+    soft = slope(lambda u: Soft()(u, 0.0, 7.0), v)
     torch.testing.assert_close(made, soft * torch.tensor([[1.0, 1.0, 5.0]]))
 
 
@@ -210,6 +209,24 @@ def test_uneven_levels_train_straight_through(x):
     assert torch.equal(weight.grad, inside.float())
     expected = (y.detach() / scale.detach() - u * inside).sum(1, keepdim=True)
     torch.testing.assert_close(scale.grad, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_equal_mean_control_is_a_constant():
+    u = middles(20_000)
+    control, raw = slope(Sigmoid(5, "mean"), u), slope(Sigmoid(5, "raw"), u)
+    assert control.unique().numel() == 1
+    assert control[0].item() == pytest.approx(raw.mean().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("fine", [False, True])
+def test_gradients_stop_where_llm_qat_s_code_stops_them(fine):
+    """At |x| = 2, though nothing is clipped there; values stay."""
+    x, grid = torch.tensor([[-3.0, -1.9, 0.4, 2.0, 2.5]]), IntGrid(4, symmetric=True)
+    formula = Formula(Sigmoid(5) if fine else Straight(), Hard(limit=2.0))
+    q = grid.fit(x)
+    assert torch.equal(formula(x, q, grid), grid.round(x, q))
+    made = slope(lambda u: formula(u, q, grid), x)
+    assert torch.equal(made != 0, torch.tensor([[False, True, True, False, False]]))
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,7 @@ class FineTune(Step):
                 loss = self.loss(task, teacher, batch)
                 return loss if watch is None else loss + watch.take(loss)
 
+            probe = {key: value[: self.trainer.sequences] for key, value in data[0].items()}
             course = Course(
                 task,
                 penalized,
@@ -99,10 +100,11 @@ class FineTune(Step):
                 self.optimizer,
                 () if self.validation is None else self.validation(task),
                 plain,
-                Movement(linears),
+                Movement(task, linears, lambda: plain(probe)),
                 seed=self.seed,
                 identity=hashlib.sha256(whole.encode()).hexdigest()[:8],
                 folder=task.folder,
+                notes={} if watch is None else watch.notes,
             )
             self.trainer.fit(course)
             for quantizer in task.quantizers.values():
