@@ -14,8 +14,8 @@ from torch import Tensor
 from qexp.errors import UserError
 from qexp.gradients import Clamp, Rounding, snap
 from qexp.ranges import MinMax, Range
+from qexp.scale import DTYPES, cut, positive
 from qexp.scale import Scale as Scale
-from qexp.scale import cut, positive
 
 
 class Grid(ABC):
@@ -176,9 +176,9 @@ class IntGrid(Grid):
             raise UserError(
                 f"bits={self.bits!r} makes no integer grid: give 2 to 16 (weight.bits=4)."
             )
-        if self.scale_dtype not in ("float32", "float16", "bfloat16"):
+        if self.scale_dtype not in DTYPES:
             raise UserError(
-                f"scale_dtype={self.scale_dtype} is unknown: give float32, float16 or bfloat16."
+                f"scale_dtype={self.scale_dtype} is unknown: give {' or '.join(DTYPES)}."
             )
         if self.per_tensor and self.second:
             raise UserError("weight.scales, weight.zeros need weight.per_tensor=false.")

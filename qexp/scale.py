@@ -9,6 +9,9 @@ from torch import Tensor
 
 from qexp.errors import UserError
 
+# In which numbers may be kept, by their names in a configuration.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 class Scale(NamedTuple):
     """Where a grid lies: value = scale · (code - zero).
