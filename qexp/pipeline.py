@@ -34,7 +34,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
     recipe: Recipe = build(cfg.calibration)
     steps: list[Step] = [build(cfg.transform), build(cfg.method)]
     evaluators: list[Evaluator] = [build(node) for node in cfg.eval.values()]
-    files = [*source.files(), *recipe.files()]
+    files = [*source.files(), *recipe.files(), *(path for step in steps for path in step.files())]
     files += [path for evaluator in evaluators for path in evaluator.files()]
     needs = [store.FILE] if cfg.save_weights else []
     if (done := results.read(folder, files, needs)) is not None:
@@ -66,6 +66,8 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
         provenance.add(calibration=recipe.definition())
         return recipe(task)
 
+    for step in steps:
+        provenance.add(training={k: each.definition() for k, each in step.recipes().items()})
     with provenance.stage("quantize"):
         records = [record for step in steps for record in step(task, batches)]
     metrics = storage(records)

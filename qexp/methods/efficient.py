@@ -4,10 +4,12 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from qexp.data.calibration import Recipe
 from qexp.errors import UserError
 from qexp.fused import Formula
 from qexp.grid import Grid
@@ -107,6 +109,9 @@ class EfficientQAT(Step):
     @property
     def activations(self) -> Sequence[object]:
         return self.end.activations
+
+    def recipes(self) -> Mapping[str, Recipe]:
+        return self.end.recipes()
 
     def __call__(self, task: Task, batches: Batches) -> list[Record]:
         data = batches() if self.end.train is None else self.end.train(task)

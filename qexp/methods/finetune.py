@@ -62,6 +62,10 @@ class FineTune(Step):
     def __call__(self, task: Task, batches: Batches) -> list[Record]:
         return self.tune(task, batches, {})
 
+    def recipes(self) -> Mapping[str, Recipe]:
+        named = {"train": self.train, "validation": self.validation}
+        return {name: recipe for name, recipe in named.items() if recipe is not None}
+
     def tune(self, task: Task, batches: Batches, starts: Mapping[str, Coded]) -> list[Record]:
         """Train; the weights that `starts` names keep the codes they have there."""
         once = cache(batches)

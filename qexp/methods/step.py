@@ -2,13 +2,14 @@
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from qexp.data.calibration import Recipe
 from qexp.packed import Packed
 from qexp.solvers.sweep import Solution
 from qexp.task import Batch, Task
@@ -41,6 +42,10 @@ class Step(ABC):
     @abstractmethod
     def __call__(self, task: Task, batches: Batches) -> list[Record]:
         """Change task.model in place. `batches` is called only by a step that calibrates."""
+
+    def recipes(self) -> Mapping[str, Recipe]:
+        """Data of its own beside the calibration batches, by what it is for."""
+        return {}
 
 
 def error(

@@ -1,11 +1,12 @@
 """Quadapter (2211.16912), phase 2: channel scales trained on the task's loss."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from qexp.activations import Activations
+from qexp.data.calibration import Recipe
 from qexp.methods.finetune import FineTune
 from qexp.methods.step import Batches, Record, Step
 from qexp.task import Task
@@ -24,6 +25,9 @@ class EndToEnd(Step):
     def activations(self) -> Sequence[Activations]:
         """Whose quantizers a reloaded run puts back."""
         return self.training.activations
+
+    def recipes(self) -> Mapping[str, Recipe]:
+        return self.training.recipes()
 
     def __call__(self, task: Task, batches: Batches) -> list[Record]:
         blocks = range(len(task.blocks))
