@@ -16,9 +16,9 @@ from qexp.errors import UserError
 from qexp.signature import UNSIGNED
 
 # overrides that a name of the plot shows already
-SHOWN = ("model", "data", "method", "weight", "activation", "experiment", "eval")
+SHOWN = ("model", "data", "method", "weight", "activation", "experiment", "search", "eval")
 GRID = ("weight.bits", "weight.group_size", "weight.symmetric")
-NOT_SETTINGS = (*UNSIGNED, "experiment", "local", "eval")  # what was measured is a column
+NOT_SETTINGS = (*UNSIGNED, "experiment", "search", "local", "eval")  # what was measured is a column
 HIGHER = ("acc", "acc_norm", "exact_match", "f1", "mcc", "agreement", "agreed_tokens", "identical")
 
 
@@ -101,12 +101,12 @@ class Run:
 
     @property
     def columns(self) -> list[Column]:
-        """Perplexities, and every other metric that comes with a standard error."""
+        """Perplexities, ratios, and every other metric that comes with a standard error."""
         protocols = self.provenance.get("protocols", {})
         names = [
             name
             for name in self.metrics
-            if name.endswith("/ppl") or f"{name}_stderr" in self.metrics
+            if name.endswith(("/ppl", "/ratio")) or f"{name}_stderr" in self.metrics
         ]
         return [
             Column(name, protocols.get(name.rpartition("/")[0], {}).get("digest", ""))

@@ -8,6 +8,7 @@ from torch.nn.utils import parametrize
 
 from qexp.fake import FakeQuant
 from qexp.learned import FakeWeight
+from qexp.optimizer import KINDS
 from qexp.task import Task
 from qexp.transforms.channels import Alpha
 
@@ -57,7 +58,7 @@ class Trained:
 
     def parameters(self, task: Task) -> Mapping[str, list[nn.Parameter]]:
         """By kind; all others no longer ask for gradients."""
-        chosen: dict[str, list[nn.Parameter]] = {"weights": [], "scales": [], "offsets": []}
+        chosen: dict[str, list[nn.Parameter]] = {kind: [] for kind in KINDS}
         for kind, parameter, wanted in self._all(task):
             parameter.requires_grad_(wanted)
             if wanted:
@@ -75,7 +76,7 @@ class Trained:
                     own = self.scales if isinstance(module, FakeWeight) else self.ranges
                     yield kind, parameter, moves and own
                 elif isinstance(module, Alpha):
-                    yield "scales", parameter, self.channels
+                    yield "channels", parameter, self.channels
                 elif isinstance(module, LowRank):
                     yield "weights", parameter, True
                 else:

@@ -1,0 +1,5 @@
+"""F-ID and F-OOD of the runs in some folders: `python scripts/protocol.py outputs --out here`."""
+
+from qexp.protocol import main
+
+raise SystemExit(main())
