@@ -34,7 +34,8 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
     recipe: Recipe = build(cfg.calibration)
     steps: list[Step] = [build(cfg.transform), build(cfg.method)]
     evaluators: list[Evaluator] = [build(node) for node in cfg.eval.values()]
-    files = [*source.files(), *recipe.files(), *(path for step in steps for path in step.files())]
+    files = [*source.files(), *recipe.files()]
+    files += [p for step in steps for each in step.recipes().values() for p in each.files()]
     files += [path for evaluator in evaluators for path in evaluator.files()]
     needs = [store.FILE] if cfg.save_weights else []
     if (done := results.read(folder, files, needs)) is not None:
