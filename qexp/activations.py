@@ -12,7 +12,7 @@ from qexp.grid import Grid, Rounding
 from qexp.methods.step import Batches
 from qexp.placement import Placement
 from qexp.progress import bar
-from qexp.task import Task
+from qexp.task import Task, singly
 
 
 class Activations(ABC):
@@ -72,12 +72,7 @@ def quantize_activations(task: Task, kinds: Sequence[Activations], batches: Batc
     if any(not quantizer.dynamic for quantizer in quantizers):
         for quantizer in quantizers:
             quantizer.observe()
-        parts = [
-            {key: value[start : start + 1] for key, value in batch.items()}
-            for batch in batches()
-            for start in range(len(next(iter(batch.values()))))
-        ]
-        for part in bar(parts, "activation ranges"):
+        for part in bar(singly(batches()), "activation ranges"):
             task.loss(part)
     for quantizer in quantizers:
         quantizer.settle()

@@ -1,7 +1,8 @@
 """The interval a grid must cover: range estimators.
 
 Each is called with the values of every row and, when those are histogram bins, how often each
-occurs, so that one estimator serves weights and streamed activations.
+occurs, so that one estimator serves weights and streamed activations. `stream` is what gathers the
+latter.
 """
 
 from abc import ABC, abstractmethod
@@ -9,8 +10,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from qexp.streams import Ends, Histogram, Stream
 
 if TYPE_CHECKING:
     from qexp.grid import Grid
@@ -27,6 +30,10 @@ class Range(ABC):
         counts: Float[Tensor, "rows size"] | None = None,
     ) -> Interval:
         """The lowest and the highest value of each row that the grid should reach."""
+
+    def stream(self) -> Stream:
+        """What has to be gathered of values that come one tensor at a time."""
+        return Histogram()
 
 
 def _seen(x: Tensor, counts: Tensor | None, empty: float) -> Tensor:
@@ -45,6 +52,28 @@ class MinMax(Range):
     ) -> Interval:
         low = _seen(x, counts, torch.inf).amin(1, keepdim=True)
         return low, _seen(x, counts, -torch.inf).amax(1, keepdim=True)
+
+    def stream(self) -> Stream:
+        return Ends()
+
+
+@dataclass(frozen=True)
+class MovingAverage(Range):
+    """Min-max of each tensor, averaged over a stream of them; `momentum` is the share that the past
+    keeps when the next tensor comes. Of a single tensor it is min-max."""
+
+    momentum: float = 0.9
+
+    def __call__(
+        self,
+        x: Float[Tensor, "rows size"],
+        grid: "Grid",
+        counts: Float[Tensor, "rows size"] | None = None,
+    ) -> Interval:
+        return MinMax()(x, grid, counts)
+
+    def stream(self) -> Stream:
+        return Ends(self.momentum)
 
 
 @dataclass(frozen=True)
@@ -121,3 +150,67 @@ class RMS(Range):
         mean = (x.square() * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
         high = self.reach * mean.sqrt()
         return -high, high
+
+
+@dataclass(frozen=True)
+class Entropy(Range):
+    """The clipping that keeps the most of the distribution: TensorRT's calibrator.
+
+    Over a histogram of `bins` bins, each candidate T clips to [-T, T]; of what it keeps, with the
+    clipped mass in the outermost bins, the divergence (KL) from its rounded form is measured, in
+    which the bins of one code share their mass evenly where there was any. `stride`: bins from one
+    candidate to the next, of which those with no more bins than codes would lose nothing.
+    """
+
+    bins: int = 2048
+    stride: int = 8
+
+    def __call__(
+        self,
+        x: Float[Tensor, "rows size"],
+        grid: "Grid",
+        counts: Float[Tensor, "rows size"] | None = None,
+    ) -> Interval:
+        low, high = MinMax()(x, grid, counts)
+        weight = torch.ones_like(x) if counts is None else counts
+        ends = [self._row(*row, grid) for row in zip(x, weight, low, high, strict=True)]
+        kept = torch.stack(ends).to(low)
+        return torch.maximum(low, -kept[:, None]), torch.minimum(high, kept[:, None])
+
+    def _row(self, x: Tensor, counts: Tensor, low: Tensor, high: Tensor, grid: "Grid") -> Tensor:
+        """The best T of one row."""
+        width = (high - low) / self.bins
+        widest = torch.maximum(low.abs(), high.abs())
+        if width == 0:
+            return widest[0]
+        index = ((x - low) / width).long().clamp(0, self.bins - 1)
+        mass = torch.bincount(index, counts.double(), self.bins)
+        centers = low + (torch.arange(self.bins, device=x.device) + 0.5) * width
+        best, kept = torch.inf, widest
+        for step in range(0, self.bins, self.stride):
+            end = widest - step * width
+            inside = (centers >= -end) & (centers <= end)
+            if int(inside.sum()) <= 2**grid.bits and step:
+                break
+            q = grid.span(low.clamp(min=-end)[None], high.clamp(max=end)[None])
+            divergence = _divergence(mass, inside, grid.encode(centers[None], q)[0].long())
+            if divergence < best:
+                best, kept = divergence, end
+        return kept[0]
+
+
+def _divergence(
+    mass: Float[Tensor, " bins"], inside: Bool[Tensor, " bins"], codes: Int[Tensor, " bins"]
+) -> float:
+    """KL from what is inside, the rest added to its ends, to the same with one height per code."""
+    own, codes = mass[inside], codes[inside]
+    clipped = own.clone()
+    first, last = (int(i) for i in inside.nonzero()[[0, -1], 0])
+    clipped[0] += mass[:first].sum()
+    clipped[-1] += mass[last + 1 :].sum()
+    filled = (own > 0).double()
+    heights = torch.bincount(codes, own) / torch.bincount(codes, filled).clamp(min=1)
+    rounded = heights[codes] * filled
+    there = clipped > 0
+    p, q = clipped[there] / clipped.sum(), rounded[there] / rounded.sum()
+    return float((p * (p / q).log()).sum())  # infinite where mass falls on a bin that had none

@@ -1,7 +1,7 @@
 """The model as Lightning and the rest of the project see it: something with a loss."""
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -165,3 +165,12 @@ def trimmed(batch: Batch) -> Batch:
         return batch
     length = int(mask.any(0).nonzero()[-1]) + 1
     return {key: x[:, :length] if x.shape == mask.shape else x for key, x in batch.items()}
+
+
+def singly(batches: Iterable[Batch]) -> list[Batch]:
+    """Every row by itself, without padding."""
+    return [
+        trimmed({key: value[start : start + 1] for key, value in batch.items()})
+        for batch in batches
+        for start in range(len(next(iter(batch.values()))))
+    ]

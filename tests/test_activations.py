@@ -1,5 +1,7 @@
 """Activation and cache quantizers: what they see, when they round, what is left alone."""
 
+import math
+
 import pytest
 import torch
 from conftest import FAMILIES
@@ -7,10 +9,10 @@ from test_walk import joined, task_of
 
 from qexp.activations import Quantized, quantize_activations
 from qexp.errors import UserError
-from qexp.fake import FakeQuant, Summary
+from qexp.fake import FakeQuant
 from qexp.grid import IntGrid
 from qexp.placement import AllOps, KVCache, LinearInputs
-from qexp.ranges import MSE, MinMax, Percentile
+from qexp.ranges import MSE, Entropy, MinMax, MovingAverage, Percentile, Range
 
 TENSOR = IntGrid(8, per_tensor=True)
 TOKEN = IntGrid(8, symmetric=True)
@@ -96,20 +98,80 @@ def test_cache_quantization_rounds_keys_and_values_per_head_and_token():
     assert all(len(vector.unique()) <= 4 for vector in seen["key"].flatten(0, 2))
 
 
-@pytest.mark.parametrize("estimator", [MinMax(), Percentile(99.0), MSE(norm=2.0)], ids=str)
+@pytest.mark.parametrize(
+    "estimator", [MinMax(), Percentile(99.0), MSE(norm=2.0), Entropy()], ids=str
+)
 def test_streamed_ranges_are_those_of_all_values_at_once(estimator):
     generator = torch.Generator().manual_seed(0)
     parts = [torch.randn(4, 256, generator=generator) * size for size in (1, 3, 0.5)]
     grid = IntGrid(8, per_tensor=True, range=estimator)
-    summary = Summary(histogram=not isinstance(estimator, MinMax))
+    stream = estimator.stream()
     for part in parts:
-        summary.add(part)
-    streamed, whole = summary.fit(grid), grid.fit(torch.cat(parts))
+        stream.add(part)
+    streamed, whole = stream.fit(grid), grid.fit(torch.cat(parts))
     torch.testing.assert_close(streamed.scale, whole.scale, rtol=1e-2, atol=0)
 
 
-def test_values_that_are_not_finite_are_refused():
+def test_a_moving_average_follows_the_stream():
+    stream = MovingAverage(momentum=0.75).stream()
+    for end in (4.0, 8.0, 0.0):
+        stream.add(torch.tensor([-end, end / 2]))
+    low = -(0.75 * (0.75 * 4 + 0.25 * 8) + 0.25 * 0)
+    expected = TENSOR.span(torch.tensor([[low]]), torch.tensor([[-low / 2]]))
+    torch.testing.assert_close(stream.fit(TENSOR).scale, expected.scale)
+
+
+@pytest.mark.parametrize("estimator", [MinMax(), MovingAverage(), Percentile(), Entropy()], ids=str)
+def test_values_that_are_not_finite_are_refused(estimator):
     with pytest.raises(UserError, match="not finite"):
-        Summary(histogram=False).add(torch.tensor([1.0, torch.nan]))
+        estimator.stream().add(torch.tensor([1.0, torch.nan]))
     with pytest.raises(UserError, match="never reached"):
-        Summary(histogram=False).fit(TENSOR)
+        estimator.stream().fit(TENSOR)
+
+
+def clip(x: torch.Tensor, estimator: Range, bits: int = 8) -> tuple[float, float]:
+    low, high = estimator(x[None], IntGrid(bits, per_tensor=True))
+    return float(low), float(high)
+
+
+def test_entropy_clips_what_is_rare_and_keeps_what_is_not():
+    generator = torch.Generator().manual_seed(0)
+    normal, flat = (make(20000, generator=generator) for make in (torch.randn, torch.rand))
+    low, high = clip(torch.cat([normal, torch.tensor([400.0])]), Entropy())
+    assert low == float(normal.min()) and high < 100
+    assert clip(flat, Entropy()) == clip(flat, MinMax())
+    assert clip(normal, Entropy(), bits=4)[1] < clip(normal, Entropy(), bits=8)[1]
+    assert clip(torch.ones(5), Entropy()) == (1.0, 1.0)
+
+
+def test_entropy_is_the_least_divergence_by_hand():
+    """The published loop on magnitudes: 32 bins onto 4 levels."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(500, generator=generator).abs().double()
+    high, low = float(x.max()), float(x.min())
+    width = (high - low) / 32
+    mass = torch.histc(x, 32, low, high).tolist()
+    grid = IntGrid(2, per_tensor=True)
+    found = {}
+    for bins in range(32, 4, -1):
+        end = high - (32 - bins) * width
+        q = grid.span(torch.tensor([[low]]), torch.tensor([[end]]))
+        kept = [i for i in range(32) if low + (i + 0.5) * width <= end]
+        p = [mass[i] for i in kept]
+        p[-1] += sum(mass[len(kept) :])
+        level = [int(grid.encode(torch.tensor(low + (i + 0.5) * width), q)) for i in kept]
+        share = [
+            sum(mass[j] for j in kept if level[j] == level[i])
+            / max(sum(mass[j] > 0 for j in kept if level[j] == level[i]), 1)
+            * (mass[i] > 0)
+            for i in kept
+        ]
+        divergence = 0.0
+        for a, b in zip(p, share, strict=True):
+            if a:
+                ratio = a / sum(p) / (b / sum(share)) if b else math.inf
+                divergence += a / sum(p) * math.log(ratio)
+        found[end] = divergence
+    best = min(found, key=found.__getitem__)
+    assert best < high
+    assert clip(x.float(), Entropy(32, 1), bits=2)[1] == pytest.approx(best, rel=1e-5)
