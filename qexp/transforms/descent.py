@@ -55,17 +55,19 @@ def run(block: Block, piece: int, hidden: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Match:
-    """What a block receives, and what it should make of that, piece by piece."""
+    """What a block receives, and what it should make of that, piece by piece; several `targets`
+    count alike."""
 
     block: Block
     inputs: Sequence[Tensor]
-    targets: Sequence[Tensor]
+    targets: Sequence[Sequence[Tensor]]
 
     def error(self, piece: int) -> Float[Tensor, ""]:
         """Squares summed over channels, their mean over tokens."""
         output = run(self.block, piece, self.inputs[piece])
-        target = self.targets[piece].to(output.device)
-        return (output.float() - target.float()).square().sum(-1).mean()
+        wanted = [each[piece].to(output.device).float() for each in self.targets]
+        errors = [(output.float() - target).square().sum(-1).mean() for target in wanted]
+        return torch.stack(errors).sum()
 
     @torch.no_grad()
     def total(self) -> float:

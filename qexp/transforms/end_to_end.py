@@ -10,7 +10,7 @@ from qexp.data.calibration import Recipe
 from qexp.methods.finetune import FineTune
 from qexp.methods.step import Batches, Record, Step
 from qexp.task import Task
-from qexp.transforms.channels import Alpha, channels_of
+from qexp.transforms.channels import Alpha, Channels, channels_of
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,17 @@ class EndToEnd(Step):
         return self.training.recipes()
 
     def __call__(self, task: Task, batches: Batches) -> list[Record]:
-        blocks = range(len(task.blocks))
-        sites = [channels for index in blocks for channels in channels_of(task, index, self.sites)]
-        for channels in sites:
-            weights = channels.weights()
-            channels.install(Alpha(torch.zeros_like(weights)))
+        sites = self.install(task)
         try:
             return self.training(task, batches)
         finally:
             for channels in sites:
                 channels.settle()
+
+    def install(self, task: Task) -> list[Channels]:
+        """Let the sites of all blocks follow an alpha each."""
+        blocks = range(len(task.blocks))
+        sites = [channels for index in blocks for channels in channels_of(task, index, self.sites)]
+        for channels in sites:
+            channels.install(Alpha(torch.zeros_like(channels.weights())))
+        return sites

@@ -16,6 +16,7 @@ from qexp.methods.step import Batches, Record, Step
 from qexp.task import Task
 from qexp.transforms.channels import channels_of
 from qexp.transforms.descent import Match, quantized, run
+from qexp.transforms.query_key import QueryKey, query_keys
 from qexp.transforms.search import Watched, first, resident, watch
 from qexp.transforms.smooth import smoothed
 from qexp.walk import Block, walk
@@ -85,7 +86,12 @@ class OmniQuant(Step):
     """The quantized block, on what quantized blocks before it make, learns to return what the float
     block makes of float inputs: ends of the weights' ranges (from sigmoid(4) of the whole) and, if
     `sites` says where, channel scales (from SmoothQuant's) and shifts (from the middle of each
-    range, where the source can take one). The paper's scale between queries and keys is left out.
+    range, where the source can take one).
+
+    query_key: with sites, also a scale between queries and keys, where they are linears of their
+    own. Inputs do not feel it, nor do weights whose rows have scales of their own.
+    augmented: the loss also asks for what the float block makes of the quantized block's inputs
+    (`aug_loss` of the reference).
 
     Clipping changes weights for good, as part of how they will be rounded, and with it the float
     model's logits; it is the grid's own range that a solver must find again, so weight.range must
@@ -96,6 +102,8 @@ class OmniQuant(Step):
     activation: Activations
     sites: str | None = None
     shift: bool = True
+    query_key: bool = True
+    augmented: bool = False
     epochs: int = 20
     batch: int = 1
     clip_rate: float = 1e-2
@@ -131,8 +139,13 @@ class OmniQuant(Step):
     ) -> list[Tensor]:
         """Learn, change the block, and return what it makes with quantizers."""
         assert block.left is not None
-        match = Match(block, inputs, block.left)
-        learned = [Shape(watched, self.shift) for watched in found]
+        targets = [block.left]
+        if self.augmented:
+            targets.append([run(block, n, x).to(x.device) for n, x in enumerate(inputs)])
+        match = Match(block, inputs, targets)
+        learned: list[Shape | QueryKey] = [Shape(watched, self.shift) for watched in found]
+        if found and self.query_key:
+            learned += query_keys(block.task, block.index)
         clips = {name: Clipping(self.grid, linear.weight) for name, linear in block.linears.items()}
         groups = [
             {"params": [p for clip in clips.values() for p in clip.parameters()]}

@@ -16,7 +16,7 @@ from qexp.methods.step import Batches, Record, Step
 from qexp.task import Task
 from qexp.transforms.channels import Alpha, Channels, channels_of
 from qexp.transforms.descent import Match, quantized
-from qexp.transforms.search import first, resident, watch
+from qexp.transforms.search import Watched, first, resident, watch
 from qexp.transforms.smooth import smoothed
 from qexp.walk import Block, walk
 
@@ -50,25 +50,28 @@ class Quadapter(Step):
         if self.init not in ("ones", "smooth"):
             raise UserError(f"transform.init={self.init} is unknown: give ones or smooth.")
 
-    @torch.no_grad()
     def __call__(self, task: Task, batches: Batches) -> list[Record]:
-        generator = torch.Generator().manual_seed(self.seed)
         for block in walk(task, first(batches(), self.sequences), self.batch):
-            sites = channels_of(task, block.index, self.sites)
-            starts = self._starts(block, sites)
-            with resident(block):
-                for channels, scale in self._learn(block, sites, starts, generator):
-                    channels.fold(scale)
+            self.adapt(block)
         return []
 
-    def _starts(self, block: Block, sites: list[Channels]) -> list[Float[Tensor, " _"]]:
-        """theta to begin with; what the block makes in float is settled on the way."""
-        found = watch(block, sites, replay=False)
+    @torch.no_grad()
+    def adapt(self, block: Block) -> None:
+        """Learn the scales of one block, and fold them. The order of its pieces depends on the
+        seed and the block's place alone."""
+        generator = torch.Generator().manual_seed(self.seed + block.index)
+        sites = channels_of(block.task, block.index, self.sites)
+        found = watch(block, sites, replay=False)  # settles what the block makes in float
+        with resident(block):
+            starts = [self._start(watched) for watched in found]
+            for channels, scale in self._learn(block, sites, starts, generator):
+                channels.fold(scale)
+
+    def _start(self, watched: Watched) -> Float[Tensor, " channels"]:
+        """theta to begin with."""
         if self.init == "ones":
-            return [torch.zeros_like(watched.largest) for watched in found]
-        weights = [channels.weights() for channels in sites]
-        pairs = zip(found, weights, strict=True)
-        return [-smoothed(watched.largest, weight, 0.5).log() for watched, weight in pairs]
+            return torch.zeros_like(watched.largest)
+        return -smoothed(watched.largest, watched.channels.weights(), 0.5).log()
 
     def _learn(
         self,
@@ -78,7 +81,7 @@ class Quadapter(Step):
         generator: torch.Generator,
     ) -> list[tuple[Channels, Float[Tensor, " _"]]]:
         assert block.left is not None
-        match = Match(block, block.inputs, block.left)
+        match = Match(block, block.inputs, [block.left])
         alphas = [Alpha(torch.zeros_like(start)) for start in starts]
         rules = {
             name: lambda weight: self.grid(weight.float(), Straight()) for name in block.linears

@@ -1,0 +1,36 @@
+"""What a job costs, stage by stage, as ratios within one run."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from qexp import cli, resolvers
+from qexp.bench.measuring import evaluation, harness
+from qexp.bench.solving import blockwise, oac
+from qexp.bench.training import qat, quadapter
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """`bench.py NAME [key=value …]`: the configuration of a run, measured instead of kept."""
+    name, *overrides = sys.argv[1:] if arguments is None else arguments
+    if name not in BENCHES:
+        raise SystemExit(f"bench.py: {name} is unknown: give one of {', '.join(BENCHES)}")
+    resolvers.register()
+    with initialize_config_dir(version_base="1.3", config_dir=str(cli.conf())):
+        cfg = compose("config", overrides)
+    torch.set_num_threads(cfg.threads or torch.get_num_threads())
+    print(f"{name}: {' '.join(overrides)}, {torch.get_num_threads()} threads")
+    BENCHES[name](cfg)
+
+
+BENCHES: dict[str, Callable[[DictConfig], None]] = {
+    "blockwise": blockwise,
+    "evaluation": evaluation,
+    "qat": qat,
+    "quadapter": quadapter,
+    "harness": harness,
+    "oac": oac,
+}

@@ -1,0 +1,33 @@
+"""Every bench runs on a tiny model and says what it is about."""
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+from qexp import bench
+
+TINY = ("model=tiny_gpt2", "data=synthetic", "calibration.sequences=2", "calibration.length=16")
+TENSOR = ("weight=channel", "weight.bits=8", "activation=int8_tensor")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("blockwise",), "whole job"),
+        (("evaluation", "eval.held_out.length=16", "eval.held_out.limit=2"), "quantized"),
+        (("qat", "method=qat", *TENSOR), "x float"),
+        (("quadapter", "transform=quadapter", "method=quadapter", "transform.steps=2", *TENSOR),
+         "memory, phase 2"),
+    ],
+    ids=lambda words: words[0],
+)  # fmt: skip
+def test_a_bench_ends_in_ratios(words, said, capsys, monkeypatch):
+    monkeypatch.setattr(GlobalHydra.instance(), "hydra", None)
+    monkeypatch.setenv("QEXP_CACHE_DIR", "unset")  # put back afterwards
+    bench.main([*words, *TINY])
+    printed = capsys.readouterr().out
+    assert said in printed and "GiB" in printed
+
+
+def test_an_unknown_bench_is_named():
+    with pytest.raises(SystemExit, match="blockwise"):
+        bench.main(["speed"])
