@@ -103,9 +103,13 @@ class Coded(Packed):
         fixed = 2 ** (self.grid.bits - 1) if isinstance(self.grid, IntGrid) else 0
         return Scale(scale, torch.full_like(scale, fixed))
 
-    def dequantize(self) -> Float[Tensor, "rows columns"]:
+    def per_column(self) -> Scale:
+        """Each column's scale and zero, [rows, columns]."""
         wide = _per_column(self.scales(), self.group, self.codes.shape[1])
-        weight = self.grid.decode(self.codes.float(), wide)
+        return wide.map(lambda part: part.expand(self.codes.shape))
+
+    def dequantize(self) -> Float[Tensor, "rows columns"]:
+        weight = self.grid.decode(self.codes.float(), self.per_column())
         return weight if self.outliers is None else self.outliers.put(weight)
 
     @property

@@ -7,8 +7,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from qexp.binary import Binary, Halves
-from qexp.errors import UserError
-from qexp.solvers.parting import break_point, salient_columns, stored, two_values
+from qexp.errors import UserError, known, real, whole
+from qexp.scale import DTYPES
+from qexp.solvers.parting import METRICS, break_point, salient_columns, stored, two_values
 from qexp.solvers.sweep import Rule, Solution, Solver, inverse_factor, sweep
 
 
@@ -48,21 +49,15 @@ class BiLLM(Solver):
     feedback: str = "columns"
 
     def __post_init__(self) -> None:
-        for key, known in (
-            ("salient_metric", ("hessian", "magnitude")),
-            ("search", ("importance", "weight")),
-            ("feedback", ("columns", "block", "none")),
-            ("scale_dtype", ("float32", "float16", "bfloat16")),
-        ):
-            if getattr(self, key) not in known:
-                raise UserError(
-                    f"method.solver.{key}={getattr(self, key)} is unknown: give "
-                    f"{' or '.join(known)}."
-                )
+        real("method.solver", self, damp=0)
+        whole("method.solver", self, block=2, most_salient=1)
+        known("method.solver", self, salient_metric=METRICS, scale_dtype=DTYPES)
+        known("method.solver", self, search=("importance", "weight"))
+        known("method.solver", self, feedback=("columns", "block", "none"))
 
     def check(self, rows: int, columns: int) -> None:
-        if columns < 2 or self.block < 2:
-            raise UserError("method.solver.block: BiLLM needs blocks of at least two columns.")
+        if columns < 2:
+            raise UserError("method=billm needs layers of at least two inputs.")
 
     @property
     def rowwise(self) -> bool:

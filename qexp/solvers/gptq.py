@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qexp.errors import real, whole
 from qexp.grid import Grid, Scale
 from qexp.packed import Coded
 from qexp.solvers.rtn import RTN
-from qexp.solvers.sweep import Rule, Solution, Solver, inverse_factor, sweep
+from qexp.solvers.sweep import Rule, Solution, Solver, ordered, sweep
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,10 @@ class GPTQ(Solver):
     fit_every: int = 128
     block: int = 128
 
+    def __post_init__(self) -> None:
+        real("method.solver", self, damp=0)
+        whole("method.solver", self, fit_every=1, block=1)
+
     def check(self, rows: int, columns: int) -> None:
         self.grid.check(rows, columns)
 
@@ -49,24 +53,15 @@ class GPTQ(Solver):
         weight: Float[Tensor, "rows columns"],
         hessian: Float[Tensor, "columns columns"],
     ) -> Solution:
-        weight = weight.float()
         columns = weight.shape[1]
         size = columns // self.grid.groups(columns)
-        order = (
-            torch.argsort(hessian.diagonal(), descending=True, stable=True)
-            if self.act_order
-            else torch.arange(columns, device=weight.device)
-        )
-        factor = inverse_factor(hessian[order][:, order], self.damp)
-        weight = weight[:, order].masked_fill(factor.dead, 0)
-        place = torch.argsort(order)
+        weight, factor, order, place = ordered(weight, hessian, self.damp, self.act_order)
         fitted: list[Scale] = []
         if self.static_groups:
             static = self.grid.scales_of(weight[:, place])
-            group = order // size
             # One contiguous row per group, so that the inner loop only indexes.
             scales, zeros = static.scale.T.contiguous(), static.zero.T.contiguous()
-            homes = group.tolist()
+            homes = (order // size).tolist()
 
             def fit(values: Tensor, first: int) -> Rule:
                 def rule(w: Tensor, j: int) -> Tensor:

@@ -5,6 +5,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+METRICS = ("hessian", "magnitude")  # of what makes a weight salient: w² / U_jj², or |w|
 SPLITS = 81  # break-points tried, at the quantiles 0.10 … 0.90
 TILE = 256  # rows searched at a time, so that a tile stays in the processor's cache
 

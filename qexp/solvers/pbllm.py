@@ -8,12 +8,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qexp.binary import Binary, Halves
-from qexp.errors import UserError
+from qexp.errors import UserError, known, real, whole
 from qexp.grid import IntGrid, Scale
 from qexp.packed import Coded
 from qexp.partial import Partial
+from qexp.scale import DTYPES
 from qexp.solvers.billm import Binarize
-from qexp.solvers.parting import ascending, two_values
+from qexp.solvers.parting import METRICS, ascending, two_values
 from qexp.solvers.sweep import Rule, Solution, Solver, inverse_factor, sweep
 
 
@@ -43,13 +44,11 @@ class PBLLM(Solver):
     feedback: bool = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.salient < 1:
-            raise UserError(f"method.solver.salient={self.salient} is no share: give 0 to 1.")
-        if self.salient_metric not in ("hessian", "magnitude"):
-            raise UserError(
-                f"method.solver.salient_metric={self.salient_metric} is unknown: give hessian or "
-                "magnitude."
-            )
+        real("method.solver", self, salient=0, damp=0)
+        if self.salient >= 1:
+            raise UserError(f"method.solver.salient={self.salient}: give a share below 1.")
+        whole("method.solver", self, block=1)
+        known("method.solver", self, salient_metric=METRICS, scale_dtype=DTYPES)
 
     def check(self, rows: int, columns: int) -> None:
         self.grid.check(rows, columns)

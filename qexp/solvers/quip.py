@@ -6,17 +6,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qexp.grid import Grid
+from qexp.errors import real, whole
+from qexp.grid import Grid, Scale
 from qexp.packed import Coded
 from qexp.rotated import Rotated, rotations
 from qexp.solvers.gptq import GPTQ
 from qexp.solvers.rtn import RTN
-from qexp.solvers.sweep import Solution, Solver
+from qexp.solvers.sweep import Solution, Solver, descend
 
 
 @dataclass(frozen=True)
 class QuIP(Solver):
-    """Incoherence processing, then LDLQ.
+    """Incoherence processing, then LDLQ, then greedy passes.
 
     Inputs are rescaled by (H_jj / ‖w_j‖²)^¼ and both sides rotated by random orthogonal matrices
     and permutations, the codes found there. LDLQ, which goes through the columns from last to first
@@ -26,6 +27,9 @@ class QuIP(Solver):
     grid: `weight=quip` is the paper's, 2.4 root mean squares to both sides, one scale per matrix.
     damp: share of the mean diagonal. The reference adds 0.01 twice.
     seed: of the rotations. rescale, feedback: whether inputs are rescaled, and errors spread.
+    act_order: columns by descending diagonal of the rotated Hessian.
+    greedy: passes that move every weight in turn to its best value while the others stay (see
+    `descend`). The reference's default is 0; act_order and some passes (its code: 9) are LDLQ-RG.
     block: columns finished before the rest is updated; no effect on the result.
     """
 
@@ -34,7 +38,13 @@ class QuIP(Solver):
     seed: int = 0
     rescale: bool = True
     feedback: bool = True
+    act_order: bool = False
+    greedy: int = 0
     block: int = 128
+
+    def __post_init__(self) -> None:
+        real("method.solver", self, damp=0)
+        whole("method.solver", self, greedy=0, block=1)
 
     def check(self, rows: int, columns: int) -> None:
         self.grid.check(rows, columns)
@@ -45,7 +55,7 @@ class QuIP(Solver):
 
     @property
     def baseline(self) -> Solver:
-        return replace(self, feedback=False)
+        return replace(self, feedback=False, greedy=0)
 
     def __call__(
         self,
@@ -60,15 +70,36 @@ class QuIP(Solver):
         turned = outputs.apply(inputs.apply(weight * stretch.float()).T).T.float().contiguous()
         scaled = hessian / stretch.float() / stretch.float()[:, None]
         scaled = inputs.apply(inputs.apply(scaled).T).float()
+        scaled = (scaled + scaled.T) / 2
         solver = (
-            GPTQ(self.grid, self.damp, fit_every=1, block=self.block)
+            GPTQ(self.grid, self.damp, self.act_order, fit_every=1, block=self.block)
             if self.feedback
             else RTN(self.grid)
         )
-        inner = solver(turned, (scaled + scaled.T) / 2)
+        inner = solver(turned, scaled)
         assert isinstance(inner.packed, Coded)
-        packed = Rotated(inner.packed, self.seed, stretch)
+        coded = self._descended(inner.packed, turned, scaled)
+        packed = Rotated(coded, self.seed, stretch)
         return Solution(packed.dequantize(), packed.bits(), packed, inner.damp)
+
+    def _descended(
+        self,
+        coded: Coded,
+        weight: Float[Tensor, "rows columns"],
+        hessian: Float[Tensor, "columns columns"],
+    ) -> Coded:
+        """Other codes, after the greedy passes, for the same scales."""
+        if not self.greedy:
+            return coded
+        wide = coded.per_column()
+
+        def nearest(values: Tensor, j: int) -> Tensor:
+            return self.grid.round(values, Scale(wide.scale[:, j], wide.zero[:, j]))
+
+        rounded = coded.dequantize()
+        for _ in range(self.greedy):
+            rounded = descend(weight, rounded, hessian, nearest, self.block)
+        return replace(coded, codes=self.grid.encode(rounded, wide).to(torch.int32))
 
     def _stretch(
         self, weight: Float[Tensor, "rows columns"], hessian: Float[Tensor, "columns columns"]

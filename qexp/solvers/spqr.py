@@ -7,12 +7,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from qexp.errors import UserError
+from qexp.errors import known, real, whole
 from qexp.grid import IntGrid, Scale
 from qexp.outliers import Outliers
 from qexp.packed import Coded
+from qexp.scale import DTYPES
 from qexp.solvers.rtn import RTN
-from qexp.solvers.sweep import Rule, Solution, Solver, inverse_factor, sweep
+from qexp.solvers.sweep import Rule, Solution, Solver, ordered, sweep
 
 
 @dataclass(frozen=True)
@@ -46,16 +47,9 @@ class SpQR(Solver):
     block: int = 128
 
     def __post_init__(self) -> None:
-        if not isinstance(self.threshold, int | float) or self.threshold < 0:
-            raise UserError(
-                f"method.solver.threshold={self.threshold} is no threshold: give a number (about "
-                "0.2 for 4 bits), or inf for no outliers."
-            )
-        if self.outlier_dtype not in ("float32", "float16", "bfloat16"):
-            raise UserError(
-                f"method.solver.outlier_dtype={self.outlier_dtype} is unknown: give float32, "
-                "float16 or bfloat16."
-            )
+        real("method.solver", self, threshold=0, damp=0)
+        whole("method.solver", self, block=1)
+        known("method.solver", self, outlier_dtype=DTYPES)
 
     def check(self, rows: int, columns: int) -> None:
         self.grid.check(rows, columns)
@@ -75,13 +69,7 @@ class SpQR(Solver):
     ) -> Solution:
         rows, columns = weight.shape
         size = columns // self.grid.groups(columns)
-        order = (
-            torch.argsort(hessian.diagonal(), descending=True, stable=True)
-            if self.act_order
-            else torch.arange(columns, device=weight.device)
-        )
-        factor = inverse_factor(hessian[order][:, order], self.damp)
-        weight = weight.float()[:, order].masked_fill(factor.dead, 0)
+        weight, factor, _, place = ordered(weight, hessian, self.damp, self.act_order)
         diagonal = factor.upper.diagonal()
         limit = inf
         if self.threshold < inf and rows > 1:
@@ -113,7 +101,6 @@ class SpQR(Solver):
             return rule
 
         rounded = sweep(weight, factor.upper, fit, size, self.block)
-        place = torch.argsort(order)
         mask = outlying.T[:, place] if outlying.any() else None
         packed = Coded.of(
             self.grid,

@@ -11,10 +11,9 @@ from math import ceil, gcd
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from qexp.errors import UserError
 from qexp.packed import Packed
 
 # (values of a column, its index) → its rounded values. One per group of columns.
@@ -76,6 +75,16 @@ class Factor(NamedTuple):
     damp: float
 
 
+class Ordered(NamedTuple):
+    """A matrix as the sweep takes its columns. weight: in that order, 0 for unseen inputs.
+    order: which column comes when; place: when each column comes."""
+
+    weight: Float[Tensor, "rows columns"]
+    factor: Factor
+    order: Int[Tensor, " columns"]
+    place: Int[Tensor, " columns"]
+
+
 class NotPositiveDefinite(ValueError):
     """A Hessian that no damping up to ten times its mean diagonal makes factorable, or one that
     holds NaN or infinity."""
@@ -101,8 +110,6 @@ def inverse_factor(hessian: Float[Tensor, "columns columns"], damp: float) -> Fa
     if not hessian.isfinite().all():
         raise NotPositiveDefinite("its entries are not all finite")
     dead = hessian.diagonal() == 0
-    if not damp >= 0:
-        raise UserError(f"method.solver.damp={damp} is no damping: give 0 or a positive share.")
     tried = damp
     while True:
         for dtype in (torch.float32, torch.float64):
@@ -116,6 +123,21 @@ def inverse_factor(hessian: Float[Tensor, "columns columns"], damp: float) -> Fa
         tried = max(10 * tried, 1e-4)
         if tried > 10:
             raise NotPositiveDefinite("it is not positive definite even with damping 10")
+
+
+def ordered(
+    weight: Float[Tensor, "rows columns"],
+    hessian: Float[Tensor, "columns columns"],
+    damp: float,
+    act_order: bool,
+) -> Ordered:
+    """Columns as they stand or, with `act_order`, by descending diagonal of the Hessian."""
+    order = torch.arange(weight.shape[1], device=weight.device)
+    if act_order:
+        order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    factor = inverse_factor(hessian[order][:, order], damp)
+    weight = weight.float()[:, order].masked_fill(factor.dead, 0)
+    return Ordered(weight, factor, order, torch.argsort(order))
 
 
 def sweep(
@@ -157,4 +179,33 @@ def sweep(
             if within:
                 rest[j + 1 : stop].addr_(factor[j, j + 1 : stop], errors[j - start], alpha=-1)
         rest[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    return out.T.contiguous()
+
+
+def descend(
+    weight: Float[Tensor, "rows columns"],
+    rounded: Float[Tensor, "rows columns"],
+    hessian: Float[Tensor, "columns columns"],
+    nearest: Rule,
+    block: int = 128,
+) -> Float[Tensor, "rows columns"]:
+    """One pass of coordinate descent on tr(Δ H Δᵀ) over the values of a grid, from the last column
+    to the first as QuIP's: each takes those `nearest` to its best while the others stay, which
+    never makes the objective greater. (QuIP's code clamps after the pass, and may.)
+
+    block: columns finished before the rest hears of their steps; run time, never the result.
+    """
+    out = rounded.float().T.contiguous()  # [columns, rows]: a column is contiguous
+    change = out - weight.float().T
+    diagonal = hessian.diagonal().tolist()
+    for stop in range(len(out), 0, -block):
+        start = max(stop - block, 0)
+        slopes = hessian[start:stop].float() @ change
+        for j in reversed(range(start, stop)):
+            if diagonal[j] <= 0:
+                continue
+            step = nearest(out[j] - slopes[j - start] / diagonal[j], j) - out[j]
+            out[j] += step
+            change[j] += step
+            slopes[: j - start].addr_(hessian[start:j, j], step)
     return out.T.contiguous()

@@ -1,6 +1,7 @@
 """QuIP: LDLQ is the sweep, rotations are orthogonal and come back from their seed, storage."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from qexp.ranges import RMS
 from qexp.rotated import Rotated, Rotation
 from qexp.solvers import GPTQ
 from qexp.solvers.quip import QuIP
+from qexp.solvers.sweep import descend
 
 
 def grid(bits: int) -> IntGrid:
@@ -66,6 +68,70 @@ def test_beats_rounding_after_rotation_and_plain_sweep(bits: int) -> None:
     assert ours < loss(solver.baseline(weight, hessian).weight - weight, hessian)
     plain = GPTQ(grid(bits), act_order=True)(weight, hessian).weight
     assert ours < loss(plain - weight, hessian)
+
+
+def best_moves(weight: Tensor, rounded: Tensor, hessian: Tensor, values: Tensor) -> Tensor:
+    """A greedy pass as it reads: every value tried at every place, the last column first."""
+    rounded = rounded.clone()
+    for column in reversed(range(weight.shape[1])):
+        for row in range(len(weight)):
+            tried = rounded[row].repeat(len(values), 1)
+            tried[:, column] = values
+            change = (tried - weight[row]).double()
+            rounded[row] = tried[((change @ hessian.double()) * change).sum(1).argmin()]
+    return rounded
+
+
+@pytest.mark.parametrize("block", [5, 128])
+def test_a_greedy_pass_takes_the_best_value_of_each_weight_in_turn(block: int) -> None:
+    weight, hessian = problem(12, 24)
+    places = grid(2)
+    q = places.fit(weight)
+    start = places.round(weight, q)
+
+    def nearest(values: Tensor, _: int) -> Tensor:
+        return places.round(values[:, None], q)[:, 0]
+
+    ours = descend(weight, start, hessian, nearest, block)
+    values = places.decode(torch.arange(4.0)[None], q).flatten()
+    reference = best_moves(weight, start, hessian, values)
+    assert (ours - reference).abs().lt(1e-5).double().mean() > 0.99
+    assert loss(ours - weight, hessian) < 0.9 * loss(start - weight, hessian)
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize("start", [{}, {"feedback": False}, {"act_order": True}], ids=str)
+def test_greedy_passes_never_make_the_objective_greater(bits: int, start: dict) -> None:
+    for seed in range(3):
+        weight, hessian = problem(seed=seed)
+        solver = QuIP(grid(bits), **start)
+        errors = [
+            loss(replace(solver, greedy=n)(weight, hessian).weight - weight, hessian)
+            for n in (0, 1, 2, 9)
+        ]
+        assert errors[1] < errors[0]
+        assert all(b <= a * (1 + 1e-5) for a, b in pairwise(errors))
+
+
+def test_greedy_passes_keep_the_scales_and_the_places_of_unseen_inputs() -> None:
+    weight, hessian = problem()
+    hessian[:, 7] = hessian[7] = 0
+    for places in (grid(3), IntGrid(3, group_size=32, scale_dtype="float16")):
+        plain = QuIP(places, act_order=True)(weight, hessian).packed
+        greedy = QuIP(places, act_order=True, greedy=2)(weight, hessian)
+        assert isinstance(greedy.packed, Rotated) and isinstance(plain, Rotated)
+        assert torch.equal(plain.inner.scales().scale, greedy.packed.inner.scales().scale)
+        assert greedy.bits == plain.bits() and greedy.weight.isfinite().all()
+        restored = Rotated.restore(greedy.packed.stored(), greedy.packed.layout())
+        assert torch.equal(greedy.weight, restored.dequantize())
+
+
+def test_the_baseline_is_rounding_after_rotation() -> None:
+    weight, _ = problem()
+    assert QuIP(grid(3), greedy=3).baseline == QuIP(grid(3), feedback=False)
+    identity = QuIP(grid(3), rescale=False, greedy=3)(weight, torch.eye(96)).weight
+    nearest = QuIP(grid(3), rescale=False, feedback=False)(weight, torch.eye(96)).weight
+    torch.testing.assert_close(identity, nearest)
 
 
 @pytest.mark.parametrize("rescale", [False, True])
