@@ -26,6 +26,10 @@ class Hessian(ABC):
     def span(self) -> int:
         """How many blocks are measured together: work can be taken up again at multiples of it."""
 
+    def prepare(self, first: Block) -> None:  # noqa: B027
+        """Measure what must be measured at float weights: called once, with the first block, before
+        anything is rounded (also by a run that goes on where another was killed)."""
+
     @abstractmethod
     def each(self, block: Block, solve: Solve) -> None:
         """Hand every linear of the block to `solve`, once, with its Hessian as soon as that is
@@ -33,6 +37,8 @@ class Hessian(ABC):
 
     def __call__(self, block: Block) -> dict[str, Float[Tensor, "_ _"]]:
         """The Hessian of each linear at the block's weights as they stand."""
+        if block.index == 0:
+            self.prepare(block)
         found: dict[str, Tensor] = {}
 
         def keep(names: tuple[str, ...], hessian: Tensor) -> None:

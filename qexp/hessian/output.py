@@ -8,6 +8,7 @@ activation Hessian weighted by ‖g_t‖².
 
 from abc import abstractmethod
 from dataclasses import asdict, dataclass
+from math import inf
 from typing import Any
 
 import torch
@@ -16,16 +17,17 @@ from torch import Tensor
 
 from qexp.backward import frozen, watching
 from qexp.cache import Cache, sources
-from qexp.errors import UserError
+from qexp.errors import UserError, known, real, whole
 from qexp.hessian.layerwise import Hessian, Solve, add_symmetric, mirrored
 from qexp.progress import bar
+from qexp.scale import DTYPES
 from qexp.walk import Block
 
 Factors = tuple[Float[Tensor, "each columns"], Float[Tensor, "each columns"]]
 
 KIND = "hessians"
 SCHEDULES = ("per_block", "every_k", "one_pass")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LABELS = ("data", "sampled")
 
 
 @dataclass(frozen=True)
@@ -54,15 +56,13 @@ class FromGradients(Hessian):
     memory: float = 8.0
 
     def __post_init__(self) -> None:
-        for key, value, known in (
-            ("schedule", self.schedule, SCHEDULES),
-            ("dtype", self.dtype, tuple(DTYPES)),
-            ("labels", self.labels, ("data", "sampled")),
-        ):
-            if value not in known:
-                raise UserError(
-                    f"method.hessian.{key}={value} is unknown: give {' or '.join(known)}."
-                )
+        known("method.hessian", self, schedule=SCHEDULES, dtype=DTYPES, labels=LABELS)
+        whole("method.hessian", self, k=1, sequences=1)
+        real("method.hessian", self, memory=0, loss_scale=0)
+        if not 0 < self.loss_scale < inf:
+            raise UserError(
+                f"method.hessian.loss_scale={self.loss_scale}: give a finite number above 0."
+            )
 
     @abstractmethod
     def factors(
@@ -74,10 +74,12 @@ class FromGradients(Hessian):
     def span(self) -> int:
         return self.k if self.schedule == "every_k" else 1
 
+    def prepare(self, first: Block) -> None:
+        if self.schedule == "one_pass":
+            first.notes.update(self._at_float_weights(first))
+
     def each(self, block: Block, solve: Solve) -> None:
         if self.schedule == "one_pass":
-            if block.index == 0:
-                block.notes.update(self._at_float_weights(block))
             if not any(key.startswith(f"{block.name}.") for key in block.notes):
                 block.notes.update(Cache().find(KIND, self._key(block, block.index)) or {})
         elif block.index % self.span == 0:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qexp.activations import Activations, quantize_activations
-from qexp.errors import UserError
+from qexp.errors import UserError, whole
 from qexp.hessian import Hessian
 from qexp.methods.journal import Journal
 from qexp.methods.step import Batches, Record, Step, write
@@ -61,6 +61,10 @@ class Blockwise(Step):
     chunk: int | None = None
     activations: tuple[Activations, ...] | list[Activations] = ()
 
+    def __post_init__(self) -> None:
+        if self.chunk is not None:
+            whole("method", self, chunk=1)
+
     @torch.no_grad()
     def __call__(self, task: Task, batches: Batches) -> list[Record]:
         check(task, self.solver)
@@ -70,6 +74,8 @@ class Blockwise(Step):
             if journal is None:
                 journal = Journal({"model": block.origin, "method": repr(self)})
                 finished = self._finished(journal, len(task.blocks))
+                if len(finished) < len(task.blocks):
+                    self.hessian.prepare(block)
             if block.index < len(finished):
                 for record in finished[block.index]:
                     linear = task.model.get_submodule(record.name)
