@@ -59,7 +59,10 @@ def _key(error: OmegaConfBaseException) -> str:
     above = full.rpartition(".")[0]
     names: list[str] = []
     if parent is not None and OmegaConf.is_dict(parent):
-        names = [f"{above}.{name}" if above else str(name) for name in parent]
+        own = [str(name) for name in parent if not str(name).startswith("_")]
+        if above and not own:
+            return f"{full}: there is no such key; what was chosen for {above} has no settings"
+        names = [f"{above}.{name}" if above else name for name in own]
         if not above:
             names = [name for name in names if name != "hydra"] + list(WITHOUT_KEY)
     return f"{full}: there is no such key; {nearest(full, names)}"

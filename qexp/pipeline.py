@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from omegaconf import DictConfig
 
-from qexp import progress, results, store
+from qexp import own, progress, results, store
 from qexp.build import build
 from qexp.data.calibration import Recipe
 from qexp.edits import Marks, edits, marks
@@ -30,6 +30,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
     """
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     progress.show(cfg.progress)
+    own.check(cfg)
     source: Source = build(cfg.model)
     recipe: Recipe = build(cfg.calibration)
     steps: list[Step] = [build(cfg.transform), build(cfg.method)]

@@ -4,12 +4,13 @@ import contextlib
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from runs import _configured  # noqa: F401 (an autouse fixture)
 
-from qexp import cli, composition, resolvers
+from qexp import cli, composition
 from qexp.signature import signature
 
 CONF = cli.conf()
@@ -26,17 +27,10 @@ def choices() -> list[str]:
     return found
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _configured():
-    resolvers.register()
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        yield
-
-
 def holder(group: str, choice: str) -> list[str]:
     """The choice, for a nested group with the first of its parents that takes it."""
     top, _, nested = group.partition("/")
-    if not nested:
+    if not nested or top == "hydra":
         return [f"{group}={choice}"]
     for path in sorted((CONF / top).glob("*.yaml")):
         for key in (group,):
@@ -64,6 +58,15 @@ def test_the_choices_of_a_configuration_differ() -> None:
     assert signature(compose("config", ["logger=none"])) == signature(compose("config"))
 
 
+@pytest.mark.parametrize("choice", ["stories260k", "small_gpt2", "smollm2"])
+def test_where_the_data_folder_is_does_not_count(choice, monkeypatch) -> None:
+    seen = set()
+    for folder in ("one", "another"):
+        monkeypatch.setenv("QEXP_DATA_DIR", folder)
+        seen.add(signature(compose("config", [f"model={choice}", "data=wikitext2"])))
+    assert len(seen) == 1
+
+
 def test_an_experiment_may_change_any_key(tmp_path: Path) -> None:
     experiment = tmp_path / "experiment"
     experiment.mkdir()
@@ -89,7 +92,7 @@ def test_far_from_everything_all_names_are_listed() -> None:
 def test_an_environment_variable_that_is_missing_is_named(monkeypatch) -> None:
     monkeypatch.delenv("QEXP_DATA_DIR", raising=False)
     with pytest.raises(OmegaConfBaseException) as error:
-        signature(compose("config", ["model=stories260k"]))
+        signature(compose("config", ["model=local", "model.path=${oc.env:QEXP_DATA_DIR}/mine"]))
     assert composition.sentence(error.value).endswith(
         "set the environment variable QEXP_DATA_DIR, or this key"
     )

@@ -1,15 +1,16 @@
 """Whole runs on tiny models: every method, placement and family; saved, reloaded, refused."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
+import runs
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from runs import _configured  # noqa: F401 (an autouse fixture)
 from safetensors import safe_open
 
-from qexp import cli, pipeline, resolvers, results, store
+from qexp import pipeline, results, store
 from qexp.errors import UserError
 
 SMALL = [
@@ -23,18 +24,7 @@ SMALL = [
 PPL = "synthetic_raw_64x4/ppl"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _configured():
-    resolvers.register()
-    with initialize_config_dir(version_base="1.3", config_dir=str(cli.conf())):
-        yield
-
-
-def run(folder: Path, *overrides: str, small=SMALL) -> dict[str, float]:
-    cfg = compose("config", [*small, *overrides])
-    (folder / ".hydra").mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")
-    return pipeline.run(cfg, folder)
+run = partial(runs.run, small=SMALL)
 
 
 @pytest.mark.parametrize(

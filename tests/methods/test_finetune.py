@@ -1,13 +1,12 @@
 """Every training method, end to end on tiny models: it learns, and reloads to the same number."""
 
 import csv
+from functools import partial
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
-
-from qexp import cli, pipeline, resolvers
+import runs
+from runs import _configured  # noqa: F401 (an autouse fixture)
 
 SMALL = (
     "model=tiny_llama",
@@ -24,18 +23,7 @@ SMALL = (
 PPL = "synthetic_raw_32x4/ppl"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _configured():
-    resolvers.register()
-    with initialize_config_dir(version_base="1.3", config_dir=str(cli.conf())):
-        yield
-
-
-def run(folder: Path, *overrides: str, small=SMALL) -> dict[str, float]:
-    cfg = compose("config", [*small, *overrides])
-    (folder / ".hydra").mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")
-    return pipeline.run(cfg, folder)
+run = partial(runs.run, small=SMALL)
 
 
 def lines(folder: Path) -> list[dict[str, float]]:

@@ -1,12 +1,18 @@
 """Every yaml of a solver, from configuration to a quantized model and back from its file."""
 
+import re
+
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from hydra import compose
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from runs import _configured  # noqa: F401 (an autouse fixture)
 from test_walk import joined, task_of
 
-from qexp import cli, pipeline, resolvers, store
+from qexp import composition, own, pipeline, store
 from qexp.build import build
+from qexp.errors import UserError
 from qexp.methods.blockwise import Blockwise
 
 METHODS = {
@@ -20,16 +26,8 @@ METHODS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _configured():
-    resolvers.register()
-    with initialize_config_dir(version_base="1.3", config_dir=str(cli.conf())):
-        yield
-
-
 def method(name: str):
-    cfg = compose("config", [f"method={name.split()[0]}", *METHODS[name]])
-    return build(cfg.method)
+    return build(compose("config", [f"method={name.split()[0]}", *METHODS[name]]).method)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "bert", "vit"])
@@ -50,6 +48,84 @@ def test_solves_every_linear_and_comes_back(family: str, name: str, tmp_path) ->
     if isinstance(step, Blockwise):
         before = sum(record.error_before for record in records)
         assert sum(record.error for record in records) < 0.8 * before
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        *((name, "solver.damp=-0.1") for name in ("gptq", "spqr", "billm", "pbllm", "quip")),
+        *((name, "solver.block=0") for name in ("gptq", "spqr", "billm", "pbllm", "quip")),
+        ("gptq", "solver.damp=nan"),
+        ("gptq", "solver.fit_every=0"),
+        ("gptq", "chunk=0"),
+        ("spqr", "solver.threshold=-1.0"),
+        ("spqr", "solver.outlier_dtype=int8"),
+        ("billm", "solver.most_salient=0"),
+        ("billm", "solver.search=both"),
+        ("billm", "solver.feedback=all"),
+        ("billm", "solver.salient_metric=mean"),
+        ("billm", "solver.scale_dtype=float8"),
+        ("pbllm", "solver.salient=1.5"),
+        ("pbllm", "solver.salient=-0.1"),
+        ("pbllm", "solver.salient_metric=mean"),
+        ("pbllm", "solver.scale_dtype=float8"),
+        ("quip", "solver.greedy=-1"),
+        ("oac", "hessian.k=0"),
+        ("oac", "hessian.sequences=0"),
+        ("oac", "hessian.sequences=true"),
+        ("oac", "hessian.memory=-1.0"),
+        ("oac", "hessian.loss_scale=0.0"),
+        ("oac", "hessian.loss_scale=inf"),
+        ("oac", "hessian.loss_scale=-1024.0"),
+        ("oac", "hessian.schedule=never"),
+        ("oac", "hessian.labels=all"),
+        ("oac", "hessian.dtype=int8"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_any_model_is_loaded(name: str, wrong: str) -> None:
+    cfg = compose("config", [f"method={name}", f"method.{wrong}"])
+    with pytest.raises(UserError) as refusal:
+        build(cfg.method)
+    key = re.escape(wrong.partition("=")[0])
+    said = str(refusal.value)
+    assert re.fullmatch(rf"method\.{key}=\S+ ?[a-z ]*: give [^.]+\.", said), said
+
+
+def test_a_grid_that_nothing_reads_is_refused() -> None:
+    for name in ("billm", "pbllm", "oac_binary"):
+        cfg = compose("config", [f"method={name}"])
+        assert cfg.weight == own.OWN
+        own.check(cfg)
+        with pytest.raises(HydraException) as refusal:
+            compose("config", [f"method={name}", "weight.bits=3"])
+        said = composition.sentence(refusal.value)
+        assert said.startswith("weight.bits: ") and "weight has no settings" in said
+        with pytest.raises(UserError, match=r"weight: (BiLLM|PBLLM) rounds to values of its own"):
+            own.check(compose("config", [f"method={name}", "weight=nf4"]))
+    with pytest.raises(UserError, match="weight=own: a grid is needed"):
+        build(compose("config", ["method=gptq", "weight=own"]).method)
+    with pytest.raises(UserError, match="weight=own: a grid is needed"):
+        build(compose("config", ["method=billm", "transform=awq"]).transform)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["method=rtn"],
+        ["method=oac", "weight=spqr"],
+        ["method=quip"],
+        ["method=none"],
+        ["method=lsq"],
+        ["method=billm", "weight=int", "transform=awq"],
+        ["method=efficient_qat"],
+    ],
+    ids=" ".join,
+)
+def test_a_grid_that_something_reads_is_not(overrides: list[str]) -> None:
+    cfg = compose("config", overrides)
+    own.check(cfg)
+    OmegaConf.resolve(cfg.method)
+    own.check(cfg)
 
 
 def test_the_second_level_follows_the_weights_settings() -> None:
