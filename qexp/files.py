@@ -1,4 +1,4 @@
-"""Files that are whole or absent."""
+"""Files that are whole or absent, and where data files are."""
 
 import os
 import shutil
@@ -10,6 +10,19 @@ from pathlib import Path
 from qexp.errors import UserError
 
 LOCK = ".lock"
+
+
+def data_folder(chosen: str | None = None) -> Path | None:
+    """The folder of data that came with no package: `chosen`, else what QEXP_DATA_DIR names."""
+    named = chosen or os.environ.get("QEXP_DATA_DIR")
+    return Path(named).expanduser() if named else None
+
+
+def locate(path: str) -> Path:
+    """A file or folder by its own name or, where that is relative and nothing here has it, by its
+    name below the data folder. So a configuration need not say where that folder is."""
+    own, data = Path(path).expanduser(), data_folder()
+    return own if own.exists() or data is None else data / own
 
 
 @contextmanager

@@ -138,7 +138,7 @@ def test_a_trained_checkpoint_knows_its_stories(name, loss, monkeypatch):
     source = build(OmegaConf.load(CONF / "model" / f"{name}.yaml"))
     model, tokenizer, _ = source.load()
     text = (folder / "tinystories" / "tinystories_sample_2MiB.txt").read_text(encoding="utf-8")
-    reference = SentencePieceProcessor(model_file=source.tokenizer)
+    reference = SentencePieceProcessor(model_file=str(source.files()[1]))
     assert tokenizer(text[:50_000], add_special_tokens=False).input_ids == reference.encode(
         text[:50_000]
     )

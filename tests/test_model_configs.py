@@ -32,8 +32,9 @@ def test_every_model_can_be_chosen(name, monkeypatch):
 
 def test_a_model_without_its_data_folder_says_which_variable(monkeypatch):
     monkeypatch.delenv("QEXP_DATA_DIR", raising=False)
-    with pytest.raises(Exception, match="QEXP_DATA_DIR"):
-        build(node("stories260k"))
+    for name in ("stories260k", "small_gpt2"):
+        with pytest.raises(UserError, match="QEXP_DATA_DIR"):
+            build(node(name)).files()
 
 
 @pytest.mark.parametrize("name", ["gpt2", "smollm2", "tiny_llama"])

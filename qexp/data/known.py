@@ -1,7 +1,6 @@
 """Corpora that everyone knows, from local files or from the hub: the same rows either way."""
 
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,6 +11,7 @@ from qexp.data.corpus import Corpus, Example, check_split, digest, share
 from qexp.data.facts import FACTS, Facts, Part
 from qexp.data.reading import read_records, read_text
 from qexp.errors import UserError
+from qexp.files import data_folder
 
 log = logging.getLogger(__name__)
 
@@ -80,19 +80,15 @@ class Known(Corpus):
         check_split(self, split, tuple(facts.parts))
         return facts, facts.parts[split]
 
-    def _folder(self) -> Path | None:
-        chosen = self.folder or os.environ.get("QEXP_DATA_DIR")
-        return Path(chosen).expanduser() if chosen else None
-
     def _local(self, part: Part) -> Path | None:
-        folder = self._folder()
+        folder = data_folder(self.folder)
         if self.source == "hub" or folder is None or part.local is None:
             return None
         path = folder / part.local
         return path if path.is_file() else None
 
     def _missing(self, split: str, part: Part, why: str) -> str:
-        place = f"{self._folder() or '$QEXP_DATA_DIR'}/{part.local}"
+        place = f"{data_folder(self.folder) or '$QEXP_DATA_DIR'}/{part.local}"
         put = f"put the {split} text at {place}" if part.local else "the hub must be reachable"
         options = "; or ".join(filter(None, [put, part.instead]))
         return f"data={self.name}: no {split} split here: {why}; {options}"

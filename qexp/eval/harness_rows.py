@@ -3,7 +3,6 @@
 One table, keyed as the harness names its data. Paths are below the folder QEXP_DATA_DIR.
 """
 
-import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -115,12 +114,6 @@ FACTS: dict[tuple[str, str | None], Facts] = {
 def find(path: str | None, name: str | None) -> Facts | None:
     """The facts of a data set of the harness, if it has any here."""
     return FACTS.get((path or "", name)) or FACTS.get((path or "", None))
-
-
-def folder(chosen: str | None) -> Path | None:
-    """Where local files are: `chosen`, else QEXP_DATA_DIR."""
-    named = chosen or os.environ.get("QEXP_DATA_DIR")
-    return Path(named).expanduser() if named else None
 
 
 def local(facts: Facts, name: str | None, where: Path) -> Iterator[tuple[str, Path]]:

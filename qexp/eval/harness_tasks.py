@@ -22,6 +22,7 @@ from lm_eval.tasks import TaskManager
 from qexp import progress
 from qexp.errors import UserError
 from qexp.eval import harness_rows
+from qexp.files import data_folder
 
 # Those of the harness's own command, so that few-shot examples are the same.
 SEED, NUMPY_SEED, TORCH_SEED, SHOT_SEED = 0, 1234, 1234, 1234
@@ -43,7 +44,7 @@ class LocalTask(ConfigurableTask):
     def __init__(self, config: Mapping[str, Any]) -> None:
         own = ("class", "qexp_source", "qexp_folder")
         self.source: str = config["qexp_source"]
-        self.folder = harness_rows.folder(config["qexp_folder"])
+        self.folder = data_folder(config["qexp_folder"])
         self.files: list[Path] = []
         ConfigurableTask.__init__(self, config={k: v for k, v in config.items() if k not in own})
 

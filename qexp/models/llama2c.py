@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from qexp.errors import UserError
+from qexp.files import locate
 from qexp.models.source import DTYPES, Loaded, Source, check, ready, sha256
 
 HEADER = struct.Struct("<7i")
@@ -24,7 +25,8 @@ HEADER = struct.Struct("<7i")
 
 @dataclass(frozen=True)
 class Llama2C(Source):
-    """`path` is the .bin, `tokenizer` the sentencepiece model it was trained with.
+    """`path` is the .bin, `tokenizer` the sentencepiece model it was trained with, both looked for
+    in the folder QEXP_DATA_DIR too.
 
     Layout (github.com/karpathy/llama2.c, `legacy_export`): seven int32, then float32 weights kind
     by kind, each for all layers. RoPE rotates neighbouring pairs there and halves in transformers,
@@ -55,7 +57,7 @@ class Llama2C(Source):
     def files(self) -> list[Path]:
         found = []
         for key in ("path", "tokenizer"):
-            file = Path(getattr(self, key)).expanduser()
+            file = locate(getattr(self, key))
             if not file.is_file():
                 raise UserError(
                     f"model.{key}: {file} is not a file; QEXP_DATA_DIR names the folder of models/"

@@ -17,6 +17,7 @@ from transformers import (
 
 from qexp.data.tokens import fingerprint
 from qexp.errors import UserError
+from qexp.files import locate
 from qexp.models.pretrained import tokenizer_of
 from qexp.models.source import AUTO, DTYPES, Loaded, Source, check, ready
 
@@ -28,7 +29,8 @@ class Random(Source):
     """A transformers config of `family` with `sizes`, initialized from `seed`.
 
     noise: the deviation of what is added to biases and norm weights: at their usual zeros and ones
-    a test's mistake with them would stay unseen. tokenizer: its folder; null takes the 256 bytes.
+    a test's mistake with them would stay unseen. tokenizer: its folder, looked for below the folder
+    QEXP_DATA_DIR too; null takes the 256 bytes.
     """
 
     family: str
@@ -61,9 +63,12 @@ class Random(Source):
     def files(self) -> list[Path]:
         if self.tokenizer is None:
             return []
-        folder = Path(self.tokenizer).expanduser()
+        folder = locate(self.tokenizer)
         if not folder.is_dir():
-            raise UserError(f"model.tokenizer: {folder} is no folder; give one with vocab.json")
+            raise UserError(
+                f"model.tokenizer: {folder} is no folder; give one with vocab.json, or set "
+                "QEXP_DATA_DIR"
+            )
         return sorted(path for path in folder.iterdir() if path.is_file())
 
     def _tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -74,8 +79,7 @@ class Random(Source):
         name = f"model.tokenizer: {self.tokenizer}"
         # The folder may hold a vocabulary and nothing that names its kind: that is the family's.
         options = {"config": self._config(), "local_files_only": True}
-        folder = str(Path(self.tokenizer).expanduser())
-        return tokenizer_of(folder, name, self, **options)
+        return tokenizer_of(str(locate(self.tokenizer)), name, self, **options)
 
     def _config(self) -> PreTrainedConfig:
         try:
