@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CONF, FAMILIES, batches, tiny
+from huggingface_hub.utils import httpx
 from omegaconf import OmegaConf
 
 from qexp.build import build
 from qexp.errors import UserError
-from qexp.models.hub import Hub
+from qexp.models.hub import Hub, _reachable
 from qexp.models.local import Local
 from qexp.models.random import Random
 from qexp.models.source import Loaded
@@ -209,6 +210,36 @@ def test_a_hub_id_that_is_out_of_reach(hub):
     for source in (Hub("org/other"), Hub("org/name", revision="gone")):
         with pytest.raises(UserError, match=r"model\.id: org/.*model=local model\.path=FOLDER"):
             source.load()
+
+
+@pytest.mark.parametrize(
+    ("answer", "local"),
+    [
+        (None, False),
+        (httpx.ConnectError("Name or service not known"), True),
+        (httpx.ReadTimeout("slow"), False),
+        (httpx.ProxyError("403"), False),
+    ],
+)
+def test_a_hub_that_cannot_be_connected_to_is_not_asked_again(monkeypatch, answer, local):
+    tried, asked = [], []
+
+    def head(*_: object, max_retries: int, **__: object) -> None:
+        tried.append(max_retries)
+        if answer is not None:
+            raise answer
+
+    def cached(*_: object, local_files_only: bool, **__: object) -> None:
+        asked.append(local_files_only)
+        raise OSError("there is no such file")
+
+    monkeypatch.setattr("qexp.models.hub.http_backoff", head)
+    monkeypatch.setattr("qexp.models.hub.cached_file", cached)
+    monkeypatch.setattr("qexp.models.hub._reachable", _reachable.__wrapped__)
+    for _ in range(2):
+        with pytest.raises(UserError, match="no such file"):
+            Hub("org/other").load()
+    assert (tried, asked) == ([1, 1], [local, local])
 
 
 def test_a_hub_id_that_is_a_folder_here(tmp_path, monkeypatch):

@@ -2,9 +2,13 @@
 
 import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants
+from huggingface_hub.errors import OfflineModeIsEnabled
+from huggingface_hub.utils import http_backoff, httpx
 from safetensors import SafetensorError
 from transformers.utils import cached_file
 
@@ -35,12 +39,12 @@ class Hub(Source):
     def load(self) -> Loaded:
         snapshot = self._snapshot()  # one commit for weights and tokenizer, even if main moves
         refuse_quantized(json.loads((snapshot / "config.json").read_text()), self._name)
-        revision = {"revision": snapshot.name}
+        options = {**self._options, "revision": snapshot.name}
         try:
-            model = pretrained(self.id, self._name, self, **revision)
+            model = pretrained(self.id, self._name, self, **options)
         except (OSError, ValueError, SafetensorError) as error:
             raise self._refused(error) from error
-        return Loaded(ready(model), tokenizer_of(self.id, self._name, self, **revision))
+        return Loaded(ready(model), tokenizer_of(self.id, self._name, self, **options))
 
     def fingerprint(self) -> dict[str, str]:
         return {"model": self.id, "revision": self._snapshot().name, "dtype": self.dtype}
@@ -53,11 +57,14 @@ class Hub(Source):
     def _name(self) -> str:
         return f"model.id: {self.id} (revision {self.revision})"
 
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"revision": self.revision, "local_files_only": not _reachable(constants.ENDPOINT)}
+
     def _snapshot(self) -> Path:
         """The folder of the commit that `revision` names, in the hub's cache."""
-        options: dict[str, Any] = {"revision": self.revision}
         try:
-            return Path(cached_file(self.id, "config.json", **options)).parent
+            return Path(cached_file(self.id, "config.json", **self._options)).parent
         except (OSError, ValueError) as error:
             raise self._refused(error) from error
 
@@ -66,3 +73,16 @@ class Hub(Source):
             f"{self._name} can neither be fetched nor found in the local cache "
             f"({first_line(error)}); for a copy on this disk use model=local model.path=FOLDER"
         )
+
+
+@cache
+def _reachable(endpoint: str) -> bool:
+    """Whether anything can be connected to there. A download would try for 25 s before it says
+    that nothing can."""
+    try:
+        http_backoff("HEAD", endpoint, max_retries=1, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except (OfflineModeIsEnabled, httpx.ConnectError):
+        return False
+    except (OSError, httpx.HTTPError):  # an answer, or none yet: the download finds out
+        return True
+    return True
