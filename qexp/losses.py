@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -97,6 +98,11 @@ class Watch(ABC):
     @abstractmethod
     def take(self, loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
         """The penalty of the forward pass that just made `loss`, weighted, and a clean slate."""
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What later steps need of earlier ones: kept with a checkpoint, and filled from it."""
+        return {}
 
 
 def _inputs(task: Task, batch: Batch) -> Batch:

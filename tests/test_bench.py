@@ -17,6 +17,7 @@ TENSOR = ("weight=channel", "weight.bits=8", "activation=int8_tensor")
         (("qat", "method=qat", *TENSOR), "x float"),
         (("quadapter", "transform=quadapter", "method=quadapter", "transform.steps=2", *TENSOR),
          "memory, phase 2"),
+        (("penalty", "method=quanttune", *TENSOR), "throughput with penalty"),
     ],
     ids=lambda words: words[0],
 )  # fmt: skip

@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from qexp import cli, resolvers
 from qexp.bench.measuring import evaluation, harness
+from qexp.bench.penalty import penalty
 from qexp.bench.solving import blockwise, oac
 from qexp.bench.training import qat, quadapter
 
@@ -31,6 +32,7 @@ BENCHES: dict[str, Callable[[DictConfig], None]] = {
     "evaluation": evaluation,
     "qat": qat,
     "quadapter": quadapter,
+    "penalty": penalty,
     "harness": harness,
     "oac": oac,
 }

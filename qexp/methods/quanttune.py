@@ -1,0 +1,68 @@
+"""QuantTune (2403.06497): fine-tuning that tames activations, then plain quantization."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+
+from qexp import fingerprint
+from qexp.activations import Activations
+from qexp.cache import Cache, checksum
+from qexp.data import tokens
+from qexp.data.calibration import Recipe
+from qexp.edits import edits, marks, put
+from qexp.methods.finetune import FineTune
+from qexp.methods.step import Batches, Record, Step
+from qexp.task import Task
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class QuantTune(Step):
+    """Train as `training` says (float weights, a penalty), then quantize what came out of it, so
+    that ranges are those of the tuned model.
+
+    Trained weights are kept in the cache: a sweep over grids and calibrators trains once for each
+    penalty and seed.
+    """
+
+    training: FineTune
+    quantization: Step
+
+    @property
+    def activations(self) -> Sequence[Activations]:
+        """Whose quantizers a reloaded run puts back."""
+        found: Sequence[Activations] = self.quantization.activations  # type: ignore[attr-defined]
+        return found
+
+    def recipes(self) -> Mapping[str, Recipe]:
+        return self.training.recipes()
+
+    def __call__(self, task: Task, batches: Batches) -> list[Record]:
+        once = cache(batches)
+
+        def build() -> dict[str, Tensor]:
+            before = marks(task.model)
+            self.training(task, once)
+            return edits(task.model, before, ())
+
+        put(task.model, Cache().get("tuned", self._key(task, once), build))
+        return self.quantization(task, once)
+
+    def _key(self, task: Task, batches: Batches) -> dict[str, Any]:
+        """Everything that the trained weights depend on."""
+        own = self.training.recipes()
+        tokenizer = "none" if task.tokenizer is None else tokens.fingerprint(task.tokenizer)
+        return {
+            "model": checksum(dict(task.model.state_dict())),
+            "tokenizer": tokenizer,
+            "data": {name: recipe.definition() for name, recipe in own.items()},
+            "batches": [] if "train" in own else [checksum(batch) for batch in batches()],
+            "training": repr(self.training),
+            "device": task.device.type,
+            "code": fingerprint.code(),
+        }
