@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from solvers.problems import problem
+from solvers.problems import TWO_LEVELS, problem
 
 from qexp import store
 from qexp.bits import pack_bits, unpack_bits
@@ -14,19 +14,9 @@ from qexp.solvers.pbllm import PBLLM
 from qexp.solvers.quip import QuIP
 from qexp.solvers.spqr import SpQR
 
-LEVEL = IntGrid(3, group_size=16, include_zero=False, real_zero=True, scale_dtype="float16")
-TWO = IntGrid(
-    3,
-    group_size=16,
-    include_zero=False,
-    real_zero=True,
-    scale_dtype="float16",
-    scales=LEVEL,
-    zeros=LEVEL,
-)
 SOLVERS: dict[str, Solver] = {
     "gptq": GPTQ(IntGrid(3, group_size=32, scale_dtype="bfloat16"), act_order=True),
-    "spqr": SpQR(TWO, act_order=True, outlier_dtype="float16"),
+    "spqr": SpQR(TWO_LEVELS, act_order=True, outlier_dtype="float16"),
     "billm": BiLLM(block=40, scale_dtype="float16"),
     "binary": Binarize(64, "float16"),
     "pbllm": PBLLM(IntGrid(8, scale_dtype="float16"), scale_dtype="float16"),

@@ -8,12 +8,12 @@ from torch import Tensor
 from qexp.errors import real, whole
 from qexp.grid import Grid, Scale
 from qexp.packed import Coded
-from qexp.solvers.rtn import RTN
-from qexp.solvers.sweep import Rule, Solution, Solver, ordered, sweep
+from qexp.solvers.rtn import OnGrid
+from qexp.solvers.sweep import Rule, Solution, ordered, sweep
 
 
 @dataclass(frozen=True)
-class GPTQ(Solver):
+class GPTQ(OnGrid):
     """Columns in turn, each error spread over the columns to come.
 
     damp: share of the mean diagonal added to the diagonal (reference 0.01).
@@ -36,17 +36,6 @@ class GPTQ(Solver):
     def __post_init__(self) -> None:
         real("method.solver", self, damp=0)
         whole("method.solver", self, fit_every=1, block=1)
-
-    def check(self, rows: int, columns: int) -> None:
-        self.grid.check(rows, columns)
-
-    @property
-    def rowwise(self) -> bool:
-        return self.grid.rowwise
-
-    @property
-    def baseline(self) -> Solver:
-        return RTN(self.grid)
 
     def __call__(
         self,

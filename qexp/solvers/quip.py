@@ -11,12 +11,12 @@ from qexp.grid import Grid, Scale
 from qexp.packed import Coded
 from qexp.rotated import Rotated, rotations
 from qexp.solvers.gptq import GPTQ
-from qexp.solvers.rtn import RTN
+from qexp.solvers.rtn import RTN, OnGrid
 from qexp.solvers.sweep import Solution, Solver, descend
 
 
 @dataclass(frozen=True)
-class QuIP(Solver):
+class QuIP(OnGrid):
     """Incoherence processing, then LDLQ, then greedy passes.
 
     Inputs are rescaled by (H_jj / ‖w_j‖²)^¼ and both sides rotated by random orthogonal matrices
@@ -45,9 +45,6 @@ class QuIP(Solver):
     def __post_init__(self) -> None:
         real("method.solver", self, damp=0)
         whole("method.solver", self, greedy=0, block=1)
-
-    def check(self, rows: int, columns: int) -> None:
-        self.grid.check(rows, columns)
 
     @property
     def rowwise(self) -> bool:

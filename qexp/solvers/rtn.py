@@ -10,9 +10,8 @@ from qexp.packed import Coded
 from qexp.solvers.sweep import Solution, Solver
 
 
-@dataclass(frozen=True)
-class RTN(Solver):
-    """The nearest value of the grid, group by group; the Hessian is not looked at."""
+class OnGrid(Solver):
+    """Solvers whose values are those of a grid."""
 
     grid: Grid
 
@@ -25,7 +24,14 @@ class RTN(Solver):
 
     @property
     def baseline(self) -> Solver:
-        return self
+        return RTN(self.grid)
+
+
+@dataclass(frozen=True)
+class RTN(OnGrid):
+    """The nearest value of the grid, group by group; the Hessian is not looked at."""
+
+    grid: Grid
 
     def __call__(
         self,

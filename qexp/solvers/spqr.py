@@ -12,12 +12,12 @@ from qexp.grid import IntGrid, Scale
 from qexp.outliers import Outliers
 from qexp.packed import Coded
 from qexp.scale import DTYPES
-from qexp.solvers.rtn import RTN
-from qexp.solvers.sweep import Rule, Solution, Solver, ordered, sweep
+from qexp.solvers.rtn import OnGrid
+from qexp.solvers.sweep import Rule, Solution, ordered, sweep
 
 
 @dataclass(frozen=True)
-class SpQR(Solver):
+class SpQR(OnGrid):
     """GPTQ's sweep on a grid fitted without outliers, which stay in floating point.
 
     threshold: a weight is an outlier when its error e² = (w - Q(w))² / U_jj² exceeds `threshold`
@@ -51,16 +51,9 @@ class SpQR(Solver):
         whole("method.solver", self, block=1)
         known("method.solver", self, outlier_dtype=DTYPES)
 
-    def check(self, rows: int, columns: int) -> None:
-        self.grid.check(rows, columns)
-
     @property
     def rowwise(self) -> bool:
         return self.threshold == inf and self.grid.rowwise
-
-    @property
-    def baseline(self) -> Solver:
-        return RTN(self.grid)
 
     def __call__(
         self,

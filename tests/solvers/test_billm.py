@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from solvers.problems import loss, problem
+from solvers.problems import is_stored_whole, loss, problem
 from torch import Tensor
 
 from qexp.binary import Binary
@@ -110,12 +110,7 @@ def test_storage_is_exact_and_complete(solver: BiLLM | Binarize) -> None:
     solution = solver(weight, hessian)
     packed = solution.packed
     assert isinstance(packed, Binary)
-    assert torch.equal(solution.weight, packed.dequantize())
-    restored = Binary.restore(packed.stored(), packed.layout())
-    assert torch.equal(solution.weight, restored.dequantize())
-    stored = sum(8 * t.numel() * t.element_size() for t in packed.stored().values())
-    assert packed.size() <= stored < packed.size() + 8 * len(packed.stored())
-    assert solution.bits == packed.size() / weight.numel()
+    assert is_stored_whole(solution)
     assert torch.equal(packed.rows(3, 9).dequantize(), solution.weight[3:9])
 
 

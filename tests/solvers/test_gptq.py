@@ -3,7 +3,7 @@
 import pytest
 import torch
 from reference.obq import obq
-from solvers.problems import loss, problem
+from solvers.problems import SECOND, is_stored_whole, loss, problem
 from torch import Tensor
 
 from qexp.bits import pack_bits
@@ -12,7 +12,6 @@ from qexp.grid import Grid, IntGrid
 from qexp.levels import LevelGrid
 from qexp.solvers import GPTQ, RTN
 
-SECOND = IntGrid(3, group_size=16, include_zero=False, real_zero=True, scale_dtype="float16")
 GRIDS: dict[str, Grid] = {
     "row": IntGrid(3),
     "symmetric": IntGrid(3, symmetric=True, scale_dtype="float16"),
@@ -76,13 +75,7 @@ def test_equals_the_explicit_inverse() -> None:
 def test_storage_is_exact_and_costs_what_it_says(grid: Grid, order: dict) -> None:
     weight, hessian = problem()
     solution = GPTQ(grid, **order)(weight, hessian)
-    packed = solution.packed
-    assert torch.equal(solution.weight, packed.dequantize())
-    restored = type(packed).restore(packed.stored(), packed.layout())
-    assert torch.equal(solution.weight, restored.dequantize())
-    stored = sum(8 * t.numel() * t.element_size() for t in packed.stored().values())
-    assert packed.size() <= stored < packed.size() + 8 * len(packed.stored())
-    assert solution.bits == packed.size() / weight.numel()
+    assert is_stored_whole(solution)
     scattered = order == ORDERS["scattered"] and grid.group_size is not None
     index = 16 * 96 / weight.numel() if scattered else 0
     assert solution.bits == pytest.approx(grid.cost(48, 96) + index)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from solvers.problems import loss, problem
+from solvers.problems import is_stored_whole, loss, problem
 
 from qexp.errors import UserError
 from qexp.grid import IntGrid
@@ -27,12 +27,7 @@ def test_storage_is_exact_and_complete(solver: PBLLM) -> None:
     solution = solver(weight, hessian)
     packed = solution.packed
     assert isinstance(packed, Partial)
-    assert torch.equal(solution.weight, packed.dequantize())
-    restored = Partial.restore(packed.stored(), packed.layout())
-    assert torch.equal(solution.weight, restored.dequantize())
-    stored = sum(8 * t.numel() * t.element_size() for t in packed.stored().values())
-    assert packed.size() <= stored < packed.size() + 8 * len(packed.stored())
-    assert solution.bits == packed.size() / weight.numel()
+    assert is_stored_whole(solution)
     assert torch.equal(packed.rows(3, 9).dequantize(), solution.weight[3:9])
     share = float(packed.salient.float().mean())
     assert share == pytest.approx(solver.salient, abs=1e-3)

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from reference.ldlq import ldlq
-from solvers.problems import loss, problem
+from solvers.problems import is_stored_whole, loss, problem
 from torch import Tensor
 
 from qexp.grid import IntGrid
@@ -140,14 +140,7 @@ def test_the_baseline_is_rounding_after_rotation() -> None:
 def test_storage_is_exact_and_complete(rescale: bool, feedback: bool, places: IntGrid) -> None:
     weight, hessian = problem()
     solution = QuIP(places, rescale=rescale, feedback=feedback, seed=5)(weight, hessian)
-    packed = solution.packed
-    assert isinstance(packed, Rotated)
-    assert torch.equal(solution.weight, packed.dequantize())
-    restored = Rotated.restore(packed.stored(), packed.layout())
-    assert torch.equal(solution.weight, restored.dequantize())
-    stored = sum(8 * t.numel() * t.element_size() for t in packed.stored().values())
-    assert packed.size() <= stored < packed.size() + 8 * len(packed.stored())
-    assert solution.bits == packed.size() / weight.numel()
+    assert is_stored_whole(solution)
     beside = (16 * 96 + 64) / weight.numel()
     assert solution.bits == pytest.approx(places.cost(48, 96) + beside)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from solvers.problems import loss, problem
+from solvers.problems import TWO_LEVELS, is_stored_whole, loss, problem
 from torch import Tensor
 
 from qexp.errors import UserError
@@ -16,24 +16,14 @@ from qexp.solvers import GPTQ, RTN
 from qexp.solvers.spqr import SpQR, filled, gains_alone
 from qexp.solvers.sweep import sweep
 
-SECOND = IntGrid(3, group_size=16, include_zero=False, real_zero=True, scale_dtype="float16")
-GRID = IntGrid(
-    3,
-    group_size=16,
-    include_zero=False,
-    real_zero=True,
-    scale_dtype="float16",
-    scales=SECOND,
-    zeros=SECOND,
-)
 VARIANTS = {
-    "default": SpQR(GRID, outlier_dtype="float16"),
-    "act_order": SpQR(GRID, act_order=True, outlier_dtype="bfloat16"),
-    "many outliers": SpQR(GRID, threshold=0.01, outlier_dtype="float16"),
-    "no outliers": SpQR(GRID, threshold=inf),
-    "one level": SpQR(replace(GRID, scales=None, zeros=None)),
-    "zeros whole": SpQR(replace(GRID, real_zero=False, include_zero=True, zeros=None)),
-    "scales plain": SpQR(replace(GRID, scales=None)),
+    "default": SpQR(TWO_LEVELS, outlier_dtype="float16"),
+    "act_order": SpQR(TWO_LEVELS, act_order=True, outlier_dtype="bfloat16"),
+    "many outliers": SpQR(TWO_LEVELS, threshold=0.01, outlier_dtype="float16"),
+    "no outliers": SpQR(TWO_LEVELS, threshold=inf),
+    "one level": SpQR(replace(TWO_LEVELS, scales=None, zeros=None)),
+    "zeros whole": SpQR(replace(TWO_LEVELS, real_zero=False, include_zero=True, zeros=None)),
+    "scales plain": SpQR(replace(TWO_LEVELS, scales=None)),
 }
 
 
@@ -73,12 +63,7 @@ def test_storage_is_exact_and_complete(solver: SpQR) -> None:
     solution = solver(weight, hessian)
     packed = solution.packed
     assert isinstance(packed, Coded)
-    assert torch.equal(solution.weight, packed.dequantize())
-    restored = Coded.restore(packed.stored(), packed.layout())
-    assert torch.equal(solution.weight, restored.dequantize())
-    stored = sum(8 * t.numel() * t.element_size() for t in packed.stored().values())
-    assert packed.size() <= stored < packed.size() + 8 * len(packed.stored())
-    assert solution.bits == packed.size() / weight.numel()
+    assert is_stored_whole(solution)
     sparse = 0 if packed.outliers is None else packed.outliers.size()
     order = 16 * 96 if solver.act_order else 0
     expected = solver.grid.cost(48, 96) + (sparse + order) / weight.numel()
@@ -122,7 +107,7 @@ def test_outliers_help_and_infinity_is_gptq() -> None:
 @pytest.mark.parametrize("act_order", [False, True])
 def test_scale_of_the_hessian_and_block_are_free(act_order: bool) -> None:
     weight, hessian = problem()
-    solver = SpQR(GRID, act_order=act_order)
+    solver = SpQR(TWO_LEVELS, act_order=act_order)
     ours = solver(weight, hessian).weight
     # powers of two: rounding is the same too, and two coarse levels amplify nothing
     assert torch.equal(ours, solver(weight, 1024 * hessian).weight)
@@ -139,11 +124,11 @@ def test_unseen_inputs_are_set_to_zero() -> None:
 
 def test_bits_as_the_paper_counts_them() -> None:
     weight, hessian = problem(64, 96)
-    real = SpQR(GRID, threshold=inf)(weight, hessian)
+    real = SpQR(TWO_LEVELS, threshold=inf)(weight, hessian)
     assert real.paper_bits == 3 + 6 / 16 + 64 / 256
-    whole = SpQR(replace(GRID, real_zero=False, zeros=None), threshold=inf)(weight, hessian)
+    whole = SpQR(replace(TWO_LEVELS, real_zero=False, zeros=None), threshold=inf)(weight, hessian)
     assert whole.paper_bits == 3 + (3 + 3) / 16 + 32 / 256
-    sparse = SpQR(GRID)(weight, hessian)
+    sparse = SpQR(TWO_LEVELS)(weight, hessian)
     assert isinstance(sparse.packed, Coded) and sparse.packed.outliers is not None
     share = len(sparse.packed.outliers.values) / weight.numel()
     assert sparse.paper_bits == pytest.approx(3.625 + 32 * share)
@@ -152,8 +137,8 @@ def test_bits_as_the_paper_counts_them() -> None:
 
 def test_wrong_settings_are_named() -> None:
     with pytest.raises(UserError, match=r"method\.solver\.threshold=-1"):
-        SpQR(GRID, threshold=-1.0)
+        SpQR(TWO_LEVELS, threshold=-1.0)
     with pytest.raises(UserError, match="outlier_dtype=int8"):
-        SpQR(GRID, outlier_dtype="int8")
+        SpQR(TWO_LEVELS, outlier_dtype="int8")
     with pytest.raises(UserError, match="does not divide the 40 outputs"):
-        SpQR(GRID).check(40, 96)
+        SpQR(TWO_LEVELS).check(40, 96)
