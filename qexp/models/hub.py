@@ -13,7 +13,14 @@ from safetensors import SafetensorError
 from transformers.utils import cached_file
 
 from qexp.errors import UserError
-from qexp.models.pretrained import first_line, pretrained, refuse_quantized, tokenizer_of
+from qexp.models.pretrained import (
+    Head,
+    first_line,
+    marked,
+    pretrained,
+    refuse_quantized,
+    tokenizer_of,
+)
 from qexp.models.source import Loaded, Source, check, ready
 
 
@@ -28,6 +35,7 @@ class Hub(Source):
     revision: str = "main"
     dtype: str = "float32"
     objective: str = "causal_lm"
+    head: Head | None = None
 
     def __post_init__(self) -> None:
         check(self)
@@ -41,13 +49,14 @@ class Hub(Source):
         refuse_quantized(json.loads((snapshot / "config.json").read_text()), self._name)
         options = {**self._options, "revision": snapshot.name}
         try:
-            model = pretrained(self.id, self._name, self, **options)
+            model = pretrained(self.id, self._name, self, self.head, **options)
         except (OSError, ValueError, SafetensorError) as error:
             raise self._refused(error) from error
         return Loaded(ready(model), tokenizer_of(self.id, self._name, self, **options))
 
     def fingerprint(self) -> dict[str, str]:
-        return {"model": self.id, "revision": self._snapshot().name, "dtype": self.dtype}
+        own = {"model": self.id, "revision": self._snapshot().name, "dtype": self.dtype}
+        return marked(own, self.head)
 
     def files(self) -> list[Path]:
         """None: a commit is its content, and `fingerprint` holds it."""

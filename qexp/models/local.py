@@ -8,7 +8,14 @@ from safetensors import SafetensorError
 
 from qexp.errors import UserError
 from qexp.models.gguf import GGUF
-from qexp.models.pretrained import first_line, pretrained, refuse_quantized, tokenizer_of
+from qexp.models.pretrained import (
+    Head,
+    first_line,
+    marked,
+    pretrained,
+    refuse_quantized,
+    tokenizer_of,
+)
 from qexp.models.source import Loaded, Source, check, ready, sha256
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -23,6 +30,7 @@ class Local(Source):
     path: str
     dtype: str = "float32"
     objective: str = "causal_lm"
+    head: Head | None = None
 
     def __post_init__(self) -> None:
         check(self)
@@ -34,7 +42,7 @@ class Local(Source):
         self.files()  # says which file is missing, in our words
         try:
             refuse_quantized(json.loads((folder / "config.json").read_text()), name)
-            model = pretrained(str(folder), name, self, local_files_only=True)
+            model = pretrained(str(folder), name, self, self.head, local_files_only=True)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{name} cannot be loaded ({first_line(error)})") from error
         return Loaded(ready(model), tokenizer_of(str(folder), name, self, local_files_only=True))
@@ -42,7 +50,8 @@ class Local(Source):
     def fingerprint(self) -> dict[str, str]:
         if gguf := self._gguf():
             return gguf.fingerprint()
-        return {path.name: sha256(path) for path in self.files()} | {"dtype": self.dtype}
+        sums = {path.name: sha256(path) for path in self.files()}
+        return marked(sums | {"dtype": self.dtype}, self.head)
 
     def files(self) -> list[Path]:
         """Every file of the folder that belongs to the model; UserError names one that lacks."""

@@ -1,33 +1,60 @@
 """What hub ids, folders and GGUF files have in common: transformers' from_pretrained, checked."""
 
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from qexp.errors import UserError
 from qexp.models.source import AUTO, DTYPES, Source
 
 
-def pretrained(where: str, name: str, source: Source, **options: Any) -> PreTrainedModel:
-    """The model of a hub id or folder `where`, as it stands there, and whole.
+@dataclass(frozen=True)
+class Head:
+    """A classification head of so many classes, made from `seed` unless the checkpoint has it."""
+
+    classes: int
+    seed: int = 0
+
+
+def pretrained(
+    where: str, name: str, source: Source, head: Head | None = None, **options: Any
+) -> PreTrainedModel:
+    """The model of a hub id or folder `where`, as it stands there, and whole but for the `head`.
 
     `name` is the config key and value that errors speak of. transformers fills missing weights
     with random ones and only warns, so a head that was never trained would be measured.
     """
-    model, report = AUTO[source.objective].from_pretrained(
-        where,
-        dtype=DTYPES[source.dtype],
-        output_loading_info=True,
-        low_cpu_mem_usage=True,
-        **options,
-    )
-    if missing := sorted(report["missing_keys"]):
+    if head is not None:
+        if not source.objective.endswith("classification"):
+            raise UserError(f"model.head: {source.objective} has no classes; leave it null")
+        options |= {"num_labels": head.classes, "ignore_mismatched_sizes": True}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0 if head is None else head.seed)
+        model, report = AUTO[source.objective].from_pretrained(
+            where,
+            dtype=DTYPES[source.dtype],
+            output_loading_info=True,
+            low_cpu_mem_usage=True,
+            **options,
+        )
+    missing = sorted(report["missing_keys"])
+    if head is not None:  # what is not of the model below it is the head
+        below = f"{model.base_model_prefix}."
+        missing = [key for key in missing if key.startswith(below)]
+    if missing:
         raise UserError(
             f"{name}: the checkpoint has no {missing[0]} ({len(missing)} missing), which "
             f"model.objective={source.objective} needs; choose a checkpoint with it or another "
-            "objective"
+            "objective, or give a classifier a fresh head (model.head)"
         )
     return model
+
+
+def marked(fingerprint: dict[str, str], head: Head | None) -> dict[str, str]:
+    """What identifies a model with that head."""
+    return fingerprint if head is None else {**fingerprint, "head": repr(head)}
 
 
 def refuse_quantized(config: dict[str, Any], name: str) -> None:

