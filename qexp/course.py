@@ -59,19 +59,27 @@ class Pace:
 
 
 class Rows(Dataset[Batch]):
-    """Batches of some sequences of a whole, in an order that depends on the seed alone."""
+    """Batches of some sequences of a whole, in an order that depends on the seed alone, dealt out
+    one by one to `ranks` processes."""
 
-    def __init__(self, whole: Batch, rows: int, seed: int, first: int, count: int) -> None:
+    def __init__(
+        self,
+        whole: Batch,
+        rows: int,
+        seed: int,
+        first: int,
+        count: int,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
         self.whole, self.rows, self.seed = whole, rows, seed
-        self.first, self.count = first, count
+        self.numbers = range(first + rank, first + count, ranks)
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.numbers)
 
     def __getitem__(self, index: int) -> Batch:
-        if index >= self.count:
-            raise IndexError
-        start = (self.first + index) * self.rows
+        start = self.numbers[index] * self.rows
         total = len(next(iter(self.whole.values())))
         passes = range(start // total, (start + self.rows - 1) // total + 1)
         order = torch.cat([self._pass(number, total) for number in passes])
@@ -110,17 +118,21 @@ class Training(L.LightningModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         pace, leg = self.pace, self.global_step // self.pace.every
         steps = min(pace.every, pace.steps - leg * pace.every)
-        count = pace.accumulate * self.trainer.world_size
+        ranks = self.trainer.world_size
+        count = pace.accumulate * ranks
         rows = Rows(
             _stack(self.course.batches),
             pace.sequences,
             self.course.seed,
             leg * pace.every * count,
             max(steps, 0) * count,
+            self.trainer.global_rank,
+            ranks,
         )
         return DataLoader(rows, batch_size=None, generator=torch.Generator())
 
     def val_dataloader(self) -> list[DataLoader[Batch]]:
+        """All of it in every process, so that the loss is that of one."""
         if not self.course.validation:
             return []
         whole, rows = _stack(self.course.validation), self.pace.sequences
@@ -160,7 +172,8 @@ class Training(L.LightningModule):
         if not self.losses:  # resumed at the end of a leg, which Lightning ends once more
             return
         line = {"step": float(self.global_step)}
-        line["loss"] = float(torch.stack(self.losses).mean())
+        loss = torch.stack(self.losses).mean()
+        line["loss"] = float(self.trainer.strategy.reduce(loss, reduce_op="mean"))
         self.losses.clear()
         if "validation" in self.trainer.callback_metrics:
             line["validation"] = float(self.trainer.callback_metrics["validation"])

@@ -47,6 +47,14 @@ class Trainer:
             if getattr(self, key) < 1:
                 raise UserError(f"trainer.{key}={getattr(self, key)} must be at least 1.")
 
+    def check(self, task: Task) -> None:
+        """UserError for a strategy that the model's device does not have."""
+        if self.strategy.startswith("fsdp") and task.device.type != "cuda":
+            raise UserError(
+                f"trainer.strategy={self.strategy}: shards lie on GPUs and this model is on the "
+                f"{task.device.type}; give trainer=ddp trainer.strategy=ddp_fork, or trainer=cpu."
+            )
+
     def fit(self, course: Course) -> list[dict[str, float]]:
         """Train; the log's lines. Leaves the best (else the last) weights in the model, in the
         modes and on the device that it had."""
@@ -85,6 +93,7 @@ class Trainer:
                 precision=self.precision,  # type: ignore[arg-type]
                 accumulate_grad_batches=self.accumulate,
                 max_steps=self.steps,
+                use_distributed_sampler=False,
                 reload_dataloaders_every_n_epochs=1,
                 num_sanity_val_steps=0,
                 callbacks=callbacks,

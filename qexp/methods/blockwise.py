@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qexp.activations import Activations, quantize_activations
 from qexp.errors import UserError, whole
 from qexp.hessian import Hessian
-from qexp.methods.journal import Journal
+from qexp.methods.journal import Finished, Journal
 from qexp.methods.step import Batches, Record, Step, write
 from qexp.progress import bar
 from qexp.solvers.sweep import NotPositiveDefinite, Solver
@@ -77,10 +77,8 @@ class Blockwise(Step):
                 if len(finished) < len(task.blocks):
                     self.hessian.prepare(block)
             if block.index < len(finished):
-                for record in finished[block.index]:
-                    linear = task.model.get_submodule(record.name)
-                    linear.weight.data = record.packed.dequantize().to(linear.weight)
-                records += finished[block.index]
+                finished[block.index].restore(task)
+                records += finished[block.index].records
                 continue
             solved = self._solve(block)
             journal.write(block.index, solved)
@@ -94,14 +92,14 @@ class Blockwise(Step):
         quantize_activations(task, self.activations, batches)
         return records
 
-    def _finished(self, journal: Journal, blocks: int) -> list[list[Record]]:
-        """The records of the blocks that an interrupted run finished, up to where Hessians can be
+    def _finished(self, journal: Journal, blocks: int) -> list[Finished]:
+        """The blocks that an interrupted run finished, up to where Hessians can be
         taken up again."""
-        found: list[list[Record]] = []
+        found: list[Finished] = []
         for index in range(blocks):
-            if (records := journal.read(index)) is None:
+            if (block := journal.read(index)) is None:
                 break
-            found.append(records)
+            found.append(block)
         found = found[: len(found) // self.hessian.span * self.hessian.span]
         if found:
             log.info("taken up again at block %d of %d", len(found), blocks)

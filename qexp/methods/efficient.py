@@ -13,7 +13,8 @@ from qexp.errors import UserError
 from qexp.fused import Formula
 from qexp.grid import Grid
 from qexp.learned import ScaleRule, fake, put
-from qexp.methods.finetune import FineTune, record
+from qexp.methods.finetune import FineTune, origin_of, record
+from qexp.methods.journal import Finished, Journal
 from qexp.methods.step import Batches, Record, Step
 from qexp.optimizer import AdamW
 from qexp.packed import Coded
@@ -38,20 +39,36 @@ class BlockPhase:
     sequences: int = 2
     seed: int = 0
 
-    def __call__(self, task: Task, batches: Sequence[Batch]) -> list[Record]:
+    def __call__(self, task: Task, batches: Sequence[Batch], journal: Journal) -> list[Record]:
+        """Blocks that the journal holds are taken from there."""
         records: list[Record] = []
         exact: list[Tensor] = []
         for block in walk(task, batches, self.sequences):
             with torch.no_grad():
                 exact = [run(block, n, hidden) for n, hidden in enumerate(exact or block.inputs)]
-            start = time.perf_counter()
-            self._train(block, exact)
-            seconds = (time.perf_counter() - start) / len(block.linears)
-            records += [
-                record(f"{block.name}.{name}", linear, self.weight, seconds)
-                for name, linear in block.linears.items()
-            ]
+            if (finished := journal.read(block.index)) is None:
+                finished = self._finish(block, exact)
+                journal.write(block.index, *finished)
+            else:
+                finished.restore(task)
+            records += finished.records
         return records
+
+    def _finish(self, block: Block, exact: Sequence[Tensor]) -> Finished:
+        start = time.perf_counter()
+        self._train(block, exact)
+        seconds = (time.perf_counter() - start) / len(block.linears)
+        records = [
+            record(f"{block.name}.{name}", linear, self.weight, seconds)
+            for name, linear in block.linears.items()
+        ]
+        rounded = {f"{name}.weight" for name in block.linears}
+        others = {
+            f"{block.name}.{name}": parameter.detach()
+            for name, parameter in block.module.named_parameters()
+            if name not in rounded
+        }
+        return Finished(records, others)
 
     def _train(self, block: Block, targets: Sequence[Tensor]) -> None:
         for linear in block.linears.values():
@@ -100,7 +117,8 @@ class BlockPhase:
 
 @dataclass(frozen=True)
 class EfficientQAT(Step):
-    """The block phase, then `end` with the codes fixed."""
+    """The block phase, then `end` with the codes fixed. A killed run goes on at its block, or at
+    the leg of `end`."""
 
     blocks: BlockPhase
     end: FineTune
@@ -113,10 +131,14 @@ class EfficientQAT(Step):
         return self.end.recipes()
 
     def __call__(self, task: Task, batches: Batches) -> list[Record]:
+        self.end.check(task)
         data = batches() if self.end.train is None else self.end.train(task)
+        journal = Journal({"model": origin_of(task, data), "method": repr(self.blocks)})
         flags = {name: parameter.requires_grad for name, parameter in task.named_parameters()}
-        records = self.blocks(task, data)
+        records = self.blocks(task, data, journal)
         for name, parameter in task.named_parameters():
             parameter.requires_grad_(flags[name])
         starts = {made.name: made.packed for made in records if isinstance(made.packed, Coded)}
-        return self.end.tune(task, lambda: data, starts)
+        made = self.end.tune(task, lambda: data, starts)
+        journal.clear(len(task.blocks))
+        return made

@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -69,12 +69,11 @@ class FineTune(Step):
     def tune(self, task: Task, batches: Batches, starts: Mapping[str, Coded]) -> list[Record]:
         """Train; the weights that `starts` names keep the codes they have there."""
         once = cache(batches)
-        self._check(task)
+        self.check(task)
         data = once() if self.train is None else self.train(task)
         if not data:
             raise UserError("method.train: training needs data; choose a calibration recipe.")
-        origin = "".join(map(checksum, [dict(task.model.state_dict()), *data]))
-        whole = f"{origin} {self!r} {fingerprint.code()}"
+        whole = f"{origin_of(task, data)} {self!r} {fingerprint.code()}"
         teacher = None
         if self.loss.teacher:
             teacher = copy.deepcopy(task.model).eval().requires_grad_(False)
@@ -136,8 +135,14 @@ class FineTune(Step):
             assert isinstance(quantizer, FakeQuant)
             quantizer.learn(formula, self.trained.offsets)
 
-    def _check(self, task: Task) -> None:
+    def check(self, task: Task) -> None:
         """UserError, before any work, for what cannot be trained."""
+        self.trainer.check(task)
+        if next(task.blocks.parameters()).device != task.device:
+            raise UserError(
+                "offload: training needs the whole model on its device; give offload=false "
+                "(trainer.recompute=true saves memory)."
+            )
         for name, parameter in task.model.named_parameters():
             if parameter.dtype != torch.float32:
                 raise UserError(
@@ -153,6 +158,11 @@ class FineTune(Step):
                 self.weight.check(linear.out_features, linear.in_features)
             except UserError as reason:
                 raise UserError(f"{name}: {reason}") from reason
+
+
+def origin_of(task: Task, batches: Sequence[Batch]) -> str:
+    """What a result depends on, method aside: a checksum of the model's weights and the data."""
+    return "".join(map(checksum, [dict(task.model.state_dict()), *batches]))
 
 
 @torch.no_grad()

@@ -3,34 +3,60 @@
 import json
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from qexp import fingerprint, store
 from qexp.cache import Cache
 from qexp.methods.step import Record
+from qexp.task import Task
 
 KIND = "blocks"
+OTHER = "other/"
+
+
+class Finished(NamedTuple):
+    """A block that is done: its linears, and whichever of its other parameters changed."""
+
+    records: list[Record]
+    others: dict[str, Tensor]
+
+    @torch.no_grad()
+    def restore(self, task: Task) -> None:
+        for record in self.records:
+            weight = task.model.get_submodule(record.name).weight
+            weight.data = record.packed.dequantize().to(weight)  # type: ignore[operator, union-attr]
+        for name, tensor in self.others.items():
+            task.model.get_parameter(name).copy_(tensor)
 
 
 class Journal:
-    """The records of finished blocks, in the cache under everything they depend on."""
+    """Finished blocks, in the cache under everything they depend on."""
 
     def __init__(self, identity: Mapping[str, Any]) -> None:
         self._cache = Cache()
         self._identity = {**identity, "code": fingerprint.code()}
 
-    def read(self, block: int) -> list[Record] | None:
-        """The records of a finished block, or None."""
+    def read(self, block: int) -> Finished | None:
+        """A finished block, or None."""
         found = self._cache.find(KIND, self._key(block))
         if found is None:
             return None
         head = json.loads(bytes(found.pop("head").tolist()))
         packed = store.unflatten(found, head["layout"])
-        return [Record(**row, packed=packed[row["name"]]) for row in head["rows"]]
+        records = [Record(**row, packed=packed[row["name"]]) for row in head["rows"]]
+        others = {k.removeprefix(OTHER): t for k, t in found.items() if k.startswith(OTHER)}
+        return Finished(records, others)
 
-    def write(self, block: int, records: list[Record]) -> None:
+    def write(
+        self,
+        block: int,
+        records: list[Record],
+        others: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> None:
         tensors, layout = store.flatten({record.name: record.packed for record in records})
         rows = [
             {each.name: getattr(record, each.name) for each in fields(record)} for record in records
@@ -38,6 +64,7 @@ class Journal:
         for row in rows:
             del row["packed"]
         head = json.dumps({"layout": layout, "rows": rows}).encode()
+        tensors |= {OTHER + name: tensor for name, tensor in others.items()}
         tensors["head"] = torch.tensor(list(head), dtype=torch.uint8)
         self._cache.put(KIND, self._key(block), tensors)
 

@@ -8,21 +8,23 @@ import pytest
 import torch
 from conftest import batches
 from torch import Tensor, nn
-from training import METHOD, SMOKE, STATIC, task_of, weights
+from training import METHOD, SMOKE, STATIC, same, task_of, weights
 
 from qexp.activations import Quantized
 from qexp.fused import Formula
 from qexp.grid import IntGrid
 from qexp.learned import LSQ, Dynamic, FixedCodes, fake
-from qexp.losses import Penalty, Watch
-from qexp.methods.efficient import BlockPhase
+from qexp.losses import CrossEntropy, Penalty, Watch
+from qexp.methods.efficient import BlockPhase, EfficientQAT
 from qexp.methods.finetune import record
+from qexp.methods.journal import Journal
 from qexp.optimizer import AdamW
 from qexp.placement import AllOps, LinearInputs
 from qexp.solvers.rtn import RTN
 from qexp.task import Task
 from qexp.trained import Trained
 from qexp.training import Trainer
+from qexp.walk import Block
 
 
 def test_the_model_is_left_plain(tmp_path, monkeypatch):
@@ -194,7 +196,7 @@ def test_blocks_trained_one_by_one_are_nearer_to_the_float_model():
         exact, task = task_of(), task_of()
         optimizer = AdamW(rate, rate, rate)
         phase = BlockPhase(grid, Formula(), LSQ("range", offset=True), optimizer, epochs=20)
-        made = phase(task, data)
+        made = phase(task, data, Journal({"rate": rate}))
         assert len(made) == len(task.linears())
         for one, (name, linear) in zip(made, task.linears().items(), strict=True):
             assert one.name == name and torch.equal(one.packed.dequantize(), linear.weight)
@@ -203,3 +205,45 @@ def test_blocks_trained_one_by_one_are_nearer_to_the_float_model():
         return float(gap.square().mean())
 
     assert distance(1e-3) < 0.7 * distance(0.0)
+
+
+@pytest.mark.parametrize("death", ["block", "end"])
+def test_efficient_qat_goes_on_where_it_was_killed(tmp_path, monkeypatch, death):
+    """At its third block, or in the last leg of its end phase, with the numbers of a whole run."""
+    data, grid = batches("llama"), IntGrid(3, group_size=16, scale_dtype="float16")
+    phase = BlockPhase(grid, Formula(), LSQ("range", offset=True), AdamW(1e-3, 1e-3, 1e-3))
+    end = replace(METHOD, weight=grid, scale=FixedCodes(), trained=Trained(False, False))
+    method, trained = EfficientQAT(phase, end), []
+
+    def run(name: str) -> Task:
+        monkeypatch.setenv("QEXP_CACHE_DIR", str(tmp_path / f"cache of {name}"))
+        task = task_of(folder=tmp_path / name)
+        assert len(method(task, lambda: data)) == len(task.linears())
+        return task
+
+    def train(self: BlockPhase, block: Block, targets: list[Tensor]) -> None:
+        if death == "block" and len(trained) == 2:
+            raise KeyError("killed")
+        trained.append(block.index)
+        plain(self, block, targets)
+
+    def loss(self: CrossEntropy, task: Task, *rest: object) -> Tensor:
+        calls.extend([1] if task.training else [])
+        if len(calls) == 5:
+            raise KeyError("killed")
+        return cross_entropy(self, task, *rest)
+
+    whole = run("whole")
+    plain, cross_entropy, calls = BlockPhase._train, CrossEntropy.__call__, []
+    with monkeypatch.context() as patch, pytest.raises(KeyError, match="killed"):
+        patch.setattr(BlockPhase, "_train", train)
+        if death == "end":
+            patch.setattr(CrossEntropy, "__call__", loss)
+        run("killed")
+    before = list(trained)
+    death = "none"
+    monkeypatch.setattr(BlockPhase, "_train", train)
+    again = run("killed")
+    assert before + trained[len(before) :] == [0, 1, 2]
+    assert same(weights(again), weights(whole))
+    assert not list((tmp_path / "cache of killed" / "blocks").glob("*.safetensors"))

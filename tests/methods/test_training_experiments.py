@@ -1,0 +1,99 @@
+"""The experiments of training: every job composes, and some of each run in small."""
+
+import json
+
+import pytest
+from hydra import compose
+from omegaconf import DictConfig, OmegaConf
+from runs import _configured  # noqa: F401 (an autouse fixture)
+
+from qexp import pipeline, results
+from qexp.signature import signature
+
+EXPERIMENTS = ("contapprox_2x2", "contapprox_temperature", "qat_zoo")
+SMALL = (
+    "model=tiny_llama",
+    "data=synthetic",
+    "calibration.sequences=4",
+    "calibration.length=32",
+    "weight.group_size=null",
+    "trainer.steps=2",
+    "trainer.every=2",
+    "progress=false",
+)
+MEASURE = ("eval=held_out", "eval.held_out.length=32", "eval.held_out.limit=2")
+
+
+def jobs(experiment: str) -> list[list[str]]:
+    """The overrides of the sweep's first job, and of those that differ from it in one choice."""
+    cfg = compose("config", [f"experiment={experiment}"], return_hydra_config=True)
+    params = OmegaConf.to_container(cfg.hydra.sweeper.params)
+    assert cfg.hydra.mode.name == "MULTIRUN" and isinstance(params, dict)
+    values = {key: str(params[key]).split(",") for key in params if key != "seed"}
+    first = {key: choices[0] for key, choices in values.items()}
+    others = [first | {key: each} for key, choices in values.items() for each in choices[1:]]
+    return [[f"{key}={value}" for key, value in job.items()] for job in (first, *others)]
+
+
+def small(experiment: str, *overrides: str, measure: tuple[str, ...] = MEASURE) -> DictConfig:
+    length = () if experiment == "qat_zoo" else ("method.train.length=32",)
+    return compose("config", [f"experiment={experiment}", *SMALL, *length, *measure, *overrides])
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_jobs_compose_and_differ_on_one_grid(experiment):
+    found = [small(experiment, *job) for job in jobs(experiment)]
+    assert len({signature(cfg) for cfg in found}) == len(found) >= 3
+    assert all(cfg.weight == found[0].weight for cfg in found)
+
+
+@pytest.mark.parametrize(
+    ("experiment", "job"),
+    [
+        ("contapprox_2x2", ("method/rounding=straight", "method/clamp=hard")),
+        ("contapprox_2x2", ("method/rounding=sigmoid", "method/clamp=soft", "weight.bits=3")),
+        ("contapprox_temperature", ("method.rounding.mode=mean",)),
+        ("qat_zoo", ("method=gptq",)),
+        ("qat_zoo", ("method=efficient_qat",)),
+    ],
+    ids=str,
+)
+def test_a_job_runs(tmp_path, experiment, job):
+    made = pipeline.run(small(experiment, *job), tmp_path)
+    assert made["synthetic_raw_32x2/ppl"] > 1 and made["weight/bits"] > 2
+
+
+def test_data_of_a_method_s_own_is_in_provenance_and_decides_whether_a_run_is_stale(
+    tmp_path, monkeypatch
+):
+    text = tmp_path / "text.txt"
+    text.write_text("what a method trains on " * 40)
+    cfg = small(
+        "contapprox_2x2",
+        "data=local",
+        f"data.path={text}",
+        "calibration=synthetic",
+        "+calibration@method.validation=first",
+        "method.validation.length=32",
+        "method.validation.sequences=2",
+        measure=("eval=none",),
+    )
+    first = pipeline.run(cfg, tmp_path / "run")
+    past = json.loads((tmp_path / "run" / results.PROVENANCE).read_text())
+    assert past["training"]["train"]["sampling"] == "shuffled"
+    assert past["training"]["validation"]["corpus"]["sha256"]
+    assert str(text) in past["inputs"]
+    with monkeypatch.context() as patch:
+        patch.setattr("qexp.methods.finetune.FineTune.tune", lambda *_: pytest.fail("ran again"))
+        assert pipeline.run(cfg, tmp_path / "run") == first
+    text.write_text("other words " * 80)
+    assert str(text) in str(results.stale(tmp_path / "run"))
+
+
+def test_llm_qat_trains_on_what_the_float_model_says(tmp_path):
+    generated = ("+calibration@method.train=generated", "method.train.length=16")
+    shrunk = ("method.train.sequences=4", "trainer.sequences=2")
+    cfg = small("qat_zoo", "method=llm_qat", *generated, *shrunk)
+    pipeline.run(cfg, tmp_path)
+    past = json.loads((tmp_path / results.PROVENANCE).read_text())
+    assert past["training"]["train"]["greedy"] == [3, 4, 5]
