@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qexp.data.calibration import Calibration, NoCalibration
 from qexp.data.corpus import Corpus
+from qexp.data.generated import Generated
 from qexp.data.python_docs import PythonDocs
 from qexp.data.synthetic import Synthetic
 from qexp.data.tokens import encode, fingerprint
@@ -213,3 +214,35 @@ def test_shuffled_windows_are_all_of_the_text_or_a_share(caplog: pytest.LogCaptu
     assert not caplog.records and torch.equal(windows(sequences=3), whole[:3])
     with pytest.raises(UserError, match="sampling=shuffled"):
         Calibration(corpus, share=0.5)
+
+
+def test_generated_text_is_the_model_s_own() -> None:
+    """The first tokens are all different, the next are the likeliest, the rest follow the seed."""
+    task = task_of("llama")
+    settings = {"sequences": 12, "length": 10, "together": 5}
+    [batch] = Generated(**settings)(task)
+    ids = batch["input_ids"]
+    assert ids.shape == (12, 10)
+    assert ids[:, 0].unique().numel() == 4 and torch.equal(ids[0, 0], ids[2, 0])
+    with torch.no_grad():
+        likely = task.model(ids).logits.argmax(-1)[:, :-1] == ids[:, 1:]
+    for row, until in enumerate((3, 4, 5) * 4):
+        assert likely[row, : until - 1].all()
+    assert not likely[:, 4:].all()
+    greedy = Generated(**settings, top_k=1)(task)[0]["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(task.model(greedy).logits.argmax(-1)[:, :-1], greedy[:, 1:])
+    assert not torch.equal(Generated(**settings, seed=1)(task)[0]["input_ids"], ids)
+    with pytest.raises(UserError, match="corpus"):
+        Generated(**settings)(task_of("bert"))
+
+
+def test_generated_text_is_kept_under_the_weights_it_came_from(monkeypatch) -> None:
+    task, recipe = task_of("llama"), Generated(4, 8)
+    first = recipe(task)[0]["input_ids"]
+    calls = []
+    plain = Generated._continue
+    monkeypatch.setattr(Generated, "_continue", lambda *a: calls.append(1) or plain(*a))
+    assert torch.equal(recipe(task)[0]["input_ids"], first) and not calls
+    task.model.get_input_embeddings().weight.data.mul_(1.5)
+    assert recipe(task)[0]["input_ids"].shape == (4, 8) and calls
