@@ -9,7 +9,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 CompositionError = HydraException | OmegaConfBaseException
-WITHOUT_KEY = ("experiment", "local")  # groups that leave no key of their own in a configuration
+# groups that leave no key of their own in a configuration
+WITHOUT_KEY = ("experiment", "search", "local")
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -46,6 +47,15 @@ def sentence(error: CompositionError) -> str:
             return f"{several[1] or several[2]}: several values need -m (one run for each)"
     said = str(error) or str(error.__cause__ or type(error).__name__)
     return " ".join(line.strip() for line in said.splitlines() if line.strip())
+
+
+def plugin(error: BaseException) -> str | None:
+    """The sentence for a launcher or sweeper that is not installed."""
+    unknown = re.search(r"hydra_plugins\.hydra_(\w+)_(launcher|sweeper)\b", str(error))
+    if unknown is None or "plugin class" not in str(error):
+        return None
+    extra = "optuna" if unknown[1] == "optuna" else "launchers"
+    return f"hydra/{unknown[2]}: {unknown[1]} is not installed; pip install 'qexp[{extra}]'"
 
 
 def _choice(path: str, options: Iterable[str]) -> str:

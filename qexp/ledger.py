@@ -1,69 +1,206 @@
-"""What became of the jobs of a sweep, whoever launched them."""
+"""What became of the jobs of a sweep, whoever launched them.
+
+A sweep is its command. `.sweeps/<digest>/` beside its runs holds one file per job, written whole by
+the process that has the job; the same command again, at any time and in any number of processes,
+goes on from there.
+"""
 
 import hashlib
 import json
 import os
-import sys
+import platform
 from collections import Counter
-from dataclasses import asdict, dataclass
-from datetime import datetime
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from qexp import composition, fingerprint
+from qexp.errors import UserError
+from qexp.results import write_json
+from qexp.signature import UNSIGNED
 
 VARIABLE = "QEXP_SWEEP"  # launchers hand the environment on to their workers
+FOLDER = ".sweeps"
+RETRIES = (None, "failed")
+
+postponed: set[Path] = set()  # folders that another process was at when this one came by
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One job of a sweep; `reason` is empty unless it failed."""
+    """One job of a sweep."""
 
-    status: Literal["ran", "answered", "failed"]
-    folder: str
     overrides: list[str]
-    reason: str = ""
+    number: int = 0
+    status: Literal["planned", "running", "done", "failed"] = "planned"
+    folder: str = ""
+    reason: str = ""  # of a failure
+    started: str = ""
+    seconds: float = 0.0
+    cost: dict[str, float] = field(default_factory=dict)  # see results.cost
+    launch: str = ""  # whose job it is or was
+    code: str = ""  # the fingerprint that failed
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The record of one command's jobs, and which of its launches this process belongs to."""
+
+    folder: Path
+    launch: str
+
+    def __str__(self) -> str:
+        return f"{self.folder}@{self.launch}"
+
+    @property
+    def name(self) -> str:
+        """Also the group in W&B."""
+        return self.folder.name
+
+    def entry(self, overrides: Sequence[str], number: int = 0) -> Entry:
+        """What is known of a job; a planned one where nothing is."""
+        return _read(self._path(overrides)) or Entry(list(overrides), number)
+
+    def enter(self, entry: Entry) -> None:
+        write_json(self._path(entry.overrides), asdict(entry))
+
+    def entries(self) -> list[Entry]:
+        """In the order of the plan; a search has none and its jobs are in the order of time."""
+        found = filter(None, map(_read, self.folder.glob("*.json")))
+        return sorted(found, key=lambda entry: (entry.number, entry.started))
+
+    def plan(self, jobs: Sequence[Sequence[str]], retry: str | None) -> None:
+        """Enter the jobs that are new. One that failed in an earlier launch is tried again when
+        that is asked for, or when the code is another since."""
+        for number, overrides in enumerate(jobs):
+            if _read(self._path(overrides)) is None:
+                self.enter(Entry(list(overrides), number))
+        for entry in self.entries():
+            again = retry == "failed" or entry.code != fingerprint.code()
+            if entry.status == "failed" and again and entry.launch != self.launch:
+                self.enter(Entry(entry.overrides, entry.number))
+
+    def _path(self, overrides: Sequence[str]) -> Path:
+        return self.folder / f"{_digest(signed(overrides))}.json"
 
 
 class Ledger(Callback):
-    """Names a sweep when it starts, so that its jobs know what they belong to."""
+    """Finds the record of the sweep that starts and plans its jobs; `dry_run` ends there."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """The name is the time and a hash of the command; it is also the group in W&B."""
-        mark = hashlib.sha256("\0".join([*sys.argv, str(os.getpid())]).encode()).hexdigest()[:4]
-        name = f"{datetime.now():%Y%m%d-%H%M%S}-{mark}"
-        path = Path(config.hydra.sweep.dir).absolute() / ".sweeps" / f"{name}.jsonl"
-        os.environ[VARIABLE] = str(path)
+        with heard():
+            jobs = planned(config)
+            sweep = named(config)
+            if config.dry_run:
+                self._list(config, jobs, sweep)
+            if config.retry not in RETRIES:
+                raise UserError(f"retry={config.retry}: give failed, or null for no second try")
+            os.environ[VARIABLE] = str(sweep)
+            sweep.plan(jobs or [], config.retry)
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        if config.dry_run:
+            with heard():
+                self._list(config, [list(config.hydra.overrides.task)], None)
+
+    def _list(self, config: DictConfig, jobs: list[list[str]] | None, sweep: Sweep | None) -> None:
+        from qexp import forecast
+
+        print(forecast.listing(config, jobs, sweep))
+        raise SystemExit(0)
 
 
-def current() -> Path | None:
-    """The ledger of the sweep that this job belongs to."""
-    path = os.environ.get(VARIABLE)
-    return Path(path) if path else None
+def current() -> Sweep | None:
+    """The sweep that this job belongs to."""
+    folder, _, launch = os.environ.get(VARIABLE, "").rpartition("@")
+    return Sweep(Path(folder), launch) if folder else None
 
 
-def enter(path: Path, entry: Entry) -> None:
-    """Append one line; short appends of several processes do not mix."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(entry)) + "\n")
+def named(config: DictConfig) -> Sweep:
+    """The record of a command: of what it sets and what it sweeps, in whatever order. A second
+    launch of this process is the first one's."""
+    asked = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
+    name = _digest(signed([*asked, *config.hydra.overrides.task]))
+    folder = Path(config.hydra.sweep.dir).absolute() / FOLDER / name
+    if (known := current()) is not None and known.folder == folder:
+        return known
+    return Sweep(folder, f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{platform.node()}-{os.getpid()}")
 
 
-def entries(path: Path) -> list[Entry]:
-    """The jobs that ended, in the order in which they did."""
-    if not path.exists():
-        return []
-    return [Entry(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+def planned(config: DictConfig) -> list[list[str]] | None:
+    """The overrides of each job; None for a search, whose jobs come one by one."""
+    if not config.hydra.sweeper._target_.endswith("BasicSweeper"):
+        return None
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    asked = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
+    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+    parsed = parser.parse_overrides([*asked, *config.hydra.overrides.task])
+    [jobs] = BasicSweeper.split_arguments(parsed, None)
+    return jobs
 
 
-def summary(jobs: list[Entry]) -> str:
+def summary(sweep: Sweep) -> str:
     """How many jobs ran, were answered from disk and failed, and why those did."""
+    jobs = sweep.entries()
     count = Counter(job.status for job in jobs)
+    ran = sum(job.status == "done" and job.launch == sweep.launch for job in jobs)
     total = f"{len(jobs)} job{'s' if len(jobs) != 1 else ''}"
-    parts = [f"{total}: {count['ran']} ran", f"{count['answered']} answered from disk"]
-    lines = [", ".join([*parts, f"{count['failed']} failed"])]
+    parts = [f"{total}: {ran} ran", f"{count['done'] - ran} answered from disk"]
+    parts.append(f"{count['failed']} failed")
+    if left := count["planned"] + count["running"]:
+        parts.append(f"{left} left")
+    lines = [", ".join(parts)]
     for job in jobs:
         if job.status == "failed":
             lines.append(f"  failed: {' '.join(job.overrides) or job.folder}\n    {job.reason}")
     return "\n".join(lines)
+
+
+def signed(overrides: Sequence[str]) -> list[str]:
+    """The overrides that can change a number, in one order."""
+    return sorted(each for each in overrides if _key(each) not in UNSIGNED)
+
+
+def begun(entry: Entry, sweep: Sweep, folder: Path) -> Entry:
+    """The entry of a job that begins now."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    fresh = Entry(entry.overrides, entry.number, "running", str(folder))
+    return replace(fresh, started=now, launch=sweep.launch, code=fingerprint.code())
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0].partition(".")[0]
+
+
+def _digest(parts: Sequence[str]) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:8]
+
+
+def _read(path: Path) -> Entry | None:
+    """None for what is not there, or was written by another version."""
+    try:
+        return Entry(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+@contextmanager
+def heard() -> Iterator[None]:
+    """Hydra makes warnings of what a callback raises: a user's mistake leaves as SystemExit."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise SystemExit(composition.sentence(error)) from error
+    except UserError as error:
+        raise SystemExit(str(error)) from error

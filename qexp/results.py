@@ -16,6 +16,8 @@ from qexp.provenance import Provenance, stamp
 
 METRICS = "metrics.json"
 PROVENANCE = "provenance.json"
+WEIGHTS = "weights.safetensors"
+CONFIGS = ".hydra"  # where Hydra itself would put them
 LAYERS = "layers.csv"
 COLUMNS = (
     *("name", "rows", "columns", "bits", "paper_bits"),
@@ -82,14 +84,32 @@ def config(folder: str | None) -> DictConfig:
     """The configuration of a finished run. Raises UserError when the folder holds none."""
     if folder is None:
         raise UserError("run: has no value; give the folder of a finished run, run=outputs/…")
-    path = Path(folder) / ".hydra" / "config.yaml"
+    path = Path(folder) / CONFIGS / "config.yaml"
     if not path.is_file():
-        raise UserError(f"run={folder}: has no .hydra/config.yaml, so it is no run's folder")
+        raise UserError(f"run={folder}: has no {CONFIGS}/config.yaml, so it is no run's folder")
     if not (Path(folder) / METRICS).is_file():
         raise UserError(f"run={folder}: has no {METRICS}; that run did not finish")
     loaded = OmegaConf.load(path)
     assert isinstance(loaded, DictConfig)
     return loaded
+
+
+def write_config(folder: Path, cfg: DictConfig, settings: DictConfig) -> None:
+    """The configuration of a run, Hydra's own settings (`hydra:` and below) and the overrides."""
+    overrides = settings.hydra.overrides.task
+    for name, content in (("config", cfg), ("hydra", settings), ("overrides", overrides)):
+        with atomic(folder / CONFIGS / f"{name}.yaml") as path:
+            path.write_text(OmegaConf.to_yaml(content), encoding="utf-8")
+
+
+def cost(folder: Path) -> dict[str, float]:
+    """What a finished run took: seconds of all its stages, peaks of memory in bytes."""
+    stages: list[dict[str, float]] = list(provenance(folder).get("stages", {}).values())
+    found = {"seconds": sum(stage["seconds"] for stage in stages)}
+    for key in ("peak_rss_bytes", "peak_cuda_bytes"):
+        if peaks := [stage[key] for stage in stages if key in stage]:
+            found[key] = max(peaks)
+    return found
 
 
 def write(

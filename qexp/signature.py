@@ -7,9 +7,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 # what is shown, kept or waited for; none of it can change a number
-UNSIGNED = frozenset(
-    {"hydra", "logger", "progress", "threads", "save_weights", "optimize", "label"}
-)
+KEPT = ("hydra", "logger", "progress", "threads", "save_weights", "optimize", "label")
+UNSIGNED = frozenset({*KEPT, "dry_run", "retry", "fail_fast", "paper"})
 
 
 def signed(cfg: DictConfig) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qexp import results
 from qexp.binary import Binary
 from qexp.errors import UserError
 from qexp.files import atomic
@@ -16,7 +17,7 @@ from qexp.packed import Coded, Packed
 from qexp.partial import Partial
 from qexp.rotated import Rotated
 
-FILE = "weights.safetensors"
+FILE = results.WEIGHTS
 FORMS: dict[str, type[Packed]] = {form.__name__: form for form in (Coded, Binary, Partial, Rotated)}
 
 

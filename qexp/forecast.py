@@ -1,0 +1,116 @@
+"""What the jobs of a command would do and take, without doing it (`--dry-run`)."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from qexp import entries, results, runs
+from qexp.files import locked
+from qexp.ledger import Entry, Sweep
+from qexp.signature import UNSIGNED
+
+RECENT = 100  # finished runs that an estimate looks at, the newest
+
+
+@dataclass(frozen=True)
+class Past:
+    """A finished run: its settings by dotted key, and its seconds."""
+
+    settings: dict[str, Any]
+    seconds: float
+
+
+def listing(config: DictConfig, jobs: Sequence[Sequence[str]] | None, sweep: Sweep | None) -> str:
+    """A line per job: its state, an estimate where it is to run, its folder and overrides.
+
+    jobs: None for a search, of which only what was tried is known.
+    """
+    top = Path(OmegaConf.select(config, "hydra.sweep.dir" if sweep else "hydra.run.dir"))
+    past = finished(top if sweep else top.parent)
+    search = jobs is None
+    if jobs is None:
+        jobs = [entry.overrides for entry in sweep.entries()] if sweep else []
+    shared = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
+    lines, estimates, running = [], [], 0
+    for overrides in jobs:
+        cfg, folder = composed(config, overrides)
+        entry = sweep.entry(overrides) if sweep else Entry(list(overrides))
+        state = _state(cfg, folder, entry, config.retry)
+        seconds = estimate(_settings(cfg), past) if state.startswith("to run") else None
+        running += state.startswith("to run")
+        estimates += [] if seconds is None else [seconds]
+        about = "" if seconds is None else f" (about {seconds:.0f} s)"
+        own = " ".join(each for each in overrides if each not in shared)
+        lines.append(f"{os.path.relpath(folder)}  {own}: {state}{about}")
+    if search:
+        seconds = estimate(_settings(config), past)
+        about = f", about {seconds:.0f} s each" if seconds is not None else ""
+        lines.append(f"a search of {config.hydra.sweeper.n_trials} trials{about}")
+    lines.append(_total(len(jobs), running, estimates, len(past)))
+    return "\n".join([*lines, entries.summary()])
+
+
+def composed(config: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, Path]:
+    """The configuration of one job, as the launcher will make it, and its folder."""
+    single = config.hydra.mode != RunMode.MULTIRUN
+    loader = GlobalHydra.instance().config_loader()
+    cfg = config if single else loader.load_sweep_config(config, list(overrides))
+    HydraConfig.instance().set_config(cfg)
+    if single:
+        return cfg, Path(cfg.hydra.run.dir)
+    return cfg, Path(cfg.hydra.sweep.dir) / cfg.hydra.sweep.subdir
+
+
+def finished(top: Path) -> list[Past]:
+    """The newest finished runs at any depth; unreadable ones are left out."""
+    paths = sorted(top.rglob(results.METRICS), key=os.path.getmtime, reverse=True)[:RECENT]
+    found, _ = runs.collect(path.parent for path in paths)
+    return [Past(_signed(run.leaves), run.seconds) for run in found]
+
+
+def estimate(settings: dict[str, Any], past: Sequence[Past]) -> float | None:
+    """The median of the runs that differ in the fewest keys; None without any run."""
+    apart = [len(settings.items() ^ run.settings.items()) for run in past]
+    near = [run.seconds for run, keys in zip(past, apart, strict=True) if keys == min(apart)]
+    return median(near) if near else None
+
+
+def _settings(cfg: DictConfig) -> dict[str, Any]:
+    content: Any = {key: cfg._get_node(key) for key in cfg if key not in UNSIGNED}
+    return _signed(runs.flat(OmegaConf.to_container(OmegaConf.create(content))))
+
+
+def _signed(leaves: dict[str, Any]) -> dict[str, Any]:
+    """What can make two runs different, hashable."""
+    return {key: str(value) for key, value in leaves.items() if key.split(".")[0] not in UNSIGNED}
+
+
+def _state(cfg: DictConfig, folder: Path, entry: Entry, retry: str | None) -> str:
+    needs = [results.WEIGHTS] if cfg.save_weights else []
+    if folder.is_dir() and (reason := results.stale(folder, needs=needs)) is None:
+        return "answered"
+    if entry.status == "failed" and retry is None:
+        return f"failed ({entry.reason})"
+    if entry.status == "running":
+        with locked(Path(entry.folder), wait=False) as free:
+            return "to run (killed)" if free else "running"
+    if entry.status == "failed":
+        return "to run (failed)"
+    stood = folder.is_dir() and (folder / results.METRICS).exists()
+    return f"to run ({reason})" if stood else "to run"
+
+
+def _total(jobs: int, running: int, estimates: Sequence[float], known: int) -> str:
+    parts = [f"{jobs} job{'s' if jobs != 1 else ''}: {running} to run"]
+    if estimates:
+        total = f"about {sum(estimates):.0f} s one after another"
+        parts.append(f"{total}, by the nearest of {known} finished runs")
+    return ", ".join(parts)
