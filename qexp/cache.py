@@ -6,7 +6,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, uint8
 
+from qexp.entries import LOCK, default_folder
 from qexp.errors import UserError
 from qexp.files import atomic
 
@@ -24,12 +26,7 @@ log = logging.getLogger(__name__)
 
 Build = Callable[[], dict[str, Tensor]]
 
-
-def default_folder() -> Path:
-    """QEXP_CACHE_DIR, or `qexp` in the user's cache folder (XDG)."""
-    if chosen := os.environ.get("QEXP_CACHE_DIR"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qexp"
+_told: set[Path] = set()  # folders that could not be written
 
 
 @dataclass(frozen=True)
@@ -37,8 +34,8 @@ class Cache:
     """One safetensors file per entry, with its whole key and a checksum inside.
 
     An entry that is corrupt, cut short or made for another key is rebuilt. A folder that cannot be
-    read or written costs a warning, never a run. Processes that want the same entry at the same
-    time wait for the first.
+    read or written costs one warning a process, never a run. Processes that want the same entry at
+    the same time wait for the first.
     """
 
     folder: Path = field(default_factory=default_folder)
@@ -52,21 +49,16 @@ class Cache:
         path, whole = self._place(kind, {**key, "code": _source(build.__module__)})
         if (found := _read(path, whole)) is not None:
             return found
-        lock = FileLock(path.with_suffix(".lock"))
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-        except (OSError, NotImplementedError) as error:
-            log.warning("cache %s cannot be written (%s): going on without it", path.parent, error)
-            return plain(build())
-        try:
+        with _alone(path):
             if (found := _read(path, whole, quiet=True)) is not None:  # made while we waited
                 return found
             built = plain(build())
             _write(path, whole, built)
             return built
-        finally:
-            lock.release()
+
+    def alone(self, kind: str, key: Mapping[str, Any]) -> AbstractContextManager[None]:
+        """While it is held no other process can hold it: between `find` and `put`."""
+        return _alone(self._place(kind, key)[0])
 
     def find(self, kind: str, key: Mapping[str, Any]) -> dict[str, Tensor] | None:
         """The entry of `key`, which must name its code (`sources`), or None."""
@@ -87,7 +79,31 @@ class Cache:
         return self.folder / kind / f"{_sha256(whole.encode())[:32]}.safetensors", whole
 
 
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    lock = FileLock(path.with_suffix(LOCK))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        _without(path.parent.parent, error)
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _without(folder: Path, error: Exception) -> None:
+    """Said once a process: one full disk is not many news."""
+    if folder not in _told:
+        _told.add(folder)
+        log.warning("cache %s cannot be written (%s): going on without it", folder, error)
+
+
 def plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, contiguous."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
@@ -99,6 +115,10 @@ def _read(path: Path, whole: str, quiet: bool = False) -> dict[str, Tensor] | No
         with safe_open(path, framework="pt") as file:
             said = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        with contextlib.suppress(OSError):  # a cache that can only be read
+            os.utime(path)  # what is used is pruned last
+    except FileNotFoundError:  # pruned just now
+        return None
     except (OSError, SafetensorError) as error:
         wrong = str(error)
     else:
@@ -118,7 +138,7 @@ def _write(path: Path, whole: str, tensors: dict[str, Tensor]) -> bool:
         with atomic(path) as temporary:
             save_file(tensors, temporary, {"key": whole, "checksum": checksum(tensors)})
     except (OSError, SafetensorError, UserError) as error:
-        log.warning("cache entry %s was not written (%s): going on without it", path, error)
+        _without(path.parent.parent, error)
         return False
     return True
 
