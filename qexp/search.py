@@ -1,0 +1,123 @@
+"""Searches that go on where they were ended, and the same searches for W&B's agents."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, ListConfig, OmegaConf, read_write
+
+from qexp import fingerprint, ledger
+from qexp.errors import UserError
+from qexp.files import locked
+
+REQUEUED = "requeued"  # trials of a study that are counted by their second try
+
+
+class Resume(Callback):
+    """Prepares the study before the sweeper opens it: `n_trials` is what is left of them, and a
+    trial whose process was killed comes first."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        if config.dry_run:
+            return
+        with ledger.heard():
+            node, sweep = config.hydra.sweeper, ledger.named(config)
+            name = node.study_name or f"{sweep.name}-{fingerprint.code()}"
+            study = opened(node, name, Path(config.hydra.sweep.dir))
+            take_up(study, sweep, retry=config.retry == "failed")
+            ended = [trial for trial in study.trials if trial.state.is_finished()]
+            counted = len(ended) - len(study.user_attrs.get(REQUEUED, []))
+            with read_write(config.hydra):
+                node.study_name = name
+                node.n_trials = max(node.n_trials - counted, 0)
+                node.max_failure_rate = 0.0 if config.fail_fast else node.max_failure_rate
+                if ended and node.sampler.get("seed") is not None:
+                    node.sampler.seed += len(study.trials)  # else it proposes the same again
+
+
+def opened(node: DictConfig, name: str, folder: Path) -> Any:
+    """The study, made where it is not there. UserError without Optuna."""
+    try:
+        import optuna
+    except ImportError as error:
+        raise UserError(
+            "hydra/sweeper=search: optuna is not installed; pip install 'qexp[optuna]'"
+        ) from error
+    (folder / ledger.FOLDER).mkdir(parents=True, exist_ok=True)
+    directions = node.direction if isinstance(node.direction, ListConfig) else [node.direction]
+    return optuna.create_study(
+        storage=node.storage, study_name=name, directions=list(directions), load_if_exists=True
+    )
+
+
+def take_up(study: Any, sweep: ledger.Sweep, retry: bool) -> None:
+    """Queue trials again whose job no process has any more, and with `retry` those that failed."""
+    requeued: list[int] = study.user_attrs.get(REQUEUED, [])
+    for trial in study.trials:
+        if trial.number in requeued:
+            continue
+        running, failed = trial.state.name == "RUNNING", trial.state.name == "FAIL"
+        if (running and not _alive(trial, sweep)) or (failed and retry):
+            if running:
+                study.tell(trial.number, state=type(trial.state).FAIL)
+            study.enqueue_trial(trial.params)
+            requeued.append(trial.number)
+    study.set_user_attr(REQUEUED, requeued)
+
+
+def _alive(trial: Any, sweep: ledger.Sweep) -> bool:
+    """Whether a process has the trial's job, or is about to: then there is no entry yet."""
+    settings = {**trial.params, **trial.user_attrs}
+    entry = sweep.entry([f"{name}={value}" for name, value in settings.items()])
+    if not entry.folder:
+        return True
+    with locked(Path(entry.folder), wait=False) as free:
+        return not free
+
+
+def wandb_sweep(overrides: Sequence[str]) -> str:
+    """A W&B sweep, as yaml, of a search's parameters, trials and (first) objective."""
+    from qexp import cli
+
+    with initialize_config_dir(version_base="1.3", config_dir=str(cli.conf())):
+        cfg = compose("config", list(overrides), return_hydra_config=True)
+    if not (params := OmegaConf.select(cfg, "hydra.sweeper.params")):
+        raise UserError("wandb-sweep: nothing is searched; give a search, search=gptq_damping")
+    parsed = OverridesParser.create().parse_overrides([f"{k}={v}" for k, v in params.items()])
+    wanted = cfg.optimize[0] if isinstance(cfg.optimize, ListConfig) else cfg.optimize or "ppl"
+    name = wanted if "/" in wanted else f"{next(iter(cfg.eval.values())).name}/{wanted}"
+    # one run for each of the agent's jobs, whatever mode the search itself has
+    single = ["hydra.mode=RUN", "logger=wandb", "${args_no_hyphens}"]
+    content = {
+        "method": "bayes",
+        "metric": {"name": name, "goal": "minimize"},
+        "run_cap": OmegaConf.select(cfg, "hydra.sweeper.n_trials"),
+        "parameters": {each.get_key_element(): _distribution(each) for each in parsed},
+        "command": ["${env}", "WANDB_MODE=online", "qexp", *overrides, *single],
+    }
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+def _distribution(override: Override) -> dict[str, Any]:
+    """One parameter in W&B's words."""
+    value = override.value()
+    if not override.is_sweep_override():
+        return {"value": value}
+    if not isinstance(value, IntervalSweep):
+        return {"values": list(override.sweep_iterator())}
+    whole = isinstance(value.start, int) and isinstance(value.end, int)
+    kinds = {(True, False): "int_uniform", (True, True): "q_log_uniform_values"}
+    kinds |= {(False, False): "uniform", (False, True): "log_uniform_values"}
+    kind = kinds[whole, "log" in value.tags]
+    return {"distribution": kind, "min": value.start, "max": value.end}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """`qexp wandb-sweep search=NAME [key=value …] > sweep.yaml`."""
+    sys.stdout.write(wandb_sweep(arguments))
