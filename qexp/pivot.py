@@ -79,7 +79,20 @@ class Setting:
     @property
     def bits(self) -> float:
         """Measured bits per quantized weight, the mean over runs; NaN where none is quantized."""
-        return _mean(run.metrics.get("weight/bits", math.nan) for run in self.runs)
+        return self.value("weight/bits")
+
+    def value(self, name: str) -> float:
+        """A metric by its name or a number of the configuration, the mean over runs."""
+        return _mean(run.value(name) for run in self.runs)
+
+    @property
+    def layers(self) -> dict[str, float]:
+        """The error of each linear, the mean over runs."""
+        found: dict[str, list[float]] = {}
+        for run in self.runs:
+            for layer in run.layers:
+                found.setdefault(layer["name"], []).append(float(layer["error"]))
+        return {name: _mean(errors) for name, errors in found.items()}
 
     @property
     def seconds(self) -> float:

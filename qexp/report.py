@@ -1,89 +1,49 @@
-"""From run folders to one table: every row a run, every perplexity under its own definition."""
+"""From run folders to a report: one page for a browser, and tables for all else."""
 
 import argparse
-import csv
-import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
+from qexp import page, plot, tables
+from qexp.comparison import counterparts
 from qexp.errors import UserError
 from qexp.files import atomic
-from qexp.runs import Run, collect
+from qexp.pivot import SEED, Setting, Table, group, pivot
+from qexp.runs import collect
+
+FILES = ("report.html", "table.md", "table.csv", "table.tex", "bits_vs_ppl.png")
 
 
-def table(runs: Sequence[Run]) -> list[dict[str, str | float]]:
-    """One dict per run with the same keys in each; a number that is not there is NaN."""
-    columns = list(dict.fromkeys(column for run in runs for column in run.columns))
-    rows: list[dict[str, str | float]] = []
-    for run in runs:
-        row: dict[str, str | float] = {
-            "model": run.choices.get("model", "?"),
-            "data": run.choices.get("data", "?"),
-            "method": run.choices.get("method", "?"),
-            "weight": run.weight,
-            "activation": run.choices.get("activation", "none"),
-            "other": run.other,
-            "bits": run.metrics.get("weight/bits", math.nan),
-        }
-        for column in columns:
-            own = column in run.columns
-            for name, title in (
-                (column.name, column.title),
-                (f"{column.name}_stderr", f"{column.title} stderr"),
-            ):
-                row[title] = run.metrics.get(name, math.nan) if own else math.nan
-        row["seconds"] = run.seconds
-        row["memory GB"] = run.peak("rss")
-        row["cuda GB"] = run.peak("cuda")
-        row["folder"] = str(run.folder)
-        rows.append(row)
-    return rows
-
-
-def markdown(rows: Sequence[dict[str, str | float]]) -> str:
-    """The table for people: a value and its standard error share a cell, empty columns go."""
-    titles = [
-        title
-        for title in rows[0]
-        if not title.endswith(" stderr") and any(_text(row, title) for row in rows)
-    ]
-    cells = [titles, *([_text(row, title) for title in titles] for row in rows)]
-    widths = [max(len(line[index]) for line in cells) for index in range(len(titles))]
-    numeric = [isinstance(rows[0][title], float) for title in titles]
-    lines = [
-        "| "
-        + " | ".join(
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(line, widths, numeric, strict=True)
-        )
-        + " |"
-        for line in cells
-    ]
-    rule = "|".join(
-        "-" * (width + 1) + (":" if right else "-")
-        for width, right in zip(widths, numeric, strict=True)
+def write(
+    table: Table,
+    baselines: Mapping[int, Setting],
+    legend: Sequence[str],
+    out: Path,
+    notes: Sequence[str] = (),
+    x: str = "weight/bits",
+) -> str:
+    """Write FILES; the value is the table for people."""
+    sheet = tables.lay(table, baselines)
+    markdown = tables.markdown(sheet)
+    commands = "\n".join(
+        f"{sheet.numbers[id(setting)]}. `{setting.run.command}`: "
+        + ", ".join(f"`{run.folder}`" for run in setting.runs)
+        for setting in table.settings
     )
-    return "\n".join([lines[0], f"|{rule}|", *lines[1:]])
-
-
-def write(runs: Sequence[Run], out: Path, x: str = "weight/bits") -> str:
-    """Write table.md, table.csv and bits_vs_ppl.png; the value is the table for people."""
-    from qexp import plot
-
-    rows = table(runs)
-    text = markdown(rows)
-    with atomic(out / "table.md") as path:
-        path.write_text(text + "\n", encoding="utf-8")
-    with (
-        atomic(out / "table.csv") as path,
-        path.open("w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    plot.save(runs, out / "bits_vs_ppl.png", x)
-    return text
+    texts = {
+        "table.md": "\n\n".join([markdown, *legend, commands]) + "\n",
+        "table.csv": tables.spreadsheet(table, baselines),
+        "table.tex": tables.latex(sheet) + "\n",
+        "report.html": page.page(table, sheet, legend, notes, x),
+    }
+    for name, text in texts.items():
+        with atomic(out / name) as path:
+            path.write_text(text, encoding="utf-8")
+    columns = [column for column in table.columns if column.is_perplexity]
+    plot.against_bits(table.settings, columns, x).png(out / "bits_vs_ppl.png")
+    return markdown
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,6 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="report", description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders of them")
     parser.add_argument("--out", type=Path, help="where to write; the first folder by default")
+    parser.add_argument("--rows", help="config keys, by commas; all that differ by default")
+    parser.add_argument("--columns", help="config keys, by commas: weight.bits")
+    parser.add_argument("--metrics", help="metrics, by commas, with * and ?: '*/ppl,*/acc'")
+    parser.add_argument("--over", help="keys whose values are averaged over; seed by default")
+    parser.add_argument("--baseline", help="what others are compared with: method=rtn")
     parser.add_argument("--x", default="weight/bits", help="metric or config key of the x axis")
     chosen = parser.parse_args(arguments)
     try:
@@ -100,30 +65,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not runs:
             names = ", ".join(str(folder) for folder in chosen.folders)
             raise UserError(f"{names}: no finished run stands there; run `qexp` first")
+        settings = group(runs, _words(chosen.over) or SEED)
+        table = pivot(settings, _words(chosen.rows) or None, _words(chosen.columns))
+        table = select(table, _words(chosen.metrics))
+        legend, baselines = [tables.LEGEND], {}
+        if chosen.baseline:
+            baselines = counterparts(settings, _pairs(chosen.baseline))
+            legend.append(tables.AGAINST.format(baseline=chosen.baseline))
         out = chosen.out or chosen.folders[0]
-        print(write(runs, out, chosen.x))
-        print(f"\n{out}/table.md, table.csv, bits_vs_ppl.png")
+        print(write(table, baselines, legend, out, notes, chosen.x))
+        print("\n" + ", ".join([str(out / FILES[0]), *FILES[1:]]))
     except UserError as error:
         print(f"report: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def _text(row: dict[str, str | float], title: str) -> str:
-    value = row[title]
-    if isinstance(value, str):
-        return "" if title == "activation" and value == "none" else value
-    if math.isnan(value):
-        return ""
-    if title == "seconds":
-        return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
-    error = row.get(f"{title} stderr", math.nan)
-    shown = _number(value)
-    if isinstance(error, float) and not math.isnan(error):
-        shown += f" ± {_number(error)}"
-    return shown
+def select(table: Table, patterns: Sequence[str]) -> Table:
+    """The table with the metrics that one of the patterns fits; all, without patterns."""
+    if not patterns:
+        return table
+    names = [column.name for column in table.columns]
+    kept = [c for c in table.columns if any(fnmatchcase(c.name, each) for each in patterns)]
+    if not kept:
+        raise UserError(f"--metrics {','.join(patterns)}: none fits; there are {', '.join(names)}")
+    return Table(table.row_keys, table.column_keys, table.rows, table.places, tuple(kept))
 
 
-def _number(value: float) -> str:
-    """Two decimals as papers print perplexities; powers of ten once nobody would read them."""
-    return f"{value:.2f}" if abs(value) < 1e4 else f"{value:.2e}"
+def _words(text: str | None) -> list[str]:
+    return [word for word in (text or "").split(",") if word]
+
+
+def _pairs(text: str) -> dict[str, str]:
+    pairs = [word.partition("=") for word in _words(text)]
+    if not all(equals for _, equals, _ in pairs):
+        raise UserError(f"--baseline {text}: is not key=value; give for example method=rtn")
+    return {key: value for key, _, value in pairs}

@@ -4,7 +4,7 @@ import csv
 import json
 import math
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,30 +169,37 @@ def load(folder: Path) -> Run:
     """The run in one folder; an incomplete or unreadable one is a UserError."""
     try:
         config = OmegaConf.load(folder / ".hydra" / "config.yaml")
-        settings = OmegaConf.load(folder / ".hydra" / "hydra.yaml")
-        choices = OmegaConf.select(settings, "hydra.runtime.choices") or {}
         overrides = OmegaConf.load(folder / ".hydra" / "overrides.yaml")
+        chosen = choices(folder)
         resolvers.register()
+        written: Any = OmegaConf.to_container(config)
         content: Any = OmegaConf.to_container(config, resolve=True)
     except Exception as error:  # yaml, OmegaConf and the file system each have their own
         raise UserError(f"{folder / '.hydra'}: cannot be read ({error})") from error
     return Run(
         folder=folder,
-        choices={str(key): str(value) for key, value in choices.items()},
+        choices=chosen,
         config=content,
-        leaves=flat(OmegaConf.to_container(config)),
+        leaves=flat(written, without=NOT_SETTINGS),
         overrides=tuple(str(override) for override in overrides),
         metrics=results.metrics(folder),
         provenance=results.provenance(folder),
     )
 
 
-def flat(tree: Any, above: str = "") -> dict[str, Any]:
-    """Dotted key → value; lists are values. Keys that no number depends on are left out."""
+def choices(folder: Path) -> dict[str, str]:
+    """What each group of the configuration was set to."""
+    settings = OmegaConf.load(folder / ".hydra" / "hydra.yaml")
+    found = OmegaConf.select(settings, "hydra.runtime.choices") or {}
+    return {str(key): str(value) for key, value in found.items()}
+
+
+def flat(tree: Any, above: str = "", without: Sequence[str] = ()) -> dict[str, Any]:
+    """Dotted key → value; lists are values. `without`: names at the top that are left out."""
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
-        full = f"{above}{key}"
-        if above or key not in NOT_SETTINGS:
+        if key not in without:
+            full = f"{above}{key}"
             leaves |= flat(value, f"{full}.") if isinstance(value, dict) else {full: value}
     return leaves
 
@@ -208,7 +215,8 @@ def collect(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
             if not path.is_dir() or folder.resolve() in runs:
                 continue
             if not (folder / results.METRICS).exists():
-                notes.append(f"{folder}: left out, it did not finish{_reason(folder)}")
+                reason = f" ({said})" if (said := failure(folder)) else ""
+                notes.append(f"{folder}: left out, it did not finish{reason}")
                 continue
             try:
                 runs[folder.resolve()] = load(folder)
@@ -228,8 +236,9 @@ def _top(key: str) -> str:
     return key.partition(".")[0].partition("/")[0].partition("@")[0]
 
 
-def _reason(folder: Path) -> str:
+def failure(folder: Path) -> str:
+    """Why the run failed; empty where it did not say."""
     try:
-        return f" ({json.loads((folder / 'failure.json').read_text())['reason']})"
+        return str(json.loads((folder / "failure.json").read_text())["reason"])
     except (OSError, ValueError, KeyError):
         return ""

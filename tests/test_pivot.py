@@ -25,7 +25,7 @@ def run(method: str, seed: int, ppl: float, finished: str = "", **fields: object
         Path(f"{method}-{bits}-{seed}"),
         {"model": "tiny", "method": method, "hydra/launcher": "basic", "logger": "csv"},
         config,
-        flat(config),
+        flat(config, without=["label"]),
         (),
         {"text/ppl": float(ppl), "weight/bits": float(str(bits))},
         {"protocols": {"text": {"digest": digest}}, "finished": finished},

@@ -1,21 +1,82 @@
-"""A table of what stands in folders, and its picture."""
+"""What stands in folders, as tables and as a page that a browser opens."""
 
 import csv
 import json
-import math
+import shutil
+import subprocess
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from folders import folder
 from stub import SMALL, qexp  # noqa: F401
 
 from qexp import report, runs
 
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+TITLE = "held_out/ppl [12345678]"
+
 
 @pytest.fixture
-def sweep(qexp) -> Path:  # noqa: F811
-    assert qexp("-m", *SMALL, "logger=none", "method=gptq", "weight.bits=2,3,11,4") == 1
-    assert qexp(*SMALL, "logger=none", "method=none") == 0
+def sweep(tmp_path, monkeypatch) -> Path:
+    """The float model, GPTQ at three bit-widths and a run that failed."""
+    monkeypatch.chdir(tmp_path)
+    for bits in (2, 3, 4):
+        folder(Path("outputs"), "gptq", bits)
+    folder(Path("outputs"), "none")
+    failed = folder(Path("outputs"), "gptq", 11)
+    (failed / "metrics.json").unlink()
+    (failed / "failure.json").write_text('{"reason": "weight.bits=11: is not wanted"}')
     return Path("outputs")
+
+
+@pytest.fixture
+def seeds(sweep) -> Path:
+    """RTN too, and a second seed of both at 3 and 4 bits; GPTQ is better at 3."""
+    for bits in (3, 4):
+        folder(sweep, "gptq", bits, seed=1)
+        for seed in (0, 1):
+            folder(sweep, "rtn", bits, seed, 40.0 + seed if bits == 3 else None)
+    return sweep
+
+
+class Page(HTMLParser):
+    """What a page refers to, and its tables as text."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.refers: list[str] = []
+        self.open: list[str] = []
+        self.tables: list[list[list[str]]] = []
+        self.titles: list[str] = []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.refers += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href", "action")]
+        if tag not in ("meta", "link", "br"):
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+        elif tag == "title":
+            self.titles.append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in ("meta", "link", "br"):
+            self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "title" in self.open:
+            self.titles[-1] += data
+        elif {"td", "th"} & set(self.open):
+            self.tables[-1][-1][-1] += data
 
 
 def test_every_finished_run_is_a_row_and_others_are_named(sweep, capsys) -> None:
@@ -24,29 +85,105 @@ def test_every_finished_run_is_a_row_and_others_are_named(sweep, capsys) -> None
     assert "left out, it did not finish (weight.bits=11: is not wanted" in printed.err
     lines = Path("made/table.md").read_text().splitlines()
     assert printed.out.startswith(lines[0])
-    assert len({len(line) for line in lines}) == 1  # it is read in terminals too
-    assert [line.split("|")[3].strip() for line in lines[2:]] == ["none", "gptq", "gptq", "gptq"]
+    assert len({len(line) for line in lines[:6]}) == 1  # it is read in terminals too
+    assert [line.split("|")[1].strip() for line in lines[2:6]] == ["none", "gptq", "gptq", "gptq"]
     assert "36.00 ± 0.50" in lines[3] and " 4.50 " in lines[3]
+    assert "left out, it did not finish" in Path("made/report.html").read_text()
     with Path("made/table.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["weight"] for row in rows][1:] == [f"int {bits} g64 asym" for bits in (4, 3, 2)]
-    assert rows[1]["held_out/ppl [12345678]"] == "36.0"
-    assert rows[1]["held_out/ppl [12345678] stderr"] == "0.5"
+    assert [row["weight.bits"] for row in rows] == ["", "4", "3", "2"]
+    assert (rows[1][TITLE], rows[1][f"{TITLE} stderr"], rows[1][f"{TITLE} seeds"]) == (
+        "36.0",
+        "0.5",
+        "1",
+    )
     assert Path("made/bits_vs_ppl.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_two_definitions_never_share_a_column(sweep) -> None:
-    path = sorted(sweep.glob("*/provenance.json"))[0]
+def test_the_command_and_the_folder_stand_behind_each_number(qexp) -> None:  # noqa: F811
+    assert qexp("-m", *SMALL, "logger=none", "weight.bits=2,3") == 0
+    assert report.main(["outputs", "--out", "made"]) == 0
+    with Path("made/table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    written = {path: path.read_bytes() for path in Path("outputs").glob("*/metrics.json")}
+    for row in rows:
+        metrics = json.loads(Path(row["folders"], "metrics.json").read_text())
+        assert metrics["held_out/ppl"] == float(row[TITLE])
+        assert row["command"] in Path("made/table.md").read_text()
+    assert qexp(*rows[0]["command"].split()[1:]) == 0  # answered: it is the same run
+    assert written == {path: path.read_bytes() for path in Path("outputs").glob("*/metrics.json")}
+
+
+def test_seeds_share_a_cell_and_the_better_method_is_bold(seeds) -> None:
+    chosen = ["--columns", "weight.bits", "--metrics", "*/ppl", "--baseline", "method=rtn"]
+    assert report.main([str(seeds), "--out", "made", *chosen]) == 0
+    head, _, *lines = Path("made/table.md").read_text().split("\n\n")[0].splitlines()
+    assert f"bits=3: {TITLE}" in head and f"bits=4: {TITLE}" in head
+    [gptq] = [line for line in lines if "gptq" in line]
+    assert "**37.50 ± 0.71 (2)** (Δ -3.00, p 0.0082)" in gptq
+    assert "36.50 ± 0.71 (2)** (Δ 0)" in gptq
+    latex = Path("made/table.tex").read_text()
+    assert r"37.50 $\pm$ 0.71 (2)" in latex and r"held\_out/ppl" in latex
+    assert latex.count("&") == (1 + len(lines)) * (head.count("|") - 2)
+
+
+def test_two_definitions_never_share_a_column(seeds) -> None:
+    path = seeds / "gptq-2-0" / "provenance.json"
     content = json.loads(path.read_text())
     content["protocols"]["held_out"]["digest"] = "another0"
     path.write_text(json.dumps(content))
-    found, _ = runs.collect([sweep])
-    rows = report.table(found)
-    titles = {
-        title for title in rows[0] if title.startswith("held_out/ppl") and "stderr" not in title
-    }
-    assert titles == {"held_out/ppl [12345678]", "held_out/ppl [another0]"}
-    assert all(sum(not math.isnan(row[title]) for title in titles) == 1 for row in rows)
+    assert report.main([str(seeds), "--out", "made"]) == 0
+    with Path("made/table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    other = TITLE.replace("12345678", "another0")
+    assert sum(row[other] != "nan" for row in rows) == 1
+    assert sum(int(row[f"{TITLE} seeds"]) + int(row[f"{other} seeds"]) for row in rows) == 10
+
+
+def test_the_page_needs_nothing_else_and_says_what_its_marks_are(seeds) -> None:
+    assert report.main([str(seeds), "--out", "made", "--baseline", "method=rtn"]) == 0
+    page = Page(Path("made/report.html"))
+    assert page.open == []
+    assert all(each.startswith(("#", "data:")) for each in page.refers)
+    table, listed = page.tables
+    assert table[0][:3] == ["method", "weight.bits", "bits"]
+    assert ["gptq", "3", "3.50"] in [row[:3] for row in table]
+    assert len(listed) == 1 + 10  # every run
+    assert any("method=gptq seed=1 weight.bits=3" in row[1] for row in listed)
+    points = [title for title in page.titles if "ppl" in title]
+    assert len(points) == 5 and any("37.50 ± 0.71 (2)\n3.50 bits per weight" in p for p in points)
+    assert all("outputs/" in point and "method=" in point for point in points)
+    assert page.titles.count("model.layers.0.mlp.up_proj: 0.25") == 5
+    assert page.titles.count("<b>: 0.001") == 5  # text, not markup
+
+
+@pytest.mark.skipif(not any(map(shutil.which, BROWSERS)), reason="no browser on this machine")
+def test_a_browser_shows_what_the_mouse_is_over_and_sorts(seeds) -> None:
+    assert report.main([str(seeds), "--out", "made"]) == 0
+    text = Path("made/report.html").read_text()
+    act = """<script>
+    const mark = [...document.querySelectorAll('.mark')].find(m => m.dataset.says.includes('ppl'));
+    mark.dispatchEvent(new MouseEvent('mousemove', {clientX: 5, clientY: 5}));
+    document.querySelector('th[data-sort="3"]').click();
+    document.body.dataset.wide = document.documentElement.scrollWidth > innerWidth;
+    </script>"""
+    acted = Path("made/acted.html").resolve()
+    acted.write_text(text.replace("</body>", f"{act}</body>"))
+    browser = next(path for path in map(shutil.which, BROWSERS) if path)
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1400,900"]
+    options += [f"--user-data-dir={Path('profile').resolve()}", "--proxy-server=127.0.0.1:9"]
+    done = subprocess.run(
+        [browser, *options, "--dump-dom", acted.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    Path("made/dom.html").write_text(done.stdout.replace("<!DOCTYPE html>", "", 1))
+    assert 'data-wide="false"' in done.stdout  # nothing sticks out
+    tip = done.stdout.partition('<div id="tip"')[2].partition("</div>")[0]
+    assert "display: block" in tip and "held_out/ppl" in tip and "outputs/" in tip
+    ppl = [float(row[3].split()[0]) for row in Page(Path("made/dom.html")).tables[0][1:]]
+    assert ppl == sorted(ppl) and len(set(ppl)) > 2
 
 
 def test_a_folder_counts_once_however_it_is_named(sweep) -> None:
@@ -62,6 +199,21 @@ def test_a_damaged_run_is_left_out_with_a_note(sweep) -> None:
     assert any("metrics.json" in note for note in notes)
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--baseline", "method"], "is not key=value"),
+        (["--baseline", "method=awq"], "no run is so; there are gptq, none"),
+        (["--metrics", "*/acc"], "none fits; there are held_out/ppl"),
+        (["--rows", "method"], "add weight.bits"),
+    ],
+)
+def test_a_wish_that_cannot_be_met_is_a_sentence(sweep, capsys, options, said) -> None:
+    assert report.main([str(sweep), "--out", "made", *options]) == 1
+    assert said in capsys.readouterr().err
+    assert not Path("made").exists()
+
+
 def test_no_runs_is_a_sentence(tmp_path, capsys) -> None:
     assert report.main([str(tmp_path)]) == 1
     assert "no finished run" in capsys.readouterr().err
@@ -73,3 +225,4 @@ def test_any_metric_or_key_may_be_the_x_axis(sweep) -> None:
     found, _ = runs.collect([sweep])
     assert {run.value("weight.bits") for run in found} == {2.0, 3.0, 4.0}
     assert report.main([str(sweep), "--out", "made", "--x", "weight.bits"]) == 0
+    assert "weight.bits\n" in Path("made/report.html").read_text()

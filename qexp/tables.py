@@ -1,0 +1,212 @@
+"""A table of settings as text: for people, for spreadsheets, for a paper."""
+
+import csv
+import io
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from qexp.comparison import Difference, best, compare
+from qexp.pivot import Setting, Table
+from qexp.runs import Column
+
+LEGEND = (
+    "± is the standard error over what was evaluated; ± … (n) is the deviation over n seeds around "
+    "their mean. The best of a column among settings of about equal bits is bold."
+)
+AGAINST = (
+    "Δ is the difference from {baseline} over the seeds both have, p that of a paired t-test "
+    "(perplexities by their logarithms; not corrected for several tests)."
+)
+
+
+class Cell(NamedTuple):
+    """What stands in one place; `value` is what it sorts by."""
+
+    text: str
+    value: float = math.nan
+    bold: bool = False
+    note: str = ""
+    setting: Setting | None = None
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table laid out: under `above` (the labels of the column keys) a title, then cells."""
+
+    heads: tuple[tuple[str, str], ...]
+    labels: int  # how many columns are labels
+    rows: tuple[tuple[Cell, ...], ...]
+    numbers: Mapping[int, int]  # id of a setting → its number in the list of runs
+
+    @property
+    def titles(self) -> list[str]:
+        """One line of titles."""
+        return [f"{above}: {title}" if above else title for above, title in self.heads]
+
+
+def lay(table: Table, baselines: Mapping[int, Setting]) -> Sheet:
+    """Labels, then bits and metrics for each place in the columns, costs, and numbers of runs.
+
+    `baselines`: by id of the setting that is compared. Columns in which nothing stands are gone.
+    """
+    numbers = {id(setting): number for number, setting in enumerate(table.settings, 1)}
+    bold = best(table)
+    places = [(_above(table, place), place) for place in table.places]
+    heads = [("", key) for key in table.row_keys]
+    for above, _ in places:
+        heads += [(above, "bits"), *((above, column.title) for column in table.columns)]
+    heads += [("", title) for title in ("seconds", "memory GB", "cuda GB", "run")]
+    rows = []
+    for row in table.rows:
+        cells = [Cell(label) for label in row.labels]
+        for _, place in places:
+            if (setting := row.cells.get(place)) is None:
+                cells += [Cell("")] * (1 + len(table.columns))
+                continue
+            cells.append(Cell(_plain(setting.bits, 2), setting.bits))
+            for column in table.columns:
+                marked = (id(setting), column) in bold
+                cells.append(_cell(setting, column, marked, baselines.get(id(setting))))
+        found = list(row.cells.values())
+        seconds = sum(setting.seconds for setting in found)
+        cells.append(Cell(_plain(seconds, 0 if seconds >= 10 else 1), seconds))
+        for kind in ("rss", "cuda"):
+            peaks = [peak for s in found if (peak := s.peak(kind)) == peak]
+            peak = max(peaks, default=math.nan)
+            cells.append(Cell(_plain(peak, 2), peak))
+        cells.append(Cell(", ".join(str(numbers[id(setting)]) for setting in found)))
+        rows.append(cells)
+    kept = [i for i in range(len(heads)) if any(cells[i].text for cells in rows)]
+    return Sheet(
+        tuple(heads[i] for i in kept),
+        sum(1 for i in kept if i < len(table.row_keys)),
+        tuple(tuple(cells[i] for i in kept) for cells in rows),
+        numbers,
+    )
+
+
+def markdown(sheet: Sheet) -> str:
+    """For people: aligned, so that it is read in a terminal too."""
+    lines = [sheet.titles]
+    for cells in sheet.rows:
+        texts = [
+            _joined(f"**{cell.text}**" if cell.bold else cell.text, cell.note) for cell in cells
+        ]
+        lines.append([text.replace("|", "\\|") for text in texts])
+    widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(sheet.heads))]
+    rule = "|".join(
+        "-" * (width + 1) + ("-" if i < sheet.labels else ":") for i, width in enumerate(widths)
+    )
+    shown = [
+        " | ".join(
+            text.ljust(width) if i < sheet.labels else text.rjust(width)
+            for i, (text, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]
+    return "\n".join([f"| {shown[0]} |", f"|{rule}|", *(f"| {line} |" for line in shown[1:])])
+
+
+def latex(sheet: Sheet) -> str:
+    """For a paper: booktabs."""
+    align = "".join("l" if i < sheet.labels else "r" for i in range(len(sheet.heads)))
+    lines = [f"\\begin{{tabular}}{{{align}}}", "\\toprule"]
+    lines.append(" & ".join(_tex(title) for title in sheet.titles) + r" \\")
+    lines.append("\\midrule")
+    for cells in sheet.rows:
+        texts = []
+        for cell in cells:
+            text = _tex(cell.text)
+            texts.append(_joined(f"\\textbf{{{text}}}" if cell.bold else text, _tex(cell.note)))
+        lines.append(" & ".join(texts) + r" \\")
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"])
+
+
+def spreadsheet(table: Table, baselines: Mapping[int, Setting]) -> str:
+    """As CSV: a line per setting, every number of it, its command and its folders."""
+    lines = list(_numbers(table, baselines))
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return file.getvalue()
+
+
+def number(value: float) -> str:
+    """As papers print: two decimals, four below 1, powers of ten once nobody would read them."""
+    if math.isnan(value):
+        return ""
+    if abs(value) >= 1e4:
+        return f"{value:.2e}"
+    return f"{value:.2f}" if abs(value) >= 1 else f"{value:.4f}" if value else "0"
+
+
+def spread(setting: Setting, column: Column) -> str:
+    """A mean with what is known of its error."""
+    found = setting.spread(column)
+    if not found.count:
+        return ""
+    error = setting.error(column) if found.count == 1 else found.deviation
+    text = number(found.mean)
+    if not math.isnan(error):
+        small = abs(found.mean) < 1
+        text += (
+            f" ± {f'{error:.4f}' if small else f'{error:.2f}' if error < 1e4 else number(error)}"
+        )
+    return text + (f" ({found.count})" if found.count > 1 else "")
+
+
+def said(moved: Difference) -> str:
+    """A difference with its p where there is one."""
+    sign = "+" if moved.mean > 0 else "-" if moved.mean < 0 else ""
+    text = f"Δ {sign}{number(abs(moved.mean))}"
+    return text if math.isnan(moved.p) else f"{text}, p {moved.p:.2g}"
+
+
+def _cell(setting: Setting, column: Column, bold: bool, baseline: Setting | None) -> Cell:
+    moved = compare(setting, baseline, column) if baseline is not None else None
+    note = said(moved) if moved is not None else ""
+    value = setting.spread(column).mean
+    return Cell(spread(setting, column), value, bold, note, setting)
+
+
+def _numbers(table: Table, baselines: Mapping[int, Setting]) -> Iterator[dict[str, object]]:
+    for row in table.rows:
+        for place, setting in row.cells.items():
+            line: dict[str, object] = dict(zip(table.row_keys, row.labels, strict=True))
+            line |= dict(zip(table.column_keys, place, strict=True))
+            line["bits"] = setting.bits
+            baseline = baselines.get(id(setting))
+            for column in table.columns:
+                found, title = setting.spread(column), column.title
+                line |= {title: found.mean, f"{title} stderr": setting.error(column)}
+                line |= {f"{title} deviation": found.deviation, f"{title} seeds": found.count}
+                if baselines:
+                    moved = compare(setting, baseline, column) if baseline is not None else None
+                    line[f"{title} difference"] = moved.mean if moved is not None else math.nan
+                    line[f"{title} p"] = moved.p if moved is not None else math.nan
+            line |= {"seconds": setting.seconds, "memory GB": setting.peak("rss")}
+            line |= {"cuda GB": setting.peak("cuda"), "command": setting.run.command}
+            yield line | {"folders": " ".join(str(run.folder) for run in setting.runs)}
+
+
+def _above(table: Table, place: Sequence[str]) -> str:
+    pairs = zip(table.column_keys, place, strict=True)
+    return ", ".join(f"{key.rpartition('.')[2]}={label or 'none'}" for key, label in pairs)
+
+
+def _joined(text: str, note: str) -> str:
+    return f"{text} ({note})" if note else text
+
+
+def _plain(value: float, decimals: int) -> str:
+    return "" if math.isnan(value) else f"{value:.{decimals}f}"
+
+
+def _tex(text: str) -> str:
+    text = re.sub(r"([&%$#_{}])", r"\\\1", text.replace("\\", r"\textbackslash "))
+    symbols = {"±": r"$\pm$", "Δ": r"$\Delta$"}
+    return "".join(symbols.get(letter, letter) for letter in text)
