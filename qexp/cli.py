@@ -15,7 +15,7 @@ from qexp import ledger
 from qexp.job import TRACE, Objective, job, sentence, told, traced
 
 # module whose `main` takes the rest of the line
-COMMANDS = {"cache": "qexp.entries", "wandb-sweep": "qexp.search"}
+COMMANDS = {"cache": "qexp.entries", "diff": "qexp.difference", "wandb-sweep": "qexp.search"}
 
 
 def conf() -> Path:
