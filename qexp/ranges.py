@@ -18,6 +18,8 @@ from qexp.streams import Ends, Histogram, Stream
 if TYPE_CHECKING:
     from qexp.grid import Grid
 
+EMPTY = 1e-4  # how often a value occurs where none was seen
+
 Interval = tuple[Float[Tensor, "rows 1"], Float[Tensor, "rows 1"]]
 
 
@@ -210,7 +212,8 @@ def _divergence(
     clipped[-1] += mass[last + 1 :].sum()
     filled = (own > 0).double()
     heights = torch.bincount(codes, own) / torch.bincount(codes, filled).clamp(min=1)
-    rounded = heights[codes] * filled
+    # Clipped mass may fall on a bin that had none; MXNet's smoothing keeps that finite.
+    rounded = torch.where(own > 0, heights[codes], EMPTY)
     there = clipped > 0
     p, q = clipped[there] / clipped.sum(), rounded[there] / rounded.sum()
-    return float((p * (p / q).log()).sum())  # infinite where mass falls on a bin that had none
+    return float((p * (p / q).log()).sum())

@@ -99,9 +99,12 @@ def test_cache_quantization_rounds_keys_and_values_per_head_and_token():
 
 
 @pytest.mark.parametrize(
-    "estimator", [MinMax(), Percentile(99.0), MSE(norm=2.0), Entropy()], ids=str
+    ("estimator", "near"),
+    # Values move to neighbouring bins, and with them the best of many like candidates.
+    [(MinMax(), 1e-6), (Percentile(99.0), 1e-2), (MSE(norm=2.0), 1e-2), (Entropy(), 0.1)],
+    ids=str,
 )
-def test_streamed_ranges_are_those_of_all_values_at_once(estimator):
+def test_streamed_ranges_are_those_of_all_values_at_once(estimator, near):
     generator = torch.Generator().manual_seed(0)
     parts = [torch.randn(4, 256, generator=generator) * size for size in (1, 3, 0.5)]
     grid = IntGrid(8, per_tensor=True, range=estimator)
@@ -109,7 +112,7 @@ def test_streamed_ranges_are_those_of_all_values_at_once(estimator):
     for part in parts:
         stream.add(part)
     streamed, whole = stream.fit(grid), grid.fit(torch.cat(parts))
-    torch.testing.assert_close(streamed.scale, whole.scale, rtol=1e-2, atol=0)
+    torch.testing.assert_close(streamed.scale, whole.scale, rtol=near, atol=0)
 
 
 def test_a_moving_average_follows_the_stream():
@@ -162,15 +165,15 @@ def test_entropy_is_the_least_divergence_by_hand():
         level = [int(grid.encode(torch.tensor(low + (i + 0.5) * width), q)) for i in kept]
         share = [
             sum(mass[j] for j in kept if level[j] == level[i])
-            / max(sum(mass[j] > 0 for j in kept if level[j] == level[i]), 1)
-            * (mass[i] > 0)
+            / sum(mass[j] > 0 for j in kept if level[j] == level[i])
+            if mass[i]
+            else 1e-4
             for i in kept
         ]
         divergence = 0.0
         for a, b in zip(p, share, strict=True):
             if a:
-                ratio = a / sum(p) / (b / sum(share)) if b else math.inf
-                divergence += a / sum(p) * math.log(ratio)
+                divergence += a / sum(p) * math.log(a / sum(p) / (b / sum(share)))
         found[end] = divergence
     best = min(found, key=found.__getitem__)
     assert best < high

@@ -1,4 +1,4 @@
-"""What the penalty on outlying activations costs: a step of training with it against one without."""
+"""What the penalty on outlying activations costs: a step of training with it and one without."""
 
 import torch
 from omegaconf import DictConfig

@@ -28,7 +28,8 @@ ROWS = [
     "",
 ]
 PTB = " no it was n't black monday \n but while the N <unk> \n"
-OTHERS = {"local", "pileval", "from_run"}  # a file, a hub or a run folder that is not here
+OTHERS = {"local", "pileval", "from_run", "rte"}  # a file, a hub or a run folder that is not here
+OTHERS |= {"images", "cifar10", "mnist", "imagenet"}  # no text
 CHOICES = sorted({path.stem for path in (CONF / "data").glob("*.yaml")} - OTHERS)
 SHARED = Path(os.environ.get("QEXP_DATA_DIR") or CONF.parents[1] / "shared" / "data")
 

@@ -11,7 +11,9 @@ import torch
 from conftest import CONF, data_dir, tiny
 from omegaconf import OmegaConf
 from PIL import Image
+from test_corpora import layout
 
+from qexp.augmentation import Augmented
 from qexp.build import build
 from qexp.data.calibration import Calibration
 from qexp.data.images import Images
@@ -127,6 +129,29 @@ def test_idx_files(tmp_path):
         corpus.total("test")
 
 
+def test_rows_of_the_hub_are_those_of_files(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    folder = str(tree(tmp_path / "tree"))
+    near = Images("mine", "train", "test", folder)
+    far = Images("mine", "train", "test", hub=folder)
+    assert near.total("test") == far.total("test") == 6 and far.files("test") == []
+    for one, other in zip(
+        *(c.images("test", (3, 32, 32), 3, [4, 1]) for c in (near, far)), strict=True
+    ):
+        assert torch.equal(one, other)
+    with pytest.raises(UserError, match=r"data\.image.*image, label"):
+        Images("mine", "train", "test", hub=folder, image="img").total("train")
+    rows = [{"sentence": text, "label": at, "idx": 0} for at, text in enumerate(("dull ", "fine"))]
+    hub = layout(tmp_path / "hub", "sst2", {"train": rows}, {"train": "sst2/train-0.parquet"})
+    corpus = Known("sst2", "train", "validation", source="hub", hub=str(hub))
+    assert [tuple(row) for row in corpus.examples("train")] == [
+        ("dull", None, 0),
+        ("fine", None, 1),
+    ]
+
+
 def test_images_that_are_not_there(tmp_path):
     with pytest.raises(UserError, match=r"data\.path.*does not exist"):
         Images("mine", "train", "test", str(tmp_path / "gone")).total("train")
@@ -167,8 +192,8 @@ def test_accuracy_needs_classes():
     task = TASKS["causal_lm"](*tiny("llama")[:2])
     with pytest.raises(UserError, match="needs a classifier"):
         Accuracy("a", Calibration(Synthetic()))(task)
-    with pytest.raises(UserError, match=r"1 classes|model 1 class"):
-        Calibration(Synthetic())(classifier("vit", sizes={"num_labels": 1}))
+    with pytest.raises(UserError, match="has the class 1, and the model 1 classes"):
+        Calibration(Synthetic())(classifier(sizes={"num_labels": 1}))
 
 
 @pytest.mark.skipif(data_dir() is None, reason="needs real data")
@@ -190,3 +215,30 @@ def _images(name: str) -> Images:
     own = OmegaConf.load(CONF / "data" / f"{name}.yaml")
     del own.defaults
     return build(OmegaConf.merge(whole, own))
+
+
+def test_images_are_shifted_and_mirrored_in_training_alone():
+    task, [batch] = (
+        classifier("vit"),
+        Calibration(Synthetic(count=8), sequences=8)(classifier("vit")),
+    )
+    objective, images = Augmented(shift=2), torch.arange(2.0 * 3 * 6 * 5).reshape(2, 3, 6, 5)
+    torch.testing.assert_close(objective(task, None, batch), task.loss(batch))
+    task.train()
+    assert objective(task, None, batch) != task.loss(batch)
+    assert torch.equal(Augmented(0, flip=False).change(images), images)
+    torch.manual_seed(0)
+    seen = set()
+    for _ in range(40):
+        for image, changed in zip(images, Augmented(shift=1).change(images), strict=True):
+            padded = torch.nn.functional.pad(image, [1] * 4, value=0.0)
+            crops = {
+                (down, right, mirrored): crop.flip(2) if mirrored else crop
+                for down in range(3)
+                for right in range(3)
+                for mirrored in (False, True)
+                for crop in [padded[:, down : down + 6, right : right + 5]]
+            }
+            [which] = [key for key, crop in crops.items() if torch.equal(crop, changed)]
+            seen.add(which)
+    assert len(seen) == 18
