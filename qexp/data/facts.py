@@ -24,8 +24,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Facts:
-    """A corpus. `revision` is a commit where one is known, else a branch. `example`: what a labelled
-    record says."""
+    """A corpus. `revision` is a commit where one is known, else a branch. `example`: the text
+    and label of a labelled record."""
 
     hub: str
     parts: dict[str, Part]
