@@ -139,12 +139,14 @@ def _run(cfg: DictConfig, folder: Path, sweep: Sweep | None) -> tuple[dict[str, 
 
 
 def headline(metrics: dict[str, float]) -> str:
-    """The perplexities with their standard errors, and the measured bits."""
+    """Perplexities and accuracies with their standard errors, and the measured bits."""
     parts = []
     for name, value in metrics.items():
-        if name.endswith("/ppl"):
+        if name.endswith(("/ppl", "/acc")):
+            digits = 2 if name.endswith("/ppl") else 4
             error = metrics.get(f"{name}_stderr")
-            parts.append(f"{name} {value:.2f}" + (f" ± {error:.2f}" if error is not None else ""))
+            spread = "" if error is None else f" ± {error:.{digits}f}"
+            parts.append(f"{name} {value:.{digits}f}{spread}")
         elif name == "weight/bits":
             parts.append(f"{name} {value:.2f}")
     return ", ".join(parts) or f"{len(metrics)} metrics"

@@ -3,7 +3,6 @@
 import gzip
 import io
 import logging
-import os
 import struct
 import tarfile
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from qexp.data.corpus import Corpus, check_split, digest
 from qexp.errors import UserError
+from qexp.files import locate
 from qexp.models.source import sha256
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class Row(NamedTuple):
 class Images(Corpus):
     """Files `split/class/image`, in a folder or a tar archive, or MNIST's idx files, or a hub set.
 
-    `path`: of the folder or archive, relative to the folder QEXP_DATA_DIR; where there is none, or
+    `path`: of the folder or archive, here or in the folder QEXP_DATA_DIR; where there is none, or
     `path` is null, the images are those of `hub`. Classes are counted in the order of their names.
     `mean`, `std`: of a channel's values between 0 and 1, taken off and divided by, as the model
     was trained with them. `crop`: the central share of the shorter side that is resized to the
@@ -87,17 +87,19 @@ class Images(Corpus):
         return _idx_files(path, split) or sorted(p for _, p in _tree(path, split))
 
     def fingerprint(self, split: str) -> str:
-        files = [sha256(path) for path in self.files(split)]
-        return digest(files or [str(self.hub), self.revision])
+        content = [sha256(path) for path in self.files(split)] or [str(self.hub), self.revision]
+        return digest([*content, f"{self.mean} {self.std} {self.crop}"])
 
     def _path(self) -> Path | None:
         """Of the local files; None where the hub is to be asked."""
-        folder = os.environ.get("QEXP_DATA_DIR", ".")
-        path = Path(folder) / Path(self.path or "nothing").expanduser()
-        if self.path is not None and path.exists():
+        path = locate(self.path) if self.path is not None else None
+        if path is not None and path.exists():
             return path
         if self.hub is None:
-            raise UserError(f"data.path: {path} does not exist; give a folder or a tar archive")
+            raise UserError(
+                f"data.path: {self.path} does not exist, here or in the folder QEXP_DATA_DIR; "
+                "give a folder or a tar archive"
+            )
         return None
 
     def _rows(self, split: str) -> list[Row]:
@@ -105,7 +107,7 @@ class Images(Corpus):
         path = self._path()
         if path is None:
             assert self.hub is not None
-            place = f"{self.path}, relative to QEXP_DATA_DIR" if self.path else "data.path"
+            place = f"$QEXP_DATA_DIR/{self.path}" if self.path else "data.path"
             return _hub_rows(self.hub, self.revision, split, self.image, self.label, place)
         if path.is_file():
             rows = _archive_rows(path, path.stat().st_mtime_ns, split)
