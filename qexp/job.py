@@ -142,7 +142,7 @@ def headline(metrics: dict[str, float]) -> str:
     """Perplexities and accuracies with their standard errors, and the measured bits."""
     parts = []
     for name, value in metrics.items():
-        if name.endswith(("/ppl", "/acc")):
+        if name.endswith(("/ppl", "/acc")) and name.count("/") == 1:
             digits = 2 if name.endswith("/ppl") else 4
             error = metrics.get(f"{name}_stderr")
             spread = "" if error is None else f" ± {error:.{digits}f}"
