@@ -1,17 +1,16 @@
 """What outliers cost: the decomposition adds up, and it finds the tensor that was spoiled."""
 
 import csv
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import FAMILIES, batches
-from hydra import compose, initialize_config_dir
+from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import OmegaConf
+from runs import run
 from test_walk import joined, task_of
 
-from qexp import cli, pipeline, problem_tensors, resolvers
+from qexp import cli, problem_tensors, resolvers
 from qexp.activations import Quantized
 from qexp.amplification import Errors, Moments, decompose
 from qexp.grid import IntGrid
@@ -93,13 +92,6 @@ def test_the_spoiled_tensor_is_named():
     assert set(found[:3]) == {f"model.decoder.layers.1.{name}" for name in names}
 
 
-def run(folder: Path, *overrides: str) -> None:
-    cfg = compose("config", [*overrides, "data=synthetic", "progress=false"])
-    (folder / ".hydra").mkdir(parents=True)
-    OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")
-    pipeline.run(cfg, folder)
-
-
 SMALL = ("model=tiny_vit", "calibration=synthetic", "weight=channel")
 
 
@@ -107,9 +99,10 @@ def test_the_script_compares_a_model_with_what_a_run_made_of_it(tmp_path, capsys
     monkeypatch.setenv("QEXP_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(GlobalHydra.instance(), "hydra", None)
     resolvers.register()
+    words = [*SMALL, "data=synthetic"]
     with initialize_config_dir(version_base="1.3", config_dir=str(cli.conf())):
-        run(tmp_path / "run", *SMALL, "method=quanttune", "trainer=smoke", "eval=none")
-    words = [*SMALL, "data=synthetic", "--", "model=from_run", f"run={tmp_path / 'run'}"]
+        run(tmp_path / "run", "method=quanttune", "trainer=smoke", "eval=none", small=words)
+    words += ["--", "model=from_run", f"run={tmp_path / 'run'}"]
     assert problem_tensors.main([str(tmp_path / "out"), *words]) == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         *("before.csv", "before.md", "after.csv", "after.md", "ranges.png")

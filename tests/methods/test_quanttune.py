@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import batches
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from hydra import compose
+from runs import _configured, run  # noqa: F401 (an autouse fixture)
 from training import METHOD, SMOKE, same, task_of, weights
 
-from qexp import cli, pipeline, resolvers
 from qexp.activations import quantize_activations
+from qexp.build import build
 from qexp.errors import UserError
 from qexp.methods.finetune import FineTune
 from qexp.penalties import Deviation, Form, NoPenalty, Outliers, Span
@@ -169,31 +169,16 @@ SMALL = (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _configured():
-    resolvers.register()
-    with initialize_config_dir(version_base="1.3", config_dir=str(cli.conf())):
-        yield
-
-
-def run(folder: Path, *overrides: str, small=SMALL) -> dict[str, float]:
-    cfg = compose("config", [*small, *overrides])
-    (folder / ".hydra").mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")
-    return pipeline.run(cfg, folder)
-
-
 def test_a_run_trains_once_for_all_calibrators_and_reloads(tmp_path, monkeypatch):
     monkeypatch.setenv("QEXP_CACHE_DIR", str(tmp_path / "cache"))
     model = ("model=tiny_vit", "eval=accuracy")
-    one = run(tmp_path / "one", *model)
+    one = run(tmp_path / "one", *model, small=SMALL)
     assert (tmp_path / "one" / "training.csv").exists() and one["weight/count"] > 0
     for name in ("entropy", "percentile_9999", "moving_average"):
-        other = run(
-            tmp_path / name, *model, f"activation/grid/range={name}", "activation.grid.bits=3"
-        )
+        grid = (f"activation/grid/range={name}", "activation.grid.bits=3")
+        other = run(tmp_path / name, *model, *grid, small=SMALL)
         assert not (tmp_path / name / "training.csv").exists() and other["synthetic_test/acc"] >= 0
-    run(tmp_path / "control", *model, "method.training.penalty.share=0")
+    run(tmp_path / "control", *model, "method.training.penalty.share=0", small=SMALL)
     assert (tmp_path / "control" / "training.csv").exists()
     again = run(
         tmp_path / "again", "model=from_run", f"run={tmp_path / 'one'}", small=["progress=false"]
@@ -204,8 +189,6 @@ def test_a_run_trains_once_for_all_calibrators_and_reloads(tmp_path, monkeypatch
 def test_ranges_are_those_of_the_tuned_model(tmp_path, monkeypatch):
     monkeypatch.setenv("QEXP_CACHE_DIR", str(tmp_path / "cache"))
     cfg = compose("config", [*SMALL, "model=tiny_llama", "method@method.quantization=none"])
-    from qexp.build import build
-
     method, data, task = build(cfg.method), batches("llama"), task_of()
     assert method(task, lambda: data) == []
     tuned = task_of()
