@@ -11,8 +11,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from qexp import results, runs
 from qexp.build import build
 from qexp.files import atomic
+
+TRAINING = "training.csv"  # of what was trained, a line per leg
 
 Log = Callable[[Mapping[str, float]], None]
 
@@ -24,7 +27,8 @@ class Logger(ABC):
     def open(
         self, config: dict[str, Any], folder: Path, group: str | None
     ) -> AbstractContextManager[Log]:
-        """Open it for one job: `config` is resolved, `group` names the sweep the job is part of."""
+        """Open it for one job: `config` is flat and resolved, with the choices of groups under
+        `choices.`; `group` names the sweep the job is part of."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +50,11 @@ class Csv(Logger):
 
 @dataclass(frozen=True)
 class Wandb(Logger):
-    """One Weights & Biases run per job, finished inside the job.
+    """One Weights & Biases run per job, finished inside the job, grouped by its sweep.
 
     A run that is still open when the next job of the same process starts would take that job's
     numbers too. Without WANDB_MODE in the environment it stays offline: no account, no question,
-    files in the run's folder that `wandb sync` uploads.
+    files in the run's folder that `wandb sync` uploads. W&B samples the machine by itself.
     """
 
     project: str = "qexp"
@@ -60,6 +64,7 @@ class Wandb(Logger):
     @contextmanager
     def open(self, config: dict[str, Any], folder: Path, group: str | None) -> Iterator[Log]:
         """The W&B run is named as the folder, and failed when the job fails."""
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its own faults go to a server
         import wandb
 
         run = wandb.init(
@@ -68,6 +73,7 @@ class Wandb(Logger):
             tags=list(self.tags),
             name=folder.name,
             group=group,
+            job_type=config.get("choices.method"),
             config=config,
             dir=str(folder),
             mode=None if os.environ.get("WANDB_MODE") else "offline",
@@ -75,7 +81,9 @@ class Wandb(Logger):
         )
 
         def log(metrics: Mapping[str, float]) -> None:
-            run.log(dict(metrics))
+            for line in _lines(folder / TRAINING):
+                run.log({f"training/{k}": float(v) for k, v in line.items() if v})
+            run.log({**metrics, **_shown(folder)})
             for text in folder.glob("*.md"):  # what evaluators left to be read
                 run.save(str(text), base_path=str(folder), policy="now")
 
@@ -90,7 +98,9 @@ class Wandb(Logger):
 @contextmanager
 def opened(cfg: DictConfig, folder: Path, group: str | None = None) -> Iterator[Log]:
     """All loggers of a configuration as one, closed in the reverse order."""
-    config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    resolved: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    chosen = runs.choices(folder) if (folder / ".hydra").is_dir() else {}
+    config = runs.flat(resolved) | {f"choices.{k}": v for k, v in chosen.items()}
     nodes = cfg.get("logger") or {}
     with ExitStack() as stack:
         logs = [
@@ -102,3 +112,38 @@ def opened(cfg: DictConfig, folder: Path, group: str | None = None) -> Iterator[
                 each(metrics)
 
         yield log
+
+
+def _lines(path: Path) -> list[dict[str, str]]:
+    """A CSV file by lines, none where there is no file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _shown(folder: Path) -> dict[str, Any]:
+    """The layers as a table and a picture, other pictures of the run, and what it cost."""
+    import wandb
+
+    from qexp import plot
+
+    found: dict[str, Any] = {}
+    if layers := _lines(folder / results.LAYERS):
+        names: list[Any] = list(layers[0])
+        rows = [[_number(line[name]) for name in names] for line in layers]
+        found["layers"] = wandb.Table(columns=names, data=rows)
+        errors = {line["name"]: float(line["error"]) for line in layers}
+        plot.layers(errors).png(folder / "layers.png")
+    for path in sorted(folder.glob("*.png")):
+        found[f"figures/{path.stem}"] = wandb.Image(str(path))
+    for stage, cost in results.provenance(folder).get("stages", {}).items():
+        found |= {f"cost/{stage}/{key}": value for key, value in cost.items()}
+    return found
+
+
+def _number(text: str) -> float | str | None:
+    try:
+        return float(text) if text else None
+    except ValueError:
+        return text
