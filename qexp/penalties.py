@@ -39,7 +39,7 @@ class Form(ABC):
     standard deviation (`normalized`) or of the tensor itself. Mean and deviation are constants."""
 
     k: float | int = 3.0
-    power: int = 2
+    power: float | int = 2
     normalized: bool = True
 
     @abstractmethod

@@ -12,9 +12,10 @@ def penalty(cfg: DictConfig) -> None:
     """Steps in turn, so that both meet the same machine; the fastest of each."""
     task, batches = loaded(cfg)
     method = build(cfg.method)
-    if not isinstance(method, QuantTune) or method.training.penalty is None:
+    if not isinstance(method, QuantTune):
         raise SystemExit("bench.py penalty: give method=quanttune")
-    training = method.training
+    training, measured = method.training, method.training.penalty
+    assert measured is not None
     batch = {key: value[: training.trainer.sequences] for key, value in batches[0].items()}
     low = training.trainer.precision.startswith("bf16")
     optimizer = training.optimizer.optimizer(training.trained.parameters(task))
@@ -33,7 +34,7 @@ def penalty(cfg: DictConfig) -> None:
     for _ in range(4):
         step(watched=False)  # the first of each kind after the other finds the caches cold
         seconds["without"] = min(seconds["without"], spent(task, lambda: step(watched=False)))
-        with training.penalty.watch(task) as watch:
+        with measured.watch(task) as watch:
             step(watched=True)
             seconds["with"] = min(seconds["with"], spent(task, lambda: step(watched=True)))
     show(seconds, "without")
