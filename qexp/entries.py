@@ -51,7 +51,7 @@ def stored(folder: Path | None = None) -> list[Stored]:
 
 
 def prune(
-    folder: Path, kinds: Sequence[str] = (), older: float = 0, size: float | None = None
+    folder: Path, kinds: Sequence[str] = (), older: float = 0.0, size: float | None = None
 ) -> list[Stored]:
     """Remove entries of some kinds (none named: all but INPUTS) that were idle for `older` seconds,
     the longest first; with `size` only until the rest takes no more bytes. Returned is what went.

@@ -1,6 +1,7 @@
 """Files that are whole or absent, and where data files are."""
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -56,7 +57,9 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise _refused(path, error.strerror) from error
     except Exception as error:
         # savers written in other languages (safetensors) keep only the words of an OSError
-        if "os error 28" in str(error) or "No space left" in str(error):
+        if (number := re.search(r"os error (\d+)", str(error))) is not None:
+            raise _refused(path, os.strerror(int(number[1]))) from error
+        if "No space left" in str(error):
             raise _refused(path, "No space left on device") from error
         raise
     finally:
@@ -85,7 +88,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 @contextmanager
 def locked(folder: Path, wait: bool = True) -> Iterator[bool]:
     """Hold a folder against other processes. False, without it, if another has it and `wait` is not
-    set. However a process ends, what it held is free."""
+    set. However a process ends, what it held is free; what it left half-written goes here."""
     from filelock import FileLock, Timeout  # a tenth of a second that --help need not wait
 
     lock = FileLock(folder / LOCK)
@@ -98,6 +101,8 @@ def locked(folder: Path, wait: bool = True) -> Iterator[bool]:
     except OSError as error:
         raise _refused(folder, error.strerror) from error
     try:
+        for left in folder.glob(".*.tmp*"):
+            left.unlink(missing_ok=True)
         yield True
     finally:
         lock.release()

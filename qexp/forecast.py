@@ -15,7 +15,6 @@ from omegaconf import DictConfig, OmegaConf
 from qexp import entries, results, runs
 from qexp.files import locked
 from qexp.ledger import Entry, Sweep
-from qexp.signature import UNSIGNED
 
 RECENT = 100  # finished runs that an estimate looks at, the newest
 
@@ -73,7 +72,7 @@ def finished(top: Path) -> list[Past]:
     """The newest finished runs at any depth; unreadable ones are left out."""
     paths = sorted(top.rglob(results.METRICS), key=os.path.getmtime, reverse=True)[:RECENT]
     found, _ = runs.collect(path.parent for path in paths)
-    return [Past(_signed(run.leaves), run.seconds) for run in found]
+    return [Past(_hashable(run.leaves), run.seconds) for run in found]
 
 
 def estimate(settings: dict[str, Any], past: Sequence[Past]) -> float | None:
@@ -84,13 +83,13 @@ def estimate(settings: dict[str, Any], past: Sequence[Past]) -> float | None:
 
 
 def _settings(cfg: DictConfig) -> dict[str, Any]:
-    content: Any = {key: cfg._get_node(key) for key in cfg if key not in UNSIGNED}
-    return _signed(runs.flat(OmegaConf.to_container(OmegaConf.create(content))))
+    kept = [str(key) for key in cfg if key not in runs.NOT_SETTINGS]
+    content: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, kept))
+    return _hashable(runs.flat(content))
 
 
-def _signed(leaves: dict[str, Any]) -> dict[str, Any]:
-    """What can make two runs different, hashable."""
-    return {key: str(value) for key, value in leaves.items() if key.split(".")[0] not in UNSIGNED}
+def _hashable(leaves: dict[str, Any]) -> dict[str, Any]:
+    return {key: str(value) for key, value in leaves.items()}
 
 
 def _state(cfg: DictConfig, folder: Path, entry: Entry, retry: str | None) -> str:

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -112,7 +111,7 @@ def _finish(sweep: Sweep, entry: Entry, folder: Path, answered: bool, seconds: f
         log.warning("%s", error)
 
 
-def _serial(settings: HydraConf) -> bool:
+def _serial(settings: Any) -> bool:
     """One job after another, all of them known."""
     launcher, sweeper = settings.launcher._target_, settings.sweeper._target_
     return launcher.endswith("BasicLauncher") and sweeper.endswith("BasicSweeper")

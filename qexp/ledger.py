@@ -76,7 +76,7 @@ class Sweep:
 
     def entries(self) -> list[Entry]:
         """In the order of the plan; a search has none and its jobs are in the order of time."""
-        found = filter(None, map(_read, self.folder.glob("*.json")))
+        found = filter(None, map(_read, self.folder.glob("[!.]*.json")))
         return sorted(found, key=lambda entry: (entry.number, entry.started))
 
     def plan(self, jobs: Sequence[Sequence[str]], retry: str | None) -> None:

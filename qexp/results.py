@@ -105,10 +105,10 @@ def write_config(folder: Path, cfg: DictConfig, settings: DictConfig) -> None:
 def cost(folder: Path) -> dict[str, float]:
     """What a finished run took: seconds of all its stages, peaks of memory in bytes."""
     stages: list[dict[str, float]] = list(provenance(folder).get("stages", {}).values())
-    found = {"seconds": sum(stage["seconds"] for stage in stages)}
+    found = {"seconds": sum((stage["seconds"] for stage in stages), 0.0)}
     for key in ("peak_rss_bytes", "peak_cuda_bytes"):
         if peaks := [stage[key] for stage in stages if key in stage]:
-            found[key] = max(peaks)
+            found[key] = float(max(peaks))
     return found
 
 

@@ -69,7 +69,7 @@ def test_what_is_named_goes_the_longest_idle_first(options, left, filled: Path) 
 
 def test_use_makes_an_entry_young(filled: Path) -> None:
     assert Cache().find("hessians", {"key": 1}) is not None
-    entries.prune(filled, older=600)
+    entries.prune(filled, older=600.0)
     assert Cache().find("hessians", {"key": 1}) is not None
     assert Cache().find("hessians", {"key": 2}) is None
 

@@ -64,7 +64,7 @@ def test_what_other_code_failed_at_is_tried_again(qexp, monkeypatch) -> None:  #
 
 
 def test_fail_fast_begins_no_further_job(qexp, capsys) -> None:  # noqa: F811
-    assert qexp(*SWEEP, "weight.bits=3,11,4,5", "fail_fast=true") == 1
+    assert qexp(*SWEEP, "fail_fast=true", "weight.bits=3,11,4,5") == 1
     assert "4 jobs: 1 ran, 0 answered from disk, 1 failed, 2 left" in capsys.readouterr().err
     assert list(states().values()) == ["done", "failed", "planned", "planned"]
     assert qexp(*SWEEP, "weight.bits=3,11,4,5") == 1

@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from qexp import cli, resolvers
 from qexp.bench.measuring import evaluation, harness
+from qexp.bench.overhead import overhead
 from qexp.bench.penalty import penalty
 from qexp.bench.solving import blockwise, oac
 from qexp.bench.training import qat, quadapter
@@ -35,4 +36,5 @@ BENCHES: dict[str, Callable[[DictConfig], None]] = {
     "penalty": penalty,
     "harness": harness,
     "oac": oac,
+    "overhead": overhead,
 }
