@@ -28,7 +28,7 @@ class Finished(NamedTuple):
     def restore(self, task: Task) -> None:
         for record in self.records:
             weight = task.model.get_submodule(record.name).weight
-            weight.data = record.packed.dequantize().to(weight)  # type: ignore[operator, union-attr]
+            weight.data = record.packed.dequantize().to(weight)
         for name, tensor in self.others.items():
             task.model.get_parameter(name).copy_(tensor)
 
