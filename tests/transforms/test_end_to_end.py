@@ -56,6 +56,18 @@ def test_what_was_live_is_what_stays(family, weights):
     torch.testing.assert_close(logits(task, batch), live)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_alpha_of_one_is_the_plain_quantizer(family):
+    tasks, batch = (task_of(family), task_of(family)), joined(family)
+    alphas(every(tasks[0], ALL), 0.0)
+    for task in tasks:
+        for linear in task.linears().values():
+            put(linear, Dynamic(), GRID, Formula())
+        quantize_activations(task, [TENSOR], lambda: [batch])
+    assert torch.equal(logits(tasks[0], batch), logits(tasks[1], batch))
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("sites", [NORMS, ALL])
 def test_both_phases_run_and_reload_to_the_same_number(tmp_path, family, sites):
@@ -67,7 +79,7 @@ def test_both_phases_run_and_reload_to_the_same_number(tmp_path, family, sites):
 
 def test_only_scales_and_ranges_move(tmp_path):
 
-    cfg = compose("config", [*PHASE2, "data=synthetic", "method.training.optimizer.scales=0.05"])
+    cfg = compose("config", [*PHASE2, "data=synthetic", "method.training.optimizer.channels=0.05"])
     step = build(cfg.method)
     task, batch = planted("opt", 20), joined("opt")
     before = {name: tensor.clone() for name, tensor in task.state_dict().items()}
@@ -92,7 +104,7 @@ def test_training_lowers_the_loss_that_outliers_cost():
     batch = joined("llama")
     plain = planted("llama", 20)
     quantize_activations(plain, [TENSOR], lambda: [batch])
-    overrides = ["trainer.steps=40", "method.training.optimizer.scales=0.05"]
+    overrides = ["trainer.steps=40", "method.training.optimizer.channels=0.05"]
     step = build(compose("config", [*PHASE2, *overrides]).method)
     trained = planted("llama", 20)
     step(trained, lambda: [batch])
