@@ -21,7 +21,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qexp import composition, fingerprint
@@ -129,8 +129,7 @@ def current() -> Sweep | None:
 def named(config: DictConfig) -> Sweep:
     """The record of a command: of what it sets and what it sweeps, in whatever order. A second
     launch of this process is the first one's."""
-    asked = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
-    name = _digest(signed([*asked, *config.hydra.overrides.task]))
+    name = _digest(signed(_asked(config)))
     folder = Path(config.hydra.sweep.dir).absolute() / FOLDER / name
     if (known := current()) is not None and known.folder == folder:
         return known
@@ -143,9 +142,8 @@ def planned(config: DictConfig) -> list[list[str]] | None:
         return None
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
-    asked = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-    parsed = parser.parse_overrides([*asked, *config.hydra.overrides.task])
+    parsed = parser.parse_overrides(_asked(config))
     [jobs] = BasicSweeper.split_arguments(parsed, None)
     return jobs
 
@@ -177,6 +175,12 @@ def begun(entry: Entry, sweep: Sweep, folder: Path) -> Entry:
     now = datetime.now(UTC).isoformat(timespec="seconds")
     fresh = Entry(entry.overrides, entry.number, "running", str(folder))
     return replace(fresh, started=now, launch=sweep.launch, code=fingerprint.code())
+
+
+def _asked(config: DictConfig) -> list[str]:
+    """What the configuration sweeps, then what the command line says."""
+    params = OmegaConf.select(config, "hydra.sweeper.params") or {}
+    return [f"{key}={value}" for key, value in params.items()] + list(config.hydra.overrides.task)
 
 
 def _key(override: str) -> str:
