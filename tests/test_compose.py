@@ -32,6 +32,8 @@ def holder(group: str, choice: str) -> list[str]:
     top, _, nested = group.partition("/")
     if not nested or top == "hydra":
         return [f"{group}={choice}"]
+    if top == "experiment":  # a folder of experiments is no group of its own
+        return [f"{top}={nested}/{choice}"]
     for path in sorted((CONF / top).glob("*.yaml")):
         for key in (group,):
             with contextlib.suppress(HydraException):
