@@ -15,9 +15,6 @@ from qexp import resolvers, results
 from qexp.errors import UserError
 from qexp.signature import UNSIGNED
 
-# overrides that a name of the plot shows already
-SHOWN = ("model", "data", "method", "weight", "activation", "experiment", "search", "eval")
-GRID = ("weight.bits", "weight.group_size", "weight.symmetric")
 NOT_SETTINGS = (*UNSIGNED, "experiment", "search", "local", "eval")  # what was measured is a column
 HIGHER = ("acc", "acc_norm", "exact_match", "f1", "mcc", "agreement", "agreed_tokens", "identical")
 
@@ -117,31 +114,6 @@ class Run:
     def uses_grid(self) -> bool:
         """Whether anything in it refers to `weight`; a method may have a grid of its own."""
         return any("${weight" in str(value) for value in self.leaves.values())
-
-    @property
-    def weight(self) -> str:
-        """The weight grid as it was asked for, empty where it is not used."""
-        if not self.uses_grid:
-            return "float" if self.is_float else ""
-        grid = self.config.get("weight") or {}
-        parts = [self.choices.get("weight", "?")]
-        if "bits" in grid:
-            parts.append(str(grid["bits"]))
-        if grid.get("group_size"):
-            parts.append(f"g{grid['group_size']}")
-        if "symmetric" in grid:
-            parts.append("sym" if grid["symmetric"] else "asym")
-        return " ".join(parts)
-
-    @property
-    def other(self) -> str:
-        """Overrides that no other column shows."""
-        kept = []
-        for override in self.overrides:
-            key = override.lstrip("+~").partition("=")[0]
-            if key not in (*SHOWN, *GRID) and _top(key) not in UNSIGNED:
-                kept.append(override)
-        return " ".join(kept)
 
     @property
     def seconds(self) -> float:
