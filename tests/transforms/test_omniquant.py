@@ -1,9 +1,11 @@
 """OmniQuant: learned ends are those that the solver finds again; scales change no logit."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import FAMILIES
-from test_channels import ALL, NORMS, logits
+from test_channels import ALL, NORMS, close, logits
 from test_fixed import TENSOR, drift, planted
 from test_walk import joined, task_of
 
@@ -12,7 +14,10 @@ from qexp.errors import UserError
 from qexp.grid import IntGrid
 from qexp.methods.blockwise import Direct
 from qexp.solvers import RTN
+from qexp.transforms.descent import Match
 from qexp.transforms.omniquant import Clipping, OmniQuant
+from qexp.transforms.query_key import query_keys
+from qexp.walk import walk
 
 GRID = IntGrid(3, group_size=32)
 
@@ -64,6 +69,50 @@ def test_rounding_costs_less_after(family, sites):
             step(task, lambda: [batch])
         errors.append(drift(task, batch, expected))
     assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_scale_between_queries_and_keys_changes_no_logit(family):
+    task, batch = task_of(family), joined(family)
+    expected = logits(task, batch)
+    found = [pair for index in range(len(task.blocks)) for pair in query_keys(task, index)]
+    fused_or_normed = family in ("gpt2", "gpt_neox", "qwen3", "gemma3")
+    assert len(found) == (0 if fused_or_normed else len(task.blocks))
+    for pair in found:
+        pair.theta.data = torch.randn_like(pair.theta)
+        before = pair.queries.source.weight.detach().clone()
+        with pair.live():
+            close(logits(task, batch), expected, 1e-4)
+            live = pair.queries.source.weight.detach().clone()
+        pair.fold()
+        assert torch.equal(pair.queries.source.weight, live) and not torch.equal(before, live)
+    close(logits(task, batch), expected, 1e-4)
+
+
+def test_a_grid_that_rows_share_feels_the_queries_scale():
+    task, batch = task_of("llama"), joined("llama")
+    before = task.blocks[0].self_attn.k_proj.weight.detach().clone()
+    step = OmniQuant(IntGrid(4, per_tensor=True), Float(), NORMS, epochs=2, clip_rate=0.0)
+    step(task, lambda: [batch])
+    other = task_of("llama")
+    replace(step, query_key=False)(other, lambda: [batch])
+    keys = [one.blocks[0].self_attn.k_proj.weight for one in (task, other)]
+    assert not torch.equal(keys[0], keys[1]) and not torch.equal(keys[1], before)
+
+
+@torch.no_grad()
+def test_targets_add_up():
+    block = next(iter(walk(task_of("opt"), [joined("opt")], 2)))
+    targets = [list(block.outputs()), block.inputs]
+    whole, *parts = (
+        Match(block, block.inputs, each).error(0) for each in (targets, targets[:1], targets[1:])
+    )
+    assert float(parts[0]) == pytest.approx(0, abs=1e-8) and float(whole) > 0
+    torch.testing.assert_close(whole, parts[0] + parts[1])
+    plain, augmented = task_of("opt"), task_of("opt")
+    for task, both in ((plain, False), (augmented, True)):
+        OmniQuant(GRID, Float(), epochs=2, augmented=both)(task, lambda: [joined("opt")])
+    assert not torch.equal(plain.blocks[-1].fc1.weight, augmented.blocks[-1].fc1.weight)
 
 
 def test_two_levels_of_scales_are_refused():

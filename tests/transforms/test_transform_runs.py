@@ -69,3 +69,19 @@ def test_a_shared_tensor_that_changed_stays_shared():
     edits.put(fresh, changed)
     assert fresh.lm_head.weight is fresh.transformer.wte.weight
     assert torch.equal(fresh.lm_head.weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        ("transform=quadapter", "transform.steps=3", "transform.init=smooth"),
+        ("transform=omniquant", "transform.epochs=1", "transform.sites=norms+value+up"),
+        ("transform=awq", "transform.points=3"),
+        ("transform=rotate",),
+    ],
+    ids=lambda words: words[0],
+)
+def test_offloaded_blocks_are_transformed_alike(tmp_path, transform):
+    words = ("model=tiny_llama", "method=rtn", "activation=int8_tensor", *transform)
+    plain = run(tmp_path / "plain", *words)
+    assert run(tmp_path / "offloaded", *words, "offload=true") == plain
