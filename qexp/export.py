@@ -8,8 +8,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from qexp import cli
+from qexp import cli, store
 from qexp.errors import UserError
+from qexp.files import atomic_folder
+from qexp.job import Objective, job
+from qexp.load import published
+from qexp.models.run import Run
 
 log = logging.getLogger(__name__)
 
@@ -27,11 +31,6 @@ def export(run: Path, out: Path) -> None:
     Raises UserError for what such a folder cannot hold: quantizers of activations, and parameters
     that the family does not have.
     """
-    from qexp import store
-    from qexp.files import atomic_folder
-    from qexp.load import published
-    from qexp.models.run import Run
-
     check(out)
     _, others = store.load(run)
     if any(name.startswith("quantizers.") for name in others):
@@ -55,13 +54,13 @@ def main() -> None:
     if not any(key.startswith(("method=", "experiment=")) for key in sys.argv):
         sys.argv.append("method=finetune")
 
-    def job(cfg: DictConfig) -> float | None:
+    def work(cfg: DictConfig) -> Objective:
         settings = HydraConfig.get()
         if settings.mode == RunMode.MULTIRUN or not cfg.save_weights:
             raise UserError("train.py: writes one model, of one run that keeps its weights")
         check(out)
-        value = cli.job(cfg)
+        value = job(cfg)
         export(Path(settings.runtime.output_dir), out)
         return value
 
-    cli.main(job)
+    cli.main(work)

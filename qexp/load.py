@@ -5,6 +5,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from qexp.errors import UserError
+
 
 def linearize(model: PreTrainedModel) -> PreTrainedModel:
     """Replace GPT-2's `Conv1D` (weight stored [columns, rows]) by nn.Linear, in place.
@@ -37,12 +39,14 @@ def _linear(conv: Conv1D, weights: dict[int, nn.Parameter]) -> nn.Linear:
 
 
 def published(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The state dict as `save_pretrained` of the untouched family has it: `linearize` undone."""
+    """The state dict as transformers writes the family's: `linearize` undone. UserError for a
+    parameter that the family does not have (a bias that took a shift)."""
     with torch.device("meta"):
-        family = dict(type(model)(model.config).named_modules())
-    return {
-        name: tensor.T.contiguous()
-        if name.endswith(".weight") and isinstance(family.get(name[: -len(".weight")]), Conv1D)
-        else tensor
-        for name, tensor in model.state_dict().items()
+        family = type(model)(model.config)
+    state = model.state_dict()
+    for name in state.keys() - family.state_dict().keys():
+        raise UserError(f"{name}: a {model.config.model_type} model folder has no place for it")
+    transposed = {
+        f"{name}.weight" for name, module in family.named_modules() if isinstance(module, Conv1D)
     }
+    return {name: t.T.contiguous() if name in transposed else t for name, t in state.items()}

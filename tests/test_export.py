@@ -57,6 +57,10 @@ def test_what_a_folder_cannot_hold_is_refused(tmp_path):
     run(tmp_path / "moved", "model=tiny_mistral", "method=none", "transform=smooth")
     export.export(tmp_path / "moved", tmp_path / "smooth")
     assert not (tmp_path / "folder").exists() and (tmp_path / "smooth").is_dir()
+    everywhere = ("transform=os_plus", "transform.sites=norms+value+up", "transform.points=2")
+    run(tmp_path / "shifted", "model=tiny_qwen2", "method=none", *everywhere)
+    with pytest.raises(UserError, match=r"o_proj\.bias: a qwen2 model folder has no place"):
+        export.export(tmp_path / "shifted", tmp_path / "folder")
 
 
 def test_the_command_trains_then_writes(tmp_path, monkeypatch, capsys):
