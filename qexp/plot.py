@@ -13,6 +13,7 @@ from qexp.runs import Column
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LONGEST = 24  # letters of a name that has room beside its line
+MOST = 6  # names beside their lines
 GREY = "#666666"
 PANEL = ("model", "data", "calibration")  # what a panel has in common
 
@@ -112,18 +113,21 @@ def _panel(
         if not points:
             continue
         front += [(at, value) for at, value, _ in points]
-        look = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
-        axes.plot([p[0] for p in points], [p[1] for p in points], color=look["color"], lw=1.6)
+        colour = COLOURS[index % len(COLOURS)]
+        # a colour that comes again has another marker
+        marker = MARKERS[(index + index // len(COLOURS)) % len(MARKERS)]
+        look = {"color": colour, "marker": marker}
+        axes.plot([p[0] for p in points], [p[1] for p in points], color=colour, lw=1.6)
         for at, value, setting in points:
             spread = setting.spread(column).deviation
             spread = setting.error(column) if math.isnan(spread) else spread
             error = spread if math.isfinite(spread) else 0.0
-            axes.errorbar([at], [value], yerr=[error], color=look["color"], lw=1, capsize=2)
+            axes.errorbar([at], [value], yerr=[error], color=colour, lw=1, capsize=2)
             mark = picture.name(say(setting, column))
             # points of lines that meet stay apart by their white edges
             axes.plot([at], [value], **look, ms=7, mec="white", ls="", gid=mark, zorder=3)
         axes.plot([], [], **look, label=name)
-        labels.append((points[0][0], points[0][1], name, look["color"]))
+        labels.append((points[0][0], points[0][1], name, colour))
     best = pareto(front, column.higher)
     axes.plot(*zip(*best, strict=True), color="#dddddd", lw=7, zorder=0) if len(best) > 1 else None
     for value in sorted({s.spread(column).mean for s in settings if s.run.is_float}):
@@ -187,8 +191,11 @@ def _label(axes: Any, labels: Sequence[tuple[float, float, str, str]]) -> None:
     if not labels:
         return
     longest = max(len(name) for _, _, name, _ in labels)
-    if longest > LONGEST:  # would cover the lines
-        axes.legend(frameon=False, fontsize=9)
+    if longest > LONGEST or len(labels) > MOST:  # would cover the lines, or each other
+        below = (
+            {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16)} if len(labels) > MOST else {}
+        )
+        axes.legend(frameon=False, fontsize=9, **below)
         return
     low, high = axes.get_xlim()
     axes.set_xlim(low - (high - low) * min(0.5, 0.03 + 0.016 * longest), high)
