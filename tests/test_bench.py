@@ -21,9 +21,9 @@ TENSOR = ("weight=channel", "weight.bits=8", "activation=int8_tensor")
     ],
     ids=lambda words: words[0],
 )  # fmt: skip
-def test_a_bench_ends_in_ratios(words, said, capsys, monkeypatch):
+def test_a_bench_ends_in_ratios(words, said, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(GlobalHydra.instance(), "hydra", None)
-    monkeypatch.setenv("QEXP_CACHE_DIR", "unset")  # put back afterwards
+    monkeypatch.setenv("QEXP_CACHE_DIR", str(tmp_path))  # put back afterwards
     bench.main([*words, *TINY])
     printed = capsys.readouterr().out
     assert said in printed and "GiB" in printed
