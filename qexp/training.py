@@ -47,12 +47,13 @@ class Trainer:
             if getattr(self, key) < 1:
                 raise UserError(f"trainer.{key}={getattr(self, key)} must be at least 1.")
 
-    def check(self, task: Task) -> None:
-        """UserError for a strategy that the model's device does not have."""
-        if self.strategy.startswith("fsdp") and task.device.type != "cuda":
+    def check(self) -> None:
+        """UserError for a strategy whose result could not be kept."""
+        if self.strategy.startswith("fsdp"):
             raise UserError(
-                f"trainer.strategy={self.strategy}: shards lie on GPUs and this model is on the "
-                f"{task.device.type}; give trainer=ddp trainer.strategy=ddp_fork, or trainer=cpu."
+                f"trainer.strategy={self.strategy}: weights that lie in shards over GPUs cannot be "
+                "rounded and stored after training yet; give trainer=ddp (on the CPU with "
+                "trainer.strategy=ddp_fork), and trainer.recompute=true where memory is short."
             )
 
     def fit(self, course: Course) -> list[dict[str, float]]:
