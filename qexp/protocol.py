@@ -77,7 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _with_ratios(run: Run, floats: dict[tuple[str, Column], list[float]]) -> Run:
-    inside, outside = [], []
+    inside: list[float] = []
+    outside: list[float] = []
     for column in run.columns:
         if not column.is_perplexity:
             continue
