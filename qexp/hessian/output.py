@@ -103,16 +103,17 @@ class FromGradients(Hessian):
         keep: dict[str, Tensor] = {}
         for first in range(0, len(task.blocks), span):
             covered = range(first, min(first + span, len(task.blocks)))
-            found = {index: store.find(KIND, self._key(block, index)) for index in covered}
-            if None in found.values():
-                measured = self._measure(block, covered)
-                for index in covered:
-                    name = f"{task.arch.blocks}.{index}."
-                    own = {key: h for key, h in measured.items() if key.startswith(name)}
-                    kept = store.put(KIND, self._key(block, index), own)
-                    keep |= {} if kept and not whole else own
-            elif whole:
-                keep |= {key: h for own in found.values() if own for key, h in own.items()}
+            with store.alone(KIND, self._key(block, first)):
+                found = {index: store.find(KIND, self._key(block, index)) for index in covered}
+                if None in found.values():
+                    measured = self._measure(block, covered)
+                    for index in covered:
+                        name = f"{task.arch.blocks}.{index}."
+                        own = {key: h for key, h in measured.items() if key.startswith(name)}
+                        kept = store.put(KIND, self._key(block, index), own)
+                        keep |= {} if kept and not whole else own
+                elif whole:
+                    keep |= {key: h for own in found.values() if own for key, h in own.items()}
         return keep
 
     def _key(self, block: Block, index: int) -> dict[str, Any]:

@@ -77,6 +77,8 @@ class Blockwise(Step):
                 if len(finished) < len(task.blocks):
                     self.hessian.prepare(block)
             if block.index < len(finished):
+                if not self.propagate:
+                    block.left = list(block.outputs())  # the float model's
                 finished[block.index].restore(task)
                 records += finished[block.index].records
                 continue
