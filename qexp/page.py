@@ -17,12 +17,12 @@ h1 { font-size: 1.5rem; margin-bottom: 0 } h2 { font-size: 1.15rem; margin-top: 
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .7rem; text-align: left; white-space: nowrap; vertical-align: top }
 thead th { border-bottom: 1.5px solid #333; font-weight: 600; white-space: normal;
-  max-width: 11rem; overflow-wrap: anywhere; vertical-align: bottom }
+  max-width: 16rem; overflow-wrap: anywhere; vertical-align: bottom }
 thead th.above { text-align: center; border-bottom: 1px solid #aaa }
 thead th[data-sort] { cursor: pointer }
 tbody tr { border-bottom: 1px solid #eee } tbody tr:hover { background: #f4f7fb }
 td.number, th.number { text-align: right } td.best { font-weight: 700 }
-td small { display: block } td a { color: inherit; text-decoration: none }
+td small { display: block; font-weight: 400 } td a { color: inherit; text-decoration: none }
 code { font: .85em ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere }
 #runs td { white-space: normal }
 svg { max-width: 100%; height: auto } .mark:hover path { stroke: #000; stroke-width: 1.5 }
