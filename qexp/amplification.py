@@ -66,7 +66,7 @@ class Errors(NamedTuple):
     outliers: int = 0
 
     def plus(self, other: "Errors") -> "Errors":
-        return Errors(*(a + b for a, b in zip(self, other, strict=True)))
+        return Errors._make(a + b for a, b in zip(self, other, strict=True))
 
     @property
     def share(self) -> float:

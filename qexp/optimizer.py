@@ -13,7 +13,8 @@ KINDS = ("weights", "scales", "offsets", "channels")
 @dataclass(frozen=True)
 class AdamW:
     """AdamW with a learning rate of its own for weights, scales, offsets (zero points) and channels
-    (logarithms of channel scales); a rise over the first `warmup` share of all steps, then a cosine down to `floor` of the rate."""
+    (logarithms of channel scales); a rise over the first `warmup` share of all steps, then a cosine
+    down to `floor` of the rate."""
 
     weights: float = 2e-5
     scales: float = 1e-3

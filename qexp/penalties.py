@@ -29,7 +29,7 @@ class Found(NamedTuple):
     """The penalty of one tensor, and its gradient where that is not zero."""
 
     value: Float[Tensor, ""]
-    index: Int[Tensor, " outliers"]
+    where: Int[Tensor, " outliers"]
     gradient: Float[Tensor, " outliers"]
 
 
@@ -218,5 +218,5 @@ class _Sparse(torch.autograd.Function):
         shape, dtype = ctx.like
         gradient = (ctx.found.gradient * grads[0]).to(dtype)
         dense = torch.zeros(shape, dtype=dtype, device=gradient.device)
-        dense.view(-1)[ctx.found.index] = gradient
+        dense.view(-1)[ctx.found.where] = gradient
         return dense, None

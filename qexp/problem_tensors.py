@@ -155,8 +155,8 @@ def draw(surveys: dict[str, list[Row]]) -> Picture:
     shares.set_xlabel("tensor, in order of execution")
     shares.legend(frameon=False, fontsize=9, ncols=3)
     for row in problems(rows)[:4]:
-        at = rows.index(row)
-        ranges.annotate(row.name, (at, row.moments.high), fontsize=7, ha="center", va="bottom")
+        place = rows.index(row)
+        ranges.annotate(row.name, (place, row.moments.high), fontsize=7, ha="center", va="bottom")
     for axes in (ranges, shares):
         axes.spines[["top", "right"]].set_visible(False)
     return Picture(made)

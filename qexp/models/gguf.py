@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gguf import GGUFReader
 from transformers import AutoConfig, GgufConfig, PreTrainedModel
@@ -36,7 +37,8 @@ class GGUF(Source):
 
     def _read(self) -> Loaded:
         [path] = self.files()
-        where, options = str(path.parent), {"gguf_file": path.name, "local_files_only": True}
+        where = str(path.parent)
+        options: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
         name = f"model.path: {path}"
         try:
             # handed on, or each of the two below would parse the header (seconds) once more
