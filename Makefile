@@ -29,7 +29,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	if [ -z "$$QEXP_DATA_DIR" ] && [ -d ../shared/data ]; then \
 		QEXP_DATA_DIR=$$(cd ../shared/data && pwd); export QEXP_DATA_DIR; fi; \
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n auto --maxprocesses 8
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n auto --maxprocesses 8 -m "not slow"
 
 clean:
 	rm -rf $(VENV)

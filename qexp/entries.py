@@ -119,7 +119,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--size", help="only until the cache takes no more: 500M, 20G")
     options = parser.parse_args(arguments)
     if options.prune:
-        size = None if options.size is None else _number("--size", options.size.upper(), UNITS)
+        size = None if options.size is None else _number("--size", options.size, UNITS)
         older = _number("--older", options.older, PERIODS)
         gone = prune(default_folder(), options.kind, older, size)
         print(f"removed {len(gone)} entries, {_size(sum(entry.bytes for entry in gone))}")
@@ -128,20 +128,20 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _number(option: str, text: str, units: dict[str, int]) -> float:
-    unit = text[-1:] if text[-1:] in units else ""
+    unit = next((unit for unit in units if unit and text.lower().endswith(unit.lower())), "")
     try:
-        return float(text.removesuffix(unit)) * units.get(unit, 1)
+        return float(text[: len(text) - len(unit)]) * units.get(unit, 1)
     except ValueError as error:
         names = ", ".join(filter(None, units))
         raise UserError(f"{option} {text}: give a number with a unit ({names})") from error
 
 
-def _size(size: float) -> str:
+def _size(size: float | int) -> str:
     power = min(max(int(math.log2(max(size, 1)) // 10), 0), 4)
     return f"{size / 2 ** (10 * power):.{min(power, 1)}f} {' KMGT'[power].strip()}B"
 
 
-def _period(seconds: float) -> str:
+def _period(seconds: float | int) -> str:
     for unit, length in reversed(PERIODS.items()):
         if seconds >= length:
             return f"{seconds / length:.0f} {unit}"

@@ -101,7 +101,7 @@ def read(node: DictConfig, name: str) -> Paper:
     return paper
 
 
-def _row(published: dict[str, float] | None = None, **fields: Any) -> Row:
+def _row(published: dict[str, float | int] | None = None, **fields: Any) -> Row:
     return Row(published={key: float(value) for key, value in (published or {}).items()}, **fields)
 
 

@@ -161,7 +161,7 @@ def test_entropy_is_the_least_divergence_by_hand():
         kept = [i for i in range(32) if low + (i + 0.5) * width <= end]
         p = [mass[i] for i in kept]
         p[-1] += sum(mass[len(kept) :])
-        level = [int(grid.encode(torch.tensor(low + (i + 0.5) * width), q)) for i in kept]
+        level = [int(grid.encode(torch.full((1, 1), low + (i + 0.5) * width), q)) for i in kept]
         share = [
             sum(mass[j] for j in kept if level[j] == level[i])
             / sum(mass[j] > 0 for j in kept if level[j] == level[i])

@@ -13,8 +13,8 @@ from conftest import batches, tiny
 from gguf import GGMLQuantizationType, GGUFWriter, quants
 from torch import Tensor
 
+from qexp import files
 from qexp.errors import UserError
-from qexp.models import kept
 from qexp.models.gguf import GGUF
 from qexp.models.local import Local
 from qexp.models.source import Loaded
@@ -150,7 +150,7 @@ def test_a_model_that_cannot_be_kept_is_loaded_all_the_same(tmp_path, monkeypatc
     GGUF(str(write_gguf(tmp_path / "tiny.gguf")), keep=True).load()
     assert "cannot be written" in caplog.text
     monkeypatch.setenv("QEXP_CACHE_DIR", str(tmp_path / "other"))
-    monkeypatch.setattr(kept.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+    monkeypatch.setattr(files.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
     GGUF(str(tmp_path / "tiny.gguf"), keep=True).load()
     assert "was not written" in caplog.text
     assert not list((tmp_path / "other" / "converted").glob(".*"))

@@ -158,7 +158,7 @@ def test_image_batches() -> None:
     [batch] = recipe("first", Synthetic(), sequences=6)(task)
     assert batch["pixel_values"].shape == (6, 3, 32, 32) and batch["labels"].shape == (6,)
     assert task.loss(batch).isfinite()
-    with pytest.raises(UserError, match="data=synthetic"):
+    with pytest.raises(UserError, match="data=cifar10"):
         recipe("first", PythonDocs())(task)
 
 
