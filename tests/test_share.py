@@ -55,8 +55,8 @@ def test_each_process_has_a_gpu_and_leaves_it_when_it_ends(
 ) -> None:
     monkeypatch.setenv(share.VISIBLE, "0,1")
     context = multiprocessing.get_context("spawn")
-    seen, leave = context.Queue(), context.Event()
-    workers = [context.Process(target=_worker, args=(tmp_path, seen, leave)) for _ in range(4)]
+    seen, leave = context.Queue(), [context.Event() for _ in range(4)]  # one is killed as it waits
+    workers = [context.Process(target=_worker, args=(tmp_path, seen, each)) for each in leave]
     for worker in workers:
         worker.start()
     assert sorted(seen.get(timeout=120) for _ in workers) == ["0", "0", "1", "1"]
@@ -68,7 +68,7 @@ def test_each_process_has_a_gpu_and_leaves_it_when_it_ends(
         workers[0].kill()
         workers[0].join(60)
         assert share.take(["0", "1"], 2) in ("0", "1")
-    leave.set()
-    for worker in workers[1:]:
+    for worker, each in zip(workers[1:], leave[1:], strict=True):
+        each.set()
         worker.join(60)
         assert worker.exitcode == 0
