@@ -133,7 +133,7 @@ def named(config: DictConfig) -> Sweep:
     folder = Path(config.hydra.sweep.dir).absolute() / FOLDER / name
     if (known := current()) is not None and known.folder == folder:
         return known
-    return Sweep(folder, f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{platform.node()}-{os.getpid()}")
+    return Sweep(folder, f"{datetime.now(UTC):%Y%m%d-%H%M%S-%f}-{platform.node()}-{os.getpid()}")
 
 
 def planned(config: DictConfig) -> list[list[str]] | None:
