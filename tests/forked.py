@@ -42,9 +42,8 @@ class Forks:
         return json.loads(self.program.stdout.readline())
 
     def end(self) -> None:
-        assert self.program.stdin is not None
-        self.program.stdin.close()
-        self.program.wait(60)
+        with self.program:  # closes the pipes, which ends it, and waits
+            pass
 
     @property
     def said(self) -> str:

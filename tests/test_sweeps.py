@@ -81,10 +81,11 @@ def check_whole(folder: Path) -> None:
         elif path.suffix == ".yaml":
             assert yaml.safe_load(path.read_text()) is not None
         elif path.suffix == ".csv":
-            assert list(csv.DictReader(path.open()))
+            with path.open(newline="") as file:
+                assert list(csv.DictReader(file))
         elif path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                assert [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118
+            with safe_open(path, "pt") as opened:
+                assert [opened.get_tensor(name) for name in opened.keys()]  # noqa: SIM118
 
 
 def records(folder: Path) -> list[ledger.Entry]:
