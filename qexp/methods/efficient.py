@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qexp.activations import Activations
 from qexp.data.calibration import Recipe
 from qexp.errors import UserError
 from qexp.fused import Formula
@@ -124,7 +125,7 @@ class EfficientQAT(Step):
     end: FineTune
 
     @property
-    def activations(self) -> Sequence[object]:
+    def activations(self) -> Sequence[Activations]:
         return self.end.activations
 
     def recipes(self) -> Mapping[str, Recipe]:

@@ -35,9 +35,7 @@ class QuantTune(Step):
 
     @property
     def activations(self) -> Sequence[Activations]:
-        """Whose quantizers a reloaded run puts back."""
-        found: Sequence[Activations] = self.quantization.activations  # type: ignore[attr-defined]
-        return found
+        return self.quantization.activations
 
     def recipes(self) -> Mapping[str, Recipe]:
         return self.training.recipes()

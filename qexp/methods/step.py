@@ -2,8 +2,9 @@
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -13,6 +14,9 @@ from qexp.data.calibration import Recipe
 from qexp.packed import Packed
 from qexp.solvers.sweep import Solution
 from qexp.task import Batch, Task
+
+if TYPE_CHECKING:
+    from qexp.activations import Activations
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +50,11 @@ class Step(ABC):
     def recipes(self) -> Mapping[str, Recipe]:
         """Data of its own beside the calibration batches, by what it is for."""
         return {}
+
+    @property
+    def activations(self) -> Sequence["Activations"]:
+        """Whose quantizers the step leaves in the model."""
+        return ()
 
 
 def error(
