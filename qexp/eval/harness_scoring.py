@@ -13,13 +13,16 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from qexp import task as tasks
 from qexp.errors import UserError
 from qexp.progress import bar
 from qexp.task import CausalLM
 
 # A beginning of fewer tokens, or of a smaller part of an input, is not worth a tree.
 SHARED, PART = 4, 0.125
+# A tree smaller than this share of another begins a batch of its own: the rest would be padding.
+SIMILAR = 0.8
+# Positions whose logits exist at one time: at 50 k tokens they stay in a processor's cache.
+POSITIONS = 128
 
 Tokens = tuple[int, ...]  # of an input: of a request without its last target
 
@@ -72,14 +75,20 @@ def score(task: CausalLM, requests: Sequence[Request], rows: int, name: str) -> 
     asked: dict[Tokens, list[int]] = {}
     for index, request in enumerate(requests):  # A, B, C and D after one question: one input
         asked.setdefault(request.tokens[:-1], []).append(index)
-    scored = {key: max(requests[i].scored for i in indices) for key, indices in asked.items()}
     answers: dict[int, Answer] = {}
     with torch.no_grad():
         for batch in bar(list(batches(trees(list(asked), rows, _window(task)), rows)), name):
-            hidden = _hidden(task, batch, scored)
-            order = [asked[key] for tree in batch for key in tree.inputs]
-            found = _answers(task, hidden, [[requests[i] for i in part] for part in order])
-            answers |= zip((i for part in order for i in part), found, strict=True)
+            hidden = _hidden(task, batch)
+            size = hidden.shape[1]
+            order: list[int] = []
+            places: list[int] = []  # of the hidden states that predict the targets of each
+            for row, tree in enumerate(batch):
+                for tokens, path in zip(tree.inputs, tree.paths, strict=True):
+                    for index in asked[tokens]:
+                        order.append(index)
+                        places += [row * size + node for node in path[-requests[index].scored :]]
+            found = _answers(task, hidden.flatten(0, 1), places, [requests[i] for i in order])
+            answers |= zip(order, found, strict=True)
     if not all(math.isfinite(answer.loglikelihood) for answer in answers.values()):
         raise UserError(
             f"eval {name}: a log-likelihood is not a finite number: there is NaN or infinity in "
@@ -117,7 +126,11 @@ def batches(found: Iterable[Tree], rows: int) -> Iterator[list[Tree]]:
     batch: list[Tree] = []
     for tree in sorted(found, key=shape, reverse=True):
         count = sum(len(other.inputs) for other in batch) + len(tree.inputs)
-        if batch and (count > rows or shape(batch[0])[0] != shape(tree)[0]):
+        similar = bool(batch) and (
+            shape(batch[0])[0] == shape(tree)[0]
+            and len(tree.tokens) >= SIMILAR * len(batch[0].tokens)
+        )
+        if batch and (count > rows or not similar):
             yield batch
             batch = []
         batch.append(tree)
@@ -125,29 +138,21 @@ def batches(found: Iterable[Tree], rows: int) -> Iterator[list[Tree]]:
         yield batch
 
 
-def _hidden(
-    task: CausalLM, batch: list[Tree], scored: dict[Tokens, int]
-) -> list[Float[Tensor, "_ width"]]:
-    """The hidden states of each input's last `scored` positions."""
+def _hidden(task: CausalLM, batch: list[Tree]) -> Float[Tensor, "trees nodes width"]:
+    """The hidden states of all nodes."""
     ids = _padded([tree.tokens for tree in batch])
     if all(len(tree.inputs) == 1 for tree in batch):
-        hidden = task.hidden(ids)
-    else:
-        dtype, size = task.model.dtype, ids.shape[1]
-        sees = torch.stack([tree.sees(size) for tree in batch])[:, None].to(task.device)
-        mask = torch.zeros(sees.shape, dtype=dtype, device=task.device)
-        hidden = task.encode(
-            {
-                "input_ids": ids,
-                "position_ids": _padded([tree.depths() for tree in batch]),
-                "attention_mask": mask.masked_fill(~sees, torch.finfo(dtype).min),
-            }
-        )
-    return [
-        states[path[-scored[tokens] :]]
-        for states, tree in zip(hidden, batch, strict=True)
-        for tokens, path in zip(tree.inputs, tree.paths, strict=True)
-    ]
+        return task.hidden(ids)
+    dtype, size = task.model.dtype, ids.shape[1]
+    sees = torch.stack([tree.sees(size) for tree in batch])[:, None].to(task.device)
+    mask = torch.zeros(sees.shape, dtype=dtype, device=task.device)
+    return task.encode(
+        {
+            "input_ids": ids,
+            "position_ids": _padded([tree.depths() for tree in batch]),
+            "attention_mask": mask.masked_fill(~sees, torch.finfo(dtype).min),
+        }
+    )
 
 
 def _window(task: CausalLM) -> float:
@@ -156,32 +161,29 @@ def _window(task: CausalLM) -> float:
 
 
 def _answers(
-    task: CausalLM, hidden: list[Float[Tensor, "_ width"]], wanted: list[list[Request]]
+    task: CausalLM,
+    hidden: Float[Tensor, "nodes width"],
+    places: list[int],
+    requests: list[Request],
 ) -> Iterator[Answer]:
-    """The answers to the requests of each input, a few positions' logits at a time."""
-    starts = torch.tensor([0, *(len(part) for part in hidden)]).cumsum(0).tolist()
-    positions: list[int] = []
-    targets: list[int] = []
-    for end, requests in zip(starts[1:], wanted, strict=True):
-        for request in requests:
-            positions += range(end - request.scored, end)
-            targets += request.tokens[-request.scored :]
-    where, target = torch.tensor(positions), torch.tensor(targets)
+    """The answers to requests whose targets are predicted at `places`, one after the other. The
+    logits of a place are made once, however many targets it predicts."""
+    target = torch.tensor([token for each in requests for token in each.tokens[-each.scored :]])
+    nodes, where = torch.tensor(places).unique(return_inverse=True)
     gains, hits = torch.empty(len(where)), torch.empty(len(where), dtype=torch.bool)
-    states = torch.cat(hidden)
-    for start in range(0, len(states), tasks.POSITIONS):
-        part = states[start : start + tasks.POSITIONS]
-        logits = task.head(part).float()
-        inside = (where >= start) & (where < start + len(part))
+    for start in range(0, len(nodes), POSITIONS):
+        few = nodes[start : start + POSITIONS].to(hidden.device)
+        logits = task.head(hidden[few]).float()
+        inside = (where >= start) & (where < start + POSITIONS)
         rows = (where[inside] - start).to(logits.device)
         columns = target[inside].to(logits.device)
-        gains[inside] = (logits[rows, columns] - logits.logsumexp(-1)[rows]).cpu()
+        gains[inside] = logits.log_softmax(-1)[rows, columns].cpu()
         hits[inside] = (logits.argmax(-1)[rows] == columns).cpu()
     at = 0
-    for request in (request for requests in wanted for request in requests):
-        few = slice(at, at + request.scored)
-        yield Answer(float(gains[few].double().sum()), bool(hits[few].all()))
-        at += request.scored
+    for each in requests:
+        part = slice(at, at + each.scored)
+        yield Answer(float(gains[part].double().sum()), bool(hits[part].all()))
+        at += each.scored
 
 
 def _padded(sequences: Sequence[Sequence[int]]) -> Int64[Tensor, "rows tokens"]:
