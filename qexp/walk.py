@@ -7,10 +7,10 @@ downstream.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from hashlib import sha256
 
 import psutil
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qexp.arch import Group
 from qexp.cache import checksum
+from qexp.pieces import Piece, entering, passing, record, returns_tuple, rows, split
 from qexp.progress import bar
 from qexp.task import Batch, Task
 
@@ -25,24 +26,7 @@ from qexp.task import Batch, Task
 # known, as chunks [..., columns].
 Visit = Callable[[tuple[str, ...], Iterator[Tensor]], None]
 
-
 log = logging.getLogger(__name__)
-
-
-class Call(NamedTuple):
-    """The arguments of one block beside the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-@dataclass
-class Piece:
-    """Sequences that run together: their batch, the current block's input, each block's call."""
-
-    batch: Batch
-    hidden: Tensor
-    calls: list[Call]
 
 
 @dataclass
@@ -57,7 +41,7 @@ class Block:
     task: Task
     returns_tuple: bool
     notes: dict[str, Tensor]  # shared by the blocks of one walk: what was measured ahead
-    origin: str  # checksum of the model's weights and the batches as the walk began
+    origin: str  # checksums of the model and the batches as the walk began
     left: list[Tensor] | None = None  # outputs that `advance` settled
 
     @property
@@ -88,16 +72,22 @@ class Block:
         forward that showed the inputs, so that the walk needs no second one."""
         self.left = self._visit(visit) or list(self.outputs())
 
+    def onward(self) -> Iterator["Block"]:
+        """This block and those after it, as the walk that it belongs to will come to them if
+        nothing is changed."""
+        pieces = [replace(piece) for piece in self.pieces]
+        return _visited(replace(self, pieces=pieces, left=None))
+
     def losses(self, sequences: int = 1) -> Iterator[tuple[Tensor, int]]:
         """The model's mean loss on so many sequences at a time, and how many those are, computed
         from this block's inputs on. Where gradients are enabled, the inputs require them, so that
         backward reaches every later layer and ends here."""
         earlier = self.task.blocks[: self.index]
         for piece in self.pieces:
-            parts = zip(_split(piece.batch, sequences), piece.hidden.split(sequences), strict=True)
+            parts = zip(split(piece.batch, sequences), piece.hidden.split(sequences), strict=True)
             for batch, hidden in parts:
                 entry = hidden.detach().requires_grad_(torch.is_grad_enabled())
-                with _passing(earlier, self.returns_tuple), _entering(self.module, entry):
+                with passing(earlier, self.returns_tuple), entering(self.module, entry):
                     yield self.task.loss(batch), len(hidden)
 
     def _visit(self, visit: Visit) -> list[Tensor]:
@@ -143,31 +133,27 @@ def walk(task: Task, batches: Sequence[Batch], chunk: int | None = None) -> Iter
     else as many as fit. Inputs of a block rest where its weights do, which for an offloaded model
     is the host.
     """
-    parts = [part for batch in batches for part in _split(batch, chunk or _fitting(task, batch))]
-    returns_tuple = _returns_tuple(task, parts[0])
-    pieces = [_record(task, part, returns_tuple) for part in parts]
-    notes: dict[str, Tensor] = {}
-    origin = "".join(map(checksum, [dict(task.model.state_dict()), *batches]))
-    for index, module in enumerate(bar(task.blocks, "blocks")):
-        name = f"{task.arch.blocks}.{index}"
-        block = Block(
-            index, name, module, task.arch.groups, pieces, task, returns_tuple, notes, origin
+    parts = [part for batch in batches for part in split(batch, chunk or _fitting(task, batch))]
+    tuples = returns_tuple(task, parts[0])
+    pieces = [record(task, part, tuples) for part in parts]
+    config = sha256(task.model.config.to_json_string().encode()).hexdigest()
+    origin = config + "".join(map(checksum, [dict(task.model.state_dict()), *batches]))
+    arch, module = task.arch, task.blocks[0]
+    first = Block(0, f"{arch.blocks}.0", module, arch.groups, pieces, task, tuples, {}, origin)
+    yield from _visited(first)
+
+
+def _visited(block: Block) -> Iterator[Block]:
+    """From this block on: each is fed what the one before it left, in the same pieces."""
+    task, pieces = block.task, block.pieces
+    for index, module in enumerate(bar(task.blocks[block.index :], "blocks"), block.index):
+        block = replace(
+            block, index=index, name=f"{task.arch.blocks}.{index}", module=module, left=None
         )
         yield block
         if index + 1 < len(task.blocks):
             for piece, output in zip(pieces, block.left or block.outputs(), strict=True):
                 piece.hidden = output
-
-
-def _split(batch: Batch, chunk: int) -> list[Batch]:
-    return [
-        {key: value[start : start + chunk] for key, value in batch.items()}
-        for start in range(0, _rows(batch), chunk)
-    ]
-
-
-def _rows(batch: Batch) -> int:
-    return len(next(iter(batch.values())))
 
 
 def _fitting(task: Task, batch: Batch) -> int:
@@ -178,9 +164,9 @@ def _fitting(task: Task, batch: Batch) -> int:
     floats = tokens * (3 * max(widths) + 6 * task.model.config.hidden_size)
     each = floats * max(next(task.parameters()).element_size(), 2)
     fitting = max(int(_free(task.device) / 2 / each), 1)
-    if fitting < _rows(batch):
-        log.info("%d of %d sequences at a time: all do not fit the memory", fitting, _rows(batch))
-    return min(fitting, _rows(batch))
+    if fitting < rows(batch):
+        log.info("%d of %d sequences at a time: all do not fit the memory", fitting, rows(batch))
+    return min(fitting, rows(batch))
 
 
 def _patches(task: Task) -> int:
@@ -192,58 +178,3 @@ def _free(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
-
-
-def _record(task: Task, batch: Batch, returns_tuple: bool) -> Piece:
-    calls: list[tuple[Tensor, Call]] = []
-    with _passing(task.blocks, returns_tuple, calls):
-        task.encode(batch)
-    hidden = calls[0][0].to(next(task.blocks[0].parameters()).device)
-    return Piece(batch, hidden, [call for _, call in calls])
-
-
-def _returns_tuple(task: Task, batch: Batch) -> bool:
-    """Whether the blocks of this family return a tuple; transformers has both kinds."""
-    kinds: list[bool] = []
-    handle = task.blocks[0].register_forward_hook(
-        lambda _, __, output: kinds.append(isinstance(output, tuple))
-    )
-    task.encode({key: value[:1] for key, value in batch.items()})
-    handle.remove()
-    return kinds[0]
-
-
-@contextmanager
-def _passing(
-    blocks: Iterable[nn.Module],
-    returns_tuple: bool,
-    seen: list[tuple[Tensor, Call]] | None = None,
-) -> Iterator[None]:
-    """Blocks hand their input on untouched, and note what they were called with."""
-
-    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
-        if seen is not None:
-            seen.append((hidden, Call(args, kwargs)))
-        return (hidden,) if returns_tuple else hidden
-
-    for block in blocks:
-        block.forward = forward
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.forward  # the class's own method shows again
-
-
-@contextmanager
-def _entering(block: nn.Module, hidden: Tensor) -> Iterator[None]:
-    """The block reads `hidden` whatever it is called with."""
-
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        return (hidden.to(args[0].device), *args[1:]), kwargs
-
-    handle = block.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()

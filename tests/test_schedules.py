@@ -73,19 +73,23 @@ def test_what_waits_on_disk_is_what_memory_would_hold(tmp_path, monkeypatch, wri
 
 
 @pytest.mark.parametrize(
-    ("source", "killed", "solved"),
+    ("source", "propagate", "killed", "solved"),
     [
-        (Layerwise(), 2, [2]),
-        (OutputAdaptive(), 1, [1, 2]),
-        (OutputAdaptive(schedule="every_k", k=2), 1, [0, 1, 2]),
-        (OutputAdaptive(schedule="every_k", k=2), 2, [2]),
-        (OutputAdaptive(schedule="one_pass"), 1, [1, 2]),
+        (Layerwise(), True, 2, [2]),
+        (Layerwise(), False, 1, [1, 2]),
+        (OutputAdaptive(), True, 1, [1, 2]),
+        (OutputAdaptive(schedule="every_k", k=2), True, 1, [0, 1, 2]),
+        (OutputAdaptive(schedule="every_k", k=2), True, 2, [2]),
+        (OutputAdaptive(schedule="every_k", k=2), False, 1, [1, 2]),
+        (OutputAdaptive(schedule="one_pass"), True, 1, [1, 2]),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("solver", [GPTQ(GRID), BiLLM(block=32)], ids=["gptq", "billm"])
-def test_a_killed_run_goes_on_at_the_block(tmp_path, monkeypatch, source, killed, solved, solver):
-    method = Blockwise(solver, source)
+def test_a_killed_run_goes_on_at_the_block(
+    tmp_path, monkeypatch, source, propagate, killed, solved, solver
+):
+    method = Blockwise(solver, source, propagate)
     whole = task_of("llama")
     records = method(whole, lambda: [joined("llama")])
     visited: list[int] = []

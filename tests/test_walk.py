@@ -86,8 +86,20 @@ def test_the_forward_that_shows_inputs_is_the_only_one():
         block.mlp.register_forward_hook(lambda *_: runs.append(1))
     for block in walk(task, [batch]):
         block.advance(lambda names, inputs: None)
-    # One per block, beside the short forward that asks what a block returns.
-    assert len(runs) == 2 * len(task.blocks)
+    # One per block, beside the one sequence that shows what a block returns.
+    assert len(runs) == 1 + len(task.blocks)
+
+
+def test_looking_onward_leaves_the_walk_where_it_is():
+    task, batch = task_of("llama"), joined("llama")
+    expected = block_outputs(task, batch)
+    for block in walk(task, [batch], 2):
+        for later in block.onward():
+            torch.testing.assert_close(torch.cat(list(later.outputs())), expected[later.index])
+            later.left = [torch.zeros_like(hidden) for hidden in later.inputs]
+            break
+        assert [later.index for later in block.onward()] == list(range(block.index, 3))
+        torch.testing.assert_close(torch.cat(list(block.outputs())), expected[block.index])
 
 
 def test_second_moment_is_the_mean_outer_product():

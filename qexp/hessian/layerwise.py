@@ -1,52 +1,19 @@
-"""In which loss a rounding error counts: Hessians of the layers of a block.
+"""The Hessian of a layer's own output: the second moment of its inputs."""
 
-Scale is free everywhere: solvers give the same result for H and c·H.
-"""
-
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qexp.walk import Block
-
-# Called with linears that have one Hessian in common, and that Hessian.
-Solve = Callable[[tuple[str, ...], Float[Tensor, "columns columns"]], None]
+from qexp.errors import real
+from qexp.hessian.source import Measured, Shareable, Solve
+from qexp.walk import Block, Visit
 
 # Columns per strip of the triangle that `add_symmetric` computes.
 STRIP = 192
-
-
-class Hessian(ABC):
-    @property
-    @abstractmethod
-    def span(self) -> int:
-        """How many blocks are measured together: work can be taken up again at multiples of it."""
-
-    def prepare(self, first: Block) -> None:  # noqa: B027
-        """Measure what must be measured at float weights: called once, with the first block, before
-        anything is rounded (also by a run that goes on where another was killed)."""
-
-    @abstractmethod
-    def each(self, block: Block, solve: Solve) -> None:
-        """Hand every linear of the block to `solve`, once, with its Hessian as soon as that is
-        known. May leave the block advanced (see `Block.advance`)."""
-
-    def __call__(self, block: Block) -> dict[str, Float[Tensor, "_ _"]]:
-        """The Hessian of each linear at the block's weights as they stand."""
-        if block.index == 0:
-            self.prepare(block)
-        found: dict[str, Tensor] = {}
-
-        def keep(names: tuple[str, ...], hessian: Tensor) -> None:
-            found.update(dict.fromkeys(names, hessian))
-
-        self.each(block, keep)
-        block.left = None  # nothing was settled: the caller has yet to change the block
-        return found
 
 
 def add_symmetric(
@@ -82,7 +49,7 @@ def second_moment(chunks: Iterable[Float[Tensor, "..."]]) -> Float[Tensor, "colu
 
 
 @dataclass(frozen=True)
-class Layerwise(Hessian):
+class Layerwise(Shareable):
     """2/N Σ x xᵀ over the tokens that reach the layer: the squared error of its output (OBQ, GPTQ).
 
     sequential: a group's Hessian is taken after the groups before it were rounded ("true
@@ -90,6 +57,10 @@ class Layerwise(Hessian):
     """
 
     sequential: bool = True
+    memory: float = 8.0
+
+    def __post_init__(self) -> None:
+        real("method.hessian", self, memory=0)
 
     @property
     def span(self) -> int:
@@ -103,3 +74,22 @@ class Layerwise(Hessian):
         block.observe(lambda names, inputs: found.append((names, second_moment(inputs))))
         for names, hessian in found:
             solve(names, hessian)
+
+    def measured(self, first: Block, wanted: Collection[int]) -> Iterator[Measured]:
+        for block in first.onward():
+            if block.index in wanted:
+                found: dict[str, Tensor] = {}
+                block.advance(_keeping(found))
+                yield block.index, found
+            if block.index == max(wanted):
+                return
+
+    def identity(self, first: Block) -> dict[str, Any]:
+        return {"pieces": [len(hidden) for hidden in first.inputs]}  # the order of summation
+
+
+def _keeping(found: dict[str, Tensor]) -> Visit:
+    def visit(names: tuple[str, ...], inputs: Iterator[Tensor]) -> None:
+        found[" ".join(names)] = second_moment(inputs)
+
+    return visit

@@ -7,6 +7,7 @@ activation Hessian weighted by ‖g_t‖².
 """
 
 from abc import abstractmethod
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from math import inf
 from typing import Any
@@ -16,22 +17,21 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from qexp.backward import frozen, watching
-from qexp.cache import Cache, sources
 from qexp.errors import UserError, known, real, whole
-from qexp.hessian.layerwise import Hessian, Solve, add_symmetric, mirrored
+from qexp.hessian.layerwise import add_symmetric, mirrored
+from qexp.hessian.source import AtFloatWeights, Measured, Shareable, Solve
 from qexp.progress import bar
 from qexp.scale import DTYPES
 from qexp.walk import Block
 
 Factors = tuple[Float[Tensor, "each columns"], Float[Tensor, "each columns"]]
 
-KIND = "hessians"
 SCHEDULES = ("per_block", "every_k", "one_pass")
 LABELS = ("data", "sampled")
 
 
 @dataclass(frozen=True)
-class FromGradients(Hessian):
+class FromGradients(Shareable):
     """What Hessians from gradients share: when gradients are taken, and how.
 
     schedule: `per_block` takes them again at each block, with the blocks before it quantized (the
@@ -74,62 +74,42 @@ class FromGradients(Hessian):
     def span(self) -> int:
         return self.k if self.schedule == "every_k" else 1
 
+    @property
+    def ahead(self) -> bool:
+        return self.schedule == "one_pass"
+
     def prepare(self, first: Block) -> None:
-        if self.schedule == "one_pass":
-            first.notes.update(self._at_float_weights(first))
+        if self.ahead:
+            AtFloatWeights(self).prepare(first)
 
     def each(self, block: Block, solve: Solve) -> None:
-        if self.schedule == "one_pass":
-            if not any(key.startswith(f"{block.name}.") for key in block.notes):
-                block.notes.update(Cache().find(KIND, self._key(block, block.index)) or {})
-        elif block.index % self.span == 0:
+        if self.ahead:
+            AtFloatWeights(self).each(block, solve)
+            return
+        if block.index % self.span == 0:
             covered = range(block.index, min(block.index + self.span, len(block.task.blocks)))
             block.notes.update(self._measure(block, covered))
-        for name, linear in block.linears.items():
-            hessian = block.notes.pop(f"{block.name}.{name}", None)
-            if hessian is None:
-                raise RuntimeError(f"{block.name}.{name}: its Hessian went from the cache")
-            solve((name,), hessian.to(linear.weight.device))
+        for name in block.linears:
+            solve((name,), block.notes.pop(f"{block.name}.{name}"))
 
-    def _at_float_weights(self, block: Block) -> dict[str, Float[Tensor, "_ _"]]:
-        """The Hessians of every block, from the cache or measured and put there.
-
-        Returned are those that the cache does not hold, and all of them if they fit `memory`.
-        """
-        task, store = block.task, Cache()
-        size = sum(4 * linear.in_features**2 for linear in block.linears.values())
+    def measured(self, first: Block, wanted: Collection[int]) -> Iterator[Measured]:
+        """One pass for as many blocks as `memory` holds."""
+        count = len(first.task.blocks)
+        size = sum(4 * linear.in_features**2 for linear in first.linears.values())
         span = max(int(self.memory * 2**30 / size), 1)
-        whole = span >= len(task.blocks)
-        keep: dict[str, Tensor] = {}
-        for first in range(0, len(task.blocks), span):
-            covered = range(first, min(first + span, len(task.blocks)))
-            with store.alone(KIND, self._key(block, first)):
-                found = {index: store.find(KIND, self._key(block, index)) for index in covered}
-                if None in found.values():
-                    measured = self._measure(block, covered)
-                    for index in covered:
-                        name = f"{task.arch.blocks}.{index}."
-                        own = {key: h for key, h in measured.items() if key.startswith(name)}
-                        kept = store.put(KIND, self._key(block, index), own)
-                        keep |= {} if kept and not whole else own
-                elif whole:
-                    keep |= {key: h for own in found.values() if own for key, h in own.items()}
-        return keep
+        for start in range(0, count, span):
+            covered = range(start, min(start + span, count))
+            inside = [index for index in covered if index in wanted]
+            found = self._measure(first, covered) if inside else {}
+            for index in inside:
+                prefix = f"{first.task.arch.blocks}.{index}."
+                yield index, {name: found[prefix + name] for name in first.linears}
 
-    def _key(self, block: Block, index: int) -> dict[str, Any]:
-        """Everything that the Hessians of a block at float weights depend on."""
+    def identity(self, first: Block) -> dict[str, Any]:
         fields = asdict(self)
-        for speed in ("memory", "k"):  # no influence on the result
-            fields.pop(speed)
-        return {
-            "hessian": type(self).__name__,
-            **fields,
-            "content": block.origin,
-            "block": index,
-            "code": sources(
-                "qexp.hessian.output", "qexp.walk", "qexp.task", "qexp.hessian.layerwise"
-            ),
-        }
+        for irrelevant in ("schedule", "k", "memory"):
+            fields.pop(irrelevant)
+        return fields
 
     def _measure(self, block: Block, covered: range) -> dict[str, Float[Tensor, "_ _"]]:
         """Hessians of the linears of some blocks, this one the first or before them."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qexp.activations import Activations, quantize_activations
 from qexp.errors import UserError, whole
-from qexp.hessian import Hessian
+from qexp.hessian import AtFloatWeights, Hessian, Shareable
 from qexp.methods.journal import Finished, Journal
 from qexp.methods.step import Batches, Record, Step, write
 from qexp.progress import bar
@@ -49,14 +49,14 @@ class Blockwise(Step):
     quantizers come after the weights, so that Hessians see float activations.
 
     propagate: later layers see the outputs of rounded ones; otherwise every Hessian is the float
-    model's.
+    model's, the same for all grids and solvers, and measured once for all jobs.
     chunk: sequences run at a time. null takes all at once where memory allows: one forward in all,
     each linear rounded as its input becomes known. A number bounds memory, at the price of one
     forward per group of linears; results are equal up to the order of summation.
     """
 
     solver: Solver
-    hessian: Hessian
+    hessian: Shareable
     propagate: bool = True
     chunk: int | None = None
     activations: tuple[Activations, ...] | list[Activations] = ()
@@ -71,14 +71,14 @@ class Blockwise(Step):
         records: list[Record] = []
         journal: Journal | None = None
         for block in walk(task, batches(), self.chunk):
+            if self.source.ahead:
+                block.left = block.inputs  # nobody looks at what comes out
             if journal is None:
                 journal = Journal({"model": block.origin, "method": repr(self)})
                 finished = self._finished(journal, len(task.blocks))
                 if len(finished) < len(task.blocks):
-                    self.hessian.prepare(block)
+                    self.source.prepare(block)
             if block.index < len(finished):
-                if not self.propagate:
-                    block.left = list(block.outputs())  # the float model's
                 finished[block.index].restore(task)
                 records += finished[block.index].records
                 continue
@@ -102,33 +102,26 @@ class Blockwise(Step):
             if (block := journal.read(index)) is None:
                 break
             found.append(block)
-        found = found[: len(found) // self.hessian.span * self.hessian.span]
+        found = found[: len(found) // self.source.span * self.source.span]
         if found:
             log.info("taken up again at block %d of %d", len(found), blocks)
         return found
 
+    @property
+    def source(self) -> Hessian:
+        """What hands out Hessians."""
+        return self.hessian if self.propagate else AtFloatWeights(self.hessian)
+
     def _solve(self, block: Block) -> list[Record]:
         linears = block.linears
         records: list[Record] = []
-        late: list[tuple[nn.Linear, Tensor]] = []
 
         def solve(names: tuple[str, ...], hessian: Float[Tensor, "columns columns"]) -> None:
-            stacks = [names] if self.solver.rowwise else [(name,) for name in names]
-            for stack in stacks:
+            for stack in [names] if self.solver.rowwise else [(name,) for name in names]:
                 full = [f"{block.name}.{name}" for name in stack]
-                members = [linears[name] for name in stack]
-                floats = [linear.weight.data for linear in members]
-                records.extend(self._write(full, members, hessian))
-                if not self.propagate:
-                    late.extend(zip(members, [m.weight.data for m in members], strict=True))
-                    for linear, weight in zip(members, floats, strict=True):
-                        linear.weight.data = weight
+                records.extend(self._write(full, [linears[name] for name in stack], hessian))
 
-        self.hessian.each(block, solve)
-        if late and block.left is None:
-            block.left = list(block.outputs())
-        for linear, weight in late:
-            linear.weight.data = weight
+        self.source.each(block, solve)
         return records
 
     def _write(

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from qexp.activations import Activations
 from qexp.grid import Grid
+from qexp.pieces import Call
 from qexp.task import Batch, Task
 from qexp.transforms.channels import Channels, channels_of
-from qexp.walk import Block, Call, walk
+from qexp.walk import Block, walk
 
 
 class Change(NamedTuple):

@@ -1,0 +1,100 @@
+"""Sequences that run together, and what the blocks of a model are called with on them."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from qexp.task import Batch, Task
+
+
+class Call(NamedTuple):
+    """The arguments of one block beside the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass
+class Piece:
+    """Sequences that run together: their batch, the current block's input, each block's call."""
+
+    batch: Batch
+    hidden: Tensor
+    calls: list[Call]
+
+
+def split(batch: Batch, chunk: int) -> list[Batch]:
+    return [
+        {key: value[start : start + chunk] for key, value in batch.items()}
+        for start in range(0, rows(batch), chunk)
+    ]
+
+
+def rows(batch: Batch) -> int:
+    return len(next(iter(batch.values())))
+
+
+def record(task: Task, batch: Batch, returns_tuple: bool) -> Piece:
+    calls: list[tuple[Tensor, Call]] = []
+    with passing(task.blocks, returns_tuple, calls):
+        task.encode(batch)
+    hidden = calls[0][0].to(next(task.blocks[0].parameters()).device)
+    return Piece(batch, hidden, [call for _, call in calls])
+
+
+class _Enough(Exception):
+    """A forward has shown what it was run for."""
+
+
+def returns_tuple(task: Task, batch: Batch) -> bool:
+    """Whether the blocks of this family return a tuple; transformers has both kinds."""
+    kinds: list[bool] = []
+
+    def look(_: nn.Module, __: Any, output: Any) -> None:
+        kinds.append(isinstance(output, tuple))
+        raise _Enough
+
+    handle = task.blocks[0].register_forward_hook(look)
+    with suppress(_Enough):
+        task.encode({key: value[:1] for key, value in batch.items()})
+    handle.remove()
+    return kinds[0]
+
+
+@contextmanager
+def passing(
+    blocks: Iterable[nn.Module],
+    returns_tuple: bool,
+    seen: list[tuple[Tensor, Call]] | None = None,
+) -> Iterator[None]:
+    """Blocks hand their input on untouched, and note what they were called with."""
+
+    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+        if seen is not None:
+            seen.append((hidden, Call(args, kwargs)))
+        return (hidden,) if returns_tuple else hidden
+
+    for block in blocks:
+        block.forward = forward
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward  # the class's own method shows again
+
+
+@contextmanager
+def entering(block: nn.Module, hidden: Tensor) -> Iterator[None]:
+    """The block reads `hidden` whatever it is called with."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        return (hidden.to(args[0].device), *args[1:]), kwargs
+
+    handle = block.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
