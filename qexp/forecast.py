@@ -27,6 +27,20 @@ class Past:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of a job, and its seconds where it is to run and something like it has run."""
+
+    folder: Path
+    name: str
+    state: str
+    seconds: float | None
+
+    def __str__(self) -> str:
+        about = "" if self.seconds is None else f" (about {self.seconds:.0f} s)"
+        return f"{os.path.relpath(self.folder)}  {self.name}: {self.state}{about}"
+
+
 def listing(config: DictConfig, jobs: Sequence[Sequence[str]] | None, sweep: Sweep | None) -> str:
     """A line per job: its state, an estimate where it is to run, its folder and overrides.
 
@@ -38,23 +52,32 @@ def listing(config: DictConfig, jobs: Sequence[Sequence[str]] | None, sweep: Swe
     if jobs is None:
         jobs = [entry.overrides for entry in sweep.entries()] if sweep else []
     shared = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
-    lines, estimates, running = [], [], 0
+    plans = []
     for overrides in jobs:
         cfg, folder = composed(config, overrides)
         entry = sweep.entry(overrides) if sweep else Entry(list(overrides))
-        state = _state(cfg, folder, entry, config.retry)
-        seconds = estimate(_settings(cfg), past) if state.startswith("to run") else None
-        running += state.startswith("to run")
-        estimates += [] if seconds is None else [seconds]
-        about = "" if seconds is None else f" (about {seconds:.0f} s)"
         own = " ".join(each for each in overrides if each not in shared)
-        lines.append(f"{os.path.relpath(folder)}  {own}: {state}{about}")
+        plans.append(plan(cfg, folder, own, past, entry, config.retry))
+    lines = [str(each) for each in plans]
     if search:
         seconds = estimate(_settings(config), past)
         about = f", about {seconds:.0f} s each" if seconds is not None else ""
         lines.append(f"a search of {config.hydra.sweeper.n_trials} trials{about}")
-    lines.append(_total(len(jobs), running, estimates, len(past)))
-    return "\n".join([*lines, entries.summary()])
+    return "\n".join([*lines, total(plans, len(past)), entries.summary()])
+
+
+def plan(
+    cfg: DictConfig,
+    folder: Path,
+    name: str,
+    past: Sequence[Past],
+    entry: Entry | None = None,
+    retry: str | None = None,
+) -> Plan:
+    """What becomes of one job. `entry`: what a sweep's record knows of it."""
+    state = _state(cfg, folder, entry or Entry([]), retry)
+    runs = state.startswith("to run")
+    return Plan(folder, name, state, estimate(_settings(cfg), past) if runs else None)
 
 
 def composed(config: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, Path]:
@@ -107,9 +130,11 @@ def _state(cfg: DictConfig, folder: Path, entry: Entry, retry: str | None) -> st
     return f"to run ({reason})" if stood else "to run"
 
 
-def _total(jobs: int, running: int, estimates: Sequence[float], known: int) -> str:
-    parts = [f"{jobs} job{'s' if jobs != 1 else ''}: {running} to run"]
-    if estimates:
-        total = f"about {sum(estimates):.0f} s one after another"
-        parts.append(f"{total}, by the nearest of {known} finished runs")
+def total(plans: Sequence[Plan], known: int) -> str:
+    """How many jobs are to run, and about how long; `known`: finished runs that were looked at."""
+    running = sum(each.state.startswith("to run") for each in plans)
+    parts = [f"{len(plans)} job{'s' if len(plans) != 1 else ''}: {running} to run"]
+    if estimates := [each.seconds for each in plans if each.seconds is not None]:
+        about = f"about {sum(estimates):.0f} s one after another"
+        parts.append(f"{about}, by the nearest of {known} finished runs")
     return ", ".join(parts)

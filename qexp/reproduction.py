@@ -9,9 +9,10 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from qexp import cli, composition, results, runs, signature, tables, targets
+from qexp import cli, composition, forecast, results, runs, signature, tables, targets
 from qexp.errors import UserError
 from qexp.pivot import Setting
 from qexp.runs import Column
@@ -41,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("ids", nargs="*", help=f"of {', '.join(ids())}; or key=value for all jobs")
     parser.add_argument("--columns", help="by commas; the paper's own models by default")
     parser.add_argument("--show", action="store_true", help="run nothing: what stands on disk")
+    parser.add_argument("--dry-run", action="store_true", help="the jobs and what they would take")
     chosen = parser.parse_args(arguments)
     extra = [word for word in chosen.ids if "=" in word]
     code = 0
@@ -58,6 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     )
             if not chosen.ids:
                 print(f"{name}: {paper.title}; columns {', '.join(paper.columns)}")
+                continue
+            if chosen.dry_run:
+                print(plans(name, paper, columns, extra))
                 continue
             text, well = report(name, paper, columns, extra, chosen.show)
             print(text)
@@ -139,7 +144,7 @@ def measure(
     for job in paper.jobs(row, column):
         words = [f"experiment=paper/{name}", *job, *extra]
         try:
-            folder = place(words)
+            _, folder = composed(words)
         except UserError as error:
             return Measured(None, str(error))
         if not show and results.stale(folder) is not None:
@@ -150,11 +155,26 @@ def measure(
     return Measured(Setting(tuple(made)))
 
 
-def place(words: Sequence[str]) -> Path:
-    """The folder of a job."""
+def plans(name: str, paper: Paper, columns: Sequence[str], extra: Sequence[str]) -> str:
+    """The jobs of some columns, which of them stand on disk, and what the others would take."""
+    past = forecast.finished(OUTPUTS)
+    found = [
+        forecast.plan(
+            *composed([f"experiment=paper/{name}", *job, *extra]), f"{column} {row}", past
+        )
+        for column in columns
+        for row in paper.wanted(column)
+        for job in paper.jobs(row, column)
+    ]
+    return "\n".join([f"{name}: {paper.title}", *map(str, found), forecast.total(found, len(past))])
+
+
+def composed(words: Sequence[str]) -> tuple[DictConfig, Path]:
+    """A job's configuration and its folder."""
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(cli.conf())):
-            return OUTPUTS / signature.signature(compose("config", list(words)))
+            cfg = compose("config", list(words))
+            return cfg, OUTPUTS / signature.signature(cfg)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(composition.sentence(error)) from error
 

@@ -61,6 +61,16 @@ def test_what_stands_is_not_run_again_and_show_runs_nothing(qexp, capsys) -> Non
     assert written == {p: p.stat().st_mtime_ns for p in Path("outputs").glob("*/metrics.json")}
 
 
+def test_a_dry_run_lists_every_job_and_runs_none(qexp) -> None:  # noqa: F811
+    before = reproduction.plans("gptq_opt", paper(), ["own", "other"], ["save_weights=false"])
+    assert before.splitlines()[-1] == "6 jobs: 6 to run" and "other rtn: to run" in before
+    assert not list(Path("outputs").glob("*/metrics.json"))
+    reproduction.report("gptq_opt", paper(), ["own"], [], False)
+    after = reproduction.plans("gptq_opt", paper(), ["own", "other"], ["save_weights=false"])
+    assert after.count(": answered") == 4  # the first seed of `other` is `own`
+    assert "6 jobs: 2 to run, about" in after and "of 2 finished runs" in after
+
+
 def test_a_job_that_fails_says_why_and_takes_no_other_with_it(qexp) -> None:  # noqa: F811
     rows = {**paper().rows, "gptq": Row(["method=gptq", "weight.bits=11"], {"own": 1.0})}
     text, well = reproduction.report("gptq_opt", paper(rows=rows), ["own"], [], False)
