@@ -8,11 +8,12 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from qexp import cli, resolvers
-from qexp.bench.measuring import evaluation, harness
+from qexp.bench.measuring import evaluation
 from qexp.bench.overhead import overhead
 from qexp.bench.penalty import penalty
 from qexp.bench.solving import blockwise, oac
 from qexp.bench.training import qat, quadapter
+from qexp.bench.zeroshot import zeroshot
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -34,7 +35,7 @@ BENCHES: dict[str, Callable[[DictConfig], None]] = {
     "qat": qat,
     "quadapter": quadapter,
     "penalty": penalty,
-    "harness": harness,
     "oac": oac,
     "overhead": overhead,
+    "zeroshot": zeroshot,
 }

@@ -27,10 +27,12 @@ CODE = [f"qexp.eval.harness{part}" for part in ("", "_model", "_rows", "_scoring
 
 
 class Outcome(NamedTuple):
-    """Numbers by key, and for each metric that is right or wrong its value of every item."""
+    """Numbers by key; for each metric that is right or wrong its value of every item; what the
+    model answered to every request, a log-likelihood or a text."""
 
     numbers: dict[str, float]
     items: dict[str, Tensor]
+    answers: list[float | str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,11 +96,18 @@ class Harness(Evaluator):
         self._loaded  # noqa: B018 - first of all: whether the harness is installed
         from qexp.eval.harness_model import Model
 
-        said = self.ask(Model(task, self.batch_size, self.name))
-        return Outcome(_numbers(said["results"], said["versions"]), _items(said["samples"]))
+        return self.outcome_of(Model(task, self.batch_size, self.name))
+
+    def outcome_of(self, model: Any) -> Outcome:
+        """What the harness says of any model of its kind."""
+        said = self.ask(model)
+        samples = said["samples"]
+        return Outcome(
+            _numbers(said["results"], said["versions"]), _items(samples), _answers(samples)
+        )
 
     def ask(self, model: Any) -> dict[str, Any]:
-        """The harness's own results, for any model of its kind."""
+        """The harness's own results."""
         tasks = self._loaded
         from lm_eval.evaluator import evaluate
 
@@ -192,3 +201,9 @@ def _items(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Tens
         for key, column in columns.items()
         if all(isinstance(value, int | float) and value in (0, 1) for value in column)
     }
+
+
+def _answers(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[float | str]:
+    """Item by item. The harness gives a pair where it asks for greediness too."""
+    found = (each for rows in samples.values() for row in rows for each in row["filtered_resps"])
+    return [each[0] if isinstance(each, tuple) else each for each in found]

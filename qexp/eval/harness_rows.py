@@ -3,6 +3,8 @@
 One table, keyed as the harness names its data. Paths are below the folder QEXP_DATA_DIR.
 """
 
+import csv
+import io
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -68,6 +70,20 @@ def _lambada(row: Row) -> Row:
     return row if "text" in row else {"text": f"{row['context']} {row['continuation']}"}
 
 
+def _truthfulqa(row: Row) -> Row:
+    """The published table's columns, answers parted as the hub's script does."""
+    if "question" in row:
+        return row
+    plain = {key: row[key.title()] for key in ("type", "category", "question", "source")}
+    lists = {
+        f"{kind}_answers": [
+            text.strip() for text in row[f"{kind.title()} Answers"].strip(" ;").split(";")
+        ]
+        for kind in ("correct", "incorrect")
+    }
+    return {**plain, "best_answer": row["Best Answer"], **lists}
+
+
 def _files(pattern: str, *splits: str) -> dict[str, str]:
     return {split: f"{pattern}_{split}.jsonl" for split in splits}
 
@@ -101,6 +117,11 @@ FACTS: dict[tuple[str, str | None], Facts] = {
     ("tau/commonsense_qa", None): Facts(_files("tasks/commonsenseqa/csqa", *_TWO)),
     ("lighteval/siqa", None): Facts(_files("tasks/socialiqa/socialiqa", *_TWO)),
     ("google-research-datasets/nq_open", None): Facts(_files("tasks/nq_open/nq_open", *_TWO)),
+    # The table of questions is truthfulqa_gen's. The choices of truthfulqa_mc1 and mc2 are a file
+    # of their own (mc_task.json): which of the answers, in what words, the table does not tell.
+    ("truthfulqa/truthful_qa", "generation"): Facts(
+        {"validation": "tasks/truthfulqa/TruthfulQA.csv"}, _truthfulqa
+    ),
     ("EleutherAI/wikitext_document_level", "wikitext-2-raw-v1"): Facts(
         {
             "train": "wikitext2/wiki.train.raw",
@@ -135,4 +156,6 @@ def rows(facts: Facts, name: str | None, path: Path) -> list[Row]:
 def _read(path: Path, mtime_ns: int) -> list[Row]:
     if path.suffix == ".raw":
         return [{"page": page} for page in pages(read_text(path))]
+    if path.suffix == ".csv":
+        return list(csv.DictReader(io.StringIO(read_text(path))))
     return read_records(path)

@@ -79,6 +79,18 @@ FILES: dict[str, list[dict]] = {
         {"sentence_good": f"Who should {n} hug?", "sentence_bad": f"Who should {n} hugs?"}
         for n in range(6)
     ],
+    "tasks/truthfulqa/TruthfulQA.csv": [
+        {
+            "Type": "Adversarial",
+            "Category": "Cats",
+            "Question": f"Where do {n} cats sit?",
+            "Best Answer": "On the mat",
+            "Correct Answers": "On the mat; Nowhere, or so I hear;",
+            "Incorrect Answers": "On the dog",
+            "Source": "https://example.org",
+        }
+        for n in range(3)
+    ],
     "wikitext2/wiki.test.raw": [],
 }
 
@@ -88,6 +100,11 @@ def write(folder: Path) -> Path:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps(row) + "\n" for row in rows)
+        if name.endswith(".csv"):
+            text = "".join(
+                ",".join(f'"{v}"' for v in row) + "\n"
+                for row in [list(rows[0]), *map(dict.values, rows)]
+            )
         if name.endswith(".raw"):
             text = "".join(f" \n = Page {n} = \n \n {STORY * (3 * n + 1)}\n" for n in range(3))
         path.write_text(text)

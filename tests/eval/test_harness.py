@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import rows
 import torch
+from hydra.core.global_hydra import GlobalHydra
 from protocols import llama, protocol
 
+from qexp import bench
 from qexp.errors import UserError
 from qexp.eval import harness_rows
 from qexp.eval.evaluator import Start, digest
@@ -95,6 +97,15 @@ HUB = {
         "activity_label": "Roof work",
         "endings": ["is up.", "is ripping tiles off.", "starts to pull.", "is up there."],
         "label": "1",
+    },
+    ("truthfulqa/truthful_qa", "generation"): {
+        "type": "Adversarial",
+        "category": "Cats",
+        "question": "Where do 1 cats sit?",
+        "best_answer": "On the mat",
+        "correct_answers": ["On the mat", "Nowhere, or so I hear"],
+        "incorrect_answers": ["On the dog"],
+        "source": "https://example.org",
     },
 }
 
@@ -212,3 +223,17 @@ def test_nan_is_an_error(folder: Path) -> None:
     next(task.blocks.parameters()).data[0, 0] = torch.nan
     with pytest.raises(UserError, match=r"zero.*NaN"):
         harness(folder, "piqa")(task)
+
+
+def test_the_bench_sets_the_harness_own_model_beside(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(GlobalHydra.instance(), "hydra", None)
+    monkeypatch.setenv("QEXP_DATA_DIR", str(folder))
+    tasks = "eval.harness.tasks=[piqa,wikitext,gsm8k]"
+    small = ("model=tiny_llama", "data=synthetic", "calibration=synthetic")
+    bench.main(["zeroshot", *small, "eval=[harness,lm_eval_word]", tasks, "eval.harness.limit=2"])
+    *_, piqa, wikitext, gsm8k, word = capsys.readouterr().out.splitlines()
+    assert "| 4 of 4 |" in piqa and "acc" in piqa and float(piqa.split("|")[8]) < 1e-4
+    assert "| 4 of 4 |" in gsm8k  # texts, by two filters
+    assert "word_perplexity" in wikitext and "ppl" in word
