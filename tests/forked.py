@@ -1,8 +1,9 @@
 """Commands of qexp in forks of one process that has imported everything, so that a start is cheap.
 
 As a program it reads one JSON object a line: `commands` (lists of arguments, run at the same time),
-`kill` (seconds after which all of them are killed, or null) and `environment`; it answers with
-their exit codes. What they say goes to `said.log`.
+`kill` (seconds after which all of them are killed, or null), `folders` (of runs that there must be
+before those seconds begin) and `environment`; it answers with their exit codes. What they say goes
+to `said.log`.
 """
 
 import json
@@ -34,9 +35,16 @@ class Forks:
             env={**os.environ, **settings, **environment},
         )
 
-    def run(self, *commands: list[str], kill: float | None = None, **environment: str) -> list[int]:
+    def run(
+        self,
+        *commands: list[str],
+        kill: float | None = None,
+        folders: int = 0,
+        **environment: str,
+    ) -> list[int]:
         """Exit codes; -9 for what was killed."""
-        request = {"commands": commands, "kill": kill, "environment": environment}
+        request = {"commands": commands, "kill": kill, "folders": folders}
+        request["environment"] = environment
         assert self.program.stdin is not None and self.program.stdout is not None
         print(json.dumps(request), file=self.program.stdin, flush=True)
         return json.loads(self.program.stdout.readline())
@@ -71,6 +79,12 @@ def _fork(command: list[str], environment: dict[str, str]) -> int:
         os._exit(code)
 
 
+def _run(children: list[int]) -> bool:
+    """Whether any of them does still."""
+    ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
+    return any(os.waitid(os.P_PID, child, ended) is None for child in children)
+
+
 def _serve() -> None:
     import torch
 
@@ -81,6 +95,8 @@ def _serve() -> None:
         request: dict[str, Any] = json.loads(line)
         children = [_fork(command, request["environment"]) for command in request["commands"]]
         if request["kill"] is not None:
+            while len(list(Path("outputs").glob("[!.]*"))) < request["folders"] and _run(children):
+                time.sleep(0.01)
             time.sleep(request["kill"])
             for child in children:
                 os.kill(child, signal.SIGKILL)
