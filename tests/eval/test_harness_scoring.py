@@ -84,6 +84,21 @@ def test_each_input_is_in_one_batch_of_at_most_so_many() -> None:
     assert held < 0.6 * sum(map(len, inputs))
 
 
+def test_what_is_much_shorter_goes_apart() -> None:
+    inputs = [(n, *[n] * length) for n, length in enumerate((40, 36, 9, 40, 9, 36, 9))]
+    made = [[len(tree.tokens) for tree in batch] for batch in batches(trees(inputs, 16), 16)]
+    assert made == [[41, 41, 37, 37], [10, 10, 10]]
+
+
+def test_the_logits_of_a_place_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    task, seen = llama(), []
+    head = task.head
+    monkeypatch.setattr(task, "head", lambda states: seen.append(len(states)) or head(states))
+    prompt = (1, 2, 3, 4, 5)
+    score(task, [Request((*prompt, 6, 7, last), 3) for last in range(9)], 16, "x")
+    assert seen == [3]
+
+
 def test_behind_a_sliding_window_inputs_stay_alone() -> None:
     inputs = [(*range(20), n) for n in range(4)]
     assert len(list(trees(inputs, 4))) == 1
