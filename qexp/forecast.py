@@ -17,6 +17,7 @@ from qexp.files import locked
 from qexp.ledger import Entry, Sweep
 
 RECENT = 100  # finished runs that an estimate looks at, the newest
+WORK = ("method._target_", "transform._target_")  # runs that differ in these tell nothing of time
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,11 @@ def finished(top: Path) -> list[Past]:
 
 
 def estimate(settings: dict[str, Any], past: Sequence[Past]) -> float | None:
-    """The median of the runs that differ in the fewest keys; None without any run."""
-    apart = [len(settings.items() ^ run.settings.items()) for run in past]
-    near = [run.seconds for run, keys in zip(past, apart, strict=True) if keys == min(apart)]
+    """The median of the runs that differ in the fewest keys; None without any that does the same
+    kind of work."""
+    alike = [run for run in past if all(run.settings.get(k) == settings.get(k) for k in WORK)]
+    apart = [len(settings.items() ^ run.settings.items()) for run in alike]
+    near = [run.seconds for run, keys in zip(alike, apart, strict=True) if keys == min(apart)]
     return median(near) if near else None
 
 
@@ -137,4 +140,6 @@ def total(plans: Sequence[Plan], known: int) -> str:
     if estimates := [each.seconds for each in plans if each.seconds is not None]:
         about = f"about {sum(estimates):.0f} s one after another"
         parts.append(f"{about}, by the nearest of {known} finished runs")
+        if unlike := running - len(estimates):
+            parts.append(f"{unlike} like none of them")
     return ", ".join(parts)

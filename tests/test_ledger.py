@@ -137,6 +137,7 @@ def test_an_estimate_is_of_the_runs_that_are_nearest() -> None:
     assert forecast.estimate({"bits": "2", "model": "small"}, past) == 6.0
     assert forecast.estimate({"bits": "2", "model": "large"}, past) == 90.0
     assert forecast.estimate({"bits": "2"}, []) is None
+    assert forecast.estimate({"bits": "2", "method._target_": "training"}, past) is None
 
 
 @pytest.mark.parametrize(
