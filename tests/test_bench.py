@@ -1,5 +1,7 @@
 """Every bench runs on a tiny model and says what it is about."""
 
+import sys
+
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
@@ -27,6 +29,18 @@ def test_a_bench_ends_in_ratios(words, said, tmp_path, capsys, monkeypatch):
     bench.main([*words, *TINY])
     printed = capsys.readouterr().out
     assert said in printed and "GiB" in printed
+
+
+def test_jobs_are_run_with_and_without_a_shared_cache(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(GlobalHydra.instance(), "hydra", None)
+    monkeypatch.setenv("QEXP_CACHE_DIR", str(tmp_path))
+    words = ["sharing", *TINY, "weight.group_size=32", "logger=none", "eval=none"]
+    monkeypatch.setattr("sys.argv", ["bench.py", *words])
+    monkeypatch.setattr(sys.modules["qexp.bench.sharing"], "HESSIANS", {"gptq": "activation"})
+    bench.main()
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [line[0] for line in lines] == ["gptq", "gptq", "gptq", "all"]
+    assert lines[0][3] == lines[0][5]  # run once
 
 
 def test_an_unknown_bench_is_named():

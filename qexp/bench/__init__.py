@@ -11,6 +11,7 @@ from qexp import cli, resolvers
 from qexp.bench.measuring import evaluation
 from qexp.bench.overhead import overhead
 from qexp.bench.penalty import penalty
+from qexp.bench.sharing import sharing
 from qexp.bench.solving import blockwise, oac
 from qexp.bench.training import qat, quadapter
 from qexp.bench.zeroshot import zeroshot
@@ -37,5 +38,6 @@ BENCHES: dict[str, Callable[[DictConfig], None]] = {
     "penalty": penalty,
     "oac": oac,
     "overhead": overhead,
+    "sharing": sharing,
     "zeroshot": zeroshot,
 }

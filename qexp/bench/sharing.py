@@ -1,0 +1,61 @@
+"""What jobs of a sweep save by sharing: each with the others' cache, and with an empty one."""
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import chdir
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from omegaconf import DictConfig
+
+from qexp import cli
+from qexp.build import build
+from qexp.cache import default_folder
+
+HESSIANS = {"gptq": "activation", "spqr": "activation", "oac_one_pass": "output"}
+INPUTS = ("models", "converted")  # the model is on disk in either case
+
+
+def sharing(cfg: DictConfig) -> None:
+    """Processor seconds of whole jobs. The first on each Hessian finds none of it in either cache
+    and is run once."""
+    build(cfg.model).load()  # imported, fetched and converted before the clock runs
+    models, words = default_folder(), sys.argv[2:]
+    before, after = 0.0, 0.0
+    seen: set[str] = set()
+    print(f"{'job':<28}{'without cache':>16}{'with cache':>16}")
+    with TemporaryDirectory() as folder:
+        for method, hessian in HESSIANS.items():
+            for bits in (2, 3, 4):
+                own = [*words, f"method={method}", "method.propagate=false", f"weight.bits={bits}"]
+                shared = job(own, Path(folder) / "shared", models)
+                alone = shared
+                if hessian in seen:
+                    alone = job(own, Path(folder) / f"{method}-{bits}", models)
+                seen.add(hessian)
+                before, after = before + alone, after + shared
+                print(f"{method:<20}{bits} bits{alone:15.1f} s{shared:14.1f} s", flush=True)
+    print(f"{'all':<26}{before:15.1f} s{after:14.1f} s {after / before:8.2f} x without")
+
+
+def job(words: Sequence[str], place: Path, models: Path) -> float:
+    """Processor seconds of the command `qexp` in this process, with a cache in `place` that holds
+    the model at first."""
+    cache = place / "cache"
+    if not cache.is_dir():
+        cache.mkdir(parents=True)
+        for kind in INPUTS:
+            (models / kind).mkdir(parents=True, exist_ok=True)
+            (cache / kind).symlink_to(models / kind)
+    os.environ["QEXP_CACHE_DIR"] = str(cache)
+    sys.argv = ["qexp", *words]
+    with chdir(place):
+        start = time.process_time()
+        try:
+            cli.main()
+        except SystemExit as stop:
+            if stop.code:
+                raise
+        return time.process_time() - start
