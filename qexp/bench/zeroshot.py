@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 from omegaconf import DictConfig
 from torch import Tensor, nn
@@ -63,12 +64,12 @@ def compare(task: Task, evaluator: Harness, ours_first: bool) -> list[str]:
 
     for side in sorted(models, reverse=ours_first):
         with multiplied(task) as count:
-            seconds[side] = spent(task, lambda side=side: ask(side))
+            seconds[side] = spent(task, partial(ask, side))
         products[side] = sum(count)
     theirs, ours = said["hf"], said["qexp"]
     items = sum(value for key, value in ours.numbers.items() if key.endswith("/items"))
     pairs = list(zip(theirs.answers, ours.answers, strict=True))
-    gaps = [abs(a - b) for a, b in pairs if isinstance(a, float)]
+    gaps = [abs(a - b) for a, b in pairs if isinstance(a, float) and isinstance(b, float)]
     same = [a == b for a, b in pairs if isinstance(a, str)]
     for one, other in () if same else zip(theirs.items.values(), ours.items.values(), strict=True):
         same += (one == other).tolist()
