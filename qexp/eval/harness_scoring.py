@@ -53,6 +53,7 @@ class Tree:
                 path.append(nodes.setdefault((parent, token), len(nodes)))
             self.paths.append(path)
         self.tokens = [token for _, token in nodes]
+        self.longest = max(map(len, inputs))
 
     def depths(self) -> list[int]:
         found = [0] * len(self.tokens)
@@ -71,7 +72,8 @@ class Tree:
 
 
 def score(task: CausalLM, requests: Sequence[Request], rows: int, name: str) -> list[Answer]:
-    """The answer to each request, in order; `rows` inputs go through the model at once."""
+    """The answer to each request, in order; about as many tokens go through the model at once as
+    `rows` inputs have."""
     asked: dict[Tokens, list[int]] = {}
     for index, request in enumerate(requests):  # A, B, C and D after one question: one input
         asked.setdefault(request.tokens[:-1], []).append(index)
@@ -117,23 +119,24 @@ def trees(inputs: Sequence[Tokens], rows: int, window: float = math.inf) -> Iter
 
 
 def batches(found: Iterable[Tree], rows: int) -> Iterator[list[Tree]]:
-    """Trees of similar size, up to `rows` inputs together, the largest first: what does not fit
+    """Trees of similar size, with padding no more tokens than `rows` inputs as long as their
+    longest, which is what the harness's model has at a time. The largest first: what does not fit
     into memory fails at once. Inputs that share nothing go apart: they need no mask."""
 
     def shape(tree: Tree) -> tuple[bool, int]:
         return len(tree.inputs) > 1, len(tree.tokens)
 
     batch: list[Tree] = []
+    longest = 0
     for tree in sorted(found, key=shape, reverse=True):
-        count = sum(len(other.inputs) for other in batch) + len(tree.inputs)
-        similar = bool(batch) and (
-            shape(batch[0])[0] == shape(tree)[0]
-            and len(tree.tokens) >= SIMILAR * len(batch[0].tokens)
-        )
-        if batch and (count > rows or not similar):
-            yield batch
-            batch = []
+        if batch:
+            (shared, size), room = shape(batch[0]), max(longest, tree.longest)
+            fits = (len(batch) + 1) * size <= rows * room
+            if not fits or shape(tree)[0] != shared or shape(tree)[1] < SIMILAR * size:
+                yield batch
+                batch, longest = [], 0
         batch.append(tree)
+        longest = max(longest, tree.longest)
     if batch:
         yield batch
 

@@ -74,12 +74,14 @@ def test_a_tree_holds_each_token_once() -> None:
     assert tree.sees(7)[6].nonzero().flatten().tolist() == [6]
 
 
-def test_each_input_is_in_one_batch_of_at_most_so_many() -> None:
+def test_each_input_is_in_one_batch_of_at_most_so_many_tokens() -> None:
     inputs = list({request.tokens[:-1] for request in drawn(2, 20)})
     made = list(batches(trees(inputs, 7), 7))
     flat = [tokens for batch in made for tree in batch for tokens in tree.inputs]
     assert sorted(flat) == sorted(inputs)
-    assert max(sum(len(tree.inputs) for tree in batch) for batch in made) <= 7
+    for batch in made:
+        longest = max(len(tokens) for tree in batch for tokens in tree.inputs)
+        assert len(batch) * max(len(tree.tokens) for tree in batch) <= 7 * longest
     held = sum(len(tree.tokens) for batch in made for tree in batch)
     assert held < 0.6 * sum(map(len, inputs))
 
