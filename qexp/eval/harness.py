@@ -42,10 +42,11 @@ class Harness(Evaluator):
     `tasks`: names of the harness (tasks, groups, tags), or tasks of one's own as in its yaml files.
     `shots`: examples before each item (null: as each task says). `limit`: the first items of each
     task. `batch_size`: inputs that go through the model at once, or trees of inputs with as many
-    tokens; part of the definition, because the last digits of a log-likelihood depend on it. `bootstrap`: rounds of the harness's bootstrap
-    for metrics whose standard error has no formula. `source`: `local` files below `folder` (null:
-    QEXP_DATA_DIR), the `hub`, or `auto`: local files where they are. `against_float`: also count
-    the items that quantization turns from right to wrong and from wrong to right.
+    tokens; part of the definition, because the last digits of a log-likelihood depend on it.
+    `bootstrap`: rounds of the harness's bootstrap for metrics whose standard error has no formula.
+    `source`: `local` files below `folder` (null: QEXP_DATA_DIR), the `hub`, or `auto`: local files
+    where they are. `against_float`: also count the items that quantization turns from right to
+    wrong and from wrong to right.
     """
 
     name: str
