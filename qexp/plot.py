@@ -201,11 +201,13 @@ def _label(axes: Any, labels: Sequence[tuple[float, float, str, str]]) -> None:
     axes.set_xlim(low - (high - low) * min(0.5, 0.03 + 0.016 * longest), high)
     taken = -math.inf
     for x, y, name, colour in sorted(labels, key=lambda label: label[1]):
-        height = math.log(y / axes.get_ylim()[0]) / math.log(
-            axes.get_ylim()[1] / axes.get_ylim()[0]
+        height = axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[1]
+        taken = max(height, taken + 0.06)  # fractions of the axis; a line of text is about 0.05
+        note = axes.annotate(
+            name,
+            (x, taken),
+            xycoords=("data", "axes fraction"),
+            xytext=(-8, 0),
+            textcoords="offset points",
         )
-        shown = max(height, taken + 0.06)  # fractions of the axis; a line of text is about 0.05
-        taken = shown
-        at = axes.get_ylim()[0] * (axes.get_ylim()[1] / axes.get_ylim()[0]) ** shown
-        note = axes.annotate(name, (x, at), xytext=(-8, 0), textcoords="offset points")
         note.set(ha="right", va="center", color=colour, fontsize=10, fontweight="bold")

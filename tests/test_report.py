@@ -226,3 +226,11 @@ def test_any_metric_or_key_may_be_the_x_axis(sweep) -> None:
     assert {run.value("weight.bits") for run in found} == {2.0, 3.0, 4.0}
     assert report.main([str(sweep), "--out", "made", "--x", "weight.bits"]) == 0
     assert "weight.bits\n" in Path("made/report.html").read_text()
+
+
+def test_a_metric_may_be_zero_or_less(sweep) -> None:
+    for path in sweep.glob("*/metrics.json"):
+        change = {"suite/change": 0.0 if "none" in str(path) else -0.1, "suite/change_stderr": 0.1}
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert report.main([str(sweep), "--out", "made", "--metrics", "*/change"]) == 0
+    assert "suite/change" in Path("made/table.md").read_text()
