@@ -17,8 +17,11 @@ from qexp.errors import UserError
 from qexp.progress import bar
 from qexp.task import CausalLM
 
-# A beginning of fewer tokens, or of a smaller part of an input, is not worth a tree.
-SHARED, PART = 4, 0.125
+# A beginning of fewer tokens is not worth a tree.
+SHARED = 4
+# What it costs a token to attend to one token more, in tokens: measured at a width of 576, less in
+# wider models. In a tree every token attends to all others, and the mask takes most of it back.
+PAIR = 1e-3
 # A tree smaller than this share of another begins a batch of its own: the rest would be padding.
 SIMILAR = 0.8
 # Positions whose logits exist at one time: at 50 k tokens they stay in a processor's cache.
@@ -100,19 +103,21 @@ def score(task: CausalLM, requests: Sequence[Request], rows: int, name: str) -> 
 
 
 def trees(inputs: Sequence[Tokens], rows: int, window: float = math.inf) -> Iterator[Tree]:
-    """Sorted inputs, cut where a neighbour has much more in common with the other side. Inputs
-    longer than `window` stay alone."""
+    """Sorted inputs, cut where a neighbour has much more in common with the other side, or where
+    attention within a larger tree would cost more than what is shared. Inputs longer than `window`
+    stay alone."""
     ordered = sorted(inputs)
     common = [_common(a, b) for a, b in pairwise(ordered)]
     members: list[Tokens] = []
-    shared = 0
+    nodes = 0
     for tokens, before, after in zip(ordered, [0, *common], [*common, 0], strict=True):
-        reach = min(before, shared)
-        apart = reach < max(SHARED, PART * len(tokens)) or 2 * before < after
-        if members and (apart or len(members) == rows or len(tokens) > window):
+        new = len(tokens) - before
+        apart = before < max(SHARED, 2 * PAIR * nodes * new) or 2 * before < after
+        long = members and max(len(members[-1]), len(tokens)) > window
+        if members and (apart or long or len(members) == rows):
             yield Tree(members)
-            members = []
-        shared = reach if members else (len(tokens) if len(tokens) <= window else 0)
+            members, nodes = [], 0
+        nodes += new if members else len(tokens)
         members = [*members, tokens]
     if members:
         yield Tree(members)
