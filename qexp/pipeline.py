@@ -13,6 +13,7 @@ from qexp import own, progress, results, store
 from qexp.build import build
 from qexp.data.calibration import Recipe
 from qexp.edits import Marks, edits, marks
+from qexp.errors import UserError
 from qexp.eval.evaluator import Evaluator, Start, digest
 from qexp.methods.step import Record, Step
 from qexp.models.source import Loaded, Source
@@ -34,7 +35,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
     source: Source = build(cfg.model)
     recipe: Recipe = build(cfg.calibration)
     steps: list[Step] = [build(cfg.transform), build(cfg.method)]
-    evaluators: list[Evaluator] = [build(node) for node in cfg.eval.values()]
+    evaluators = [_evaluator(str(name), node) for name, node in cfg.eval.items()]
     files = [*source.files(), *recipe.files()]
     files += [p for step in steps for each in step.recipes().values() for p in each.files()]
     files += [path for evaluator in evaluators for path in evaluator.files()]
@@ -90,6 +91,17 @@ def as_task(source: Source, loaded: Loaded, cfg: DictConfig) -> Task:
     task = TASKS[source.objective](loaded.model, loaded.tokenizer).eval()
     place(task, cfg.device, cfg.offload)
     return task
+
+
+def _evaluator(name: str, node: DictConfig) -> Evaluator:
+    """UserError where only fields of an evaluation are given, and nothing says which one it is."""
+    if "_target_" not in node:
+        raise UserError(
+            f"eval.{name} has fields and is not chosen: name it in eval=[…], or leave it out with "
+            f"~eval.{name}"
+        )
+    evaluator: Evaluator = build(node)
+    return evaluator
 
 
 def storage(records: list[Record]) -> dict[str, float]:

@@ -154,6 +154,7 @@ def test_a_full_disk_leaves_no_result(tmp_path, monkeypatch):
         (["device=cuda:7"], "device=cuda:7"),
         (["model=tiny_gpt2", "eval.held_out.length=4096"], "length"),
         (["calibration.sequences=0"], r"calibration\.sequences"),
+        (["+eval.zeroshot_oac.limit=5"], r"eval\.zeroshot_oac .* ~eval\.zeroshot_oac"),
     ],
     ids=str,
 )
