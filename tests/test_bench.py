@@ -1,5 +1,6 @@
 """Every bench runs on a tiny model and says what it is about."""
 
+import logging
 import sys
 
 import pytest
@@ -41,6 +42,8 @@ def test_jobs_are_run_with_and_without_a_shared_cache(tmp_path, capsys, monkeypa
     lines = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
     assert [line[0] for line in lines] == ["gptq", "gptq", "gptq", "all"]
     assert lines[0][3] == lines[0][5]  # run once
+    left = logging.getLogger().handlers  # the jobs' folders are gone
+    assert not any(isinstance(handler, logging.FileHandler) for handler in left)
 
 
 def test_an_unknown_bench_is_named():

@@ -1,10 +1,11 @@
 """What jobs of a sweep save by sharing: each with the others' cache, and with an empty one."""
 
+import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import chdir
+from collections.abc import Iterator, Sequence
+from contextlib import chdir, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -51,7 +52,7 @@ def job(words: Sequence[str], place: Path, models: Path) -> float:
             (cache / kind).symlink_to(models / kind)
     os.environ["QEXP_CACHE_DIR"] = str(cache)
     sys.argv = ["qexp", *words]
-    with chdir(place):
+    with chdir(place), _handlers():
         start = time.process_time()
         try:
             cli.main()
@@ -59,3 +60,17 @@ def job(words: Sequence[str], place: Path, models: Path) -> float:
             if stop.code:
                 raise
         return time.process_time() - start
+
+
+@contextmanager
+def _handlers() -> Iterator[None]:
+    """Puts the handlers of the log back: Hydra's writes into the folder of the job."""
+    root = logging.getLogger()
+    before = root.handlers[:]
+    try:
+        yield
+    finally:
+        for handler in root.handlers:
+            if handler not in before:
+                handler.close()
+        root.handlers[:] = before
