@@ -17,7 +17,7 @@ h1 { font-size: 1.5rem; margin-bottom: 0 } h2 { font-size: 1.15rem; margin-top: 
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .7rem; text-align: left; white-space: nowrap; vertical-align: top }
 thead th { border-bottom: 1.5px solid #333; font-weight: 600; white-space: normal;
-  max-width: 16rem; overflow-wrap: anywhere; vertical-align: bottom }
+  max-width: 16rem; vertical-align: bottom }
 thead th.above { text-align: center; border-bottom: 1px solid #aaa }
 thead th[data-sort] { cursor: pointer }
 tbody tr { border-bottom: 1px solid #eee } tbody tr:hover { background: #f4f7fb }

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import wandb
 from folders import folder
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue
@@ -78,6 +79,7 @@ def test_wandb_is_given_what_its_users_look_for(tmp_path, monkeypatch) -> None:
     cfg = OmegaConf.create({"logger": logger, "weight": {"bits": 3, "range": {"low": 0}}})
     with loggers.opened(cfg, run, "the-sweep") as log:
         log({"held_out/ppl": 37.0})
+    wandb.teardown()  # its process has written everything when it ends
     [path] = run.glob("wandb/offline-run-*/*.wandb")
     found = list(records(path))
     [start] = [record.run for record in found if record.HasField("run")][:1]
