@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,12 +15,19 @@ KINDS = ("weights", "scales", "offsets", "channels")
 class AdamW:
     """AdamW with a learning rate of its own for weights, scales, offsets (zero points) and channels
     (logarithms of channel scales); a rise over the first `warmup` share of all steps, then a cosine
-    down to `floor` of the rate."""
+    down to `floor` of the rate.
+
+    relative: the rate of scales is in units of each tensor's mean scale at the start. Adam moves a
+    parameter by about its rate whatever the gradient's size, and the scales of one model lie
+    between 1e-3 and 10: an absolute rate that suits the first leaves the last, the ranges that
+    outliers made, where they are. Offsets are in codes.
+    """
 
     weights: float = 2e-5
-    scales: float = 1e-3
-    offsets: float = 1e-3
+    scales: float = 3e-3
+    offsets: float = 3e-2
     channels: float = 1e-3
+    relative: bool = True
     weight_decay: float = 0.0  # of weights alone
     betas: tuple[float, float] | list[float] = (0.9, 0.999)
     warmup: float = 0.05
@@ -27,15 +35,16 @@ class AdamW:
     clip: float | None = 1.0  # largest norm of all gradients together
 
     def optimizer(self, parameters: Mapping[str, Sequence[nn.Parameter]]) -> torch.optim.Optimizer:
-        groups = [
-            {
-                "params": list(parameters[kind]),
-                "lr": getattr(self, kind),
-                "weight_decay": self.weight_decay if kind == "weights" else 0.0,
-            }
-            for kind in KINDS
-            if parameters.get(kind)
-        ]
+        groups: list[dict[str, Any]] = []
+        for kind in KINDS:
+            rate, members = getattr(self, kind), list(parameters.get(kind, ()))
+            if kind == "scales" and self.relative:
+                for scale in members:
+                    unit = float(scale.detach().abs().mean())
+                    groups.append({"params": [scale], "lr": rate * unit, "weight_decay": 0.0})
+            elif members:
+                decay = self.weight_decay if kind == "weights" else 0.0
+                groups.append({"params": members, "lr": rate, "weight_decay": decay})
         # Fused: one pass over the weights and their moments instead of about ten.
         return torch.optim.AdamW(groups, betas=(self.betas[0], self.betas[1]), fused=True)
 

@@ -178,6 +178,19 @@ def test_each_kind_has_its_own_rate():
     assert [(g["lr"], g["weight_decay"]) for g in groups] == [(1e-5, 0.1), (1e-3, 0), (1e-2, 0)]
 
 
+@pytest.mark.parametrize(("relative", "moved"), [(True, (0.99, 0.99)), (False, (-9.0, 0.9991))])
+def test_rates_of_scales_are_shares_of_them(relative, moved):
+    """Of one a thousandth and one ten, after one step of Adam, which moves by the rate itself."""
+    scales = [nn.Parameter(torch.tensor([[value]])) for value in (1e-3, 10.0)]
+    rule = AdamW(scales=1e-2, relative=relative, warmup=0.0)
+    starts = [float(scale.detach()) for scale in scales]
+    optimizer = rule.optimizer({"scales": scales})
+    sum(scale.sum() for scale in scales).backward()
+    optimizer.step()
+    shares = [float(scale.detach()) / start for scale, start in zip(scales, starts, strict=True)]
+    assert shares == pytest.approx(moved, rel=1e-3)
+
+
 def test_lsq_starts_where_the_paper_does():
     linear = nn.Linear(32, 6)
     method = replace(METHOD, scale=LSQ())
