@@ -6,7 +6,7 @@ alone, so a run that was killed goes on from its last leg to the weights it woul
 """
 
 import csv
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from qexp import faults
 from qexp.files import atomic
 from qexp.optimizer import AdamW
+from qexp.sharded import full, whole
 from qexp.task import Batch, Task, trimmed
 
 Loss = Callable[[Batch], Float[Tensor, ""]]
@@ -95,6 +96,7 @@ class Training(L.LightningModule):
     """A course under way."""
 
     strict_loading = False  # checkpoints hold what trains, nothing else
+    forwards = ("training_step", "validation_step", "measure")  # what computes with the model
 
     def __init__(self, course: Course, pace: Pace, path: Path) -> None:
         super().__init__()
@@ -103,14 +105,21 @@ class Training(L.LightningModule):
         self.lines: list[dict[str, float]] = []
         self.losses: list[Tensor] = []
         self.random: Tensor | None = None
-        chosen = {id(p) for group in course.parameters.values() for p in group}
-        self.names = {name for name, p in self.named_parameters() if id(p) in chosen}
+        kinds = {id(p): kind for kind, group in course.parameters.items() for p in group}
+        self.kinds = {name: kinds[id(p)] for name, p in self.named_parameters() if id(p) in kinds}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        return {name: p.detach() for name, p in self.named_parameters() if name in self.names}
+        return {name: full(p.detach()) for name, p in self._chosen()}
+
+    def _chosen(self, kind: str | None = None) -> Iterator[tuple[str, nn.Parameter]]:
+        """What trains, by name: a strategy may have put others in the parameters' places."""
+        for name, parameter in self.named_parameters():
+            if name in self.kinds and kind in (None, self.kinds[name]):
+                yield name, parameter
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.course.optimizer.optimizer(self.course.parameters)
+        parameters = {kind: [p for _, p in self._chosen(kind)] for kind in self.course.parameters}
+        optimizer = self.course.optimizer.optimizer(parameters)
         rule, steps = self.course.optimizer, self.pace.steps
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda at: rule.factor(at, steps))
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
@@ -144,7 +153,7 @@ class Training(L.LightningModule):
 
     def training_step(self, batch: Batch, index: int) -> Float[Tensor, ""]:
         loss = self.course.loss(trimmed(batch))
-        if not loss.isfinite():
+        if self.trainer.strategy.reduce((~loss.isfinite()).float(), reduce_op="sum"):
             raise faults.loss(self.task, batch, self.global_step)
         self.losses.append(loss.detach())
         return loss
@@ -155,16 +164,20 @@ class Training(L.LightningModule):
         self.log("validation", loss, batch_size=rows, on_epoch=True, sync_dist=True)
 
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-        chosen = [p for group in self.course.parameters.values() for p in group]
-        norm = nn.utils.get_total_norm([p.grad for p in chosen if p.grad is not None])
+        chosen = [p for _, p in self._chosen()]
+        norm = full(nn.utils.get_total_norm([p.grad for p in chosen if p.grad is not None]))
         limit = self.course.optimizer.clip
         if not norm.isfinite():
             raise faults.gradient(self.task, self.global_step)
         if limit is not None and norm > limit:
             nn.utils.clip_grads_with_norm_(chosen, limit, norm)
 
+    def measure(self) -> dict[str, float]:
+        with whole(self):
+            return dict(self.course.measure())
+
     def on_train_start(self) -> None:
-        self.course.measure()  # what it measures, it measures from here
+        self.measure()  # what it measures, it measures from here
         if self.random is not None:
             torch.set_rng_state(self.random)
 
@@ -177,7 +190,7 @@ class Training(L.LightningModule):
         self.losses.clear()
         if "validation" in self.trainer.callback_metrics:
             line["validation"] = float(self.trainer.callback_metrics["validation"])
-        self.lines.append(line | dict(self.course.measure()))
+        self.lines.append(line | self.measure())
         if self.trainer.is_global_zero:
             with atomic(self.path) as path, path.open("w", newline="") as file:
                 table = csv.DictWriter(file, list(self.lines[-1]), restval="")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from qexp.errors import UserError
+from qexp.sharded import full
 from qexp.task import Batch, Task
 
 ADVICE = "lower method.optimizer's rates or its clip, or train in trainer.precision=32-true."
@@ -14,7 +15,7 @@ ADVICE = "lower method.optimizer's rates or its clip, or train in trainer.precis
 def loss(task: Task, batch: Batch, step: int) -> UserError:
     """The first layer whose weights, else whose outputs, are not finite."""
     for name, parameter in task.model.named_parameters():
-        if not parameter.isfinite().all():
+        if not full(parameter.detach()).isfinite().all():
             return UserError(f"training: step {step}: {name} is no longer finite: {ADVICE}")
     first: list[str] = []
     handles = [
@@ -35,7 +36,7 @@ def gradient(task: Task, step: int) -> UserError:
     bad = [
         name
         for name, parameter in task.named_parameters()
-        if parameter.grad is not None and not parameter.grad.isfinite().all()
+        if parameter.grad is not None and not full(parameter.grad).isfinite().all()
     ]
     where = bad[-1].removeprefix("model.") if bad else "no parameter"
     return UserError(f"training: step {step}: the gradient of {where} is not finite: {ADVICE}")

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from qexp.sharded import full
+
 KINDS = ("weights", "scales", "offsets", "channels")
 
 
@@ -40,7 +42,7 @@ class AdamW:
             rate, members = getattr(self, kind), list(parameters.get(kind, ()))
             if kind == "scales" and self.relative:
                 for scale in members:
-                    unit = float(scale.detach().abs().mean())
+                    unit = float(full(scale.detach()).abs().mean())
                     groups.append({"params": [scale], "lr": rate * unit, "weight_decay": 0.0})
             elif members:
                 decay = self.weight_decay if kind == "weights" else 0.0

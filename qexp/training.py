@@ -12,10 +12,13 @@ from pathlib import Path
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
+from torch.multiprocessing.spawn import ProcessRaisedException
 
 from qexp import progress
 from qexp.course import Course, Pace, Training
 from qexp.errors import UserError
+from qexp.sharded import Sharded
 from qexp.task import Task
 
 log = logging.getLogger(__name__)
@@ -28,8 +31,8 @@ class Trainer:
     every: steps between validations (and checkpoints, lines of the log). patience: stop after so
     many validations without a better one; null trains to the end. The best weights are kept where
     there is validation data. precision: of forward and backward, `32-true` or `bf16-mixed`.
-    recompute: activations of a block are computed again in backward. strategy, devices: as
-    Lightning names them.
+    recompute: activations of a block are computed again in backward. strategy: as Lightning names
+    them, but that `fsdp`, and `fsdp_fork` like `ddp_fork`, are `Sharded`. devices: how many.
     """
 
     steps: int = 200
@@ -46,15 +49,6 @@ class Trainer:
         for key in ("steps", "sequences", "accumulate", "every", "devices"):
             if getattr(self, key) < 1:
                 raise UserError(f"trainer.{key}={getattr(self, key)} must be at least 1.")
-
-    def check(self) -> None:
-        """UserError for a strategy whose result could not be kept."""
-        if self.strategy.startswith("fsdp"):
-            raise UserError(
-                f"trainer.strategy={self.strategy}: weights that lie in shards over GPUs cannot be "
-                "rounded and stored after training yet; give trainer=ddp (on the CPU with "
-                "trainer.strategy=ddp_fork), and trainer.recompute=true where memory is short."
-            )
 
     def fit(self, course: Course) -> list[dict[str, float]]:
         """Train; the log's lines. Leaves the best (else the last) weights in the model, in the
@@ -87,10 +81,10 @@ class Trainer:
             if last.exists():
                 log.info("training goes on from %s", last)
             cpu = device.type == "cpu"
-            L.Trainer(
+            trainer = L.Trainer(
                 accelerator="cpu" if cpu else "gpu",
                 devices=self.devices if cpu or self.devices > 1 else [device.index or 0],
-                strategy=self.strategy,
+                strategy=_strategy(self.strategy),
                 precision=self.precision,  # type: ignore[arg-type]
                 accumulate_grad_batches=self.accumulate,
                 max_steps=self.steps,
@@ -101,13 +95,33 @@ class Trainer:
                 logger=False,
                 enable_progress_bar=progress.drawn(),
                 enable_model_summary=False,
-            ).fit(module, ckpt_path=str(last) if last.exists() else None, weights_only=False)
+            )
+            with _told():
+                resumed = str(last) if last.exists() else None
+                trainer.fit(module, ckpt_path=resumed, weights_only=False)
             if best.best_model_path:
                 state = torch.load(best.best_model_path, weights_only=False)["state_dict"]
                 module.load_state_dict(state, strict=False)
             shutil.rmtree(kept, ignore_errors=True)
         task.to(device)
         return module.lines
+
+
+def _strategy(name: str) -> str | DDPStrategy:
+    starts = {"fsdp": "popen", "fsdp_fork": "fork"}
+    return Sharded(start_method=starts[name]) if name in starts else name  # type: ignore[arg-type]
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """A user's mistake that another process met is one here."""
+    try:
+        yield
+    except ProcessRaisedException as reason:
+        _, found, told = str(reason).rpartition(f"{UserError.__module__}.UserError: ")
+        if not found:
+            raise
+        raise UserError(told.strip()) from reason
 
 
 @contextmanager

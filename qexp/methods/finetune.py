@@ -137,7 +137,6 @@ class FineTune(Step):
 
     def check(self, task: Task) -> None:
         """UserError, before any work, for what cannot be trained."""
-        self.trainer.check()
         if next(task.blocks.parameters()).device != task.device:
             raise UserError(
                 "offload: training needs the whole model on its device; give offload=false "
