@@ -126,7 +126,7 @@ def _shown(folder: Path) -> dict[str, Any]:
     """The layers as a table and a picture, other pictures of the run, and what it cost."""
     import wandb
 
-    from qexp import plot
+    from qexp import heat
 
     found: dict[str, Any] = {}
     if layers := _lines(folder / results.LAYERS):
@@ -134,7 +134,9 @@ def _shown(folder: Path) -> dict[str, Any]:
         rows = [[_number(line[name]) for name in names] for line in layers]
         found["layers"] = wandb.Table(columns=names, data=rows)
         errors = {line["name"]: float(line["error"]) for line in layers}
-        plot.layers(errors).png(folder / "layers.png")
+        limits = heat.span(errors.values())
+        page = f"<style>{heat.STYLE}</style>{heat.scale(limits)}<p>{heat.heat_map(errors, limits)}"
+        found["figures/layers"] = wandb.Html(page)
     for path in sorted(folder.glob("*.png")):
         found[f"figures/{path.stem}"] = wandb.Image(str(path))
     for stage, cost in results.provenance(folder).get("stages", {}).items():

@@ -1,33 +1,40 @@
 """A report as one HTML file that needs nothing else: no network, no server, no other file."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
-from qexp import plot, tables
-from qexp.pivot import Setting, Table
+from qexp import heat, plot, tables
+from qexp.pivot import Setting, Table, differing
 from qexp.runs import Column, Run
 
 STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 84rem; padding: 0 1rem;
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 104rem; padding: 0 1rem;
   color: #1d1d1f }
 h1 { font-size: 1.5rem; margin-bottom: 0 } h2 { font-size: 1.15rem; margin-top: 2.2rem }
 .facts, .legend, small { color: #666; font-size: .85rem }
-.wide { overflow-x: auto }
+.wide { overflow: auto; max-height: 88vh } @media print { .wide { max-height: none } }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .7rem; text-align: left; white-space: nowrap; vertical-align: top }
-thead th { border-bottom: 1.5px solid #333; font-weight: 600; white-space: normal;
-  max-width: 16rem; vertical-align: bottom }
+th, td { padding: .22rem .6rem; text-align: left; white-space: nowrap; vertical-align: top }
+thead th { font-weight: 600; box-shadow: 0 1.5px #333; white-space: normal;
+  max-width: 9rem; vertical-align: bottom }
+thead { position: sticky; top: 0; z-index: 1; background: #fff }
+tbody { border-top: 1.5px solid #333 }
 thead th.above { text-align: center; border-bottom: 1px solid #aaa }
 thead th[data-sort] { cursor: pointer }
 tbody tr { border-bottom: 1px solid #eee } tbody tr:hover { background: #f4f7fb }
 td.number, th.number { text-align: right } td.best { font-weight: 700 }
+td.words { white-space: normal; min-width: 20rem; font-size: .85rem }
+#table tr > :first-child { position: sticky; left: 0; background: #fff }
 td small { display: block; font-weight: 400 } td a { color: inherit; text-decoration: none }
 code { font: .85em ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere }
 #runs td { white-space: normal }
-svg { max-width: 100%; height: auto } .mark:hover path { stroke: #000; stroke-width: 1.5 }
-.maps { display: flex; flex-wrap: wrap; gap: 1rem } .maps figure { margin: 0 }
-figcaption { font-size: .85rem; font-weight: 600 }
+svg { max-width: max(100%, 56rem); height: auto; display: block }
+.mark:hover path { stroke: #000; stroke-width: 1.5 }
+.maps { display: flex; flex-wrap: wrap; gap: 1.5rem; align-items: flex-end }
+.maps figure { margin: 0; width: 15rem }
+figcaption { font-size: .8rem; margin-bottom: .3rem }
 #tip { position: fixed; display: none; max-width: 36rem; background: #1d1d1f; color: #fff;
   padding: .4rem .6rem; border-radius: .3rem; font-size: .82rem; white-space: pre-line;
   pointer-events: none }
@@ -36,15 +43,17 @@ figcaption { font-size: .85rem; font-weight: 600 }
 SCRIPT = """
 const tip = document.getElementById('tip');
 for (const title of document.querySelectorAll('.mark > title')) {
-  const mark = title.parentNode, text = title.textContent;
-  mark.dataset.says = text; title.remove();
-  mark.addEventListener('mousemove', event => {
-    tip.textContent = text; tip.style.display = 'block';
-    tip.style.left = Math.min(event.clientX + 14, innerWidth - tip.offsetWidth - 8) + 'px';
-    tip.style.top = Math.min(event.clientY + 14, innerHeight - tip.offsetHeight - 8) + 'px';
-  });
-  mark.addEventListener('mouseleave', () => tip.style.display = 'none');
+  title.parentNode.dataset.says = title.textContent; title.remove();
 }
+for (const cell of document.querySelectorAll('[title]')) {
+  cell.dataset.says = cell.title; cell.removeAttribute('title');
+}
+document.addEventListener('mousemove', event => {
+  const says = event.target.closest?.('[data-says]')?.dataset.says;
+  tip.style.display = says ? 'block' : 'none'; tip.textContent = says;
+  tip.style.left = Math.min(event.clientX + 14, innerWidth - tip.offsetWidth - 8) + 'px';
+  tip.style.top = Math.min(event.clientY + 14, innerHeight - tip.offsetHeight - 8) + 'px';
+});
 const sort = head => {
   const body = head.closest('table').tBodies[0], at = +head.dataset.sort;
   const key = row => row.cells[at].dataset.value ?? row.cells[at].textContent;
@@ -82,10 +91,9 @@ def page(
     parts = [
         f"<h1>qexp: {len(settings)} settings, {len(runs)} runs</h1>",
         f'<p class="facts">{escape(common(settings))}</p>',
-        f'<div class="wide">{_table(sheet)}</div>',
+        f'<div class="wide">{plot.against_bits(settings, table.columns, x, say).svg()}</div>',
+        f'<h2>Settings</h2><div class="wide">{_table(sheet)}</div>',
         *(f'<p class="legend">{escape(line)}</p>' for line in legend),
-        "<h2>Against bits</h2>",
-        plot.against_bits(settings, table.columns, x, say).svg(),
         *_maps(settings, sheet.numbers),
         f'<h2>Runs</h2><div class="wide">{_runs(settings, sheet.numbers)}</div>',
         f"<h2>Protocols</h2>{_protocols(runs)}",
@@ -97,7 +105,8 @@ def page(
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width"><title>qexp report</title>'
-        f'<link rel="icon" href="data:,"><style>{STYLE}</style></head>\n<body>\n{body}\n'
+        f'<link rel="icon" href="data:,"><style>{STYLE}{heat.STYLE}</style></head>\n'
+        f"<body>\n{body}\n"
         f'<div id="tip"></div><script>{SCRIPT}</script></body></html>\n'
     )
 
@@ -128,19 +137,22 @@ def _table(sheet: tables.Sheet) -> str:
         )
         above = f"<tr>{cells}</tr>"
     titles = "".join(
-        f'<th{kind} data-sort="{i}">{escape(title)}</th>'
+        f'<th{kind} data-sort="{i}">{_breakable(title)}</th>'
         for i, ((_, title), kind) in enumerate(zip(sheet.heads, kinds, strict=True))
     )
     lines = [
-        "".join(_cell(cell, i >= sheet.labels, sheet) for i, cell in enumerate(cells))
+        "".join(
+            _cell(cell, i >= sheet.labels, sheet, sheet.titles[i]) for i, cell in enumerate(cells)
+        )
         for cells in sheet.rows
     ]
     rows = "".join(f"<tr>{line}</tr>\n" for line in lines)
     return f'<table id="table"><thead>{above}<tr>{titles}</tr></thead><tbody>{rows}</tbody></table>'
 
 
-def _cell(cell: tables.Cell, is_number: bool, sheet: tables.Sheet) -> str:
-    classes = " ".join(["number"] * is_number + ["best"] * cell.bold)
+def _cell(cell: tables.Cell, is_number: bool, sheet: tables.Sheet, title: str) -> str:
+    words = title == tables.TOGETHER
+    classes = " ".join(["number"] * is_number + ["best"] * cell.bold + ["words"] * words)
     value = f' data-value="{cell.value}"' if cell.value == cell.value else ""
     hover = ""
     if cell.setting is not None:
@@ -153,24 +165,30 @@ def _cell(cell: tables.Cell, is_number: bool, sheet: tables.Sheet) -> str:
     return f'<td class="{classes}"{value}{hover}>{text}{note}</td>'
 
 
+def _breakable(title: str) -> str:
+    """A title that may go on in the next line after the marks that part its words."""
+    return re.sub(r"([/_.])", r"\1<wbr>", escape(title))
+
+
 def _maps(settings: Sequence[Setting], numbers: Mapping[int, int]) -> list[str]:
     """Errors by layer, all on one scale, so that two maps can be held against each other."""
     found = [(setting, errors) for setting in settings if (errors := setting.layers)]
     if not found:
         return []
-    limits = plot.span(value for _, errors in found for value in errors.values())
-    keys = [key for key in ("model", "transform", "method", "weight.bits", "activation")]
+    limits = heat.span(value for _, errors in found for value in errors.values())
+    keys = differing([setting for setting, _ in found])
     figures = []
     for setting, errors in found:
-        words = [label for key in keys if (label := setting.label(key)) not in ("", "none")]
-        name = f"{numbers[id(setting)]}: {', '.join(words)}"
-        picture = plot.layers(errors, limits).svg()
-        figures.append(f"<figure><figcaption>{escape(name)}</figcaption>{picture}</figure>")
+        words = [word for key in keys if (word := setting.word(key)) not in ("", "none")]
+        name = f"<b>{numbers[id(setting)]}</b> {escape(', '.join(words))}"
+        picture = heat.heat_map(errors, limits)
+        figures.append(f"<figure><figcaption>{name}</figcaption>{picture}</figure>")
     legend = (
         "The share of each linear's output energy that quantization changes, in the Hessian of the "
-        "method (its weights' energy where it has none); the mean over seeds."
+        "method (its weights' energy where it has none); the mean over seeds. "
+        f"One scale for all: {heat.scale(limits)}."
     )
-    opened = " open" if len(figures) <= 6 else ""
+    opened = " open" if len(figures) <= 12 else ""
     return [
         f'<h2>Errors by layer</h2><p class="legend">{legend}</p>',
         f"<details{opened}><summary>{len(figures)} maps</summary>",
@@ -183,7 +201,7 @@ def _runs(settings: Iterable[Setting], numbers: Mapping[int, int]) -> str:
     for setting in settings:
         for run in setting.runs:
             lines.append(_run(run, numbers[id(setting)], run is setting.runs[0]))
-    titles = ("", "command, folder", "seed", "seconds by stage", "code", "git", "machine")
+    titles = ("run", "command, folder", "seed", "seconds by stage", "code", "git", "machine")
     heads = "".join(f"<th>{title}</th>" for title in titles)
     return (
         f'<table id="runs"><thead><tr>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table>'

@@ -47,6 +47,10 @@ class Picture:
             self.figure.savefig(file, format="svg", metadata={"Date": None})
         text = file.getvalue()
         text = text[text.index("<svg") :]
+        text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+        # tenths of a point are finer than a screen
+        text = re.sub(r' d="[^"]+"', lambda path: re.sub(r"(\.\d)\d+", r"\1", path[0]), text)
+        text = re.sub(r"\s*\n\s*", " ", text)
         return re.sub(r'<g id="(mark\d+)">', self._titled, text)
 
     def _titled(self, found: re.Match[str]) -> str:

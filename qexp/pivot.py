@@ -11,6 +11,7 @@ from qexp.errors import UserError
 from qexp.runs import Column, Run
 
 SEED = ("seed",)
+MOST = 6  # keys that have a column each where none were chosen
 FIRST = ("model", "data", "calibration", "transform", "method", "activation", "kv", "weight.bits")
 
 
@@ -54,6 +55,16 @@ class Setting:
     def label(self, key: str) -> str:
         """A choice or value that all of its runs have."""
         return self.run.label(key)
+
+    def word(self, key: str) -> str:
+        """The same where no title stands above it: `mse`, `damp=0.1`; empty without such a key."""
+        label = self.label(key)
+        if not label or key in self.run.choices:
+            return label
+        above, _, last = key.rpartition(".")
+        if last == "_target_":  # a class, of which a reader knows the name
+            return f"{above.rpartition('.')[2]}={label.rpartition('.')[2]}"
+        return f"{last}={label}"
 
     @cached_property
     def seeded(self) -> dict[Column, dict[str, Run]]:
@@ -121,6 +132,7 @@ class Table:
     rows: tuple[Row, ...]
     places: tuple[tuple[str, ...], ...]  # labels of the column keys, in order
     columns: tuple[Column, ...]
+    together: tuple[str, ...] = ()  # those of the row keys that share one column
 
     @property
     def settings(self) -> list[Setting]:
@@ -160,13 +172,18 @@ def pivot(
     columns: Sequence[str] = (),
     metrics: Sequence[Column] | None = None,
 ) -> Table:
-    """A table with `rows` (all keys that differ, by default) down and `columns` across.
+    """A table with `rows` down and `columns` across.
+
+    By default the rows are all keys that differ; of more than MOST, those that a reader does not
+    look for share a column.
 
     Raises UserError when two settings fall into one cell: settings are never averaged.
     """
     apart = differing(settings)
+    together: list[str] = []
     if rows is None:
         rows = [key for key in apart if key not in columns] or ["method"]
+        together = [key for key in rows if key not in FIRST] if len(rows) > MOST else []
     found: dict[tuple[str, ...], dict[tuple[str, ...], Setting]] = {}
     for setting in settings:
         labels = tuple(setting.label(key) for key in rows)
@@ -187,6 +204,7 @@ def pivot(
         rows=tuple(Row(labels, cells) for labels, cells in found.items()),
         places=tuple(dict.fromkeys(place for cells in found.values() for place in cells)),
         columns=tuple(dict.fromkeys(metrics)),
+        together=tuple(together),
     )
 
 

@@ -1,19 +1,20 @@
-"""Pictures of settings: a metric against bits, and errors layer by layer."""
+"""Pictures of settings: a metric against bits."""
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from qexp.picture import Picture, figure
-from qexp.pivot import Setting, differing
+from qexp.pivot import FIRST, Setting, differing
 from qexp.runs import Column
 
-# Okabe and Ito: told apart with any colour vision, and by their markers in grey
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-LONGEST = 24  # letters of a name that has room beside its line
+# Okabe and Ito, grey for yellow: told apart with any colour vision, and in grey by their markers
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"]
+COLOURS += ["#000000", "#999999"]
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+LONGEST = 16  # letters of a name that has room beside its line
 MOST = 6  # names beside their lines
+CROWD = 10  # more lines than these are drawn by what a reader looks for first
 GREY = "#666666"
 PANEL = ("model", "data", "calibration")  # what a panel has in common
 
@@ -26,7 +27,12 @@ def against_bits(
     x: str = "weight/bits",
     say: Say = lambda setting, column: setting.run.command,
 ) -> Picture:
-    """A panel for each column, model and data. `x`: a metric or a number of the configuration."""
+    """A panel for each column, model and data; a method looks alike in all of them.
+
+    `x`: a metric or a number of the configuration.
+    """
+    lines = _series(settings, x)
+    beside = len(lines) <= MOST and max(map(len, lines), default=0) <= LONGEST
     panels: list[tuple[Column, str, list[Setting]]] = []
     for column in columns:
         found: dict[str, list[Setting]] = {}
@@ -35,89 +41,56 @@ def against_bits(
                 subject = ", ".join(setting.label(key) for key in PANEL)
                 found.setdefault(subject, []).append(setting)
         panels += [(column, subject, members) for subject, members in found.items()]
+    # one setting alone is against nothing
+    panels = [panel for panel in panels if len(panel[2]) > 1] or panels
     across = min(len(panels), 3) or 1
     down = math.ceil(len(panels) / across) or 1
     picture = Picture(figure(6.4 * across, 4.4 * down))
     for index, (column, subject, members) in enumerate(panels):
         axes = picture.figure.add_subplot(down, across, index + 1)
-        _panel(picture, axes, column, members, x, say)
-        axes.set_title(subject, loc="left", fontsize=11)
-    return picture
+        labels = _panel(picture, axes, column, members, lines, x, say)
+        protocol, _, key = column.name.rpartition("/")
+        named = f"{protocol} [{column.digest}]" if column.digest else protocol
+        axes.set_title(f"{named}\n{subject}", loc="left", fontsize=10)
+        axes.set_ylabel("perplexity" if key == "ppl" else key)
+        if beside:
+            _label(axes, labels)
+    if lines and not beside:  # names would cover the lines, or each other
+        from matplotlib.lines import Line2D
 
-
-def layers(errors: Mapping[str, float], limits: tuple[float, float] | None = None) -> Picture:
-    """Blocks down, linears of a block across, the error's logarithm as colour.
-
-    `limits`: errors at the ends of the scale, so that several pictures can share it.
-    """
-    from matplotlib import colormaps
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import LogNorm
-    from matplotlib.patches import Rectangle
-
-    places = {name: place(name) for name in errors}
-    blocks = sorted({block for block, _ in places.values()})
-    kinds = list(dict.fromkeys(kind for _, kind in places.values()))
-    low, high = limits or span(errors.values())
-    norm = LogNorm(low, max(high, low * 1.01), clip=True)
-    scale: Any = ScalarMappable(norm, colormaps["viridis"])
-    picture = Picture(figure(1.6 + 0.36 * len(kinds), 1.2 + 0.1 * len(blocks)))
-    axes = picture.figure.add_subplot()
-    for name, (block, kind) in places.items():
-        value = errors[name]
-        mark = Rectangle(
-            (kinds.index(kind) - 0.5, blocks.index(block) - 0.5),
-            1,
-            1,
-            facecolor=scale.to_rgba(value) if value > 0 else "white",
-            edgecolor="white",
-            linewidth=0.4,
-            gid=picture.name(f"{name}: {value:.3g}"),
+        shown = [Line2D([], [], **look, label=name) for name, (look, _) in lines.items()]
+        widest = max(map(len, lines)) * 0.075 + 0.6  # inches
+        abreast = max(1, min(len(lines), int(6.4 * across / widest)))
+        picture.figure.legend(
+            handles=shown, loc="outside lower left", ncols=abreast, frameon=False, fontsize=9
         )
-        axes.add_patch(mark)
-    axes.set_xlim(-0.5, len(kinds) - 0.5)
-    axes.set_ylim(len(blocks) - 0.5, -0.5)
-    short = [kind.rpartition(".")[2] for kind in kinds]
-    names = short if len(set(short)) == len(short) else kinds
-    axes.set_xticks(range(len(kinds)), names, rotation=40, ha="right", fontsize=8)
-    step = math.ceil(len(blocks) / 10)
-    axes.set_yticks(range(0, len(blocks), step), [str(each) for each in blocks[::step]], fontsize=8)
-    axes.set_ylabel("block", fontsize=9)
-    axes.spines[:].set_visible(False)
-    bar = picture.figure.colorbar(scale, ax=axes, fraction=0.05)
-    bar.ax.tick_params(labelsize=8)
-    bar.outline.set_visible(False)
     return picture
-
-
-def place(name: str) -> tuple[int, str]:
-    """The block of a linear, and its name there."""
-    found = re.match(r"(?:.*?\.)?(\d+)\.(.+)", name)
-    return (int(found[1]), found[2]) if found else (0, name)
-
-
-def span(values: Iterable[float]) -> tuple[float, float]:
-    """The least and the largest that a logarithm can show."""
-    shown = [value for value in values if value > 0 and math.isfinite(value)]
-    return (min(shown), max(shown)) if shown else (1e-6, 1.0)
 
 
 def _panel(
-    picture: Picture, axes: Any, column: Column, settings: Sequence[Setting], x: str, say: Say
-) -> None:
+    picture: Picture,
+    axes: Any,
+    column: Column,
+    settings: Sequence[Setting],
+    lines: Mapping[str, tuple[dict[str, Any], Sequence[Setting]]],
+    x: str,
+    say: Say,
+) -> list[tuple[float, float, str, str]]:
+    """The value is where each line ends at few bits, its name and its colour."""
     labels: list[tuple[float, float, str, str]] = []
     front: list[tuple[float, float]] = []
-    for index, (name, members) in enumerate(_series(settings).items()):
+    shown = set(map(id, settings))
+    for name, (look, all_members) in lines.items():
+        members = [setting for setting in all_members if id(setting) in shown]
         found = [(setting.value(x), setting.spread(column).mean, setting) for setting in members]
         points = sorted((p for p in found if math.isfinite(p[0])), key=lambda point: point[:2])
         if not points:
             continue
         front += [(at, value) for at, value, _ in points]
-        colour = COLOURS[index % len(COLOURS)]
-        # a colour that comes again has another marker
-        marker = MARKERS[(index + index // len(COLOURS)) % len(MARKERS)]
-        look = {"color": colour, "marker": marker}
-        axes.plot([p[0] for p in points], [p[1] for p in points], color=colour, lw=1.6)
+        line, colour = [point[:2] for point in points], look["color"]
+        if set(differing(members)) - {*PANEL, "weight.bits", x}:
+            line = pareto(line, column.higher)  # of many settings the best
+        axes.plot(*zip(*line, strict=True), color=colour, lw=1.6)
         for at, value, setting in points:
             spread = setting.spread(column).deviation
             spread = setting.error(column) if math.isnan(spread) else spread
@@ -126,7 +99,6 @@ def _panel(
             mark = picture.name(say(setting, column))
             # points of lines that meet stay apart by their white edges
             axes.plot([at], [value], **look, ms=7, mec="white", ls="", gid=mark, zorder=3)
-        axes.plot([], [], **look, label=name)
         labels.append((points[0][0], points[0][1], name, colour))
     best = pareto(front, column.higher)
     axes.plot(*zip(*best, strict=True), color="#dddddd", lw=7, zorder=0) if len(best) > 1 else None
@@ -143,12 +115,11 @@ def _panel(
     if column.is_perplexity:
         axes.set_yscale("log")
         _plain_ticks(axes)
-    _label(axes, labels)
     axes.set_xlabel("bits per weight, measured" if x == "weight/bits" else x)
-    axes.set_ylabel(column.title.replace("/ppl", ", perplexity"))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", which="major", color="#e4e4e4", linewidth=0.8)
     axes.set_axisbelow(True)
+    return labels
 
 
 def pareto(points: Iterable[tuple[float, float]], higher: bool) -> list[tuple[float, float]]:
@@ -160,19 +131,27 @@ def pareto(points: Iterable[tuple[float, float]], higher: bool) -> list[tuple[fl
     return kept
 
 
-def _series(settings: Sequence[Setting]) -> dict[str, list[Setting]]:
-    """Quantized settings that differ in bits alone form a line, named by what differs between."""
+def _series(settings: Sequence[Setting], x: str) -> dict[str, tuple[dict[str, Any], list[Setting]]]:
+    """Quantized settings that differ in bits alone form a line, named by what differs between; the
+    value is how it looks, and they."""
     quantized = [setting for setting in settings if not setting.run.is_float]
-    keys = [key for key in differing(quantized) if key not in (*PANEL, "weight.bits")]
-    series: dict[str, list[Setting]] = {}
-    for setting in quantized:
-        words = [
-            label if key in setting.run.choices else f"{key.rpartition('.')[2]}={label}"
-            for key in dict.fromkeys(["method", *keys])
-            if (label := setting.label(key)) not in ("", "none")
-        ]
-        series.setdefault(", ".join(words), []).append(setting)
-    return series
+    keys = [key for key in differing(quantized) if key not in (*PANEL, "weight.bits", x)]
+    for kept in (keys, [key for key in keys if key in FIRST]):
+        series: dict[str, list[Setting]] = {}
+        for setting in quantized:
+            words = [setting.word(key) for key in dict.fromkeys(["method", *kept])]
+            name = ", ".join(word for word in words if word not in ("", "none"))
+            series.setdefault(name, []).append(setting)
+        if len(series) <= CROWD:
+            break
+    # a colour that comes again has another marker, as 8 and 9 have no common divisor
+    looks = [
+        {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+        for i in range(len(series))
+    ]
+    return {
+        name: (look, members) for look, (name, members) in zip(looks, series.items(), strict=True)
+    }
 
 
 def _plain_ticks(axes: Any) -> None:
@@ -187,18 +166,11 @@ def _plain_ticks(axes: Any) -> None:
 
 
 def _label(axes: Any, labels: Sequence[tuple[float, float, str, str]]) -> None:
-    """Names beside the low-bit ends of the lines, where those lie apart, pushed off each other."""
-    if not labels:
-        return
-    longest = max(len(name) for _, _, name, _ in labels)
-    if longest > LONGEST or len(labels) > MOST:  # would cover the lines, or each other
-        below = (
-            {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16)} if len(labels) > MOST else {}
-        )
-        axes.legend(frameon=False, fontsize=9, **below)
-        return
+    """Names beside the low-bit ends of the lines, pushed off each other."""
+    longest = max((len(name) for _, _, name, _ in labels), default=0)
     low, high = axes.get_xlim()
-    axes.set_xlim(low - (high - low) * min(0.5, 0.03 + 0.016 * longest), high)
+    room = 0.03 + 0.02 * longest  # fractions of the axis; a bold letter is about 0.02
+    axes.set_xlim(low - (high - low) * room / (1 - room), high)
     taken = -math.inf
     for x, y, name, colour in sorted(labels, key=lambda label: label[1]):
         height = axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[1]

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -26,6 +27,7 @@ def write(
 ) -> str:
     """Write FILES; the value is the table for people."""
     sheet = tables.lay(table, baselines)
+    legend = [*legend, *sheet.notes]
     markdown = tables.markdown(sheet)
     commands = "\n".join(
         f"{sheet.numbers[id(setting)]}. `{setting.run.command}`: "
@@ -89,7 +91,7 @@ def select(table: Table, patterns: Sequence[str]) -> Table:
     kept = [c for c in table.columns if any(fnmatchcase(c.name, each) for each in patterns)]
     if not kept:
         raise UserError(f"--metrics {','.join(patterns)}: none fits; there are {', '.join(names)}")
-    return Table(table.row_keys, table.column_keys, table.rows, table.places, tuple(kept))
+    return replace(table, columns=tuple(kept))
 
 
 def _words(text: str | None) -> list[str]:

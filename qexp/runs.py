@@ -6,6 +6,7 @@ import math
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +76,8 @@ class Run:
         """A choice or a value as a table shows it; empty where the run has no such key."""
         if _top(key) == "weight" and not self.uses_grid:
             return ""
-        value = self.choices.get(key)
-        if value is None:
-            value = OmegaConf.select(OmegaConf.create(self.config), key)
-        if isinstance(value, dict) or OmegaConf.is_config(value):
-            return json.dumps(OmegaConf.to_container(value)) if value else ""
-        return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+        value = self.choices.get(key, self._values.get(key, ""))
+        return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
     @property
     def command(self) -> str:
@@ -110,7 +107,7 @@ class Run:
             for name in names
         ]
 
-    @property
+    @cached_property
     def uses_grid(self) -> bool:
         """Whether anything in it refers to `weight`; a method may have a grid of its own."""
         return any("${weight" in str(value) for value in self.leaves.values())
@@ -129,8 +126,12 @@ class Run:
         """A metric by its name or a number of the configuration by its dotted key, else NaN."""
         if name in self.metrics:
             return self.metrics[name]
-        found = OmegaConf.select(OmegaConf.create(self.config), name)
+        found = self._values.get(name)
         return float(found) if isinstance(found, int | float) else math.nan
+
+    @cached_property
+    def _values(self) -> dict[str, Any]:
+        return flat(self.config)
 
     @property
     def _stages(self) -> list[dict[str, float]]:

@@ -4,18 +4,21 @@ import csv
 import io
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from qexp.comparison import Difference, best, compare
-from qexp.pivot import Setting, Table
+from qexp.pivot import Row, Setting, Table
 from qexp.runs import Column
 
 LEGEND = (
     "± is the standard error over what was evaluated; ± … (n) is the deviation over n seeds around "
     "their mean. The best of a column among settings of about equal bits is bold."
 )
+TOGETHER = "settings"
+UNSAID = f"Where the column {TOGETHER} does not say otherwise, of settings with such a key: "
 AGAINST = (
     "Δ is the difference from {baseline} over the seeds both have, p that of a paired t-test "
     "(perplexities by their logarithms; not corrected for several tests)."
@@ -40,6 +43,7 @@ class Sheet:
     labels: int  # how many columns are labels
     rows: tuple[tuple[Cell, ...], ...]
     numbers: Mapping[int, int]  # id of a setting → its number in the list of runs
+    notes: tuple[str, ...] = ()  # what has to be known to read it
 
     @property
     def titles(self) -> list[str]:
@@ -55,13 +59,15 @@ def lay(table: Table, baselines: Mapping[int, Setting]) -> Sheet:
     numbers = {id(setting): number for number, setting in enumerate(table.settings, 1)}
     bold = best(table)
     places = [(_above(table, place), place) for place in table.places]
-    heads = [("", key) for key in table.row_keys]
+    alone = [i for i, key in enumerate(table.row_keys) if key not in table.together]
+    heads = [("", table.row_keys[i]) for i in alone] + [("", TOGETHER)]
+    usual = _usual(table)
     for above, _ in places:
         heads += [(above, "bits"), *((above, column.title) for column in table.columns)]
     heads += [("", title) for title in ("seconds", "memory GB", "cuda GB", "run")]
     rows = []
     for row in table.rows:
-        cells = [Cell(label) for label in row.labels]
+        cells = [Cell(row.labels[i]) for i in alone] + [Cell(_rest(table, row, alone, usual))]
         for _, place in places:
             if (setting := row.cells.get(place)) is None:
                 cells += [Cell("")] * (1 + len(table.columns))
@@ -74,17 +80,17 @@ def lay(table: Table, baselines: Mapping[int, Setting]) -> Sheet:
         seconds = sum(setting.seconds for setting in found)
         cells.append(Cell(_plain(seconds, 0 if seconds >= 10 else 1), seconds))
         for kind in ("rss", "cuda"):
-            peaks = [peak for s in found if (peak := s.peak(kind)) == peak]
-            peak = max(peaks, default=math.nan)
+            peak = max((p for s in found if (p := s.peak(kind)) == p), default=math.nan)
             cells.append(Cell(_plain(peak, 2), peak))
         cells.append(Cell(", ".join(str(numbers[id(setting)]) for setting in found)))
         rows.append(cells)
     kept = [i for i in range(len(heads)) if any(cells[i].text for cells in rows)]
     return Sheet(
         tuple(heads[i] for i in kept),
-        sum(1 for i in kept if i < len(table.row_keys)),
+        sum(1 for i in kept if i <= len(alone)),
         tuple(tuple(cells[i] for i in kept) for cells in rows),
         numbers,
+        (UNSAID + ", ".join(f"{k}={v}" for k, v in usual.items()),) if usual else (),
     )
 
 
@@ -196,6 +202,29 @@ def _numbers(table: Table, baselines: Mapping[int, Setting]) -> Iterator[dict[st
 def _above(table: Table, place: Sequence[str]) -> str:
     pairs = zip(table.column_keys, place, strict=True)
     return ", ".join(f"{key.rpartition('.')[2]}={label or 'none'}" for key, label in pairs)
+
+
+def _usual(table: Table) -> dict[str, str]:
+    """Of the keys in the shared column, the value that most settings with such a key have."""
+    found: dict[str, str] = {}
+    for key in table.together:
+        at = table.row_keys.index(key)
+        seen = Counter(row.labels[at] for row in table.rows if row.labels[at])
+        for value, count in seen.items():
+            if 2 * count > seen.total():
+                found[key] = value
+    return found
+
+
+def _rest(table: Table, row: Row, alone: Sequence[int], usual: Mapping[str, str]) -> str:
+    """What is unusual in a row, and what tells it from rows whose other labels are the same."""
+    setting, words = next(iter(row.cells.values())), []
+    alike = [each for each in table.rows if all(each.labels[i] == row.labels[i] for i in alone)]
+    for at, key in enumerate(table.row_keys):
+        label, parts = row.labels[at], len({each.labels[at] for each in alike}) > 1
+        if key in table.together and label and (parts or label != usual.get(key)):
+            words.append(setting.word(key))
+    return ", ".join(words)
 
 
 def _joined(text: str, note: str) -> str:

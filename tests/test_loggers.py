@@ -97,9 +97,10 @@ def test_wandb_is_given_what_its_users_look_for(tmp_path, monkeypatch) -> None:
     assert [line.get("training/loss") for line in lines] == [2.5, 1.5, None]
     assert [line.get("training/validation") for line in lines] == [None, 1.75, None]
     assert lines[-1]["held_out/ppl"] == 37.0 and lines[-1]["cost/quantize/seconds"] == 1.5
-    assert lines[-1]["layers/nrows"] == 2 and lines[-1]["figures/layers/format"] == "png"
+    assert lines[-1]["layers/nrows"] == 2 and lines[-1]["figures/layers/_type"] == "html-file"
     [table] = path.parent.glob("files/media/table/layers*.json")
     assert json.loads(table.read_text())["data"][1] == ["model.layers.1.up", 0.5]
-    assert list(path.parent.glob("files/media/images/figures/layers*.png"))
+    [figure] = path.parent.glob("files/media/html/figures/layers*.html")
+    assert 'title="model.layers.1.up: 0.5"' in figure.read_text()
     [end] = [record.exit.exit_code for record in found if record.HasField("exit")]
     assert end == 0

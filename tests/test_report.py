@@ -14,6 +14,7 @@ from stub import SMALL, qexp  # noqa: F401
 from qexp import report, runs
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+VOID = ("meta", "link", "br", "wbr")
 TITLE = "held_out/ppl [12345678]"
 
 
@@ -53,7 +54,8 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.refers += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href", "action")]
-        if tag not in ("meta", "link", "br"):
+        self.titles += [value or "" for name, value in attrs if name == "title"]
+        if tag not in VOID:
             self.open.append(tag)
         if tag == "table":
             self.tables.append([])
@@ -66,7 +68,7 @@ class Page(HTMLParser):
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.handle_starttag(tag, attrs)
-        if tag not in ("meta", "link", "br"):
+        if tag not in VOID:
             self.handle_endtag(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -150,7 +152,7 @@ def test_the_page_needs_nothing_else_and_says_what_its_marks_are(seeds) -> None:
     assert ["gptq", "3", "3.50"] in [row[:3] for row in table]
     assert len(listed) == 1 + 10  # every run
     assert any("method=gptq seed=1 weight.bits=3" in row[1] for row in listed)
-    points = [title for title in page.titles if "ppl" in title]
+    points = [title for title in page.titles if "ppl:" in title or "ppl [" in title]
     assert len(points) == 5 and any("37.50 ± 0.71 (2)\n3.50 bits per weight" in p for p in points)
     assert all("outputs/" in point and "method=" in point for point in points)
     assert page.titles.count("model.layers.0.mlp.up_proj: 0.25") == 5
@@ -163,7 +165,7 @@ def test_a_browser_shows_what_the_mouse_is_over_and_sorts(seeds) -> None:
     text = Path("made/report.html").read_text()
     act = """<script>
     const mark = [...document.querySelectorAll('.mark')].find(m => m.dataset.says.includes('ppl'));
-    mark.dispatchEvent(new MouseEvent('mousemove', {clientX: 5, clientY: 5}));
+    mark.dispatchEvent(new MouseEvent('mousemove', {clientX: 5, clientY: 5, bubbles: true}));
     document.querySelector('th[data-sort="3"]').click();
     document.body.dataset.wide = document.documentElement.scrollWidth > innerWidth;
     </script>"""
@@ -184,6 +186,25 @@ def test_a_browser_shows_what_the_mouse_is_over_and_sorts(seeds) -> None:
     assert "display: block" in tip and "held_out/ppl" in tip and "outputs/" in tip
     ppl = [float(row[3].split()[0]) for row in Page(Path("made/dom.html")).tables[0][1:]]
     assert ppl == sorted(ppl) and len(set(ppl)) > 2
+
+
+def test_keys_that_few_look_for_share_a_column(tmp_path) -> None:
+    """It says what is unusual, and what tells a row from those that are else labelled like it."""
+    for changed in ("", *"abcdef"):
+        folder(tmp_path, "gptq", **{key: int(key == changed) for key in "abcdef"})
+    folder(tmp_path, "spqr", a=0, b=1)
+    folder(tmp_path, "rtn")
+    assert report.main([str(tmp_path)]) == 0
+    head, _, *lines = (tmp_path / "table.md").read_text().split("\n\n")[0].splitlines()
+    assert head.replace(" ", "").startswith(f"|method|settings|bits|{TITLE.replace(' ', '')}|")
+    said = {tuple(cell.strip() for cell in line.split("|")[1:3]) for line in lines}
+    assert {("rtn", ""), ("spqr", "b=1"), ("gptq", "a=0, b=0, c=0, d=0, e=0, f=1")} < said
+    assert len(said) == 9
+    assert (
+        "of settings with such a key: method.a=0, method.b=0" in (tmp_path / "table.md").read_text()
+    )
+    with (tmp_path / "table.csv").open() as file:
+        assert {row["method.b"] for row in csv.DictReader(file)} == {"0", "1", ""}
 
 
 def test_a_folder_counts_once_however_it_is_named(sweep) -> None:

@@ -1,0 +1,66 @@
+"""Errors layer by layer as HTML: blocks down, the linears of a block across, a shade for each."""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from html import escape
+
+STYLE = """
+.heat { display: inline-grid; gap: 1px; font: 10px/10px system-ui, sans-serif; color: #444 }
+.heat i { width: 2.2em; min-height: 8px } .heat b { font-weight: 400; text-align: right;
+  padding-right: 4px; overflow: visible; height: 8px }
+.heat span { writing-mode: vertical-rl; transform: rotate(180deg); justify-self: center }
+.bar { white-space: nowrap }
+.scale { display: inline-block; width: 12rem; height: .7em; margin: 0 .5em }
+"""
+SHADES = 32
+
+
+def heat_map(errors: Mapping[str, float], limits: tuple[float, float]) -> str:
+    """The logarithm of each error as a shade between those of the limits; white where it is 0."""
+    places = {place(name): name for name in errors}
+    blocks = sorted({block for block, _ in places})
+    kinds = list(dict.fromkeys(kind for _, kind in places))
+    step = math.ceil(len(blocks) / 10)
+    shades, (low, high) = _shades(), map(math.log, limits)
+    cells = ["<b></b>", *(f"<span>{escape(kind.rpartition('.')[2])}</span>" for kind in kinds)]
+    for index, block in enumerate(blocks):
+        cells.append(f"<b>{block if index % step == 0 else ''}</b>")
+        for kind in kinds:
+            if (name := places.get((block, kind))) is None:
+                cells.append("<i></i>")
+                continue
+            error, shade = errors[name], "#fff"
+            if error > 0 and math.isfinite(error):
+                share = (math.log(error) - low) / max(high - low, 1e-9)
+                shade = shades[round(min(max(share, 0), 1) * (SHADES - 1))]
+            said = escape(f"{name}: {error:.3g}")
+            cells.append(f'<i style="background:{shade}" title="{said}"></i>')
+    columns = f"grid-template-columns:auto repeat({len(kinds)},auto)"
+    return f'<div class="heat" style="{columns}">{"".join(cells)}</div>'
+
+
+def scale(limits: tuple[float, float]) -> str:
+    """Which error each shade is."""
+    bar = f'<i class="scale" style="background:linear-gradient(90deg,{",".join(_shades())})"></i>'
+    return f'<span class="bar">≤ {limits[0]:.2g}{bar}≥ {limits[1]:.2g}</span>'
+
+
+def place(name: str) -> tuple[int, str]:
+    """The block of a linear, and its name there."""
+    found = re.match(r"(?:.*?\.)?(\d+)\.(.+)", name)
+    return (int(found[1]), found[2]) if found else (0, name)
+
+
+def span(values: Iterable[float]) -> tuple[float, float]:
+    """Between which 96 of 100 lie; the few beyond have the shades at the ends."""
+    shown = sorted(value for value in values if value > 0 and math.isfinite(value))
+    beyond = len(shown) // 50
+    return (shown[beyond], shown[-1 - beyond]) if shown else (1e-6, 1.0)
+
+
+def _shades() -> list[str]:
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    return [to_hex(colormaps["magma_r"](0.04 + 0.9 * i / (SHADES - 1))) for i in range(SHADES)]
