@@ -7,6 +7,7 @@ from typing import Any
 from qexp.picture import Picture, figure
 from qexp.pivot import FIRST, Setting, differing
 from qexp.runs import Column
+from qexp.tables import number
 
 # Okabe and Ito, grey for yellow: told apart with any colour vision, and in grey by their markers
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"]
@@ -105,7 +106,7 @@ def _panel(
     for value in sorted({s.spread(column).mean for s in settings if s.run.is_float}):
         axes.axhline(value, color=GREY, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
         note = axes.annotate(
-            f"float {value:.{2 if value >= 1 else 4}f}",
+            f"float {number(value)}",
             (0, value),  # at the left the lines are far away
             xycoords=("axes fraction", "data"),
             xytext=(4, 3),
