@@ -128,3 +128,16 @@ def test_the_baseline_is_like_the_setting_in_all_else() -> None:
     assert len(comparison.counterparts(settings, {"method": "none"})) == 5
     with pytest.raises(UserError, match="no run is so; there are gptq, none, rtn"):
         comparison.counterparts(settings, {"method": "awq"})
+
+
+def test_a_null_is_a_value_and_no_key_is_none() -> None:
+    """Rows without groups are not compared with rows in groups; a run without the key is."""
+    runs = [*seeds("gptq", 9, group=None), *seeds("gptq", 8, group=64), *seeds("rtn", 20, group=64)]
+    found = pivot.group(runs)
+    assert [setting.label("method.group") for setting in found] == ["null", "64", "64"]
+    assert [setting.word("method.group") for setting in found[:2]] == ["group=null", "group=64"]
+    assert list(comparison.counterparts(found, {"method": "rtn"})) == [id(found[1])]
+    [bare] = pivot.group(seeds("gptq", 9))
+    assert bare.label("method.group") == bare.word("method.group") == ""
+    [scaled] = pivot.group(seeds("gptq", 9, scales={"_target_": "a.module.IntGrid"}))
+    assert scaled.word("method.scales._target_") == "scales=IntGrid"

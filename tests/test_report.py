@@ -11,7 +11,8 @@ import pytest
 from folders import folder
 from stub import SMALL, qexp  # noqa: F401
 
-from qexp import report, runs
+from qexp import plot, report, runs
+from qexp.pivot import group
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 VOID = ("meta", "link", "br", "wbr")
@@ -205,6 +206,21 @@ def test_keys_that_few_look_for_share_a_column(tmp_path) -> None:
     )
     with (tmp_path / "table.csv").open() as file:
         assert {row["method.b"] for row in csv.DictReader(file)} == {"0", "1", ""}
+
+
+def test_many_settings_are_drawn_by_method(tmp_path) -> None:
+    """One name for each, and a line through its best; every setting is a mark."""
+    for damp in range(plot.CROWD):
+        for method, bits in (("gptq", 3), ("rtn", 3), ("rtn", 4)):
+            folder(tmp_path, method, bits, ppl=50.1234 - damp - 10 * bits, damp=damp)
+    settings = group(runs.collect([tmp_path])[0])
+    [column] = settings[0].seeded
+    picture = plot.against_bits(settings, [column], say=lambda setting, _: setting.run.command)
+    [axes] = picture.figure.axes
+    assert {note.get_text() for note in axes.texts} == {"gptq", "rtn"}
+    best = [[3.5, 50.1234 - 30 - plot.CROWD + 1], [4.5, 50.1234 - 40 - plot.CROWD + 1]]
+    assert any(line.get_xydata().tolist() == best for line in axes.lines)
+    assert len(set(picture.says.values())) == 3 * plot.CROWD
 
 
 def test_a_folder_counts_once_however_it_is_named(sweep) -> None:
