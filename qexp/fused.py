@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qexp.gradients import ClampGradient, Hard, RoundingGradient, Straight, ended, inside
+from qexp.clipping import inside
+from qexp.gradients import ClampGradient, Hard, RoundingGradient, Straight
 from qexp.grid import Grid, Scale
 
 PIECE = 2**17  # values
@@ -130,18 +131,18 @@ def _back(
     """The gradient of x; those of scale and zero are added to `sums`."""
     low, high = grid.ends
     v = (x / q.scale).add_(q.zero)
-    h = g
-    if not isinstance(rounding, Straight) and low == 0:  # codes: cells of equal width
-        c = clamp.value(v, low, high)
+    h, codes = g, low == 0  # whose cells have equal width
+    c = clamp.value(v, low, high) if codes else v
+    if codes and not isinstance(rounding, Straight):
         h = rounding.back(c, g)
-        if not isinstance(clamp, Hard):  # whose slope is 0 there
-            h = torch.lerp(h, g, ended(v, c, high))
+        if clamp.clips and not isinstance(clamp, Hard):  # whose slope is 0 there
+            h = torch.lerp(g, h, inside(v, low, high))
     h = clamp.back(v, h, low, high)
     if clamp.limit is not None:
         h.mul_((x.abs() < clamp.limit).to(h))
     moves = None if clamp.steps_inside else 1 - inside(v, low, high)
     if sums[0] is not None:
-        y = grid.round(x, q, torch.round, clamp.value)
+        y = grid.decode(c.round_(), q) if codes else grid.round(x, q, torch.round, clamp.value)
         moved = y.mul_(g).addcmul_(h, x, value=-1)
         moved = moved if moves is None else moved.mul_(moves)
         sums[0] += gain * moved.sum_to_size(q.scale.shape) / q.scale

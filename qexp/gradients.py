@@ -13,7 +13,6 @@ indicator of the range this is LSQ (1902.08153).
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +21,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from qexp.clipping import Number, inside
 from qexp.errors import UserError
 
-EPS = torch.finfo(torch.float32).eps
-Number = float | int  # shape checks tell the two apart
-Rounding = Callable[[Tensor], Tensor]
-Clamp = Callable[[Tensor, float, float], Tensor]
+TINY = torch.finfo(torch.float32).tiny
 
 
 class RoundingGradient(ABC):
@@ -73,13 +70,11 @@ class Sigmoid(RoundingGradient):
         t = self.temperature
         if self.mode == "mean":
             return g * math.tanh(t / 4)
-        p = _offset(c).mul_(t).sigmoid_()
-        slope = (1 - p).mul_(p).mul_(t)
+        steep = t / math.tanh(t / 4) if self.mode == "norm" else t
+        made = _bell(g, _offset(c).mul_(t)).mul_(steep)
         if self.mode == "author":  # e^-T / (1 + e^-T): e^T itself overflows
-            slope.add_(math.exp(-t) / (1 + math.exp(-t))).clamp_(min=EPS)
-        elif self.mode == "norm":
-            slope.div_(math.tanh(t / 4))
-        return slope.mul_(g)
+            made.add_(g, alpha=max(math.exp(-t) / (1 + math.exp(-t)), TINY))
+        return made
 
 
 @dataclass(frozen=True)
@@ -96,8 +91,8 @@ class DSQ(RoundingGradient):
     def back(self, c: Float[Tensor, "*shape"], g: Float[Tensor, "*shape"]) -> Tensor:
         k = math.log(2 / self.alpha - 1)
         height = 1 / (1 - self.alpha)
-        phi = _offset(c).mul_(2 * k).sigmoid_().mul_(2).sub_(1)  # tanh k u, at a tenth of its cost
-        return phi.mul_(phi).sub_(1).mul_(-height * k / 2).mul_(g)
+        # tanh k u = 2 sigmoid(2 k u) - 1, which costs a tenth
+        return _bell(g, _offset(c).mul_(2 * k)).mul_(2 * height * k)
 
 
 @dataclass(frozen=True)
@@ -124,6 +119,11 @@ class ClampGradient(ABC):
     # as in LSQ, and from which magnitude on, in the data's own units, gradients stop.
     steps_inside: bool = True
     limit: Number | None = None
+
+    @property
+    def clips(self) -> bool:
+        """Whether training sees values that lie beyond an end as that end."""
+        return True
 
     @abstractmethod
     def value(self, v: Float[Tensor, "*shape"], low: Number, high: Number) -> Tensor:
@@ -179,6 +179,10 @@ class Soft(ClampGradient):
         if self.forward not in ("hard", "soft"):
             raise UserError(f"forward={self.forward!r} is unknown: give hard or soft.")
 
+    @property
+    def clips(self) -> bool:
+        return self.forward == "hard"
+
     def soft(self, v: Float[Tensor, "*shape"], low: Number, high: Number) -> Tensor:
         k, h = self.sharpness, F.gelu if self.gate == "gelu" else F.silu
         return low + h(k * (v - low)) / k - h(k * (v - high)) / k
@@ -191,38 +195,20 @@ class Soft(ClampGradient):
     ) -> Tensor:
         k, aten = self.sharpness, torch.ops.aten
         rise = aten.gelu_backward if self.gate == "gelu" else aten.silu_backward
-        made: Tensor = rise(g, (v - low).mul_(k)).sub_(rise(g, (v - high).mul_(k)))
+        u = v if k == 1 else k * v
+        made: Tensor = rise(g, u - k * low if low else u).sub_(rise(g, u - k * high))
         return made
-
-
-def snap(
-    v: Float[Tensor, "*shape"],
-    top: int,
-    rounding: Rounding,
-    clamp: Clamp,
-) -> Float[Tensor, "*shape"]:
-    """The code of each value: clamped to [0, top], then rounded; R = 1 where it was clipped."""
-    c = clamp(v, 0, top)
-    if rounding is torch.round:
-        return rounding(c)
-    return torch.lerp(rounding(c), c, ended(v.detach(), c.detach(), top))
-
-
-# Masks are ones and zeros of the values' own type: truth values cost a processor many times more.
-def ended(v: Tensor, c: Tensor, top: Number) -> Tensor:
-    """Where a value was clipped to an end itself (a soft clamp in the forward pass never does)."""
-    hard = v.clamp(0, top)
-    return (hard - c).eq_(0).mul_(hard.ne_(v))
-
-
-def inside(v: Tensor, low: Number, high: Number) -> Tensor:
-    """Where a value is not clipped."""
-    return v.clamp(low, high).eq_(v)
 
 
 def _offset(c: Tensor) -> Tensor:
     """From the middle between two codes, in steps; a tensor of its own."""
     return (c - c.floor()).sub_(0.5)
+
+
+def _bell(g: Tensor, u: Tensor) -> Tensor:
+    """g times the slope of the sigmoid at u, which is overwritten."""
+    made: Tensor = torch.ops.aten.sigmoid_backward(g, u.sigmoid_())
+    return made
 
 
 class _Round(torch.autograd.Function):

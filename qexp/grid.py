@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qexp.clipping import Clamp, Rounding, snap
 from qexp.errors import UserError
-from qexp.gradients import Clamp, Rounding, snap
 from qexp.ranges import MinMax, Range
 from qexp.scale import DTYPES, cut, positive
 from qexp.scale import Scale as Scale

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qexp.clipping import inside
 from qexp.fake import FakeQuant
-from qexp.gradients import inside
 from qexp.learned import Rounded, behind, fake
 from qexp.task import Task
 

@@ -1,0 +1,36 @@
+"""The code of a value, and whether it was clipped."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Number = float | int  # shape checks tell the two apart
+Rounding = Callable[[Tensor], Tensor]
+Clamp = Callable[[Tensor, float, float], Tensor]
+
+
+def snap(
+    v: Float[Tensor, "*shape"],
+    top: int,
+    rounding: Rounding,
+    clamp: Clamp,
+) -> Float[Tensor, "*shape"]:
+    """The code of each value: clamped to [0, top], then rounded; R = 1 where it was clipped."""
+    c = clamp(v, 0, top)
+    if rounding is torch.round:
+        return rounding(c)
+    return torch.lerp(rounding(c), c, ended(v.detach(), c.detach(), top))
+
+
+# Masks are ones and zeros of the values' own type: truth values cost a processor many times more.
+def ended(v: Tensor, c: Tensor, top: Number) -> Tensor:
+    """Where a value was clipped to an end itself (a soft clamp in the forward pass never does)."""
+    hard = v.clamp(0, top)
+    return (hard - c).eq_(0).mul_(hard.ne_(v))
+
+
+def inside(v: Tensor, low: Number, high: Number) -> Tensor:
+    """Where a value is not clipped."""
+    return v.clamp(low, high).eq_(v)
