@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from qexp.clipping import inside
@@ -42,13 +43,12 @@ class Movement:
         static = [quantizer for quantizer in quantizers if not quantizer.dynamic]
         if not static:
             return {}
-        seen: list[tuple[float, int]] = []
+        seen: list[tuple[int, int]] = []
 
         def count(quantizer: FakeQuant, args: tuple[Any, ...]) -> None:
             q = quantizer.place()
             v = args[0].float() / q.scale + q.zero
-            kept = inside(v, *quantizer.grid.ends).sum(dtype=torch.float64)
-            seen.append((float(kept), v.numel()))
+            seen.append((_count(inside(v, *quantizer.grid.ends)), v.numel()))
 
         handles = [quantizer.register_forward_pre_hook(count) for quantizer in static]
         self.task.eval()  # no dropout, whose random state is training's
@@ -73,15 +73,15 @@ class Movement:
             flat = q.map(lambda part: part.reshape(-1, 1))
             groups = weight.reshape(len(flat.scale), -1)
             v = groups / flat.scale + flat.zero
-            clipped += weight.numel() - int(inside(v, low, high).sum(dtype=torch.float64))
-            small = rounded.grid.bits <= 8
-            codes = rounded.grid.encode(groups, flat).to(torch.uint8 if small else torch.int32)
-            move = (codes.int() - self.codes.get(name, codes).int()).sign_().to(torch.int8)
-            last = self.moves.get(name, torch.zeros_like(move))
-            flipped += int((move != 0).sum())
-            oscillated += int((move * last < 0).sum())
-            self.codes[name] = codes
-            self.moves[name] = torch.where(move != 0, move, last)
+            clipped += weight.numel() - _count(inside(v, low, high))
+            codes = rounded.grid.encode(groups, flat)
+            move = (codes - self.codes.get(name, codes)).sign_()
+            last = self.moves.get(name, torch.zeros_like(move)).float()
+            moved = move.abs()
+            flipped += _count(moved)
+            oscillated -= _count((move * last).clamp_(max=0))
+            self.codes[name] = codes.to(torch.uint8 if rounded.grid.bits <= 8 else torch.int32)
+            self.moves[name] = last.addcmul(last, moved, value=-1).add_(move).to(torch.int8)
             total += weight.numel()
         if not total:
             return {}
@@ -90,3 +90,8 @@ class Movement:
         shares = {"clipped": clipped, "flipped": flipped, "oscillated": oscillated}
         scale = float(torch.tensor(mean - self.start).exp())
         return {name: count / total for name, count in shares.items()} | {"scale": scale}
+
+
+def _count(ones: Float[Tensor, "*rows size"]) -> int:
+    """Their sum; truth values, or all at once in double, would take many times longer."""
+    return int(ones.sum(-1).sum(dtype=torch.float64))
