@@ -179,7 +179,7 @@ def _maps(settings: Sequence[Setting], numbers: Mapping[int, int]) -> list[str]:
     keys = differing([setting for setting, _ in found])
     figures = []
     for setting, errors in found:
-        words = [word for key in keys if (word := setting.word(key)) not in ("", "none")]
+        words = [word for word in setting.words(keys).values() if word != "none"]
         name = f"<b>{numbers[id(setting)]}</b> {escape(', '.join(words))}"
         picture = heat.heat_map(errors, limits)
         figures.append(f"<figure><figcaption>{name}</figcaption>{picture}</figure>")

@@ -56,15 +56,16 @@ class Setting:
         """A choice or value that all of its runs have."""
         return self.run.label(key)
 
-    def word(self, key: str) -> str:
-        """The same where no title stands above it: `mse`, `damp=0.1`; empty without such a key."""
-        label = self.label(key)
-        if not label or key in self.run.choices:
-            return label
-        above, _, last = key.rpartition(".")
-        if last == "_target_":  # a class, of which a reader knows the name
-            return f"{above.rpartition('.')[2]}={label.rpartition('.')[2]}"
-        return f"{last}={label}"
+    def words(self, keys: Sequence[str]) -> dict[str, str]:
+        """The same where no title stands above: `mse`, `damp=0.1`, for those keys that it has."""
+        found = {}
+        for key, name in names(keys).items():
+            label = self.label(key)
+            if key.endswith("._target_"):  # a class, of which a reader knows the name
+                label = label.rpartition(".")[2]
+            if label:
+                found[key] = label if key in self.run.choices else f"{name}={label}"
+        return found
 
     @cached_property
     def seeded(self) -> dict[Column, dict[str, Run]]:
@@ -206,6 +207,19 @@ def pivot(
         columns=tuple(dict.fromkeys(metrics)),
         together=tuple(together),
     )
+
+
+def names(keys: Sequence[str]) -> dict[str, str]:
+    """For each key its last parts, as many as no other of them ends with."""
+    whole = {key: key.removesuffix("._target_") for key in keys}
+    found = {}
+    for key, name in whole.items():
+        parts = name.split(".")
+        ends = [".".join(parts[at:]) for at in range(len(parts) - 1, -1, -1)]
+        others = [f".{other}" for each, other in whole.items() if each != key]
+        alone = [end for end in ends if not any(each.endswith(f".{end}") for each in others)]
+        found[key] = alone[0] if alone else name
+    return found
 
 
 def _finished(run: Run) -> str:

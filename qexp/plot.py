@@ -140,8 +140,9 @@ def _series(settings: Sequence[Setting], x: str) -> dict[str, tuple[dict[str, An
     for kept in (keys, [key for key in keys if key in FIRST]):
         series: dict[str, list[Setting]] = {}
         for setting in quantized:
-            words = [setting.word(key) for key in dict.fromkeys(["method", *kept])]
-            name = ", ".join(word for word in words if word not in ("", "none"))
+            words = setting.words(list(dict.fromkeys(["method", *kept, "weight.bits"])))
+            words.pop("weight.bits", None)  # names of other bits are told from it
+            name = ", ".join(word for word in words.values() if word != "none")
             series.setdefault(name, []).append(setting)
         if len(series) <= CROWD:
             break
@@ -160,7 +161,8 @@ def _plain_ticks(axes: Any) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     low, high = axes.get_ylim()
-    steps = (1.0, 2.0, 5.0) if high / low < 1e3 else (1.0,)
+    steps = [1, 2, 5] if high / low < 1e3 else [1]
+    steps = [*range(1, 10)] if high / low < 4 else steps
     axes.yaxis.set_major_locator(LogLocator(base=10, subs=steps, numticks=12))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())

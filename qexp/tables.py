@@ -218,12 +218,13 @@ def _usual(table: Table) -> dict[str, str]:
 
 def _rest(table: Table, row: Row, alone: Sequence[int], usual: Mapping[str, str]) -> str:
     """What is unusual in a row, and what tells it from rows whose other labels are the same."""
-    setting, words = next(iter(row.cells.values())), []
+    said = next(iter(row.cells.values())).words([*table.row_keys, *table.column_keys])
+    words = []
     alike = [each for each in table.rows if all(each.labels[i] == row.labels[i] for i in alone)]
     for at, key in enumerate(table.row_keys):
         label, parts = row.labels[at], len({each.labels[at] for each in alike}) > 1
         if key in table.together and label and (parts or label != usual.get(key)):
-            words.append(setting.word(key))
+            words.append(said[key])
     return ", ".join(words)
 
 

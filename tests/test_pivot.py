@@ -135,9 +135,16 @@ def test_a_null_is_a_value_and_no_key_is_none() -> None:
     runs = [*seeds("gptq", 9, group=None), *seeds("gptq", 8, group=64), *seeds("rtn", 20, group=64)]
     found = pivot.group(runs)
     assert [setting.label("method.group") for setting in found] == ["null", "64", "64"]
-    assert [setting.word("method.group") for setting in found[:2]] == ["group=null", "group=64"]
+    words = [setting.words(["method", "method.group"]) for setting in found[:2]]
+    assert [[*each.values()] for each in words] == [["gptq", "group=null"], ["gptq", "group=64"]]
     assert list(comparison.counterparts(found, {"method": "rtn"})) == [id(found[1])]
     [bare] = pivot.group(seeds("gptq", 9))
-    assert bare.label("method.group") == bare.word("method.group") == ""
+    assert bare.label("method.group") == "" and bare.words(["method.group"]) == {}
     [scaled] = pivot.group(seeds("gptq", 9, scales={"_target_": "a.module.IntGrid"}))
-    assert scaled.word("method.scales._target_") == "scales=IntGrid"
+    assert scaled.words(["method.scales._target_"]) == {"method.scales._target_": "scales=IntGrid"}
+
+
+def test_names_are_as_short_as_tells_them_apart() -> None:
+    keys = ["weight.bits", "activation.grid.bits", "damp", "method.solver.damp", "bits._target_"]
+    short = ["weight.bits", "grid.bits", "damp", "solver.damp", "bits"]
+    assert list(pivot.names(keys).values()) == short
