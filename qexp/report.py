@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from qexp.comparison import counterparts
 from qexp.errors import UserError
 from qexp.files import atomic
 from qexp.pivot import SEED, Setting, Table, group, pivot
-from qexp.runs import collect
+from qexp.runs import Run, collect
 
 FILES = ("report.html", "table.md", "table.csv", "table.tex", "bits_vs_ppl.png")
 
@@ -67,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not runs:
             names = ", ".join(str(folder) for folder in chosen.folders)
             raise UserError(f"{names}: no finished run stands there; run `qexp` first")
+        for option in ("rows", "columns", "over"):
+            _known(runs, option, _words(getattr(chosen, option)))
         settings = group(runs, _words(chosen.over) or SEED)
         table = pivot(settings, _words(chosen.rows) or None, _words(chosen.columns))
         table = select(table, _words(chosen.metrics))
@@ -96,6 +99,15 @@ def select(table: Table, patterns: Sequence[str]) -> Table:
 
 def _words(text: str | None) -> list[str]:
     return [word for word in (text or "").split(",") if word]
+
+
+def _known(runs: Sequence[Run], option: str, keys: Sequence[str]) -> None:
+    """UserError for a key that no run has: every cell would be empty."""
+    there = {key for run in runs for key in (*run.choices, *run.leaves)}
+    for key in keys:
+        if key not in there:
+            near = ", ".join(get_close_matches(key, there)) or "weight.bits, method, seed"
+            raise UserError(f"--{option} {key}: no run has this key; perhaps {near}")
 
 
 def _pairs(text: str) -> dict[str, str]:

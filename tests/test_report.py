@@ -243,6 +243,8 @@ def test_a_damaged_run_is_left_out_with_a_note(sweep) -> None:
         (["--baseline", "method=awq"], "no run is so; there are gptq, none"),
         (["--metrics", "*/acc"], "none fits; there are held_out/ppl"),
         (["--rows", "method"], "add weight.bits"),
+        (["--rows", "method,weigth.bits"], "weigth.bits: no run has this key; perhaps weight.bits"),
+        (["--over", "sead"], "--over sead: no run has this key; perhaps seed"),
     ],
 )
 def test_a_wish_that_cannot_be_met_is_a_sentence(sweep, capsys, options, said) -> None:
