@@ -67,6 +67,8 @@ def compare(task: Task, evaluator: Harness, ours_first: bool) -> list[str]:
             seconds[side] = spent(task, partial(ask, side))
         products[side] = sum(count)
     theirs, ours = said["hf"], said["qexp"]
+    name = evaluator.tasks[0]  # of a group its own numbers, not each member's
+    shown = {k: v for k, v in ours.numbers.items() if k.partition("/")[0] == name} or ours.numbers
     items = sum(value for key, value in ours.numbers.items() if key.endswith("/items"))
     pairs = list(zip(theirs.answers, ours.answers, strict=True))
     gaps = [abs(a - b) for a, b in pairs if isinstance(a, float) and isinstance(b, float)]
@@ -74,14 +76,14 @@ def compare(task: Task, evaluator: Harness, ours_first: bool) -> list[str]:
     for one, other in () if same else zip(theirs.items.values(), ours.items.values(), strict=True):
         same += (one == other).tolist()
     return [
-        ", ".join(sorted({key.partition("/")[0] for key in ours.numbers})),
+        ", ".join(sorted({key.partition("/")[0] for key in shown})),
         f"{items:.0f}",
         *(f"{items / seconds[side]:.2f}" for side in models),
         f"{seconds['hf'] / seconds['qexp']:.2f}",
         f"{products['hf'] / products['qexp']:.2f}",
         f"{sum(same)} of {len(same)}" if same else "",
         f"{max(gaps):.1e}" if gaps else "",
-        _shown(ours.numbers, theirs.numbers),
+        _shown(shown, theirs.numbers),
     ]
 
 

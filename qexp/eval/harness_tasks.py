@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._factory import TaskFactory
 
 from qexp import progress
 from qexp.errors import UserError
@@ -26,7 +27,6 @@ from qexp.files import data_folder
 
 # Those of the harness's own command, so that few-shot examples are the same.
 SEED, NUMPY_SEED, TORCH_SEED, SHOT_SEED = 0, 1234, 1234, 1234
-GROUP = "qexp"
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)  # a page of remarks on every task
 
@@ -136,27 +136,29 @@ def load(
     of a harness task yaml, with `dataset_path: json` and `dataset_kwargs.data_files`.
     """
     ours = {"class": LocalTask, "qexp_source": source, "qexp_folder": folder}
-    members: list[dict[str, Any]] = []
-    inline: list[dict[str, Any]] = []
+    known = manager().task_index
     for spec in specs:
-        if isinstance(spec, Mapping):
-            inline.append({**spec, **ours})
-        elif spec not in manager().all_tasks:
+        if not isinstance(spec, Mapping) and spec not in known:
             raise UserError(
                 f"eval task {spec}: the harness knows no such task, group or tag; "
                 "`lm-eval ls tasks` prints them"
             )
-        else:
-            members.append({"group" if spec in manager().all_groups else "task": spec, **ours})
     if not progress.drawn():
         datasets.disable_progress_bars()
-    wanted = [*([{"group": GROUP, "task": members}] if members else []), *inline]
     with isolate_rng():  # some tasks shuffle their choices
         random.seed(SEED)
         np.random.seed(NUMPY_SEED)
         torch.manual_seed(TORCH_SEED)
+        wanted: list[Any] = []
+        for spec in specs:
+            if isinstance(spec, Mapping):
+                wanted.append({**spec, **ours})
+                continue
+            # The manager's own load() hands a group's list of tasks on to its members as their name
+            # when there is anything to override.
+            made = TaskFactory().build(known[spec], overrides=ours, registry=known)
+            wanted += made if isinstance(made, list) else [made]
         loaded = manager().load(wanted)
-    loaded["groups"].pop(GROUP, None)
     for task in loaded["tasks"].values():
         own = task.get_config("num_fewshot")
         count = (own or 0) if shots is None or own == 0 else shots

@@ -141,6 +141,22 @@ def test_the_prompt_is_the_hubs(folder: Path) -> None:
     assert len(questions) == 16  # one subject of the two
 
 
+def test_a_group_is_its_members_and_their_mean(folder: Path, tmp_path: Path) -> None:
+    from lm_eval.tasks import TaskManager
+
+    text = (folder / "tasks/blimp/adjunct_island.jsonl").read_text()
+    members = [name for name in TaskManager().all_subtasks if name.startswith("blimp_")]
+    members = [name for name in members if not name.startswith("blimp_nl")]
+    (tmp_path / "tasks/blimp").mkdir(parents=True)
+    for name in members:
+        place = tmp_path / f"tasks/blimp/{name.removeprefix('blimp_')}.jsonl"
+        place.write_text(text)
+    numbers = harness(tmp_path, "blimp").outcome(llama()).numbers
+    found = {key.partition("/")[0] for key in numbers}
+    assert len(members) == 67 and found == {"blimp", *members}
+    assert numbers["blimp/acc"] == pytest.approx(numbers["blimp_causative/acc"])
+
+
 def test_a_missing_file_is_named_with_its_place(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"piqa.*tasks/piqa/piqa_validation\.jsonl"):
         harness(tmp_path, "piqa").files()
