@@ -98,13 +98,14 @@ def report(
     changed = ", ".join(word for word in extra if word.partition("=")[0].partition(".")[0] in DATA)
     numbers = [_judge(paper, *place, measured, changed) for place, measured in found.items()]
     orders = []
-    for less, more in paper.pairs:
-        for column, target in paper.columns.items():
+    for column in columns:
+        for less, more in paper.pairs(column):
             one, other = found.get((less, column)), found.get((more, column))
-            if one is not None and other is not None and target.judged:
+            if one is not None and other is not None:
                 said = ("not run", "")
                 if one.setting is not None and other.setting is not None:
-                    said = targets.order(one.setting, other.setting, one.column(target.metric))
+                    metric = one.column(paper.columns[column].metric)
+                    said = targets.order(one.setting, other.setting, metric)
                 orders.append([f"{less} < {more}", column, *said])
     titles = ("row", "column", "published", "measured", "off", "verdict", "run")
     text = [f"## {name}: {paper.title}", f"Source: {paper.source}. Inferred: {paper.inferred}"]

@@ -17,7 +17,8 @@ class Place:
     """A column of the table: a model under a metric.
 
     `replaced`: what is not the paper's; such a column is judged by `orders` alone, and not even by
-    them where `judged` is false (a random model). `rows`: other overrides for some rows.
+    them where `judged` is false (a random model). `rows`: other overrides for some rows. `orders`:
+    its own, instead of the table's.
     """
 
     metric: str
@@ -26,6 +27,7 @@ class Place:
     replaced: str = ""
     judged: bool = True
     rows: dict[str, list[str]] = field(default_factory=dict)
+    orders: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,11 @@ class Paper:
     rows: dict[str, Row]
     orders: list[str] = field(default_factory=list)
 
-    @property
-    def pairs(self) -> list[tuple[str, str]]:
-        """Neighbours in the orders."""
-        chains = [[word.strip() for word in order.split("<")] for order in self.orders]
+    def pairs(self, column: str) -> list[tuple[str, str]]:
+        """Neighbours in the orders that are expected of a column; none where it is not judged."""
+        place = self.columns[column]
+        orders = (self.orders if place.orders is None else place.orders) if place.judged else []
+        chains = [[word.strip() for word in order.split("<")] for order in orders]
         return [pair for chain in chains for pair in pairwise(chain)]
 
     def wanted(self, column: str) -> list[str]:
@@ -92,7 +95,8 @@ def read(node: DictConfig, name: str) -> Paper:
         paper = Paper(**content, columns=columns, rows=rows)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"experiment/paper/{name}.yaml: paper: {error}") from error
-    unknown = {row for pair in paper.pairs for row in pair} - set(paper.rows)
+    ordered = [*paper.orders, *(o for place in columns.values() for o in place.orders or [])]
+    unknown = {word.strip() for order in ordered for word in order.split("<")} - set(paper.rows)
     unknown |= {c for row in paper.rows.values() for c in row.published} - set(paper.columns)
     unknown |= {row for place in paper.columns.values() for row in place.rows} - set(paper.rows)
     if unknown:

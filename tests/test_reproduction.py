@@ -102,6 +102,7 @@ def test_a_table_that_names_what_is_not_there_is_refused() -> None:
     assert targets.read(OmegaConf.create(content), "it").rows["gptq"].published == {"own": 1.0}
     for wrong in (
         {"orders": ["gptq < rtn"]},
+        {"columns": {"own": {"metric": "x/ppl", "orders": ["rtn < gptq"]}}},
         {"tolerance_": 1},
         {"rows": {"a": {"published": {"b": 1}}}},
     ):
@@ -112,12 +113,12 @@ def test_a_table_that_names_what_is_not_there_is_refused() -> None:
 @pytest.mark.parametrize("name", IDS)
 def test_published_numbers_are_in_the_expected_order(name) -> None:
     table = reproduction.load(name)
-    for less, more in table.pairs:
-        for column in table.columns:
+    for column in table.columns:
+        for less, more in table.pairs(column):
             one, other = (table.rows[row].published.get(column) for row in (less, more))
             assert one is None or other is None or one < other, (column, less, more)
     stand_ins = {key for key, place in table.columns.items() if place.replaced and place.judged}
-    assert "smollm2" in stand_ins and table.pairs
+    assert "smollm2" in stand_ins and all(table.pairs(column) for column in stand_ins)
     assert not table.columns["tiny"].judged
 
 
