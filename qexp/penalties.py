@@ -58,11 +58,12 @@ class Deviation(Form):
         reach = self.k * deviation
         unit = deviation if self.normalized else torch.ones_like(deviation)
         index = _near_outliers(x, mean, reach)
-        apart = x[index] - mean
+        apart = x.index_select(0, index) - mean
         excess = (apart.abs() - reach).clamp(min=0) / unit
-        count = excess.count_nonzero().clamp(min=1)
-        slope = self.power * excess.pow(self.power - 1) * apart.sign() * (excess > 0) / unit
-        return Found(excess.pow(self.power).sum() / count, index, slope / count)
+        outside = apart.sign() * (excess > 0)
+        count = outside.abs().sum().clamp(min=1)
+        slope = excess.pow(self.power - 1) * outside * (self.power / unit / count)
+        return Found(excess.pow(self.power).sum() / count, index, slope)
 
 
 def _near_outliers(
@@ -232,5 +233,5 @@ class _Sparse(torch.autograd.Function):
         shape, dtype = ctx.like
         gradient = (ctx.found.gradient * grads[0]).to(dtype)
         dense = torch.zeros(shape, dtype=dtype, device=gradient.device)
-        dense.view(-1)[ctx.found.where] = gradient
+        dense.view(-1).index_copy_(0, ctx.found.where, gradient)
         return dense, None
