@@ -141,13 +141,15 @@ def spreadsheet(table: Table, baselines: Mapping[int, Setting]) -> str:
     return file.getvalue()
 
 
-def number(value: float) -> str:
-    """As papers print: two decimals, four below 1, powers of ten once nobody would read them."""
+def number(value: float, beside: float | None = None) -> str:
+    """As papers print: two decimals, four below 1, powers of ten once nobody would read them. An
+    error has the digits of the number `beside` it."""
+    size = abs(value if beside is None else beside)
     if math.isnan(value):
         return ""
-    if abs(value) >= 1e4:
+    if size >= 1e4 or abs(value) >= 1e4:
         return f"{value:.2e}"
-    return f"{value:.2f}" if abs(value) >= 1 else f"{value:.4f}" if value else "0"
+    return f"{value:.2f}" if size >= 1 else f"{value:.4f}" if value or beside is not None else "0"
 
 
 def spread(setting: Setting, column: Column) -> str:
@@ -158,10 +160,7 @@ def spread(setting: Setting, column: Column) -> str:
     error = setting.error(column) if found.count == 1 else found.deviation
     text = number(found.mean)
     if not math.isnan(error):
-        small = abs(found.mean) < 1
-        text += (
-            f" ± {f'{error:.4f}' if small else f'{error:.2f}' if error < 1e4 else number(error)}"
-        )
+        text += f" ± {number(error, beside=found.mean)}"
     return text + (f" ({found.count})" if found.count > 1 else "")
 
 

@@ -11,7 +11,7 @@ import pytest
 from folders import folder
 from stub import SMALL, qexp  # noqa: F401
 
-from qexp import plot, report, runs
+from qexp import plot, report, runs, tables
 from qexp.pivot import group
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -273,3 +273,11 @@ def test_a_metric_may_be_zero_or_less(sweep) -> None:
         path.write_text(json.dumps(json.loads(path.read_text()) | change))
     assert report.main([str(sweep), "--out", "made", "--metrics", "*/change"]) == 0
     assert "suite/change" in Path("made/table.md").read_text()
+
+
+def test_an_error_has_the_digits_of_its_number() -> None:
+    pairs = [(11329.0, 9226.64), (52.314, 0.8), (0.5, 0.016), (47.9, 15_000.0), (0.0, 0.0)]
+    said = [f"{tables.number(mean)} ± {tables.number(error, mean)}" for mean, error in pairs]
+    assert said == [
+        "1.13e+04 ± 9.23e+03", "52.31 ± 0.80", "0.5000 ± 0.0160", "47.90 ± 1.50e+04", "0 ± 0.0000",
+    ]  # fmt: skip
