@@ -31,8 +31,8 @@ class Course:
     """What is trained on what: `parameters` by kind, `loss` of a batch, and the batches.
 
     measure: numbers for the log at the end of each leg. identity: what the result depends on, so
-    that only a run of the same may go on from its checkpoint. notes: what the loss remembers from
-    step to step.
+    that only a run of the same may go on from its checkpoint. notes: what the loss and `measure`
+    remember from step to step.
     """
 
     task: Task
@@ -46,7 +46,7 @@ class Course:
     seed: int = 0
     identity: str = ""
     folder: Path | None = None
-    notes: dict[str, Any] = field(default_factory=dict)
+    notes: Sequence[dict[str, Any]] = ()
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,8 @@ class Training(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         kept = checkpoint["course"]
         self.lines, self.random = kept["lines"], kept["random"]
-        self.course.notes.update(kept["notes"])
+        for notes, before in zip(self.course.notes, kept["notes"], strict=True):
+            notes.update(before)
 
 
 def _stack(batches: Sequence[Batch]) -> Batch:

@@ -19,7 +19,7 @@ class Movement:
     clipped: weights beyond the ends of their grid. clipped_activations: values beyond those of
     static quantizers, in one forward of `probe`. flipped: weights whose code is another one than at
     the last call. oscillated: whose code moved against its last move. scale: of the scales'
-    geometric mean, against the first call.
+    geometric mean, against the first call. `notes` holds all that is remembered between calls.
     """
 
     def __init__(
@@ -29,9 +29,7 @@ class Movement:
         self.linears = {
             name: linear for name, linear in linears.items() if isinstance(fake(linear), Rounded)
         }
-        self.codes: dict[str, Tensor] = {}
-        self.moves: dict[str, Tensor] = {}
-        self.start: float | None = None
+        self.notes: dict[str, Any] = {"codes": {}, "moves": {}}
 
     @torch.no_grad()
     def __call__(self) -> dict[str, float]:
@@ -63,6 +61,7 @@ class Movement:
 
     def _weights(self) -> dict[str, float]:
         clipped = flipped = oscillated = total = 0
+        before, moves = self.notes["codes"], self.notes["moves"]
         logs = []
         for name, linear in self.linears.items():
             rounded, weight = fake(linear), behind(linear)
@@ -75,20 +74,20 @@ class Movement:
             v = groups / flat.scale + flat.zero
             clipped += weight.numel() - _count(inside(v, low, high))
             codes = rounded.grid.encode(groups, flat)
-            move = (codes - self.codes.get(name, codes)).sign_()
-            last = self.moves.get(name, torch.zeros_like(move)).float()
+            move = (codes - before.get(name, codes)).sign_()
+            last = moves.get(name, torch.zeros_like(move)).float()
             moved = move.abs()
             flipped += _count(moved)
             oscillated -= _count((move * last).clamp_(max=0))
-            self.codes[name] = codes.to(torch.uint8 if rounded.grid.bits <= 8 else torch.int32)
-            self.moves[name] = last.addcmul(last, moved, value=-1).add_(move).to(torch.int8)
+            before[name] = codes.to(torch.uint8 if rounded.grid.bits <= 8 else torch.int32)
+            moves[name] = last.addcmul(last, moved, value=-1).add_(move).to(torch.int8)
             total += weight.numel()
         if not total:
             return {}
         mean = float(torch.stack(logs).mean())
-        self.start = mean if self.start is None else self.start
+        start = self.notes.setdefault("start", mean)
         shares = {"clipped": clipped, "flipped": flipped, "oscillated": oscillated}
-        scale = float(torch.tensor(mean - self.start).exp())
+        scale = float(torch.tensor(mean - start).exp())
         return {name: count / total for name, count in shares.items()} | {"scale": scale}
 
 

@@ -95,6 +95,7 @@ class FineTune(Step):
                 return loss if watch is None else loss + watch.take(loss)
 
             probe = {key: value[: self.trainer.sequences] for key, value in data[0].items()}
+            movement = Movement(task, linears, lambda: plain(probe))
             course = Course(
                 task,
                 penalized,
@@ -103,11 +104,11 @@ class FineTune(Step):
                 self.optimizer,
                 () if self.validation is None else self.validation(task),
                 plain,
-                Movement(task, linears, lambda: plain(probe)),
+                movement,
                 seed=self.seed,
                 identity=hashlib.sha256(whole.encode()).hexdigest()[:8],
                 folder=task.folder,
-                notes={} if watch is None else watch.notes,
+                notes=[movement.notes] if watch is None else [movement.notes, watch.notes],
             )
             self.trainer.fit(course)
             for quantizer in task.quantizers.values():

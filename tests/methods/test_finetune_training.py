@@ -55,6 +55,8 @@ def test_a_killed_run_ends_at_the_same_weights(tmp_path, monkeypatch):
     assert len(ran) == 2  # the last leg alone
     assert same(weights(again), weights(whole))
     assert not list((tmp_path / "killed").glob("training-*"))
+    logs = [(tmp_path / name / "training.csv").read_text() for name in ("killed", "whole")]
+    assert logs[0] == logs[1] and "oscillated" in logs[0]
 
 
 def test_another_run_does_not_go_on_from_it(tmp_path, monkeypatch):
