@@ -8,14 +8,32 @@ from torch import Tensor
 
 def pack_bits(codes: Int[Tensor, "*shape"], bits: int) -> Tensor:
     """Codes of `bits` bits, one after another in a byte string (the last byte filled up)."""
-    flat = codes.reshape(-1).cpu().numpy().astype(np.uint32)
-    each = (flat[:, None] >> np.arange(bits, dtype=np.uint32)) & 1
-    return torch.from_numpy(np.packbits(each.astype(np.uint8).reshape(-1), bitorder="little"))
+    flat = codes.reshape(-1).cpu().numpy()
+    size = -(-len(flat) * bits // 8)
+    if bits > 8:
+        each = (flat.astype(np.uint32)[:, None] >> np.arange(bits, dtype=np.uint32)) & 1
+        return torch.from_numpy(np.packbits(each.astype(np.uint8).reshape(-1), bitorder="little"))
+    # Eight codes fill `bits` whole bytes, and fit into one number.
+    eights = np.zeros((-(-len(flat) // 8), 8), dtype=np.uint8)
+    eights.reshape(-1)[: len(flat)] = flat
+    numbers = np.zeros(len(eights), dtype="<u8")
+    for place in range(8):
+        numbers |= eights[:, place].astype("<u8") << np.uint64(place * bits)
+    return torch.from_numpy(numbers.view(np.uint8).reshape(-1, 8)[:, :bits].reshape(-1)[:size])
 
 
 def unpack_bits(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Int[Tensor, "..."]:
     """The inverse of `pack_bits`."""
     count = int(np.prod(shape))
-    each = np.unpackbits(packed.cpu().numpy(), count=count * bits, bitorder="little")
-    weights = (1 << np.arange(bits)).astype(np.int64)
-    return torch.from_numpy((each.reshape(count, bits) * weights).sum(1).reshape(shape))
+    held = packed.cpu().numpy()
+    if bits > 8:
+        each = np.unpackbits(held, count=count * bits, bitorder="little")
+        weights = (1 << np.arange(bits)).astype(np.int64)
+        return torch.from_numpy((each.reshape(count, bits) * weights).sum(1).reshape(shape))
+    filled = np.zeros(-(-count // 8) * bits, dtype=np.uint8)
+    filled[: len(held)] = held
+    eights = np.zeros((len(filled) // bits, 8), dtype=np.uint8)
+    eights[:, :bits] = filled.reshape(-1, bits)
+    numbers = eights.view("<u8")
+    codes = (numbers >> np.arange(0, 8 * bits, bits, dtype=np.uint64)) & np.uint64(2**bits - 1)
+    return torch.from_numpy(codes.astype(np.int64).reshape(-1)[:count].reshape(shape))

@@ -55,3 +55,8 @@ def test_codes_of_any_width_come_back(bits: int) -> None:
     packed = pack_bits(codes, bits)
     assert packed.numel() == -(-codes.numel() * bits // 8)
     assert torch.equal(unpack_bits(packed, bits, (7, 13)), codes)
+
+
+def test_the_first_code_has_the_lowest_bits_as_files_of_every_version_hold_it() -> None:
+    assert pack_bits(torch.tensor([5, 3, 1]), 3).tolist() == [5 + (3 << 3) + (1 << 6), 0]
+    assert pack_bits(torch.tensor([0x123, 0x2AB]), 10).tolist() == [0x23, 0xAD, 0x0A]

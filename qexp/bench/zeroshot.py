@@ -50,7 +50,7 @@ def compare(task: Task, evaluator: Harness, ours_first: bool) -> list[str]:
 
     from qexp.eval.harness_model import Model
 
-    evaluator.definition()  # the harness's index, the rows and prompts are made outside the clock
+    asked = evaluator.definition()["tasks"]  # index, rows and prompts are made outside the clock
     models = {
         "hf": HFLM(task.model, tokenizer=task.tokenizer, batch_size=evaluator.batch_size),
         "qexp": Model(task, evaluator.batch_size, evaluator.name),
@@ -69,7 +69,7 @@ def compare(task: Task, evaluator: Harness, ours_first: bool) -> list[str]:
     theirs, ours = said["hf"], said["qexp"]
     name = evaluator.tasks[0]  # of a group its own numbers, not each member's
     shown = {k: v for k, v in ours.numbers.items() if k.partition("/")[0] == name} or ours.numbers
-    items = sum(value for key, value in ours.numbers.items() if key.endswith("/items"))
+    items = sum(ours.numbers[f"{each}/items"] for each in asked)
     pairs = list(zip(theirs.answers, ours.answers, strict=True))
     gaps = [abs(a - b) for a, b in pairs if isinstance(a, float) and isinstance(b, float)]
     same = [a == b for a, b in pairs if isinstance(a, str)]
