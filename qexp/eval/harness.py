@@ -86,8 +86,10 @@ class Harness(Evaluator):
         def measure(task: Task) -> dict[str, float]:
             found = self.outcome(task)
             numbers = dict(found.numbers)
-            for name, items in found.items.items():
-                numbers |= {f"{name}_{k}": v for k, v in changes(plain[name], items).items()}
+            before, after = self._with_groups(plain), self._with_groups(found.items)
+            for name in before.keys() & numbers.keys():
+                moved = changes(before[name], after[name])
+                numbers |= {f"{name}_{key}": value for key, value in moved.items()}
             return numbers
 
         return Informed(self, measure)
@@ -151,6 +153,17 @@ class Harness(Evaluator):
 
         return harness_tasks.load(self.tasks, self.source, self.folder, self.shots)
 
+    def _with_groups(self, items: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The items of each task, and of each group those of its tasks, one after another."""
+        joined: dict[str, list[Tensor]] = {key: [each] for key, each in items.items()}
+        for name, group in self._loaded["groups"].items():
+            members = {id(task) for task in group.get_all_tasks()}
+            for key, each in items.items():
+                task, _, metric = key.partition("/")
+                if id(self._loaded["tasks"][task]) in members:
+                    joined.setdefault(f"{name}/{metric}", []).append(each)
+        return {key: torch.cat(parts) for key, parts in joined.items()}
+
     @cached_property
     def _prompts(self) -> dict[str, str]:
         """The sha256 of what each task asks and of what would be right."""
@@ -184,8 +197,8 @@ def _numbers(results: Mapping[str, Any], versions: Mapping[str, Any]) -> dict[st
             numbers[f"{place}/{metric}"] = math.nan if value == "N/A" else float(value)
         if measured and "sample_len" in values:
             numbers[f"{task}/items"] = float(values["sample_len"])
-            said = versions.get(task)
-            numbers[f"{task}/version"] = float(said) if isinstance(said, int | float) else math.nan
+            if isinstance(said := versions.get(task), int | float):  # groups have none
+                numbers[f"{task}/version"] = float(said)
     return numbers
 
 

@@ -1,6 +1,7 @@
 """The harness adapter beside the harness's own model; local rows beside the hub's."""
 
 import json
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ pytest.importorskip("lm_eval")
 pytestmark = pytest.mark.filterwarnings("ignore")  # the harness's
 
 CHOICES = ("piqa", "winogrande", "hellaswag", "arc_easy", "boolq", "mmlu_anatomy")
+WAYS = ("right_to_wrong", "wrong_to_right")
 KINDS = (*CHOICES, "blimp_adjunct_island", "lambada_openai", "wikitext", "gsm8k")
 
 
@@ -141,20 +143,31 @@ def test_the_prompt_is_the_hubs(folder: Path) -> None:
     assert len(questions) == 16  # one subject of the two
 
 
-def test_a_group_is_its_members_and_their_mean(folder: Path, tmp_path: Path) -> None:
+def test_a_group_is_its_members_and_their_mean(tmp_path: Path) -> None:
     from qexp.eval.harness_tasks import manager
 
-    text = (folder / "tasks/blimp/adjunct_island.jsonl").read_text()
+    pairs = permutations(("cat", "moon", "boat", "tree"), 2)
+    asked = [{"sentence_good": f"A {a} or {b}", "sentence_bad": f"A {b} or {a}"} for a, b in pairs]
+    text = "".join(json.dumps(row) + "\n" for row in asked)
     members = [name for name in manager().all_subtasks if name.startswith("blimp_")]
     members = [name for name in members if not name.startswith("blimp_nl")]
     (tmp_path / "tasks/blimp").mkdir(parents=True)
     for name in members:
         place = tmp_path / f"tasks/blimp/{name.removeprefix('blimp_')}.jsonl"
         place.write_text(text)
-    numbers = harness(tmp_path, "blimp").outcome(llama()).numbers
-    found = {key.partition("/")[0] for key in numbers}
-    assert len(members) == 67 and found == {"blimp", *members}
+    start = Start({"model": "llama"}, llama, tmp_path)
+    other = llama()
+    for parameter in other.blocks.parameters():
+        parameter.data = torch.randn_like(parameter)
+    numbers = harness(tmp_path, "blimp").before(start)(other)
+    assert len(members) == 67
+    assert {key.partition("/")[0] for key in numbers} == {"blimp", *members}
     assert numbers["blimp/acc"] == pytest.approx(numbers["blimp_causative/acc"])
+    flips = [f"{task}/acc_{way}" for task in ("blimp", "blimp_causative") for way in WAYS]
+    assert numbers[flips[0]] == pytest.approx(numbers[flips[2]])
+    assert numbers[flips[1]] == pytest.approx(numbers[flips[3]])
+    assert max(numbers[key] for key in flips) > 0
+    assert numbers["blimp/acc_change_stderr"] < numbers["blimp_causative/acc_change_stderr"]
 
 
 def test_a_missing_file_is_named_with_its_place(tmp_path: Path) -> None:
