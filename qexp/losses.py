@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from qexp.task import Batch, Task
 
@@ -38,50 +39,52 @@ class CrossEntropy(Objective):
 
 
 @dataclass(frozen=True)
-class LogitKL(Objective):
-    """KL(float model || quantized model) of the predictions, mean over positions (LLM-QAT sums over
-    a sequence's; under AdamW that is another epsilon, no more). task: weight of the task's own loss
-    beside it."""
+class FromTeacher(Objective):
+    """How far the model is from the float one; task: weight of the task's own loss beside it."""
 
     task: float | int = 0.0
     teacher = True
+    hidden = False  # whether hidden states are compared
 
     def __call__(
         self, task: Task, teacher: PreTrainedModel | None, batch: Batch
     ) -> Float[Tensor, ""]:
         assert teacher is not None
-        inputs = _inputs(task, batch)
+        inputs = {key: each.to(task.device) for key, each in batch.items() if key != "labels"}
         with torch.no_grad():
-            target = teacher(**inputs).logits.flatten(0, -2).float().log_softmax(-1)
-        logits = task.model(**inputs).logits.flatten(0, -2).float()
-        divergence = F.kl_div(
-            logits.log_softmax(-1), target, reduction="batchmean", log_target=True
-        )
-        return divergence + self.task * task.loss(batch) if self.task else divergence
+            target = teacher(**inputs, output_hidden_states=self.hidden)
+        distance = self.distance(task.model(**inputs, output_hidden_states=self.hidden), target)
+        return distance + self.task * task.loss(batch) if self.task else distance
+
+    @abstractmethod
+    def distance(self, output: ModelOutput, target: ModelOutput) -> Float[Tensor, ""]: ...
 
 
 @dataclass(frozen=True)
-class HiddenL2(Objective):
+class LogitKL(FromTeacher):
+    """KL(float model || quantized model) of the predictions, mean over positions (LLM-QAT sums over
+    a sequence's; under AdamW that is another epsilon, no more)."""
+
+    def distance(self, output: ModelOutput, target: ModelOutput) -> Float[Tensor, ""]:
+        own, other = (
+            each.logits.flatten(0, -2).float().log_softmax(-1) for each in (output, target)
+        )
+        return F.kl_div(own, other, reduction="batchmean", log_target=True)
+
+
+@dataclass(frozen=True)
+class HiddenL2(FromTeacher):
     """Squared distance of the hidden states after every block from the float model's, each as a
-    share of the latter's square; task: weight of the task's own loss beside it."""
+    share of the latter's square."""
 
-    task: float | int = 0.0
-    teacher = True
+    hidden = True
 
-    def __call__(
-        self, task: Task, teacher: PreTrainedModel | None, batch: Batch
-    ) -> Float[Tensor, ""]:
-        assert teacher is not None
-        inputs = _inputs(task, batch)
-        with torch.no_grad():
-            targets = teacher(**inputs, output_hidden_states=True).hidden_states[1:]
-        states = task.model(**inputs, output_hidden_states=True).hidden_states[1:]
+    def distance(self, output: ModelOutput, target: ModelOutput) -> Float[Tensor, ""]:
         shares = [
-            (state.float() - target.float()).square().mean() / target.float().square().mean()
-            for state, target in zip(states, targets, strict=True)
+            (own.float() - other.float()).square().mean() / other.float().square().mean()
+            for own, other in zip(output.hidden_states[1:], target.hidden_states[1:], strict=True)
         ]
-        loss = torch.stack(shares).mean()
-        return loss + self.task * task.loss(batch) if self.task else loss
+        return torch.stack(shares).mean()
 
 
 class Penalty(ABC):
@@ -103,7 +106,3 @@ class Watch(ABC):
     def notes(self) -> dict[str, Any]:
         """What later steps need of earlier ones: kept with a checkpoint, and filled from it."""
         return {}
-
-
-def _inputs(task: Task, batch: Batch) -> Batch:
-    return {key: value.to(task.device) for key, value in batch.items() if key != "labels"}
