@@ -87,9 +87,10 @@ class Harness(Evaluator):
             found = self.outcome(task)
             numbers = dict(found.numbers)
             before, after = self._with_groups(plain), self._with_groups(found.items)
-            for name in before.keys() & numbers.keys():
-                moved = changes(before[name], after[name])
-                numbers |= {f"{name}_{key}": value for key, value in moved.items()}
+            for name, items in after.items():
+                if name in found.numbers:
+                    moved = changes(before[name], items)
+                    numbers |= {f"{name}_{key}": value for key, value in moved.items()}
             return numbers
 
         return Informed(self, measure)
@@ -154,11 +155,12 @@ class Harness(Evaluator):
         return harness_tasks.load(self.tasks, self.source, self.folder, self.shots)
 
     def _with_groups(self, items: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The items of each task, and of each group those of its tasks, one after another."""
+        """The items of each task, and of each group those of its tasks, one after another by name:
+        what comes from the cache has an order of its own."""
         joined: dict[str, list[Tensor]] = {key: [each] for key, each in items.items()}
         for name, group in self._loaded["groups"].items():
             members = {id(task) for task in group.get_all_tasks()}
-            for key, each in items.items():
+            for key, each in sorted(items.items()):
                 task, _, metric = key.partition("/")
                 if id(self._loaded["tasks"][task]) in members:
                     joined.setdefault(f"{name}/{metric}", []).append(each)

@@ -159,7 +159,13 @@ def test_a_group_is_its_members_and_their_mean(tmp_path: Path) -> None:
     other = llama()
     for parameter in other.blocks.parameters():
         parameter.data = torch.randn_like(parameter)
-    numbers = harness(tmp_path, "blimp").before(start)(other)
+    suite = harness(tmp_path, "blimp")
+    numbers = suite.before(start)(other)
+    items = {f"{name}/acc": torch.tensor([float(at)]) for at, name in enumerate(members)}
+    cached = dict(reversed(items.items()))
+    assert torch.equal(
+        suite._with_groups(items)["blimp/acc"], suite._with_groups(cached)["blimp/acc"]
+    )
     assert len(members) == 67
     assert {key.partition("/")[0] for key in numbers} == {"blimp", *members}
     assert numbers["blimp/acc"] == pytest.approx(numbers["blimp_causative/acc"])
