@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import logging
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -143,8 +144,8 @@ def headline(metrics: dict[str, float]) -> str:
     for name, value in metrics.items():
         if name.endswith(("/ppl", "/acc")) and name.count("/") == 1:
             digits = 2 if name.endswith("/ppl") else 4
-            error = metrics.get(f"{name}_stderr")
-            spread = "" if error is None else f" ± {error:.{digits}f}"
+            error = metrics.get(f"{name}_stderr", math.nan)  # of one window there is none either
+            spread = "" if math.isnan(error) else f" ± {error:.{digits}f}"
             parts.append(f"{name} {value:.{digits}f}{spread}")
         elif name == "weight/bits":
             parts.append(f"{name} {value:.2f}")

@@ -112,6 +112,11 @@ def test_the_optimized_metric_is_the_first_perplexity_or_the_one_named() -> None
         job.optimized("weight/bit", metrics)
 
 
+def test_the_line_of_a_finished_run_has_no_error_where_there_is_none() -> None:
+    metrics = {"a/ppl": 2.0, "a/ppl_stderr": 0.5, "b/ppl": 3.0, "b/ppl_stderr": float("nan")}
+    assert job.headline(metrics) == "a/ppl 2.00 ± 0.50, b/ppl 3.00"
+
+
 def test_help_lists_the_choices_and_loads_nothing_heavy(tmp_path) -> None:
     program = (
         "import sys, qexp.cli\n"
