@@ -33,7 +33,7 @@ class Arch:
     writer(… norm(x)) to the stream x with nothing behind the writer, so that norms can be folded
     and the stream rotated. `post_norm` says that norms stand behind the residual sums: what they
     return is the stream itself, whose channels other branches read too. `unit_offset`: norms
-    multiply by 1 + weight instead of weight.
+    multiply by 1 + weight instead of weight. `parallel`: all branches of a block read its input.
     """
 
     blocks: str
@@ -46,6 +46,12 @@ class Arch:
     pre_norm: bool = True
     post_norm: bool = False
     unit_offset: bool = False
+    parallel: bool = False
+
+    @property
+    def gated(self) -> bool:
+        """The MLP multiplies its activation function by a second projection."""
+        return self.groups[-1].source is not None
 
 
 LLAMA = Arch(
@@ -128,7 +134,7 @@ ARCHS: dict[str, Arch] = {
     "mistral": LLAMA,
     "qwen2": LLAMA,
     "qwen3": QWEN3,
-    "gpt_neox": Arch(  # attention and MLP read the same stream (parallel residual) in most models
+    "gpt_neox": Arch(  # parallel in most models
         blocks="gpt_neox.layers",
         groups=(
             Group(("attention.query_key_value",), "input_layernorm"),
@@ -194,4 +200,5 @@ def arch_of(model: PreTrainedModel) -> Arch:
         return OPT_POST_NORM
     if isinstance(model, BertForSequenceClassification):
         return replace(ARCHS["bert"], head="classifier")  # reads the pooler's output
-    return ARCHS[config.model_type]
+    found = ARCHS[config.model_type]
+    return replace(found, parallel=getattr(config, "use_parallel_residual", False))

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from qexp.arch import Arch, Group
 from qexp.attention import CACHE, OPERANDS, Inside, install
 from qexp.task import Task
 
@@ -49,7 +50,7 @@ class LinearInputs(Placement):
         return _put(self.sites(task), make)
 
     def sites(self, task: Task) -> list[Site]:
-        return _linear_inputs(task)
+        return _linear_inputs(task, task.arch.groups)
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class KVCache(Placement):
 class AllOps(Placement):
     """The result of every operation: linear inputs and outputs, norms, activation functions,
     attention operands, scores (before the mask) and probabilities, embeddings, residual sums,
-    logits. The setting of Quadapter's line of work; biases stay float."""
+    logits. A result that is only read by linears carries their inputs' quantizer, and none of its
+    own. The setting of Quadapter's line of work; biases stay float."""
 
     def __call__(self, task: Task, make: Make) -> dict[str, nn.Module]:
         made = _put(self.sites(task), make)
@@ -76,34 +78,48 @@ class AllOps(Placement):
 
     def sites(self, task: Task) -> list[Site]:
         arch, model = task.arch, task.model
-        sites = _linear_inputs(task)
+        # A second quantizer behind another would change nothing, until training parts their ranges.
+        sums, read = set(_sums(arch)), {group.source for group in arch.groups}
+        groups = arch.groups
+        if arch.post_norm:  # what its norms and its entry hand on is the stream, rounded already
+            groups = tuple(group for group in groups[1:] if group.source not in arch.norms)
+        sites = _linear_inputs(task, groups)
         sites.append(Site("embeddings", _input(task.blocks[0]), task.blocks[0]))
         for index, block in enumerate(task.blocks):
             name = f"{arch.blocks}.{index}"
             for group in arch.groups:
                 for linear in group.linears:
                     sites.append(_output(f"{name}.{linear}", block.get_submodule(linear)))
-            sources = {group.source for group in arch.groups}
             for norm in arch.norms:
                 module = block.get_submodule(norm)
-                if norm in sources or not arch.pre_norm:
-                    # The norm's input is the residual sum itself, which goes on beside the norm.
+                if norm in sums:
                     sites.append(Site(f"{name}.{norm}.sum", _in_place(module), module))
-                sites.append(_output(f"{name}.{norm}", module))
+                if norm not in read or arch.post_norm:
+                    sites.append(_output(f"{name}.{norm}", module))
             for inner, module in block.named_modules():
-                if _is_activation(module):
+                if _is_activation(module) and arch.gated:
                     sites.append(_output(f"{name}.{inner}", module))
-            sites.append(_output(name, block))
+            if not arch.post_norm:  # there the last norm's output is the block's
+                sites.append(_output(name, block))
         if arch.norm is not None:
             sites.append(_output(arch.norm, model.get_submodule(arch.norm)))
         sites.append(_output(arch.head, model.get_submodule(arch.head)))
         return sites
 
 
-def _linear_inputs(task: Task) -> list[Site]:
+def _sums(arch: Arch) -> tuple[str, ...]:
+    """Norms whose input is a residual sum made inside the block, which goes on beside the norm.
+    What the first one reads, and with a parallel residual each, is what entered the block."""
+    if arch.post_norm:
+        return arch.norms
+    read = [group.source for group in arch.groups if group.source in arch.norms]
+    return () if arch.parallel else tuple(str(norm) for norm in read[1:])
+
+
+def _linear_inputs(task: Task, groups: tuple[Group, ...]) -> list[Site]:
     sites = []
     for index, block in enumerate(task.blocks):
-        for group in task.arch.groups:
+        for group in groups:
             members = [block.get_submodule(linear) for linear in group.linears]
             name = f"{task.arch.blocks}.{index}.{group.linears[0]}.input"
             sites.append(Site(name, _inputs(members), members[0]))

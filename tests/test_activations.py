@@ -1,6 +1,7 @@
 """Activation and cache quantizers: what they see, when they round, what is left alone."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -82,6 +83,25 @@ def test_all_ops_rounds_the_residual_stream_itself():
     )
     task.loss(batch)
     assert len(seen["sum"].unique()) <= 8
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_tensor_carries_two_quantizers(family):
+    """What one made is what no other reads, so that training cannot part their ranges."""
+    task, batch = task_of(family), joined(family)
+    quantize_activations(task, [Quantized(AllOps(), TENSOR)], lambda: [batch])
+    made: dict[str, torch.Tensor] = {}
+    twice = []
+
+    def hook(_, args, output, name):
+        twice.extend((other, name) for other, y in made.items() if torch.equal(args[0], y))
+        made[name] = output.clone()
+
+    for name, quantizer in task.quantizers.items():
+        quantizer.register_forward_hook(partial(hook, name=name))
+    task.loss(batch)
+    assert made and not twice
 
 
 @torch.no_grad()

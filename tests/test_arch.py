@@ -194,7 +194,7 @@ def test_gemma3_inside_the_vision_language_model():
     config = AutoConfig.for_model("gemma3", text_config=text, vision_config={**vision, **sizes})
     model = AutoModelForCausalLM.from_config(config).eval()
     arch = arch_of(model)
-    assert arch is ARCHS["gemma3"]
+    assert arch == ARCHS["gemma3"]
     seen = look(model, batches("gemma3")[0])
     assert set(arch.norms) | {name for group in arch.groups for name in group.linears} <= set(
         seen.order

@@ -88,8 +88,8 @@ def test_the_spoiled_tensor_is_named():
         task.blocks[1].fc1.bias[5] = 500.0
     rows = survey(task, batches("opt"), Quantized(AllOps(), GRID))
     found = [row.name for row in problems(rows)]
-    names = ("fc1.output", "activation_fn.output", "fc2.input")
-    assert set(found[:3]) == {f"model.decoder.layers.1.{name}" for name in names}
+    names = ("fc1.output", "fc2.input")
+    assert set(found[:2]) == {f"model.decoder.layers.1.{name}" for name in names}
 
 
 SMALL = ("model=tiny_vit", "calibration=synthetic", "weight=channel")

@@ -19,7 +19,7 @@ from qexp.methods.efficient import BlockPhase, EfficientQAT
 from qexp.methods.finetune import record
 from qexp.methods.journal import Journal
 from qexp.optimizer import AdamW
-from qexp.placement import AllOps, LinearInputs
+from qexp.placement import AllOps
 from qexp.solvers.rtn import RTN
 from qexp.task import Task
 from qexp.trained import Trained
@@ -114,7 +114,7 @@ def test_only_what_is_asked_for_moves(trained, moves):
     assert changed or moves == "nothing of its own"
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt", "qwen3", "gemma3", "bert", "vit"])
+@pytest.mark.parametrize("family", ["gpt2", "opt", "qwen3", "gemma3", "gpt_neox", "bert", "vit"])
 def test_families_train(family):
     data = batches(family, rows=2)
     task = task_of(family)
@@ -122,8 +122,7 @@ def test_families_train(family):
         for linear in task.linears().values():
             assert linear.weight.isfinite().all()
     grid = IntGrid(6, per_tensor=True)
-    kind = Quantized(AllOps() if family in ("gpt2", "opt") else LinearInputs(), grid)
-    records = replace(METHOD, activations=[kind])(task, lambda: data)
+    records = replace(METHOD, activations=[Quantized(AllOps(), grid)])(task, lambda: data)
     assert len(records) == len(task.linears())
 
 
