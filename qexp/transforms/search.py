@@ -159,24 +159,29 @@ def _listening(watched: Watched, replay: bool) -> Iterator[None]:
 def _rounded(
     channels: Channels, change: Change, grid: Grid, activation: Activations
 ) -> Iterator[None]:
-    """Q_w(W s) and Q_a((x - z) / s), brought back to the scale of x, which is what the module's
-    recorded calls hold."""
+    """The linears as folding and rounding will leave them, Q_w(W s) and b + W z, reading
+    Q_a((x - z) / s) of the x that the module's recorded calls hold."""
     scale = channels.spread(change.scale)
     shift = torch.zeros_like(scale) if change.shift is None else channels.spread(change.shift)
 
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x = activation.rounded((args[0].float() - shift) / scale)
-        return ((x * scale + shift).to(args[0]), *args[1:])
+        return (activation.rounded((args[0].float() - shift) / scale).to(args[0]), *args[1:])
 
+    biases = [linear.bias for linear in channels.linears]
+    for linear, bias in zip(channels.linears, biases, strict=True):
+        linear.bias = None if bias is None else nn.Parameter(bias.detach(), False)
     floats = [linear.weight.data for linear in channels.linears]
+    channels.shift_into(change.shift)
     handles = [linear.register_forward_pre_hook(hook) for linear in channels.linears]
     for linear, weight in zip(channels.linears, floats, strict=True):
-        linear.weight.data = (grid(weight.float() * scale) / scale).to(weight)
+        linear.weight.data = grid(weight.float() * scale).to(weight)
     try:
         yield
     finally:
-        for linear, weight, handle in zip(channels.linears, floats, handles, strict=True):
-            linear.weight.data = weight
+        for linear, weight, bias, handle in zip(
+            channels.linears, floats, biases, handles, strict=True
+        ):
+            linear.weight.data, linear.bias = weight, bias
             handle.remove()
 
 

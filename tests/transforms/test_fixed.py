@@ -16,7 +16,9 @@ from qexp.transforms.awq import AWQ, clipped
 from qexp.transforms.channels import channels_of
 from qexp.transforms.equalize import Equalize, reach
 from qexp.transforms.os_plus import OutlierSuppression
+from qexp.transforms.search import Change, watch
 from qexp.transforms.smooth import Smooth
+from qexp.walk import walk
 
 GRID = IntGrid(4, group_size=32)
 TENSOR = Quantized(LinearInputs(), IntGrid(8, per_tensor=True))
@@ -126,6 +128,41 @@ def test_a_searched_alpha_is_the_best_of_those_tried():
         found[str(alpha)] = task.blocks[0].input_layernorm.weight.detach().clone()
     either = (found["0.1"], found["0.5"])
     assert any(torch.equal(found["[0.1, 0.5]"], one) for one in either)
+
+
+@torch.no_grad()
+def test_a_change_is_judged_by_what_folding_and_rounding_will_make_of_it():
+    """Shifts of 30, as Outlier Suppression+ is for: W z stays float, whatever rounds W."""
+    task, batch = task_of("opt"), joined("opt")
+    for channels in channels_of(task, 0, NORMS):
+        channels.fold(torch.ones(64), -30.0 * (torch.arange(64) % 9 == 0))
+    block = next(walk(task, [batch]))
+    for watched in watch(block, channels_of(task, 0, NORMS), replay=True):
+        low, high = watched.ends
+        change = Change(((high - low) / 4).clamp(min=1), (low + high) / 2)
+        judged = watched._error(change, GRID, TENSOR)
+        kept = {name: p.clone() for name, p in block.module.named_parameters()}
+        watched.channels.fold(*change)
+        rounded = [
+            linear.register_forward_pre_hook(lambda _, args: (TENSOR.rounded(args[0]),))
+            for linear in watched.channels.linears
+        ]
+        for linear in watched.channels.linears:
+            linear.weight.data = GRID(linear.weight)
+        found: list[torch.Tensor] = []
+        seen = watched.module.register_forward_hook(
+            lambda _, __, y, found=found: found.append(y[0] if isinstance(y, tuple) else y)
+        )
+        list(block.outputs())
+        error = sum(
+            float((y - expected).square().sum())
+            for y, expected in zip(found, watched.outputs, strict=True)
+        )
+        assert judged == pytest.approx(error, rel=1e-3) and error > 0
+        for handle in (*rounded, seen):
+            handle.remove()
+        for name, parameter in block.module.named_parameters():
+            parameter.data = kept[name]
 
 
 def test_scales_do_nothing_to_a_model_on_no_grid():
