@@ -36,13 +36,13 @@ def main(work: Callable[[DictConfig], Objective] | None = None) -> None:
     logging.raiseExceptions = False  # a log that a full disk refuses is not what went wrong
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in COMMANDS:
-        sys.exit(_guarded(lambda: import_module(COMMANDS[name]).main(sys.argv[2:])))
+        sys.exit(guarded(lambda: import_module(COMMANDS[name]).main(sys.argv[2:])))
     sys.argv = ["dry_run=true" if word == "--dry-run" else word for word in sys.argv]
     app = hydra.main(version_base="1.3", config_path=str(conf()), config_name="config")
     try:
-        code = _guarded(app(work or job))
+        code = guarded(app(work or job))
         if ledger.postponed and code in (0, 1):
-            code = max(code, _guarded(app(work or job)))
+            code = max(code, guarded(app(work or job)))
     finally:
         if asked is None:
             os.environ.pop("HYDRA_FULL_ERROR")
@@ -51,8 +51,8 @@ def main(work: Callable[[DictConfig], Objective] | None = None) -> None:
     sys.exit(code)
 
 
-def _guarded(work: Callable[[], object]) -> int:
-    """The exit code of what is done."""
+def guarded(work: Callable[[], object]) -> int:
+    """The exit code of what is done; what went wrong is told on stderr."""
     try:
         work()
     except KeyboardInterrupt:

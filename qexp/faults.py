@@ -32,14 +32,24 @@ def loss(task: Task, batch: Batch, step: int) -> UserError:
 
 
 def gradient(task: Task, step: int) -> UserError:
-    """The layer nearest to the loss whose gradient is not finite: there it began."""
-    bad = [
-        name
+    """The layer nearest to the loss whose gradient is not finite: there it began. Where each is,
+    and their norm is not, the one with the largest: steep surrogates multiply from layer to layer.
+    """
+    found = [
+        (name.removeprefix("model."), full(parameter.grad))
         for name, parameter in task.named_parameters()
-        if parameter.grad is not None and not full(parameter.grad).isfinite().all()
+        if parameter.grad is not None
     ]
-    where = bad[-1].removeprefix("model.") if bad else "no parameter"
-    return UserError(f"training: step {step}: the gradient of {where} is not finite: {ADVICE}")
+    bad = [name for name, grad in found if not grad.isfinite().all()]
+    if bad:
+        return UserError(
+            f"training: step {step}: the gradient of {bad[-1]} is not finite: {ADVICE}"
+        )
+    name, grad = max(found, key=lambda pair: float(pair[1].abs().max()))
+    return UserError(
+        f"training: step {step}: the norm of all gradients is not finite; the largest, "
+        f"{float(grad.abs().max()):.1g}, is that of {name}: {ADVICE}"
+    )
 
 
 def _noting(name: str, first: list[str]) -> Any:

@@ -173,15 +173,18 @@ class IntGrid(Grid):
 
     def __post_init__(self) -> None:
         if not isinstance(self.bits, int) or not 2 <= self.bits <= 16:
-            raise UserError(
-                f"bits={self.bits!r} makes no integer grid: give 2 to 16 (weight.bits=4)."
-            )
+            raise UserError(f"bits={self.bits!r}: give a whole number from 2 to 16.")
         if self.scale_dtype not in DTYPES:
             raise UserError(
                 f"scale_dtype={self.scale_dtype} is unknown: give {' or '.join(DTYPES)}."
             )
         if self.per_tensor and self.second:
             raise UserError("weight.scales, weight.zeros need weight.per_tensor=false.")
+        if self.per_tensor and self.group_size is not None:
+            raise UserError(
+                f"per_tensor=true with group_size={self.group_size}: one scale for all leaves "
+                "no groups; give null (weight.per_tensor=true needs weight.group_size=null)."
+            )
 
     @property
     def second(self) -> "dict[str, IntGrid]":

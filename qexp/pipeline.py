@@ -10,11 +10,13 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from omegaconf import DictConfig
 
 from qexp import own, progress, results, store
+from qexp.activations import Float
 from qexp.build import build
 from qexp.data.calibration import Recipe
 from qexp.edits import Marks, edits, marks
 from qexp.errors import UserError
 from qexp.eval.evaluator import Evaluator, Start, digest
+from qexp.methods.nothing import Nothing
 from qexp.methods.step import Record, Step
 from qexp.models.source import Loaded, Source
 from qexp.offload import place
@@ -51,6 +53,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
         task = as_task(source, loaded, cfg)
         task.folder = folder
         loaded.finish(task)
+        _check_quantizers(task, steps)
         origin = marks(task.model) if cfg.save_weights else {}
     provenance.add(model=source.fingerprint(), device=str(task.device), seed=cfg.seed)
 
@@ -91,6 +94,21 @@ def as_task(source: Source, loaded: Loaded, cfg: DictConfig) -> Task:
     task = TASKS[source.objective](loaded.model, loaded.tokenizer).eval()
     place(task, cfg.device, cfg.offload)
     return task
+
+
+def _check_quantizers(task: Task, steps: list[Step]) -> None:
+    """UserError where a loaded model has activation quantizers, of settled ranges, and a step would
+    change what they round or put others beside them."""
+    transform, method = steps
+    kinds = getattr(method, "activations", ())
+    if task.quantizers and not (
+        isinstance(transform, Nothing) and all(isinstance(kind, Float) for kind in kinds)
+    ):
+        raise UserError(
+            "model: it has activation quantizers already, which no transform or other quantizers "
+            "can follow; start from the run's float model, or say transform=none activation=none "
+            "kv=none"
+        )
 
 
 def _evaluator(name: str, node: DictConfig) -> Evaluator:

@@ -19,6 +19,7 @@ from qexp.files import atomic
 from qexp.runs import Column, Run, collect
 
 ROWS = ("model", "data", "transform", "method", "method/trained", "ranges", "width", "trained on")
+FORMS = {"wikitext2_tokens": "wikitext2"}  # one text in two forms is one distribution
 LEGEND = (
     "F-ID: ratio of perplexity to the float model's on the corpus of calibration and training; "
     "F-OOD: geometric mean of the ratios on the others."
@@ -89,7 +90,8 @@ def _with_ratios(run: Run, floats: dict[tuple[str, Column], list[float]]) -> Run
                 "the same protocols: method=none activation=none transform=none"
             )
         ratio = run.metrics[column.name] / statistics.fmean(known)
-        (inside if _corpus(run, column) == run.config["data"]["name"] else outside).append(ratio)
+        own = _text(_corpus(run, column)) == _text(run.config["data"]["name"])
+        (inside if own else outside).append(ratio)
     ratios = {"F-ID/ratio": inside, "F-OOD/ratio": outside}
     means = {name: _geometric(found) for name, found in ratios.items() if found}
     words = {"width": _width(run), "ranges": _ranges(run), "trained on": _share(run)}
@@ -103,6 +105,10 @@ def _geometric(ratios: Sequence[float]) -> float:
 def _corpus(run: Run, column: Column) -> str:
     protocol = run.provenance["protocols"][column.name.rpartition("/")[0]]
     return str(protocol["definition"]["corpus"]["name"])
+
+
+def _text(corpus: str) -> str:
+    return FORMS.get(corpus, corpus)
 
 
 def _model(run: Run) -> str:

@@ -6,13 +6,16 @@ latter.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from qexp.errors import UserError, whole
 from qexp.streams import Ends, Histogram, Stream
 
 if TYPE_CHECKING:
@@ -36,6 +39,13 @@ class Range(ABC):
     def stream(self) -> Stream:
         """What has to be gathered of values that come one tensor at a time."""
         return Histogram()
+
+
+def _within(settings: Range, key: str, inside: Callable[[float], bool], right: str) -> None:
+    """UserError unless this field is a number inside."""
+    value = getattr(settings, key)
+    if type(value) not in (int, float) or not inside(value):
+        raise UserError(f"range.{key}={value}: give {right}.")
 
 
 def _seen(x: Tensor, counts: Tensor | None, empty: float) -> Tensor:
@@ -66,6 +76,9 @@ class MovingAverage(Range):
 
     momentum: float = 0.9
 
+    def __post_init__(self) -> None:
+        _within(self, "momentum", lambda x: 0 <= x < 1, "a number from 0 to below 1")
+
     def __call__(
         self,
         x: Float[Tensor, "rows size"],
@@ -84,6 +97,10 @@ class Percentile(Range):
     at or above the lower one. Ends are values that occur (no interpolation)."""
 
     share: float = 99.9
+
+    def __post_init__(self) -> None:
+        right = "a number of per cent, above 50 and at most 100 (99.9, not 0.999)"
+        _within(self, "share", lambda x: 50 < x <= 100, right)
 
     def __call__(
         self,
@@ -115,6 +132,11 @@ class MSE(Range):
     steps: int = 100
     shrink: float = 0.8
 
+    def __post_init__(self) -> None:
+        whole("range", self, steps=1)
+        _within(self, "shrink", lambda x: 0 < x <= 1, "a number above 0 and at most 1")
+        _within(self, "norm", lambda x: 0 < x < inf, "a finite number above 0")
+
     def __call__(
         self,
         x: Float[Tensor, "rows size"],
@@ -142,6 +164,9 @@ class RMS(Range):
 
     reach: float = 2.4
 
+    def __post_init__(self) -> None:
+        _within(self, "reach", lambda x: 0 < x < inf, "a finite number above 0")
+
     def __call__(
         self,
         x: Float[Tensor, "rows size"],
@@ -166,6 +191,9 @@ class Entropy(Range):
 
     bins: int = 2048
     stride: int = 8
+
+    def __post_init__(self) -> None:
+        whole("range", self, bins=1, stride=1)
 
     def __call__(
         self,

@@ -141,15 +141,21 @@ def spreadsheet(table: Table, baselines: Mapping[int, Setting]) -> str:
     return file.getvalue()
 
 
-def number(value: float, beside: float | None = None) -> str:
-    """As papers print: two decimals, four below 1, powers of ten once nobody would read them. An
+def number(value: float, beside: float | None = None, digits: int = 2) -> str:
+    """As papers print: `digits` decimals, four below 1, powers of ten once nobody would read them. An
     error has the digits of the number `beside` it."""
     size = abs(value if beside is None else beside)
     if math.isnan(value):
         return ""
     if size >= 1e4 or abs(value) >= 1e4:
         return f"{value:.2e}"
-    return f"{value:.2f}" if size >= 1 else f"{value:.4f}" if value or beside is not None else "0"
+    return (
+        f"{value:.{digits}f}"
+        if size >= 1
+        else f"{value:.4f}"
+        if value or beside is not None
+        else "0"
+    )
 
 
 def spread(setting: Setting, column: Column) -> str:
@@ -158,9 +164,10 @@ def spread(setting: Setting, column: Column) -> str:
     if not found.count:
         return ""
     error = setting.error(column) if found.count == 1 else found.deviation
-    text = number(found.mean)
+    digits = 3 if column.name.endswith("/ratio") else 2
+    text = number(found.mean, digits=digits)
     if not math.isnan(error):
-        text += f" ± {number(error, beside=found.mean)}"
+        text += f" ± {number(error, beside=found.mean, digits=digits)}"
     return text + (f" ({found.count})" if found.count > 1 else "")
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qexp.arch import Group
 from qexp.cache import checksum
+from qexp.errors import UserError
 from qexp.pieces import Piece, entering, passing, record, returns_tuple, rows, split
 from qexp.progress import bar
 from qexp.task import Batch, Task
@@ -131,9 +132,14 @@ def walk(task: Task, batches: Sequence[Batch], chunk: int | None = None) -> Iter
 
     chunk: sequences that run together; None runs each batch whole if the device's memory allows,
     else as many as fit. Inputs of a block rest where its weights do, which for an offloaded model
-    is the host.
+    is the host. UserError where there are no sequences.
     """
     parts = [part for batch in batches for part in split(batch, chunk or _fitting(task, batch))]
+    if not parts:
+        raise UserError(
+            "calibration: there are no sequences, and this method or transform looks at some; "
+            "choose a recipe, for example calibration=first"
+        )
     tuples = returns_tuple(task, parts[0])
     pieces = [record(task, part, tuples) for part in parts]
     config = sha256(task.model.config.to_json_string().encode()).hexdigest()

@@ -49,3 +49,10 @@ def test_jobs_are_run_with_and_without_a_shared_cache(tmp_path, capsys, monkeypa
 def test_an_unknown_bench_is_named():
     with pytest.raises(SystemExit, match="blockwise"):
         bench.main(["speed"])
+
+
+def test_what_the_user_can_put_right_is_one_sentence(capsys, monkeypatch):
+    monkeypatch.setattr(GlobalHydra.instance(), "hydra", None)
+    with pytest.raises(SystemExit):
+        bench.main(["quadapter", *TINY, "transform=quadapter", "transform.sites=all"])
+    assert "transform.sites=all" in (said := capsys.readouterr().err) and "Traceback" not in said

@@ -1,12 +1,14 @@
 """Grids: exact values, granularity, storage costs, refusals."""
 
+from math import inf, nan
+
 import pytest
 import torch
 
 from qexp.errors import UserError
 from qexp.grid import IntGrid, Scale
 from qexp.levels import LevelGrid, levels
-from qexp.ranges import MSE, MinMax, Percentile
+from qexp.ranges import MSE, RMS, Entropy, MinMax, MovingAverage, Percentile
 
 GRIDS = [
     IntGrid(2),
@@ -101,8 +103,34 @@ def test_group_cost_counts_scales_and_zeros():
 
 @pytest.mark.parametrize("bits", [1, 17, 0, -3])
 def test_bits_out_of_range_are_refused(bits):
-    with pytest.raises(UserError, match="2 to 16"):
+    with pytest.raises(UserError, match=rf"^bits={bits}: .*2 to 16"):
         IntGrid(bits)
+
+
+def test_groups_of_a_tensor_with_one_scale_are_refused():
+    with pytest.raises(
+        UserError, match=r"^per_tensor=true with group_size=64.*weight\.group_size=null"
+    ):
+        IntGrid(4, group_size=64, per_tensor=True)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "key", "values"),
+    [
+        (Percentile, "share", (0.999, 50.0, 100.1, nan)),
+        (MSE, "steps", (0, True)),
+        (MSE, "shrink", (0.0, 1.1)),
+        (MSE, "norm", (0.0, inf, nan)),
+        (MovingAverage, "momentum", (-0.1, 1.0)),
+        (RMS, "reach", (0.0, inf)),
+        (Entropy, "bins", (0, True)),
+        (Entropy, "stride", (0, -8)),
+    ],
+)
+def test_ranges_that_cannot_be_are_refused(estimator, key, values):
+    for value in values:
+        with pytest.raises(UserError, match=rf"^range\.{key}={value}: give "):
+            estimator(**{key: value})
 
 
 def test_group_that_does_not_divide_is_refused(x):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import FAMILIES, batches, tiny
 
+from qexp.errors import UserError
 from qexp.hessian import Layerwise, second_moment
 from qexp.task import TASKS, Task
 from qexp.walk import walk
@@ -134,3 +135,8 @@ def test_replays_build_no_graph_even_where_gradients_are_on():
     for block in walk(task_of("llama"), [joined("llama")]):
         block.advance(lambda names, inputs: None)
         assert not block.left[0].requires_grad and block.left[0].grad_fn is None
+
+
+def test_a_walk_without_sequences_is_refused():
+    with pytest.raises(UserError, match="^calibration: there are no sequences"):
+        next(walk(task_of("llama"), []))

@@ -22,9 +22,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name, *overrides = sys.argv[1:] if arguments is None else arguments
     if name not in BENCHES:
         raise SystemExit(f"bench.py: {name} is unknown: give one of {', '.join(BENCHES)}")
+    if code := cli.guarded(lambda: _measure(name, overrides)):
+        raise SystemExit(code)
+
+
+def _measure(name: str, overrides: Sequence[str]) -> None:
     resolvers.register()
     with initialize_config_dir(version_base="1.3", config_dir=str(cli.conf())):
-        cfg = compose("config", overrides)
+        cfg = compose("config", list(overrides))
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     print(f"{name}: {' '.join(overrides)}, {torch.get_num_threads()} threads")
     BENCHES[name](cfg)

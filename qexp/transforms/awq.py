@@ -8,11 +8,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qexp.activations import Float as FloatActivations
+from qexp.errors import known, whole
 from qexp.grid import Grid
 from qexp.hessian import second_moment
 from qexp.methods.step import Batches, Record, Step
 from qexp.task import Task
+from qexp.transforms.channels import SITES
 from qexp.transforms.search import Change, Watched, first, rescale, resident
+from qexp.transforms.smooth import check, switches
 from qexp.walk import Block, walk
 
 
@@ -32,6 +35,12 @@ class AWQ(Step):
     clip: bool = True
     sites: str = "norms+value+up"
     sequences: int | None = None
+
+    def __post_init__(self) -> None:
+        check(self)
+        known("transform", self, sites=SITES)
+        whole("transform", self, points=1)
+        switches(self, "clip")
 
     @torch.no_grad()
     def __call__(self, task: Task, batches: Batches) -> list[Record]:

@@ -120,15 +120,20 @@ class Channels:
                 yield self.source, name, _Made(self, name, scale, shift)
 
     def _made(self, name: str, value: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
-        scale = scale.to(value)
+        # In float32 at least, so that a half-precision model is judged by what will be folded.
+        wide = torch.promote_types(value.dtype, torch.float32)
+        x, scale = value.to(wide), scale.to(wide)
         if name == "bias":
-            return (value if shift is None else value - shift.to(value)) / scale
-        if value.ndim == 2:
-            return value / scale[:, None]
-        return (value + self.offset) / scale - self.offset
+            made = (x if shift is None else x - shift.to(wide)) / scale
+        elif x.ndim == 2:
+            made = x / scale[:, None]
+        else:
+            made = (x + self.offset) / scale - self.offset
+        return made.to(value)
 
     def _read(self, weight: Tensor, scale: Tensor) -> Tensor:
-        return weight * self.spread(scale).to(weight)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return (weight.to(wide) * self.spread(scale).to(wide)).to(weight)
 
 
 class Alpha(nn.Module):
@@ -186,21 +191,24 @@ def parametrized(module: nn.Module, name: str, change: nn.Module) -> Iterator[No
             parametrize.remove_parametrizations(module, name, leave_parametrized=False)
 
 
-def channels_of(task: Task, index: int, sites: str) -> list[Channels]:
-    """Where block `index` can be scaled, in execution order; UserError when nowhere.
+def channels_of(task: Task, index: int, sites: str, key: str = "transform.sites") -> list[Channels]:
+    """Where block `index` can be scaled, in execution order; UserError, naming `key`, when nowhere.
 
     sites: `norms` (norm → linears), or `norms+value+up` (also value → output projection and up →
     down in a gated MLP, where linear).
     """
     arch = task.arch
+    groups = _groups(arch, sites, key)
     if index == 0 and arch.post_norm:
         log.info("norms are not scaled: they stand behind the residual sums and make the stream")
-    return [_channels(task, index, group) for group in _groups(arch, sites)]
+    elif index == 0 and sites != "norms" and groups == _groups(arch, "norms", key):
+        log.info("%s=%s: this family has no sites besides its norms", key, sites)
+    return [_channels(task, index, group) for group in groups]
 
 
-def _groups(arch: Arch, sites: str) -> list[Group]:
+def _groups(arch: Arch, sites: str, key: str) -> list[Group]:
     if sites not in SITES:
-        raise UserError(f"transform.sites={sites} is unknown: give one of {', '.join(SITES)}.")
+        raise UserError(f"{key}={sites} is unknown: give one of {', '.join(SITES)}.")
     norms = [group for group in arch.groups if group.source in arch.norms]
     found = [group for group in arch.groups if group.source is not None]
     if arch.post_norm:
@@ -210,7 +218,7 @@ def _groups(arch: Arch, sites: str) -> list[Group]:
     if not found:
         more = "; sites=norms+value+up scales its values" if sites == "norms" else ""
         raise UserError(
-            f"transform.sites={sites}: in this family norms stand behind the residual sums, so "
+            f"{key}={sites}: in this family norms stand behind the residual sums, so "
             f"what they make is the stream itself and its channels cannot be scaled{more}."
         )
     return found

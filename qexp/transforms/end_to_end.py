@@ -7,10 +7,11 @@ import torch
 
 from qexp.activations import Activations
 from qexp.data.calibration import Recipe
+from qexp.errors import known
 from qexp.methods.finetune import FineTune
 from qexp.methods.step import Batches, Record, Step
 from qexp.task import Task
-from qexp.transforms.channels import Alpha, Channels, channels_of
+from qexp.transforms.channels import SITES, Alpha, Channels, channels_of
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,9 @@ class EndToEnd(Step):
 
     training: FineTune
     sites: str = "norms"
+
+    def __post_init__(self) -> None:
+        known("method", self, sites=SITES)
 
     @property
     def activations(self) -> Sequence[Activations]:
@@ -40,7 +44,11 @@ class EndToEnd(Step):
     def install(self, task: Task) -> list[Channels]:
         """Let the sites of all blocks follow an alpha each."""
         blocks = range(len(task.blocks))
-        sites = [channels for index in blocks for channels in channels_of(task, index, self.sites)]
+        sites = [
+            channels
+            for index in blocks
+            for channels in channels_of(task, index, self.sites, "method.sites")
+        ]
         for channels in sites:
             channels.install(Alpha(torch.zeros_like(channels.weights())))
         return sites

@@ -6,9 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qexp.errors import known, whole
 from qexp.methods.step import Batches, Record, Step
 from qexp.task import Task
-from qexp.transforms.channels import Channels, channels_of
+from qexp.transforms.channels import SITES, Channels, channels_of
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,10 @@ class Equalize(Step):
 
     sites: str = "norms"
     rounds: int = 10
+
+    def __post_init__(self) -> None:
+        known("transform", self, sites=SITES)
+        whole("transform", self, rounds=1)
 
     @torch.no_grad()
     def __call__(self, task: Task, batches: Batches) -> list[Record]:

@@ -3,22 +3,24 @@
 import logging
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from qexp.activations import Activations
-from qexp.errors import UserError
+from qexp.errors import UserError, known, real, whole
 from qexp.gradients import Straight
 from qexp.grid import Grid
 from qexp.methods.step import Batches, Record, Step
+from qexp.ranges import MinMax
 from qexp.task import Task
-from qexp.transforms.channels import channels_of
+from qexp.transforms.channels import SITES, channels_of
 from qexp.transforms.descent import Match, quantized, run
 from qexp.transforms.query_key import QueryKey, query_keys
 from qexp.transforms.search import Watched, first, resident, watch
-from qexp.transforms.smooth import smoothed
+from qexp.transforms.smooth import check, smoothed, switches
 from qexp.walk import Block, walk
 
 log = logging.getLogger(__name__)
@@ -112,6 +114,20 @@ class OmniQuant(Step):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check(self)
+        if self.sites is not None:
+            known("transform", self, sites=SITES)
+        whole("transform", self, epochs=1, batch=1, seed=0)
+        switches(self, "shift", "query_key", "augmented")
+        real("transform", self, clip_rate=0, scale_rate=0)
+        for key in ("clip_rate", "scale_rate"):  # at 0 nothing is learned of these
+            if (rate := getattr(self, key)) == inf:
+                raise UserError(f"transform.{key}={rate}: give a finite number, 0 or more.")
+        if not isinstance(self.grid.range, MinMax):
+            raise UserError(
+                f"weight.range={self.grid.range}: transform=omniquant learns ends that only "
+                "min-max finds again; give weight/range=minmax."
+            )
         if self.grid.second:
             raise UserError(
                 "transform=omniquant: clipping is not learned for scales that are quantized in "

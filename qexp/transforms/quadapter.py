@@ -3,21 +3,22 @@
 import logging
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from qexp.activations import Activations
-from qexp.errors import UserError
+from qexp.errors import UserError, known, real, whole
 from qexp.gradients import Straight
 from qexp.grid import Grid
 from qexp.methods.step import Batches, Record, Step
 from qexp.task import Task
-from qexp.transforms.channels import Alpha, Channels, channels_of
+from qexp.transforms.channels import SITES, Alpha, Channels, channels_of
 from qexp.transforms.descent import Match, quantized
 from qexp.transforms.search import Watched, first, resident, watch
-from qexp.transforms.smooth import smoothed
+from qexp.transforms.smooth import check, smoothed
 from qexp.walk import Block, walk
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,8 @@ class Quadapter(Step):
     grid: on which folded weights are rounded. activation: how the inputs of all linears are;
     ranges are taken from each batch, and differentiated.
     init: `ones`, or `smooth`: SmoothQuant's scale with its alpha at one half.
-    steps of Adam with `batch` sequences at `rate`. sequences: of each calibration batch.
+    steps of Adam with `batch` sequences at `rate`; 0 steps leave what `init` gives.
+    sequences: of each calibration batch.
     """
 
     grid: Grid
@@ -47,8 +49,12 @@ class Quadapter(Step):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.init not in ("ones", "smooth"):
-            raise UserError(f"transform.init={self.init} is unknown: give ones or smooth.")
+        check(self)
+        known("transform", self, sites=SITES, init=("ones", "smooth"))
+        whole("transform", self, steps=0, batch=1, seed=0)
+        real("transform", self, rate=0)
+        if not 0 < self.rate < inf:
+            raise UserError(f"transform.rate={self.rate}: give a finite number above 0.")
 
     def __call__(self, task: Task, batches: Batches) -> list[Record]:
         for block in walk(task, first(batches(), self.sequences), self.batch):

@@ -1,15 +1,18 @@
 """SmoothQuant (2211.10438): outliers move from activations into weights."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from qexp.activations import Activations
+from qexp.errors import UserError, known, whole
 from qexp.grid import Grid
 from qexp.methods.step import Batches, Record, Step
 from qexp.task import Task
+from qexp.transforms.channels import SITES
 from qexp.transforms.search import Change, Watched, first, rescale
 
 
@@ -28,15 +31,27 @@ class Smooth(Step):
     sites: str = "norms"
     sequences: int | None = None
 
-    def __call__(self, task: Task, batches: Batches) -> list[Record]:
-        alphas = self.alpha if isinstance(self.alpha, list) else [self.alpha]
+    def __post_init__(self) -> None:
+        check(self)
+        known("transform", self, sites=SITES)
+        fine = (type(each) in (int, float) and 0 <= each <= 1 for each in self.alphas)
+        if not self.alphas or not all(fine):
+            raise UserError(
+                f"transform.alpha={self.alpha}: give a number from 0 to 1, or a list of such."
+            )
 
+    @property
+    def alphas(self) -> list[float]:
+        """All that are tried."""
+        return self.alpha if isinstance(self.alpha, list) else [self.alpha]
+
+    def __call__(self, task: Task, batches: Batches) -> list[Record]:
         def propose(watched: Watched) -> list[Change]:
             largest, weights = watched.largest, watched.channels.weights()
-            return [Change(smoothed(largest, weights, alpha)) for alpha in alphas]
+            return [Change(smoothed(largest, weights, alpha)) for alpha in self.alphas]
 
         data = first(batches(), self.sequences)
-        several = len(alphas) > 1
+        several = len(self.alphas) > 1
         rescale(task, data, self.sites, propose, self.grid, self.activation, several)
         return []
 
@@ -47,3 +62,21 @@ def smoothed(
     """The scale for channels whose inputs and weights reach so far; 1 where either is dead."""
     scale = inputs.pow(alpha) / weights.pow(1 - alpha)
     return torch.where((inputs > 0) & (weights > 0), scale.clamp(1e-5, 1e5), 1.0)
+
+
+def check(settings: Any) -> None:
+    """UserError unless a transform's `grid` is one, and `sequences` are all or at least 1."""
+    if not isinstance(settings.grid, Grid):
+        raise UserError(
+            f"transform.grid={settings.grid}: a grid is needed here; leave transform.grid out and "
+            "choose one for weights, for example weight=int."
+        )
+    if settings.sequences is not None:
+        whole("transform", settings, sequences=1)
+
+
+def switches(settings: object, *keys: str) -> None:
+    """UserError unless each of these fields of a transform is true or false."""
+    for key in keys:
+        if type(value := getattr(settings, key)) is not bool:
+            raise UserError(f"transform.{key}={value}: give true or false.")

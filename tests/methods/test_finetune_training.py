@@ -9,7 +9,7 @@ from conftest import batches
 from torch import Tensor
 from training import METHOD, SMOKE, STATIC, Same, same, task_of, weights
 
-from qexp import losses
+from qexp import faults, losses
 from qexp.course import Course, Rows
 from qexp.errors import UserError
 from qexp.learned import Dynamic
@@ -182,3 +182,12 @@ def test_two_processes_train_as_one(tmp_path, strategy):
         torch.testing.assert_close(made[1][name], tensor, atol=1e-11, rtol=1e-9)
     torch.testing.assert_close(logs[1], logs[0])
     assert logs[0].shape == (2, 3) and not same(made[0], weights(task_of().double()))
+
+
+def test_a_norm_beyond_float32_names_the_largest_gradient():
+    task = task_of("llama")
+    for parameter in task.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    task.blocks[1].mlp.up_proj.weight.grad.fill_(1e30)
+    said = str(faults.gradient(task, 3))
+    assert "step 3" in said and "1e+30" in said and "layers.1.mlp.up_proj.weight" in said

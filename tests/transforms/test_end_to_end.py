@@ -11,6 +11,7 @@ from test_walk import joined, task_of
 
 from qexp.activations import quantize_activations
 from qexp.build import build
+from qexp.errors import UserError
 from qexp.fused import Formula
 from qexp.grid import IntGrid
 from qexp.learned import Dynamic, bake, put
@@ -75,6 +76,10 @@ def test_both_phases_run_and_reload_to_the_same_number(tmp_path, family, sites):
     first = run(tmp_path / "first", f"model=tiny_{family}", *PHASE2, "transform=quadapter", *where)
     again = run(tmp_path / "again", "model=from_run", f"run={tmp_path / 'first'}", small=[])
     assert again[PPL] == first[PPL]
+    if sites == ALL:
+        left = ("model=from_run", f"run={tmp_path / 'first'}", "transform=smooth")
+        with pytest.raises(UserError, match="activation quantizers already"):
+            run(tmp_path / "more", *left, small=[])
 
 
 def test_only_scales_and_ranges_move(tmp_path):

@@ -84,7 +84,7 @@ def test_every_arm_is_a_row_of_ratios(tmp_path, capsys):
     assert "F-OOD: geometric mean" in capsys.readouterr().out
 
 
-def test_the_mean_over_other_corpora_is_geometric(tmp_path):
+def test_the_mean_over_other_corpora_is_geometric(tmp_path, monkeypatch):
     run(tmp_path, "setting")
     float_ = load(tmp_path)
     metrics = {ID: 10.0, OOD: 20.0, "third/ppl": 40.0}
@@ -101,5 +101,9 @@ def test_the_mean_over_other_corpora_is_geometric(tmp_path):
     ratios = protocol.measured([plain, other])[1].metrics
     assert ratios["F-ID/ratio"] == pytest.approx(3)
     assert ratios["F-OOD/ratio"] == pytest.approx(math.sqrt(2 * 8))
+    monkeypatch.setitem(protocol.FORMS, "third", "synthetic")  # corpus i in another form
+    both = protocol.measured([plain, other])[1].metrics
+    assert both["F-ID/ratio"] == pytest.approx(math.sqrt(3 * 8))
+    assert both["F-OOD/ratio"] == pytest.approx(2)
     with pytest.raises(UserError, match="run the float model"):
         protocol.measured([other])
