@@ -83,7 +83,7 @@ class FakeQuant(nn.Module):
         if self.dynamic:
             rows = x.reshape(-1, x.shape[-1])
             q = self.grid.scales_of(rows.detach().float())
-            return self.formula.rows(rows, q, self.grid).reshape(x.shape)
+            return self.formula.rows(rows, q, self.grid, training=self.training).reshape(x.shape)
         q = self.place()
         return self.formula(x, q, self.grid, gain(x.numel(), self.reach), self.training)
 

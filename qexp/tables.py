@@ -142,8 +142,8 @@ def spreadsheet(table: Table, baselines: Mapping[int, Setting]) -> str:
 
 
 def number(value: float, beside: float | None = None, digits: int = 2) -> str:
-    """As papers print: `digits` decimals, four below 1, powers of ten once nobody would read them. An
-    error has the digits of the number `beside` it."""
+    """As papers print: `digits` decimals, four below 1, powers of ten once nobody would read them.
+    An error has the digits of the number `beside` it."""
     size = abs(value if beside is None else beside)
     if math.isnan(value):
         return ""

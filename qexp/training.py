@@ -2,7 +2,9 @@
 
 import logging
 import shutil
+import signal
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,20 +63,18 @@ class Trainer:
             kept = folder / f"training-{course.identity}"
             pace = Pace(self.steps, self.every, self.accumulate, self.sequences)
             module = Training(course, pace, folder / "training.csv")
-            best = ModelCheckpoint(
-                dirpath=kept,
-                filename="best",
-                monitor="validation" if course.validation else None,
-                save_top_k=1 if course.validation else 0,
-                save_last=True,
-                save_on_train_epoch_end=True,
-                enable_version_counter=False,
-            )
-            callbacks: list[Callback] = [best]
+            best = _checkpoint(kept, "best", monitor="validation")
+            # Not `save_last`, which Lightning writes only where it also saves by the monitor.
+            callbacks: list[Callback] = [_checkpoint(kept, "last")]
+            if course.validation:
+                callbacks.append(best)
             if self.patience is not None and course.validation:
                 callbacks.append(
                     EarlyStopping(
-                        "validation", patience=self.patience, check_on_train_epoch_end=True
+                        "validation",
+                        patience=self.patience,
+                        strict=False,  # a resumed run ends its leg once more, without the metric
+                        check_on_train_epoch_end=True,
                     )
                 )
             last = kept / "last.ckpt"
@@ -96,7 +96,7 @@ class Trainer:
                 enable_progress_bar=progress.drawn(),
                 enable_model_summary=False,
             )
-            with _told():
+            with _told(), _interruptible(trainer):
                 resumed = str(last) if last.exists() else None
                 trainer.fit(module, ckpt_path=resumed, weights_only=False)
             if best.best_model_path:
@@ -105,6 +105,18 @@ class Trainer:
             shutil.rmtree(kept, ignore_errors=True)
         task.to(device)
         return module.lines
+
+
+def _checkpoint(folder: Path, name: str, monitor: str | None = None) -> ModelCheckpoint:
+    """One file, written anew after every leg, or after those in which `monitor` is least so far."""
+    return ModelCheckpoint(
+        dirpath=folder,
+        filename=name,
+        monitor=monitor,
+        save_top_k=1,
+        save_on_train_epoch_end=True,
+        enable_version_counter=False,
+    )
 
 
 def _strategy(name: str) -> str | DDPStrategy:
@@ -122,6 +134,20 @@ def _told() -> Iterator[None]:
         if not found:
             raise
         raise UserError(told.strip()) from reason
+
+
+@contextmanager
+def _interruptible(trainer: L.Trainer) -> Iterator[None]:
+    """Ctrl-C stays a KeyboardInterrupt: Lightning exits with 1 and leaves the signal ignored."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as stop:
+        if not trainer.interrupted:
+            raise
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)
+        raise KeyboardInterrupt from stop
 
 
 @contextmanager

@@ -11,6 +11,8 @@ from test_walk import joined, task_of
 from qexp.activations import Quantized, quantize_activations
 from qexp.errors import UserError
 from qexp.fake import FakeQuant
+from qexp.fused import Formula
+from qexp.gradients import Soft, Straight
 from qexp.grid import IntGrid
 from qexp.placement import AllOps, KVCache, LinearInputs
 from qexp.ranges import MSE, Entropy, MinMax, MovingAverage, Percentile, Range
@@ -197,3 +199,13 @@ def test_entropy_is_the_least_divergence_by_hand():
     best = min(found, key=found.__getitem__)
     assert best < high
     assert clip(x.float(), Entropy(32, 1), bits=2)[1] == pytest.approx(best, rel=1e-5)
+
+
+def test_a_soft_forward_of_dynamic_scales_is_evaluated_hard():
+    quantizer = FakeQuant(IntGrid(3, symmetric=True, range=MSE()), dynamic=True)
+    quantizer.settle()
+    quantizer.learn(Formula(Straight(), Soft("silu", forward="soft")), offset=False)
+    x = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
+    soft, hard = quantizer.train()(x), quantizer.eval()(x)
+    quantizer.freeze()
+    assert torch.equal(hard, quantizer(x)) and not torch.equal(soft, hard)

@@ -74,6 +74,7 @@ class BlockPhase:
     def _train(self, block: Block, targets: Sequence[Tensor]) -> None:
         for linear in block.linears.values():
             put(linear, self.scale, self.weight, self.formula)
+            fake(linear).train()  # the walk is in evaluation mode, where clamping is hard
         steps = self.epochs * len(targets)
         parameters = self._parameters(block)
         optimizer = self.optimizer.optimizer(parameters)
@@ -98,6 +99,8 @@ class BlockPhase:
             limit = math.inf if self.optimizer.clip is None else self.optimizer.clip
             torch.nn.utils.clip_grad_norm_([p for g in parameters.values() for p in g], limit)
             optimizer.step()
+        for linear in block.linears.values():
+            fake(linear).eval()
         for parameter in block.module.parameters():
             parameter.grad = None
 

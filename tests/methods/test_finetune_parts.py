@@ -12,6 +12,7 @@ from training import METHOD, SMOKE, STATIC, same, task_of, weights
 
 from qexp.activations import Quantized
 from qexp.fused import Formula
+from qexp.gradients import Hard, Soft
 from qexp.grid import IntGrid
 from qexp.learned import LSQ, Dynamic, FixedCodes, fake
 from qexp.losses import CrossEntropy, Penalty, Watch
@@ -217,6 +218,19 @@ def test_blocks_trained_one_by_one_are_nearer_to_the_float_model():
         return float(gap.square().mean())
 
     assert distance(1e-3) < 0.7 * distance(0.0)
+
+
+def test_the_clamp_of_blocks_trained_one_by_one_acts():
+    data = [{"input_ids": torch.cat([batch["input_ids"] for batch in batches("llama", 4)])}]
+    made = []
+    for clamp in (Hard(), Soft("silu")):
+        task = task_of()
+        phase = BlockPhase(
+            IntGrid(2, group_size=16), Formula(clamp=clamp), LSQ("range"), AdamW(1e-3, 1e-3, 1e-3)
+        )
+        phase(task, data, Journal({"clamp": str(clamp)}))
+        made.append(weights(task))
+    assert not same(*made)
 
 
 @pytest.mark.parametrize("death", ["block", "end"])

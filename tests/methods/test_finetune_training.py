@@ -1,6 +1,7 @@
 """What surrounds a training step: resuming, stopping, faults, data and rates."""
 
 import math
+import signal
 from dataclasses import replace
 
 import pytest
@@ -19,10 +20,13 @@ from qexp.task import Task
 from qexp.training import Trainer
 
 
-def test_a_killed_run_ends_at_the_same_weights(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["validation", "none", "patience"])
+def test_a_killed_run_ends_at_the_same_weights(tmp_path, monkeypatch, kind):
     """With dropout (gpt2), so that the random state counts too."""
     data = batches("gpt2", rows=3)
-    method = replace(METHOD, activations=[STATIC], validation=Same(batches("gpt2", 1)))
+    validation = None if kind == "none" else Same(batches("gpt2", 1))
+    trainer = replace(METHOD.trainer, patience=5) if kind == "patience" else METHOD.trainer
+    method = replace(METHOD, activations=[STATIC], validation=validation, trainer=trainer)
     torch.manual_seed(5)
     whole = task_of("gpt2", tmp_path / "whole")
     method(whole, lambda: data)
@@ -191,3 +195,14 @@ def test_a_norm_beyond_float32_names_the_largest_gradient():
     task.blocks[1].mlp.up_proj.weight.grad.fill_(1e30)
     said = str(faults.gradient(task, 3))
     assert "step 3" in said and "1e+30" in said and "layers.1.mlp.up_proj.weight" in said
+
+
+def test_an_interrupt_stays_one(monkeypatch):
+    def pressed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(losses.CrossEntropy, "__call__", pressed)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        METHOD(task_of(), lambda: batches("llama"))
+    assert signal.getsignal(signal.SIGINT) is before
