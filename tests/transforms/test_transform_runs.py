@@ -28,7 +28,9 @@ def test_a_transformed_run_reloads_to_the_same_number(tmp_path, family, override
 
 
 def test_every_solver_takes_a_transformed_model(tmp_path):
-    for number, method in enumerate((["method=billm", "weight=int"], ["method=quip", "weight.group_size=null"])):
+    for number, method in enumerate(
+        (["method=billm", "weight=int"], ["method=quip", "weight.group_size=null"])
+    ):
         metrics = run(tmp_path / str(number), "model=tiny_opt", "transform=smooth", *method)
         assert metrics["weight/count"] > 0
 
