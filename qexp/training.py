@@ -65,9 +65,9 @@ class Trainer:
             module = Training(course, pace, folder / "training.csv")
             best = _checkpoint(kept, "best", monitor="validation")
             # Not `save_last`, which Lightning writes only where it also saves by the monitor.
-            callbacks: list[Callback] = [_checkpoint(kept, "last")]
-            if course.validation:
-                callbacks.append(best)
+            # It comes second, so that it knows what `best` made of the same leg.
+            callbacks: list[Callback] = [best] if course.validation else []
+            callbacks.append(_checkpoint(kept, "last"))
             if self.patience is not None and course.validation:
                 callbacks.append(
                     EarlyStopping(
