@@ -134,7 +134,7 @@ def _back(
     h, codes = g, low == 0  # whose cells have equal width
     c = clamp.value(v, low, high) if codes else v
     if codes and not isinstance(rounding, Straight):
-        h = rounding.back(c, g)
+        h = rounding.back(c, g, high - low)
         if clamp.clips and not isinstance(clamp, Hard):  # whose slope is 0 there
             h = torch.lerp(g, h, inside(v, low, high))
     h = clamp.back(v, h, low, high)

@@ -31,11 +31,13 @@ class RoundingGradient(ABC):
     """Rounding with a gradient of its own."""
 
     @abstractmethod
-    def back(self, c: Float[Tensor, "*shape"], g: Float[Tensor, "*shape"]) -> Tensor:
-        """The gradient at `c` when `g` arrives at round(c)."""
+    def back(
+        self, c: Float[Tensor, "*shape"], g: Float[Tensor, "*shape"], steps: Number
+    ) -> Tensor:
+        """The gradient at `c` when `g` arrives at round(c). steps: from end to end of the grid."""
 
-    def __call__(self, c: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        rounded: Tensor = _Round.apply(c, self)
+    def __call__(self, c: Float[Tensor, "*shape"], steps: Number = 1) -> Float[Tensor, "*shape"]:
+        rounded: Tensor = _Round.apply(c, self, steps)
         return rounded
 
 
@@ -43,7 +45,9 @@ class RoundingGradient(ABC):
 class Straight(RoundingGradient):
     """The straight-through estimator: rounding is taken for the identity (1308.3432)."""
 
-    def back(self, c: Float[Tensor, "*shape"], g: Float[Tensor, "*shape"]) -> Tensor:
+    def back(
+        self, c: Float[Tensor, "*shape"], g: Float[Tensor, "*shape"], steps: Number
+    ) -> Tensor:
         return g
 
 
@@ -66,7 +70,9 @@ class Sigmoid(RoundingGradient):
         if self.temperature <= 0:
             raise UserError(f"temperature={self.temperature} must be above 0.")
 
-    def back(self, c: Float[Tensor, "*shape"], g: Float[Tensor, "*shape"]) -> Tensor:
+    def back(
+        self, c: Float[Tensor, "*shape"], g: Float[Tensor, "*shape"], steps: Number
+    ) -> Tensor:
         t = self.temperature
         if self.mode == "mean":
             return g * math.tanh(t / 4)
@@ -88,7 +94,9 @@ class DSQ(RoundingGradient):
         if not 0 < self.alpha < 1:
             raise UserError(f"alpha={self.alpha} must lie between 0 and 1.")
 
-    def back(self, c: Float[Tensor, "*shape"], g: Float[Tensor, "*shape"]) -> Tensor:
+    def back(
+        self, c: Float[Tensor, "*shape"], g: Float[Tensor, "*shape"], steps: Number
+    ) -> Tensor:
         k = math.log(2 / self.alpha - 1)
         height = 1 / (1 - self.alpha)
         # tanh k u = 2 sigmoid(2 k u) - 1, which costs a tenth
@@ -98,18 +106,17 @@ class DSQ(RoundingGradient):
 @dataclass(frozen=True)
 class EWGS(RoundingGradient):
     """Gradients scaled by the rounding error where it agrees with them in sign (2104.00903):
-    g (1 + δ sign(g) (c - round(c)) / (2^bits - 1)).
-
-    The paper measures the error on a range from 0 to 1, hence `bits`; delta is fixed here (the
-    paper may set it from the Hessian's trace).
+    g (1 + δ sign(g) (c - round(c)) / steps), the error on a grid from 0 to 1, as the paper has it.
+    delta is fixed here (the paper may set it from the Hessian's trace).
     """
 
     delta: Number = 1e-3
-    bits: int = 4
 
-    def back(self, c: Float[Tensor, "*shape"], g: Float[Tensor, "*shape"]) -> Tensor:
+    def back(
+        self, c: Float[Tensor, "*shape"], g: Float[Tensor, "*shape"], steps: Number
+    ) -> Tensor:
         agreed = (c - c.round()).mul_(g.sign())
-        return agreed.mul_(self.delta / (2**self.bits - 1)).add_(1).mul_(g)
+        return agreed.mul_(self.delta / steps).add_(1).mul_(g)
 
 
 class ClampGradient(ABC):
@@ -213,14 +220,14 @@ def _bell(g: Tensor, u: Tensor) -> Tensor:
 
 class _Round(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, c: Tensor, rounding: RoundingGradient) -> Tensor:
+    def forward(ctx: Any, c: Tensor, rounding: RoundingGradient, steps: Number) -> Tensor:
         ctx.save_for_backward(c)
-        ctx.rounding = rounding
+        ctx.rounding, ctx.steps = rounding, steps
         return c.round()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.rounding.back(ctx.saved_tensors[0], grads[0]), None
+        return ctx.rounding.back(ctx.saved_tensors[0], grads[0], ctx.steps), None, None
 
 
 class _Clamp(torch.autograd.Function):

@@ -5,7 +5,7 @@ import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import MappingProxyType
 
@@ -39,7 +39,8 @@ from qexp.training import Trainer
 class FineTune(Step):
     """Fake-quantize weights and activations, train, keep the codes.
 
-    weight: null trains a model whose weights stay float. rounding, clamp: what is differentiated.
+    weight: null trains a model whose weights stay float. rounding, clamp: what is differentiated;
+    activation_rounding: in place of `rounding` for activations, where it is not null.
     scale: where the scales of weights come from. trained: what moves. train, validation: data, null
     for the calibration batches and for none. Static ranges of activations are fitted to the float
     model first.
@@ -54,6 +55,7 @@ class FineTune(Step):
     optimizer: AdamW
     trainer: Trainer
     penalty: Penalty | None = None
+    activation_rounding: RoundingGradient | None = None
     train: Recipe | None = None
     validation: Recipe | None = None
     seed: int = 0
@@ -127,6 +129,7 @@ class FineTune(Step):
     ) -> None:
         """Round these weights, and whatever activation quantizers there are, so that they train."""
         formula = Formula(self.rounding, self.clamp)
+        own = replace(formula, rounding=self.activation_rounding or self.rounding)
         self.trained.prepare(linears.values())
         for name, linear in linears.items():
             assert self.weight is not None
@@ -134,7 +137,7 @@ class FineTune(Step):
             put(linear, rule, self.weight, formula)
         for quantizer in task.quantizers.values():
             assert isinstance(quantizer, FakeQuant)
-            quantizer.learn(formula, self.trained.offsets)
+            quantizer.learn(own, self.trained.offsets)
 
     def check(self, task: Task) -> None:
         """UserError, before any work, for what cannot be trained."""

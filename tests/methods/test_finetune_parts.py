@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from training import METHOD, SMOKE, STATIC, same, task_of, weights
 
 from qexp.activations import Quantized
+from qexp.fake import FakeQuant
 from qexp.fused import Formula
-from qexp.gradients import Hard, Soft
+from qexp.gradients import Hard, Sigmoid, Soft, Straight
 from qexp.grid import IntGrid
 from qexp.learned import LSQ, Dynamic, FixedCodes, fake
 from qexp.losses import CrossEntropy, Penalty, Watch
@@ -152,6 +153,26 @@ class Seen(Watch):
     def take(self, loss: Tensor) -> Tensor:
         assert len(self.values) == 1
         return 1000 * self.values.pop()
+
+
+def test_activations_may_have_a_rounding_of_their_own():
+    """The slope that a static quantizer lets through is that of `activation_rounding`."""
+    slopes = []
+    for own in (None, Straight()):
+        task = task_of()
+        quantizer = FakeQuant(IntGrid(4, per_tensor=True), dynamic=False)
+        quantizer.observe()
+        x = torch.linspace(0.1, 0.9, 7)[None]
+        quantizer(x)
+        quantizer.settle()
+        task.quantizers["one"] = quantizer
+        method = replace(METHOD, rounding=Sigmoid(40, "raw"), activation_rounding=own)
+        method.install(task, {})
+        leaf = x.clone().requires_grad_()
+        quantizer(leaf).sum().backward()
+        slopes.append(leaf.grad)
+    assert torch.equal(slopes[1][:, 1:-1], torch.ones(1, 5))
+    assert not torch.equal(slopes[0], slopes[1])
 
 
 def test_a_penalty_joins_the_loss_of_a_float_model():
