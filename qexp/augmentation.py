@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qexp.errors import UserError, switches, whole
 from qexp.losses import Objective
 from qexp.task import Batch, Task
 
@@ -20,6 +21,17 @@ class Augmented(Objective):
     shift: int = 4
     flip: bool = True
     teacher = False
+
+    def __post_init__(self) -> None:
+        whole(None, self, shift=0)
+        switches(None, self, "flip")
+
+    def check(self, task: Task) -> None:
+        if task.objective != "image_classification":
+            raise UserError(
+                f"method.loss: only images can be shifted, and this model is {task.objective}; "
+                "give method/loss=cross_entropy."
+            )
 
     def __call__(
         self, task: Task, teacher: PreTrainedModel | None, batch: Batch

@@ -5,7 +5,7 @@ from typing import Any
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
-from qexp.errors import UserError
+from qexp.errors import FieldError, UserError
 
 
 def build(node: Any, **fields: Any) -> Any:
@@ -25,5 +25,6 @@ def build(node: Any, **fields: Any) -> Any:
             raise cause from error
         if isinstance(cause, ValueError | TypeError):
             key = str(error).rpartition("full_key: ")[2] if "full_key: " in str(error) else "config"
-            raise UserError(f"{key}: {cause}") from error
+            between = "." if isinstance(cause, FieldError) else ": "
+            raise UserError(f"{key}{between}{cause}") from error
         raise

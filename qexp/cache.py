@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, uint8
 
+from qexp import ranks
 from qexp.entries import LOCK, default_folder
 from qexp.errors import UserError
 from qexp.files import atomic
@@ -49,6 +50,8 @@ class Cache:
         path, whole = self._place(kind, {**key, "code": _source(build.__module__)})
         if (found := _read(path, whole)) is not None:
             return found
+        if ranks.rank():  # the first process may wait for this one in the midst of the same entry
+            return plain(build())
         with _alone(path):
             if (found := _read(path, whole, quiet=True)) is not None:  # made while we waited
                 return found

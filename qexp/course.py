@@ -5,7 +5,6 @@ a line of the log and a checkpoint. Which sequences a step sees depends on the s
 alone, so a run that was killed goes on from its last leg to the weights it would have had.
 """
 
-import csv
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +17,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from qexp import faults
-from qexp.files import atomic
+from qexp.files import write_rows
+from qexp.movement import Moved
 from qexp.optimizer import AdamW
+from qexp.results import TENSORS, TRAINING
 from qexp.sharded import full, whole
 from qexp.task import Batch, Task, trimmed
 
@@ -30,7 +31,7 @@ Loss = Callable[[Batch], Float[Tensor, ""]]
 class Course:
     """What is trained on what: `parameters` by kind, `loss` of a batch, and the batches.
 
-    measure: numbers for the log at the end of each leg. identity: what the result depends on, so
+    measure: numbers for the logs at the end of each leg. identity: what the result depends on, so
     that only a run of the same may go on from its checkpoint. notes: what the loss and `measure`
     remember from step to step.
     """
@@ -42,7 +43,7 @@ class Course:
     optimizer: AdamW = field(default_factory=AdamW)
     validation: Sequence[Batch] = ()
     validation_loss: Loss | None = None
-    measure: Callable[[], Mapping[str, float]] = dict
+    measure: Callable[[], Moved] = Moved
     seed: int = 0
     identity: str = ""
     folder: Path | None = None
@@ -98,13 +99,14 @@ class Training(L.LightningModule):
     strict_loading = False  # checkpoints hold what trains, nothing else
     forwards = ("training_step", "validation_step", "measure")  # what computes with the model
 
-    def __init__(self, course: Course, pace: Pace, path: Path) -> None:
+    def __init__(self, course: Course, pace: Pace, folder: Path) -> None:
         super().__init__()
         self.task = course.task
-        self.course, self.pace, self.path = course, pace, path
+        self.course, self.pace, self.folder = course, pace, folder
         self.lines: list[dict[str, float]] = []
+        self.tensors: list[dict[str, float | str]] = []
         self.losses: list[Tensor] = []
-        self.random: Tensor | None = None
+        self.random: list[Tensor] = []
         kinds = {id(p): kind for kind, group in course.parameters.items() for p in group}
         self.kinds = {name: kinds[id(p)] for name, p in self.named_parameters() if id(p) in kinds}
 
@@ -160,6 +162,8 @@ class Training(L.LightningModule):
 
     def validation_step(self, batch: Batch, index: int) -> None:
         loss = (self.course.validation_loss or self.course.loss)(trimmed(batch))
+        if not loss.isfinite():
+            raise faults.loss(self.task, batch, self.global_step, "validation loss")
         rows = len(next(iter(batch.values())))
         self.log("validation", loss, batch_size=rows, on_epoch=True, sync_dist=True)
 
@@ -172,14 +176,14 @@ class Training(L.LightningModule):
         if limit is not None and norm > limit:
             nn.utils.clip_grads_with_norm_(chosen, limit, norm)
 
-    def measure(self) -> dict[str, float]:
+    def measure(self) -> Moved:
         with whole(self):
-            return dict(self.course.measure())
+            return self.course.measure()
 
     def on_train_start(self) -> None:
         self.measure()  # what it measures, it measures from here
-        if self.random is not None:
-            torch.set_rng_state(self.random)
+        if self.random:
+            _set_random(self.random, self.device)
 
     def on_train_epoch_end(self) -> None:
         if not self.losses:  # resumed at the end of a leg, which Lightning ends once more
@@ -190,22 +194,38 @@ class Training(L.LightningModule):
         self.losses.clear()
         if "validation" in self.trainer.callback_metrics:
             line["validation"] = float(self.trainer.callback_metrics["validation"])
-        self.lines.append(line | self.measure())
+        moved = self.measure()
+        self.lines.append(line | dict(moved.whole))
+        for name, numbers in moved.tensors.items():
+            self.tensors.append({"step": self.global_step, "name": name, **numbers})
         if self.trainer.is_global_zero:
-            with atomic(self.path) as path, path.open("w", newline="") as file:
-                table = csv.DictWriter(file, list(self.lines[-1]), restval="")
-                table.writeheader()
-                table.writerows(self.lines)
+            write_rows(self.folder / TRAINING, self.lines)
+            if self.tensors:
+                write_rows(self.folder / TENSORS, self.tensors)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        kept = {"lines": self.lines, "random": torch.get_rng_state(), "notes": self.course.notes}
-        checkpoint["course"] = kept
+        kept = {"lines": self.lines, "tensors": self.tensors, "notes": self.course.notes}
+        checkpoint["course"] = {**kept, "random": _random(self.device)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         kept = checkpoint["course"]
-        self.lines, self.random = kept["lines"], kept["random"]
+        self.lines, self.tensors, self.random = kept["lines"], kept["tensors"], kept["random"]
         for notes, before in zip(self.course.notes, kept["notes"], strict=True):
             notes.update(before)
+
+
+def _random(device: torch.device) -> list[Tensor]:
+    """The state of the CPU's generator, and of the device's where it has its own."""
+    states = [torch.get_rng_state()]
+    if device.type != "cpu":
+        states.append(torch.get_device_module(device).get_rng_state(device))
+    return states
+
+
+def _set_random(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if device.type != "cpu" and len(states) > 1:
+        torch.get_device_module(device).set_rng_state(states[1].cpu(), device)
 
 
 def _stack(batches: Sequence[Batch]) -> Batch:

@@ -1,6 +1,10 @@
 """What is wrong with a run that its user can put right."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
+from math import inf
+from operator import le
+from typing import Any
 
 
 class UserError(Exception):
@@ -11,25 +15,62 @@ class UserError(Exception):
     """
 
 
-def known(where: str, settings: object, **words: Iterable[str]) -> None:
-    """UserError unless each of these fields is one of its words. `where` is the config key of
-    `settings`, whose fields are the keys below it."""
+class FieldError(ValueError):
+    """A sentence about a field of an object that may stand at several keys of a configuration;
+    `build`, which knows at which one, makes a UserError of it."""
+
+
+# What follows checks the fields `key` of `settings`. `where` is the config key of `settings`, below
+# which its fields are; None, where that is not known, makes the UserError a FieldError.
+
+
+def known(where: str | None, settings: object, **words: Iterable[str]) -> None:
+    """UserError unless each of these fields is one of its words."""
     for key, choices in words.items():
         if (value := getattr(settings, key)) not in choices:
-            raise UserError(f"{where}.{key}={value} is unknown: give {' or '.join(choices)}.")
+            raise _wrong(where, f"{key}={value} is unknown: give {' or '.join(choices)}.")
 
 
-def whole(where: str, settings: object, **least: int) -> None:
+def switches(where: str | None, settings: object, *keys: str) -> None:
+    """UserError unless each of these fields is true or false."""
+    for key in keys:
+        if type(value := getattr(settings, key)) is not bool:
+            raise _wrong(where, f"{key}={value}: give true or false.")
+
+
+def whole(where: str | None, settings: object, **least: int) -> None:
     """UserError unless each of these fields is a whole number, and not below its least."""
     for key, low in least.items():
         value = getattr(settings, key)
         if type(value) is not int or value < low:
-            raise UserError(f"{where}.{key}={value}: give a whole number, {low} or more.")
+            raise _wrong(where, f"{key}={value}: give a whole number, {low} or more.")
 
 
-def real(where: str, settings: object, **least: int) -> None:
+def real(where: str | None, settings: object, **least: int) -> None:
     """UserError unless each of these fields is a number, and not below its least."""
     for key, low in least.items():
+        within(where, settings, f"a number, {low} or more", partial(le, low), key)
+
+
+def finite(where: str | None, settings: object, *keys: str) -> None:
+    """UserError unless each of these fields is a finite number, 0 or more."""
+    within(where, settings, "a finite number, 0 or more", lambda x: 0 <= x < inf, *keys)
+
+
+def positive(where: str | None, settings: object, *keys: str) -> None:
+    """UserError unless each of these fields is a finite number above 0."""
+    within(where, settings, "a finite number above 0", lambda x: 0 < x < inf, *keys)
+
+
+def within(
+    where: str | None, settings: object, right: str, inside: Callable[[Any], bool], *keys: str
+) -> None:
+    """UserError unless each of these fields is a number `inside`; `right` says which those are."""
+    for key in keys:
         value = getattr(settings, key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= low:
-            raise UserError(f"{where}.{key}={value}: give a number, {low} or more.")
+        if type(value) not in (int, float) or not inside(value):
+            raise _wrong(where, f"{key}={value}: give {right}.")
+
+
+def _wrong(where: str | None, said: str) -> Exception:
+    return FieldError(said) if where is None else UserError(f"{where}.{said}")

@@ -12,7 +12,7 @@ from qexp.task import Batch, Task
 ADVICE = "lower method.optimizer's rates or its clip, or train in trainer.precision=32-true."
 
 
-def loss(task: Task, batch: Batch, step: int) -> UserError:
+def loss(task: Task, batch: Batch, step: int, what: str = "loss") -> UserError:
     """The first layer whose weights, else whose outputs, are not finite."""
     for name, parameter in task.model.named_parameters():
         if not full(parameter.detach()).isfinite().all():
@@ -28,7 +28,7 @@ def loss(task: Task, batch: Batch, step: int) -> UserError:
     for handle in handles:
         handle.remove()
     where = f"the first outputs that are not finite leave {first[0]}" if first else "no layer shows"
-    return UserError(f"training: step {step}: the loss is not finite; {where}: {ADVICE}")
+    return UserError(f"training: step {step}: the {what} is not finite; {where}: {ADVICE}")
 
 
 def gradient(task: Task, step: int) -> UserError:

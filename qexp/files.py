@@ -1,10 +1,11 @@
 """Files that are whole or absent, and where data files are."""
 
+import csv
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -66,6 +67,15 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """A CSV file with a column for every key of any row, in the order of their first appearance."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, columns, restval="")
+        table.writeheader()
+        table.writerows(rows)
+
+
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path` that becomes `path`, absent or empty until then, when the
@@ -86,15 +96,16 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def locked(folder: Path, wait: bool = True) -> Iterator[bool]:
+def locked(folder: Path, wait: bool | float = True) -> Iterator[bool]:
     """Hold a folder against other processes. False, without it, if another has it and `wait` is not
-    set. However a process ends, what it held is free; what it left half-written goes here."""
+    set, or longer than `wait` seconds. However a process ends, what it held is free; what it left
+    half-written goes here."""
     from filelock import FileLock, Timeout  # a tenth of a second that --help need not wait
 
     lock = FileLock(folder / LOCK)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(blocking=wait, poll_interval=0.2)
+        lock.acquire(-1.0 if wait is True else float(wait), poll_interval=0.2)
     except Timeout:
         yield False
         return

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qexp.clipping import Number, inside
-from qexp.errors import UserError
+from qexp.errors import finite, known, positive, switches, within
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -31,9 +31,7 @@ class RoundingGradient(ABC):
     """Rounding with a gradient of its own."""
 
     @abstractmethod
-    def back(
-        self, c: Float[Tensor, "*shape"], g: Float[Tensor, "*shape"], steps: Number
-    ) -> Tensor:
+    def back(self, c: Float[Tensor, "*shape"], g: Float[Tensor, "*shape"], steps: Number) -> Tensor:
         """The gradient at `c` when `g` arrives at round(c). steps: from end to end of the grid."""
 
     def __call__(self, c: Float[Tensor, "*shape"], steps: Number = 1) -> Float[Tensor, "*shape"]:
@@ -45,9 +43,7 @@ class RoundingGradient(ABC):
 class Straight(RoundingGradient):
     """The straight-through estimator: rounding is taken for the identity (1308.3432)."""
 
-    def back(
-        self, c: Float[Tensor, "*shape"], g: Float[Tensor, "*shape"], steps: Number
-    ) -> Tensor:
+    def back(self, c: Float[Tensor, "*shape"], g: Float[Tensor, "*shape"], steps: Number) -> Tensor:
         return g
 
 
@@ -65,14 +61,10 @@ class Sigmoid(RoundingGradient):
     mode: str = "author"
 
     def __post_init__(self) -> None:
-        if self.mode not in ("author", "norm", "raw", "mean"):
-            raise UserError(f"mode={self.mode!r} is unknown: give author, norm, raw or mean.")
-        if self.temperature <= 0:
-            raise UserError(f"temperature={self.temperature} must be above 0.")
+        known(None, self, mode=("author", "norm", "raw", "mean"))
+        positive(None, self, "temperature")
 
-    def back(
-        self, c: Float[Tensor, "*shape"], g: Float[Tensor, "*shape"], steps: Number
-    ) -> Tensor:
+    def back(self, c: Float[Tensor, "*shape"], g: Float[Tensor, "*shape"], steps: Number) -> Tensor:
         t = self.temperature
         if self.mode == "mean":
             return g * math.tanh(t / 4)
@@ -91,12 +83,9 @@ class DSQ(RoundingGradient):
     alpha: Number = 0.2
 
     def __post_init__(self) -> None:
-        if not 0 < self.alpha < 1:
-            raise UserError(f"alpha={self.alpha} must lie between 0 and 1.")
+        within(None, self, "a number between 0 and 1", lambda x: 0 < x < 1, "alpha")
 
-    def back(
-        self, c: Float[Tensor, "*shape"], g: Float[Tensor, "*shape"], steps: Number
-    ) -> Tensor:
+    def back(self, c: Float[Tensor, "*shape"], g: Float[Tensor, "*shape"], steps: Number) -> Tensor:
         k = math.log(2 / self.alpha - 1)
         height = 1 / (1 - self.alpha)
         # tanh k u = 2 sigmoid(2 k u) - 1, which costs a tenth
@@ -112,9 +101,10 @@ class EWGS(RoundingGradient):
 
     delta: Number = 1e-3
 
-    def back(
-        self, c: Float[Tensor, "*shape"], g: Float[Tensor, "*shape"], steps: Number
-    ) -> Tensor:
+    def __post_init__(self) -> None:
+        finite(None, self, "delta")
+
+    def back(self, c: Float[Tensor, "*shape"], g: Float[Tensor, "*shape"], steps: Number) -> Tensor:
         agreed = (c - c.round()).mul_(g.sign())
         return agreed.mul_(self.delta / steps).add_(1).mul_(g)
 
@@ -158,6 +148,11 @@ class Hard(ClampGradient):
     steps_inside: bool = True
     limit: Number | None = None
 
+    def __post_init__(self) -> None:
+        switches(None, self, "steps_inside")
+        if self.limit is not None:
+            positive(None, self, "limit")
+
     def value(self, v: Float[Tensor, "*shape"], low: Number, high: Number) -> Tensor:
         return v.clamp(low, high)
 
@@ -181,10 +176,8 @@ class Soft(ClampGradient):
     forward: str = "hard"
 
     def __post_init__(self) -> None:
-        if self.gate not in ("gelu", "silu"):
-            raise UserError(f"gate={self.gate!r} is unknown: give gelu or silu.")
-        if self.forward not in ("hard", "soft"):
-            raise UserError(f"forward={self.forward!r} is unknown: give hard or soft.")
+        known(None, self, gate=("gelu", "silu"), forward=("hard", "soft"))
+        positive(None, self, "sharpness")
 
     @property
     def clips(self) -> bool:

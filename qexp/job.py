@@ -17,7 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from qexp import composition, ledger, resolvers, results, share
+from qexp import composition, ledger, ranks, resolvers, results, share
 from qexp.errors import UserError
 from qexp.files import locked
 from qexp.ledger import Entry, Sweep
@@ -43,6 +43,9 @@ def job(cfg: DictConfig) -> Objective:
     """
     settings = HydraConfig.get()
     folder = Path(settings.runtime.output_dir)
+    if ranks.rank():
+        _join(cfg, folder)
+        return None
     overrides = list(settings.overrides.task)
     sweep = ledger.current() if settings.mode == RunMode.MULTIRUN else None
     number = settings.job.num if sweep is not None else 0
@@ -82,6 +85,23 @@ def job(cfg: DictConfig) -> Objective:
         raise
     log.info("%s: %s", os.path.relpath(folder), headline(metrics))
     return optimized(cfg.optimize, metrics)
+
+
+def _join(cfg: DictConfig, folder: Path) -> None:
+    """The job of a process that trains with the first one, until that one is done with it, so that
+    both go on to the same job; it says what went wrong before this one ends, and with it all."""
+    from qexp import processes
+
+    wait: bool | float = True
+    try:
+        processes.join(cfg, folder)
+    except Exception as error:
+        log.error("process %d: %s", ranks.rank() + 1, sentence(error), exc_info=traced(error))
+        wait = 30.0  # the first one may be waiting for this one
+        raise SystemExit(1) from error
+    finally:
+        with locked(folder, wait):
+            pass
 
 
 class NotStarted(UserError):

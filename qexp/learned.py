@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from qexp.errors import UserError
+from qexp.errors import FieldError, UserError, known, switches
 from qexp.fused import Formula, gain, placed
 from qexp.grid import Grid, Scale
 from qexp.packed import Coded
@@ -21,6 +21,10 @@ class FakeWeight(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, weight: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]: ...
+
+    @abstractmethod
+    def scales(self, weight: Float[Tensor, "rows columns"]) -> Scale:
+        """[rows, groups], as storage would keep them."""
 
     @abstractmethod
     def coded(self, weight: Float[Tensor, "rows columns"]) -> Coded:
@@ -43,7 +47,6 @@ class Rounded(FakeWeight):
             self.zero = nn.Parameter(zero, requires_grad=offset)
 
     def scales(self, weight: Float[Tensor, "rows columns"]) -> Scale:
-        """[rows, groups]."""
         if self.scale is None or self.zero is None:
             return self.grid.scales_of(weight.detach().float())
         shape = (weight.shape[0], self.grid.groups(weight.shape[1]))
@@ -75,13 +78,15 @@ class Frozen(FakeWeight):
         self.scale = nn.Parameter(q.scale.clone())
         self.zero = nn.Parameter(q.zero.clone(), requires_grad=offset)
 
-    def forward(self, weight: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
-        rows, columns = weight.shape
+    def scales(self, weight: Float[Tensor, "rows columns"]) -> Scale:
         grid = self.start.grid
-        shape = (rows, grid.groups(columns))
-        q = placed(self.scale, self.zero, grid).map(lambda part: part.expand(shape).reshape(-1, 1))
+        shape = (weight.shape[0], grid.groups(weight.shape[1]))
+        return placed(self.scale, self.zero, grid).map(lambda part: part.expand(shape))
+
+    def forward(self, weight: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
+        q = self.scales(weight).map(lambda part: part.reshape(-1, 1))
         codes = self.codes.reshape(q.scale.shape[0], -1).to(q.scale.dtype)
-        return grid.decode(codes, q).reshape(rows, columns).to(weight.dtype)
+        return self.start.grid.decode(codes, q).reshape(weight.shape).to(weight.dtype)
 
     @torch.no_grad()
     def coded(self, weight: Float[Tensor, "rows columns"]) -> Coded:
@@ -92,6 +97,8 @@ class Frozen(FakeWeight):
 
 class ScaleRule(ABC):
     """Where the scales of weights come from while training."""
+
+    offset: bool = False  # whether zero points train with them
 
     @abstractmethod
     def __call__(
@@ -132,8 +139,8 @@ class LSQ(ScaleRule):
     offset: bool = False
 
     def __post_init__(self) -> None:
-        if self.init not in ("lsq", "range"):
-            raise UserError(f"init={self.init!r} is unknown: give lsq or range.")
+        known(None, self, init=("lsq", "range"))
+        switches(None, self, "offset")
 
     def __call__(
         self, weight: Float[Tensor, "rows columns"], grid: Grid, formula: Formula
@@ -156,6 +163,9 @@ class FixedCodes(ScaleRule):
 
     offset: bool = False
 
+    def __post_init__(self) -> None:
+        switches(None, self, "offset")
+
     def __call__(
         self, weight: Float[Tensor, "rows columns"], grid: Grid, formula: Formula
     ) -> FakeWeight:
@@ -175,6 +185,15 @@ class KnownCodes(ScaleRule):
         self, weight: Float[Tensor, "rows columns"], grid: Grid, formula: Formula
     ) -> FakeWeight:
         return Frozen(self.start, self.offset and grid.has_zero)
+
+
+def suits(rule: ScaleRule, grid: Grid) -> None:
+    """FieldError where zero points are to train that the grid has not."""
+    if rule.offset and not grid.has_zero:
+        raise FieldError(
+            "scale.offset=true: a symmetric grid has no zero points to train; choose one that has "
+            "(weight=int), or scale.offset=false."
+        )
 
 
 def _single(grid: Grid) -> None:

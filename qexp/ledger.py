@@ -24,7 +24,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qexp import composition, fingerprint
+from qexp import composition, fingerprint, ranks
 from qexp.errors import UserError
 from qexp.results import write_json
 from qexp.signature import UNSIGNED
@@ -95,9 +95,12 @@ class Sweep:
 
 
 class Ledger(Callback):
-    """Finds the record of the sweep that starts and plans its jobs; `dry_run` ends there."""
+    """Finds the record of the sweep that starts and plans its jobs; `dry_run` ends there. Of
+    processes that train together the first does so for all."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        if ranks.rank():
+            return
         with heard():
             jobs = planned(config)
             sweep = named(config)

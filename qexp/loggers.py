@@ -15,8 +15,6 @@ from qexp import results, runs
 from qexp.build import build
 from qexp.files import atomic
 
-TRAINING = "training.csv"  # of what was trained, a line per leg
-
 Log = Callable[[Mapping[str, float]], None]
 
 
@@ -81,7 +79,7 @@ class Wandb(Logger):
         )
 
         def log(metrics: Mapping[str, float]) -> None:
-            for line in _lines(folder / TRAINING):
+            for line in _lines(folder / results.TRAINING):
                 run.log({f"training/{k}": float(v) for k, v in line.items() if v})
             run.log({**metrics, **_shown(folder)})
             for text in folder.glob("*.md"):  # what evaluators left to be read

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from qexp.errors import finite
 from qexp.task import Batch, Task
 
 
@@ -19,6 +20,9 @@ class Objective(ABC):
     """A loss of the quantized model."""
 
     teacher: bool  # whether it compares with the float model
+
+    def check(self, task: Task) -> None:  # noqa: B027 (optional)
+        """UserError, before any work, for a model that it cannot be measured on."""
 
     @abstractmethod
     def __call__(
@@ -45,6 +49,9 @@ class FromTeacher(Objective):
     task: float | int = 0.0
     teacher = True
     hidden = False  # whether hidden states are compared
+
+    def __post_init__(self) -> None:
+        finite(None, self, "task")
 
     def __call__(
         self, task: Task, teacher: PreTrainedModel | None, batch: Batch

@@ -5,12 +5,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from qexp import ranks
 from qexp.errors import UserError
 from qexp.task import Task
 
 
 def place(task: Task, device: str, offload: bool) -> None:
-    """Move the model to `device` (`auto`: the first accelerator, else the CPU).
+    """Move the model to `device` (`auto`: the process's own accelerator, else the CPU).
 
     offload: blocks stay on the host, and each is on the device only while it runs, so that the
     device holds one block, the embeddings and the head. Raises UserError for an unusable device.
@@ -39,7 +40,10 @@ def _mover(device: torch.device) -> Any:
 def _device(name: str) -> torch.device:
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
-        return torch.device("cpu") if accelerator is None else accelerator
+        if accelerator is None:
+            return torch.device("cpu")
+        own = ranks.local_rank()
+        return torch.device(accelerator.type, own) if own else accelerator
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qexp.errors import FieldError, finite, positive, switches, within
 from qexp.sharded import full
 
 KINDS = ("weights", "scales", "offsets", "channels")
@@ -35,6 +36,16 @@ class AdamW:
     warmup: float = 0.05
     floor: float = 0.0
     clip: float | None = 1.0  # largest norm of all gradients together
+
+    def __post_init__(self) -> None:
+        finite(None, self, *KINDS, "weight_decay")
+        switches(None, self, "relative")
+        within(None, self, "a number from 0 to 1", lambda x: 0 <= x <= 1, "warmup", "floor")
+        if self.clip is not None:
+            positive(None, self, "clip")
+        fine = (type(beta) in (int, float) and 0 <= beta < 1 for beta in self.betas)
+        if len(self.betas) != 2 or not all(fine):
+            raise FieldError(f"betas={self.betas}: give two numbers from 0 to below 1.")
 
     def optimizer(self, parameters: Mapping[str, Sequence[nn.Parameter]]) -> torch.optim.Optimizer:
         groups: list[dict[str, Any]] = []

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from omegaconf import DictConfig
 
-from qexp import own, progress, results, store
+from qexp import own, progress, ranks, results, store
 from qexp.activations import Float
 from qexp.build import build
 from qexp.data.calibration import Recipe
@@ -29,7 +29,8 @@ log = logging.getLogger(__name__)
 def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
     """Load, transform, quantize, evaluate, write. A finished run is answered from its folder.
 
-    Raises UserError for what the user can put right; nothing is written then.
+    Raises UserError for what the user can put right; nothing is written then. Raises ranks.Done in
+    a process that is there to train with the first one, which alone evaluates and writes.
     """
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     progress.show(cfg.progress)
@@ -54,6 +55,8 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
         task.folder = folder
         loaded.finish(task)
         _check_quantizers(task, steps)
+        for evaluator in evaluators:
+            evaluator.check(task)
         origin = marks(task.model) if cfg.save_weights else {}
     provenance.add(model=source.fingerprint(), device=str(task.device), seed=cfg.seed)
 
@@ -65,8 +68,9 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
         return task if same else as_task(unquantized, unquantized.load(), cfg)
 
     start = Start(unquantized.fingerprint() | {"device": task.device.type}, float_task, folder)
-    with provenance.stage("measure the float model"), isolate_rng():
-        evaluators = [evaluator.before(start) for evaluator in evaluators]
+    if not ranks.rank():
+        with provenance.stage("measure the float model"), isolate_rng():
+            evaluators = [evaluator.before(start) for evaluator in evaluators]
 
     def batches() -> list[Batch]:
         provenance.add(calibration=recipe.definition())
@@ -76,6 +80,8 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
         provenance.add(training={k: each.definition() for k, each in step.recipes().items()})
     with provenance.stage("quantize"):
         records = [record for step in steps for record in step(task, batches)]
+    if ranks.rank():
+        raise ranks.Done
     metrics = storage(records)
     for evaluator in evaluators:
         with provenance.stage(f"evaluate {evaluator.name}"):
@@ -86,7 +92,9 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
         provenance.add(protocols={evaluator.name: entry})
     if cfg.save_weights:
         save(task, origin, records, folder)
-    return results.write(folder, metrics, records, provenance)
+    written = results.write(folder, metrics, records, provenance)
+    task.written()
+    return written
 
 
 def as_task(source: Source, loaded: Loaded, cfg: DictConfig) -> Task:

@@ -6,16 +6,14 @@ latter.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
-from math import inf
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from qexp.errors import UserError, whole
+from qexp.errors import positive, whole, within
 from qexp.streams import Ends, Histogram, Stream
 
 if TYPE_CHECKING:
@@ -39,13 +37,6 @@ class Range(ABC):
     def stream(self) -> Stream:
         """What has to be gathered of values that come one tensor at a time."""
         return Histogram()
-
-
-def _within(settings: Range, key: str, inside: Callable[[float], bool], right: str) -> None:
-    """UserError unless this field is a number inside."""
-    value = getattr(settings, key)
-    if type(value) not in (int, float) or not inside(value):
-        raise UserError(f"range.{key}={value}: give {right}.")
 
 
 def _seen(x: Tensor, counts: Tensor | None, empty: float) -> Tensor:
@@ -77,7 +68,7 @@ class MovingAverage(Range):
     momentum: float = 0.9
 
     def __post_init__(self) -> None:
-        _within(self, "momentum", lambda x: 0 <= x < 1, "a number from 0 to below 1")
+        within("range", self, "a number from 0 to below 1", lambda x: 0 <= x < 1, "momentum")
 
     def __call__(
         self,
@@ -100,7 +91,7 @@ class Percentile(Range):
 
     def __post_init__(self) -> None:
         right = "a number of per cent, above 50 and at most 100 (99.9, not 0.999)"
-        _within(self, "share", lambda x: 50 < x <= 100, right)
+        within("range", self, right, lambda x: 50 < x <= 100, "share")
 
     def __call__(
         self,
@@ -134,8 +125,8 @@ class MSE(Range):
 
     def __post_init__(self) -> None:
         whole("range", self, steps=1)
-        _within(self, "shrink", lambda x: 0 < x <= 1, "a number above 0 and at most 1")
-        _within(self, "norm", lambda x: 0 < x < inf, "a finite number above 0")
+        within("range", self, "a number above 0 and at most 1", lambda x: 0 < x <= 1, "shrink")
+        positive("range", self, "norm")
 
     def __call__(
         self,
@@ -165,7 +156,7 @@ class RMS(Range):
     reach: float = 2.4
 
     def __post_init__(self) -> None:
-        _within(self, "reach", lambda x: 0 < x < inf, "a finite number above 0")
+        positive("range", self, "reach")
 
     def __call__(
         self,

@@ -1,7 +1,7 @@
 """The model as Lightning and the rest of the project see it: something with a loss."""
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,6 +36,7 @@ class Task(L.LightningModule):
         # Live quantizers of activations by site; parameters of theirs train with the model's.
         self.quantizers = torch.nn.ModuleDict()
         self.folder: Path | None = None  # of the run, for what a step keeps while it works
+        self._removals: list[Callable[[], object]] = []
         self._sampler: torch.Generator | None = None
 
     @property
@@ -58,6 +59,17 @@ class Task(L.LightningModule):
                 assert isinstance(linear, torch.nn.Linear)
                 found[f"{self.arch.blocks}.{index}.{name}"] = linear
         return found
+
+    def until_written(self, remove: Callable[[], object]) -> None:
+        """Call `remove` once the run's results are on disk; at once where there is no run."""
+        self._removals.append(remove)
+        if self.folder is None:
+            self.written()
+
+    def written(self) -> None:
+        """The run's results are on disk."""
+        while self._removals:
+            self._removals.pop()()
 
     @contextmanager
     def labels(self, kind: str, seed: int) -> Iterator[None]:

@@ -1,11 +1,12 @@
 """Which parameters of a fake-quantized model train."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from qexp.errors import positive, switches, whole
 from qexp.fake import FakeQuant
 from qexp.learned import FakeWeight
 from qexp.optimizer import KINDS
@@ -48,6 +49,11 @@ class Trained:
     channels: bool = False
     rank: int = 0
     alpha: float = 16.0
+
+    def __post_init__(self) -> None:
+        switches(None, self, *(each.name for each in fields(self) if each.type is bool))
+        whole(None, self, rank=0)
+        positive(None, self, "alpha")
 
     def prepare(self, linears: Iterable[nn.Linear]) -> None:
         """Before the weights are rounded."""

@@ -1,29 +1,34 @@
 """One trainer for every method that trains."""
 
 import logging
+import pickle
 import shutil
 import signal
 import tempfile
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy
-from torch.multiprocessing.spawn import ProcessRaisedException
 
-from qexp import progress
+from qexp import processes, progress, ranks
 from qexp.course import Course, Pace, Training
-from qexp.errors import UserError
+from qexp.errors import UserError, known, switches, whole
 from qexp.sharded import Sharded
 from qexp.task import Task
 
 log = logging.getLogger(__name__)
+
+ENDED = "ended"  # says of a folder of checkpoints that training needs no more of it
+STRATEGIES = ("auto", "ddp", "fsdp")
+PRECISIONS = ("32-true", "bf16-mixed")
 
 
 @dataclass(frozen=True)
@@ -33,8 +38,9 @@ class Trainer:
     every: steps between validations (and checkpoints, lines of the log). patience: stop after so
     many validations without a better one; null trains to the end. The best weights are kept where
     there is validation data. precision: of forward and backward, `32-true` or `bf16-mixed`.
-    recompute: activations of a block are computed again in backward. strategy: as Lightning names
-    them, but that `fsdp`, and `fsdp_fork` like `ddp_fork`, are `Sharded`. devices: how many.
+    recompute: activations of a block are computed again in backward. strategy: of several devices,
+    `ddp` (each with the whole model; `auto` too) or `fsdp` (`Sharded`). devices: how many of a
+    machine, each with a process and batches of its own.
     """
 
     steps: int = 200
@@ -48,63 +54,102 @@ class Trainer:
     devices: int = 1
 
     def __post_init__(self) -> None:
-        for key in ("steps", "sequences", "accumulate", "every", "devices"):
-            if getattr(self, key) < 1:
-                raise UserError(f"trainer.{key}={getattr(self, key)} must be at least 1.")
+        whole("trainer", self, steps=1, sequences=1, accumulate=1, every=1, devices=1)
+        if self.patience is not None:
+            whole("trainer", self, patience=1)
+        switches("trainer", self, "recompute")
+        known("trainer", self, precision=PRECISIONS, strategy=STRATEGIES)
 
     def fit(self, course: Course) -> list[dict[str, float]]:
         """Train; the log's lines. Leaves the best (else the last) weights in the model, in the
-        modes and on the device that it had."""
+        modes and on the device that it had. Raises ranks.Done in a process that is not the first.
+
+        Checkpoints stay in the course's folder until the run has written its results
+        (`Task.written`): one that is killed before goes on from them."""
         if not any(course.parameters.values()):
             raise UserError("method.trained: nothing is left to train; choose another set.")
         task, device = course.task, course.task.device
-        with tempfile.TemporaryDirectory() as scratch, _quiet(), _mode(task, self.recompute):
+        with ExitStack() as stack:
+            scratch = stack.enter_context(tempfile.TemporaryDirectory())
             folder = Path(scratch) if course.folder is None else course.folder
+            stack.enter_context(_quiet())
+            stack.enter_context(_mode(task, self.recompute))
             kept = folder / f"training-{course.identity}"
             pace = Pace(self.steps, self.every, self.accumulate, self.sequences)
-            module = Training(course, pace, folder / "training.csv")
-            best = _checkpoint(kept, "best", monitor="validation")
-            # Not `save_last`, which Lightning writes only where it also saves by the monitor.
-            # It comes second, so that it knows what `best` made of the same leg.
-            callbacks: list[Callback] = [best] if course.validation else []
-            callbacks.append(_checkpoint(kept, "last"))
-            if self.patience is not None and course.validation:
-                callbacks.append(
-                    EarlyStopping(
-                        "validation",
-                        patience=self.patience,
-                        strict=False,  # a resumed run ends its leg once more, without the metric
-                        check_on_train_epoch_end=True,
-                    )
-                )
-            last = kept / "last.ckpt"
-            if last.exists():
-                log.info("training goes on from %s", last)
-            cpu = device.type == "cpu"
-            trainer = L.Trainer(
-                accelerator="cpu" if cpu else "gpu",
-                devices=self.devices if cpu or self.devices > 1 else [device.index or 0],
-                strategy=_strategy(self.strategy),
-                precision=self.precision,  # type: ignore[arg-type]
-                accumulate_grad_batches=self.accumulate,
-                max_steps=self.steps,
-                use_distributed_sampler=False,
-                reload_dataloaders_every_n_epochs=1,
-                num_sanity_val_steps=0,
-                callbacks=callbacks,
-                logger=False,
-                enable_progress_bar=progress.drawn(),
-                enable_model_summary=False,
-            )
-            with _told(), _interruptible(trainer):
-                resumed = str(last) if last.exists() else None
-                trainer.fit(module, ckpt_path=resumed, weights_only=False)
-            if best.best_model_path:
-                state = torch.load(best.best_model_path, weights_only=False)["state_dict"]
-                module.load_state_dict(state, strict=False)
-            shutil.rmtree(kept, ignore_errors=True)
+            module = Training(course, pace, folder)
+            if not (kept / ENDED).exists():
+                stack.enter_context(processes.together(course.folder, self.devices))
+                self._fit(module, kept)
+                if ranks.rank():
+                    raise ranks.Done
+                (kept / ENDED).touch()
+            last, best = kept / "last.ckpt", kept / "best.ckpt"
+            module.lines = _read(last)["course"]["lines"]
+            trained = _read(best if best.exists() else last)["state_dict"]
+            module.load_state_dict(trained, strict=False)  # what does not train is as it was
+            task.until_written(partial(shutil.rmtree, kept, ignore_errors=True))
         task.to(device)
         return module.lines
+
+    def _fit(self, module: Training, kept: Path) -> None:
+        """Train, from the checkpoint in `kept` if there is one, and leave another there."""
+        course, device = module.course, module.task.device
+        # Not `save_last`, which Lightning writes only where it also saves by the monitor.
+        # It comes second, so that it knows what `best` made of the same leg.
+        callbacks: list[Callback] = []
+        if course.validation:
+            callbacks.append(_checkpoint(kept, "best", monitor="validation"))
+        callbacks.append(_checkpoint(kept, "last"))
+        if self.patience is not None:
+            callbacks.append(
+                EarlyStopping(
+                    "validation",
+                    patience=self.patience,
+                    strict=False,  # a resumed run ends its leg once more, without the metric
+                    check_on_train_epoch_end=True,
+                )
+            )
+        cpu = device.type == "cpu"
+        trainer = L.Trainer(
+            accelerator="cpu" if cpu else "gpu",
+            devices=self.devices if cpu or self.devices > 1 else [device.index or 0],
+            num_nodes=ranks.nodes(),
+            strategy=Sharded() if self.strategy == "fsdp" else self.strategy,
+            plugins=processes.cluster(),
+            precision=self.precision,  # type: ignore[arg-type]
+            accumulate_grad_batches=self.accumulate,
+            max_steps=self.steps,
+            use_distributed_sampler=False,
+            reload_dataloaders_every_n_epochs=1,
+            num_sanity_val_steps=0,
+            callbacks=callbacks,
+            logger=False,
+            enable_progress_bar=progress.drawn(),
+            enable_model_summary=False,
+        )
+        with _interruptible(trainer):
+            trainer.fit(module, ckpt_path=_last(kept), weights_only=False)
+
+
+def _last(kept: Path) -> Path | None:
+    """The checkpoint to go on from; one that cannot be read is told of and left out."""
+    path = kept / "last.ckpt"
+    if not path.exists():
+        return None
+    try:
+        _read(path)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as reason:
+        said = str(reason).partition("\n")[0]
+        log.warning("%s cannot be read (%s); training begins anew", path, said)
+        return None
+    log.info("training goes on from %s", path)
+    return path
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A checkpoint, of whose tensors only what is used is read."""
+    kept: dict[str, Any] = torch.load(path, weights_only=False, mmap=True)
+    return kept
 
 
 def _checkpoint(folder: Path, name: str, monitor: str | None = None) -> ModelCheckpoint:
@@ -117,23 +162,6 @@ def _checkpoint(folder: Path, name: str, monitor: str | None = None) -> ModelChe
         save_on_train_epoch_end=True,
         enable_version_counter=False,
     )
-
-
-def _strategy(name: str) -> str | DDPStrategy:
-    starts = {"fsdp": "popen", "fsdp_fork": "fork"}
-    return Sharded(start_method=starts[name]) if name in starts else name  # type: ignore[arg-type]
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    """A user's mistake that another process met is one here."""
-    try:
-        yield
-    except ProcessRaisedException as reason:
-        _, found, told = str(reason).rpartition(f"{UserError.__module__}.UserError: ")
-        if not found:
-            raise
-        raise UserError(told.strip()) from reason
 
 
 @contextmanager

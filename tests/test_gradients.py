@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qexp.errors import UserError
+from qexp.errors import FieldError
 from qexp.fused import Formula
 from qexp.gradients import DSQ, EWGS, Hard, Sigmoid, Soft, Straight
 from qexp.grid import IntGrid, Scale
@@ -238,8 +238,11 @@ def test_gradients_stop_where_llm_qat_s_code_stops_them(fine):
         lambda: Soft("relu"),
         lambda: Soft(forward="later"),
         lambda: DSQ(1.5),
+        lambda: EWGS(-0.1),
+        lambda: Hard(limit=0.0),
+        lambda: Soft(sharpness=float("inf")),
     ],
 )
 def test_settings_out_of_range_are_refused(make):
-    with pytest.raises(UserError):
+    with pytest.raises(FieldError, match="give"):
         make()

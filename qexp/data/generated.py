@@ -11,7 +11,7 @@ from torch import Tensor
 from qexp.cache import Cache, checksum
 from qexp.data.calibration import Batch, Recipe
 from qexp.data.tokens import check_length
-from qexp.errors import UserError
+from qexp.errors import FieldError, UserError, whole
 from qexp.task import Task
 
 
@@ -33,6 +33,13 @@ class Generated(Recipe):
     top_k: int | None = None
     together: int = 64
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        whole(None, self, sequences=1, length=2, together=1, seed=0)
+        if self.top_k is not None:
+            whole(None, self, top_k=1)
+        if not self.greedy or not all(type(each) is int and each >= 1 for each in self.greedy):
+            raise FieldError(f"greedy={self.greedy}: give lengths of 1 or more, at least one.")
 
     def __call__(self, task: Task) -> list[Batch]:
         if task.objective != "causal_lm":

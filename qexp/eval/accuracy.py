@@ -25,12 +25,16 @@ class Accuracy(Evaluator):
     batches: Recipe
     batch_rows: int = 64
 
-    def __call__(self, task: Task) -> dict[str, float]:
+    def check(self, task: Task) -> None:
         if not isinstance(task, Classifier):
             raise UserError(
                 f"eval {self.name}: accuracy needs a classifier and this model is "
                 f"{task.objective}; choose eval=loss"
             )
+
+    def __call__(self, task: Task) -> dict[str, float]:
+        self.check(task)
+        assert isinstance(task, Classifier)
         right: list[torch.Tensor] = []
         for batch in self.batches(task):
             for start in bar(range(0, len(batch["labels"]), self.batch_rows), self.name):

@@ -16,7 +16,7 @@ from qexp.cache import Cache, sources
 from qexp.errors import UserError
 from qexp.eval.evaluator import Evaluator, Informed, Start
 from qexp.eval.windowed import Windowed, ratio
-from qexp.eval.windows import Window, states
+from qexp.eval.windows import Window, check_causal, states
 from qexp.task import CausalLM, Task
 
 # Resamplings of the windows for the standard error of the percentile.
@@ -33,6 +33,9 @@ class AgainstFloat(Evaluator):
 
     name: str
     protocol: Windowed
+
+    def check(self, task: Task) -> None:
+        check_causal(task, self.name)
 
     def __call__(self, task: Task) -> dict[str, float]:
         raise UserError(f"eval {self.name}: compares two models; run it through `qexp`")

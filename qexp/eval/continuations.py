@@ -44,13 +44,17 @@ class Continuations(Evaluator):
     def __call__(self, task: Task) -> dict[str, float]:
         raise UserError(f"eval {self.name}: compares two models; run it through `qexp`")
 
-    def before(self, start: Start) -> Evaluator:
-        task = start.task()
-        tokenizer = task.tokenizer
-        if not isinstance(task, CausalLM) or tokenizer is None:
+    def check(self, task: Task) -> None:
+        if not isinstance(task, CausalLM) or task.tokenizer is None:
             raise UserError(
                 f"eval {self.name}: only a causal language model with a tokenizer continues a text"
             )
+
+    def before(self, start: Start) -> Evaluator:
+        task = start.task()
+        self.check(task)
+        tokenizer = task.tokenizer
+        assert isinstance(task, CausalLM) and tokenizer is not None
         prompts = self._prompts(tokenizer)
 
         def build() -> dict[str, Tensor]:

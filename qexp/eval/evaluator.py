@@ -24,6 +24,9 @@ class Evaluator(ABC):
 
     name: str
 
+    def check(self, task: Task) -> None:  # noqa: B027 (optional)
+        """UserError, before any work, for a model of which it can say nothing."""
+
     def before(self, start: Start) -> "Evaluator":
         """What to call once the model is quantized. Who compares with the float model measures it
         here, through the cache, so that a sweep does it once."""

@@ -21,7 +21,7 @@ from qexp.data.known import SOURCES
 from qexp.errors import UserError
 from qexp.eval.against import changes
 from qexp.eval.evaluator import Evaluator, Informed, Start
-from qexp.task import Task
+from qexp.task import CausalLM, Task
 
 CODE = [f"qexp.eval.harness{part}" for part in ("", "_model", "_rows", "_scoring", "_tasks")]
 
@@ -70,6 +70,14 @@ class Harness(Evaluator):
                 f"eval {self.name}: source {self.source!r} is none of {', '.join(SOURCES)}"
             )
 
+    def check(self, task: Task) -> None:
+        self._loaded  # noqa: B018 - whether the harness is installed
+        if not isinstance(task, CausalLM) or task.tokenizer is None:
+            raise UserError(
+                f"eval {self.name}: the harness needs a causal language model with a tokenizer and "
+                f"this one is {task.objective}; choose eval=loss"
+            )
+
     def __call__(self, task: Task) -> dict[str, float]:
         return self.outcome(task).numbers
 
@@ -97,7 +105,7 @@ class Harness(Evaluator):
 
     def outcome(self, task: Task) -> Outcome:
         """What the harness says of the model."""
-        self._loaded  # noqa: B018 - first of all: whether the harness is installed
+        self.check(task)
         from qexp.eval.harness_model import Model
 
         return self.outcome_of(Model(task, self.batch_size, self.name))

@@ -35,11 +35,7 @@ class Model(TemplateLM):
 
     def __init__(self, task: Task, rows: int, name: str) -> None:
         TemplateLM.__init__(self)
-        if not isinstance(task, CausalLM) or task.tokenizer is None:
-            raise UserError(
-                f"eval {name}: the harness needs a causal language model with a tokenizer and this "
-                f"one is {task.objective}; choose eval=loss"
-            )
+        assert isinstance(task, CausalLM) and task.tokenizer is not None
         self.task, self.rows, self.name = task, rows, name
         self.tokenizer = task.tokenizer
         self.max_length = resolve_max_length(task.model.config, self.tokenizer)

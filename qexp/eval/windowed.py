@@ -13,7 +13,7 @@ from torch import Tensor
 from qexp.data.corpus import Corpus
 from qexp.errors import UserError
 from qexp.eval.evaluator import Evaluator
-from qexp.eval.windows import Window, token_losses
+from qexp.eval.windows import Window, check_causal, token_losses
 from qexp.task import Task
 
 
@@ -46,6 +46,9 @@ class Windowed(Evaluator):
     corpus: Corpus
     split: str
     batch_tokens: int = 2048
+
+    def check(self, task: Task) -> None:
+        check_causal(task, self.name)
 
     @abstractmethod
     def passages(self, task: Task) -> list[Passage]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qexp.errors import UserError
 from qexp.progress import bar
-from qexp.task import CausalLM, Task
+from qexp.task import CausalLM, Classifier, Task
 
 
 class Window(NamedTuple):
@@ -47,16 +47,23 @@ def states(
     task: Task, windows: Sequence[Window], batch_tokens: int, name: str
 ) -> Iterator[tuple[list[Window], Float[Tensor, "windows scored width"]]]:
     """Windows of one shape and the hidden states that predict their targets, without gradient."""
-    if not isinstance(task, CausalLM):
-        raise UserError(
-            f"eval {name}: perplexity needs a causal language model and this one is "
-            f"{task.objective}; choose eval=loss"
-        )
+    check_causal(task, name)
+    assert isinstance(task, CausalLM)
     for batch in bar(list(_batches(windows, batch_tokens)), name):
         ids = torch.stack([window.tokens for window in batch])
         with torch.no_grad():
             hidden = task.hidden(ids[:, :-1])  # the last token predicts none
         yield batch, hidden[:, -batch[0].scored :]
+
+
+def check_causal(task: Task, name: str) -> None:
+    """UserError for a model that does not predict the next token."""
+    if not isinstance(task, CausalLM):
+        other = "accuracy" if isinstance(task, Classifier) else "loss"
+        raise UserError(
+            f"eval {name}: perplexity needs a causal language model and this one is "
+            f"{task.objective}; choose eval={other}"
+        )
 
 
 def _batches(windows: Sequence[Window], batch_tokens: int) -> Iterator[list[Window]]:

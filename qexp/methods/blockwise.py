@@ -3,6 +3,7 @@
 import logging
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -90,7 +91,7 @@ class Blockwise(Step):
                 f"{len(records)} linears were quantized, not the {expected} asked for"
             )
         if journal is not None:
-            journal.clear(len(task.blocks))
+            task.until_written(partial(journal.clear, len(task.blocks)))
         quantize_activations(task, self.activations, batches)
         return records
 

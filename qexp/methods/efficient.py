@@ -4,22 +4,26 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from qexp.activations import Activations
 from qexp.data.calibration import Recipe
-from qexp.errors import UserError
+from qexp.errors import UserError, whole
+from qexp.files import write_rows
 from qexp.fused import Formula
 from qexp.grid import Grid
-from qexp.learned import ScaleRule, fake, put
+from qexp.learned import ScaleRule, fake, put, suits
 from qexp.methods.finetune import FineTune, origin_of, record
 from qexp.methods.journal import Finished, Journal
 from qexp.methods.step import Batches, Record, Step
+from qexp.movement import Movement
 from qexp.optimizer import AdamW
 from qexp.packed import Coded
 from qexp.progress import bar
+from qexp.results import BLOCKS
 from qexp.task import Batch, Task
 from qexp.transforms.descent import run
 from qexp.walk import Block, walk
@@ -40,9 +44,14 @@ class BlockPhase:
     sequences: int = 2
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        whole(None, self, epochs=1, sequences=1, seed=0)
+        suits(self.scale, self.weight)
+
     def __call__(self, task: Task, batches: Sequence[Batch], journal: Journal) -> list[Record]:
         """Blocks that the journal holds are taken from there."""
         records: list[Record] = []
+        told: list[dict[str, float]] = []
         exact: list[Tensor] = []
         for block in walk(task, batches, self.sequences):
             with torch.no_grad():
@@ -53,11 +62,14 @@ class BlockPhase:
             else:
                 finished.restore(task)
             records += finished.records
+            told += [{"block": block.index, **line} for line in finished.log]
+            if task.folder is not None:
+                write_rows(task.folder / BLOCKS, told)
         return records
 
     def _finish(self, block: Block, exact: Sequence[Tensor]) -> Finished:
         start = time.perf_counter()
-        self._train(block, exact)
+        log = self._train(block, exact)
         seconds = (time.perf_counter() - start) / len(block.linears)
         records = [
             record(f"{block.name}.{name}", linear, self.weight, seconds)
@@ -69,9 +81,10 @@ class BlockPhase:
             for name, parameter in block.module.named_parameters()
             if name not in rounded
         }
-        return Finished(records, others)
+        return Finished(records, others, log)
 
-    def _train(self, block: Block, targets: Sequence[Tensor]) -> None:
+    def _train(self, block: Block, targets: Sequence[Tensor]) -> list[dict[str, float]]:
+        """What is told of each epoch."""
         for linear in block.linears.values():
             put(linear, self.scale, self.weight, self.formula)
             fake(linear).train()  # the walk is in evaluation mode, where clamping is hard
@@ -81,6 +94,10 @@ class BlockPhase:
         rates = [group["lr"] for group in optimizer.param_groups]
         generator = torch.Generator().manual_seed(self.seed + block.index)
         order: list[int] = []
+        log: list[dict[str, float]] = []
+        losses: list[Tensor] = []
+        movement = Movement(block.linears)
+        movement()
         for step in bar(range(steps), block.name):
             order = order or torch.randperm(len(targets), generator=generator).tolist()
             piece = order.pop()
@@ -99,10 +116,17 @@ class BlockPhase:
             limit = math.inf if self.optimizer.clip is None else self.optimizer.clip
             torch.nn.utils.clip_grad_norm_([p for g in parameters.values() for p in g], limit)
             optimizer.step()
+            losses.append(loss.detach())
+            if not order:
+                mean = float(torch.stack(losses).mean())
+                epoch = float(len(log) + 1)
+                log.append({"epoch": epoch, "loss": mean, **movement().whole})
+                losses.clear()
         for linear in block.linears.values():
             fake(linear).eval()
         for parameter in block.module.parameters():
             parameter.grad = None
+        return log
 
     def _parameters(self, block: Block) -> Mapping[str, list[torch.nn.Parameter]]:
         fakes = [fake(linear) for linear in block.linears.values()]
@@ -144,5 +168,5 @@ class EfficientQAT(Step):
             parameter.requires_grad_(flags[name])
         starts = {made.name: made.packed for made in records if isinstance(made.packed, Coded)}
         made = self.end.tune(task, lambda: data, starts)
-        journal.clear(len(task.blocks))
+        task.until_written(partial(journal.clear, len(task.blocks)))
         return made

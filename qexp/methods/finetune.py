@@ -18,12 +18,12 @@ from qexp.activations import Activations, quantize_activations
 from qexp.cache import checksum
 from qexp.course import Course
 from qexp.data.calibration import Recipe
-from qexp.errors import UserError
+from qexp.errors import FieldError, UserError, whole
 from qexp.fake import FakeQuant
 from qexp.fused import Formula
 from qexp.gradients import ClampGradient, RoundingGradient
 from qexp.grid import Grid
-from qexp.learned import KnownCodes, ScaleRule, bake, behind, put
+from qexp.learned import KnownCodes, ScaleRule, bake, behind, put, suits
 from qexp.losses import Objective, Penalty
 from qexp.methods.blockwise import finite
 from qexp.methods.step import Batches, Record, Step, error
@@ -61,6 +61,16 @@ class FineTune(Step):
     seed: int = 0
     activations: tuple[Activations, ...] | list[Activations] = ()
 
+    def __post_init__(self) -> None:
+        whole(None, self, seed=0)
+        if self.trainer.patience is not None and self.validation is None:
+            raise FieldError(
+                f"validation=null: trainer.patience={self.trainer.patience} waits for a better "
+                "validation; give data for it (+calibration@method.validation=first), or null."
+            )
+        if self.weight is not None:
+            suits(self.scale, self.weight)
+
     def __call__(self, task: Task, batches: Batches) -> list[Record]:
         return self.tune(task, batches, {})
 
@@ -97,7 +107,15 @@ class FineTune(Step):
                 return loss if watch is None else loss + watch.take(loss)
 
             probe = {key: value[: self.trainer.sequences] for key, value in data[0].items()}
-            movement = Movement(task, linears, lambda: plain(probe))
+
+            def look() -> None:
+                task.eval()  # no dropout, whose random state is training's
+                try:
+                    plain(probe)
+                finally:
+                    task.train()
+
+            movement = Movement(linears, dict(task.quantizers.items()), look)
             course = Course(
                 task,
                 penalized,
@@ -141,6 +159,7 @@ class FineTune(Step):
 
     def check(self, task: Task) -> None:
         """UserError, before any work, for what cannot be trained."""
+        self.loss.check(task)
         if next(task.blocks.parameters()).device != task.device:
             raise UserError(
                 "offload: training needs the whole model on its device; give offload=false "

@@ -1,7 +1,7 @@
 """What a block-wise method has finished, so that a run killed between blocks goes on there."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -19,10 +19,12 @@ OTHER = "other/"
 
 
 class Finished(NamedTuple):
-    """A block that is done: its linears, and whichever of its other parameters changed."""
+    """A block that is done: its linears, whichever of its other parameters changed, and what is
+    told of its training."""
 
     records: list[Record]
     others: dict[str, Tensor]
+    log: list[dict[str, float]]
 
     @torch.no_grad()
     def restore(self, task: Task) -> None:
@@ -49,13 +51,14 @@ class Journal:
         packed = store.unflatten(found, head["layout"])
         records = [Record(**row, packed=packed[row["name"]]) for row in head["rows"]]
         others = {k.removeprefix(OTHER): t for k, t in found.items() if k.startswith(OTHER)}
-        return Finished(records, others)
+        return Finished(records, others, head["log"])
 
     def write(
         self,
         block: int,
         records: list[Record],
         others: Mapping[str, Tensor] = MappingProxyType({}),
+        log: Sequence[Mapping[str, float]] = (),
     ) -> None:
         tensors, layout = store.flatten({record.name: record.packed for record in records})
         rows = [
@@ -63,7 +66,7 @@ class Journal:
         ]
         for row in rows:
             del row["packed"]
-        head = json.dumps({"layout": layout, "rows": rows}).encode()
+        head = json.dumps({"layout": layout, "rows": rows, "log": list(log)}).encode()
         tensors |= {OTHER + name: tensor for name, tensor in others.items()}
         tensors["head"] = torch.tensor(list(head), dtype=torch.uint8)
         self._cache.put(KIND, self._key(block), tensors)

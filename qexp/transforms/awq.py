@@ -8,14 +8,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qexp.activations import Float as FloatActivations
-from qexp.errors import known, whole
+from qexp.errors import known, switches, whole
 from qexp.grid import Grid
 from qexp.hessian import second_moment
 from qexp.methods.step import Batches, Record, Step
 from qexp.task import Task
 from qexp.transforms.channels import SITES
 from qexp.transforms.search import Change, Watched, first, rescale, resident
-from qexp.transforms.smooth import check, switches
+from qexp.transforms.smooth import check
 from qexp.walk import Block, walk
 
 
@@ -40,7 +40,7 @@ class AWQ(Step):
         check(self)
         known("transform", self, sites=SITES)
         whole("transform", self, points=1)
-        switches(self, "clip")
+        switches("transform", self, "clip")
 
     @torch.no_grad()
     def __call__(self, task: Task, batches: Batches) -> list[Record]:

@@ -3,14 +3,13 @@
 import logging
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from math import inf
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from qexp.activations import Activations
-from qexp.errors import UserError, known, real, whole
+from qexp.errors import UserError, finite, known, switches, whole
 from qexp.gradients import Straight
 from qexp.grid import Grid
 from qexp.methods.step import Batches, Record, Step
@@ -20,7 +19,7 @@ from qexp.transforms.channels import SITES, channels_of
 from qexp.transforms.descent import Match, quantized, run
 from qexp.transforms.query_key import QueryKey, query_keys
 from qexp.transforms.search import Watched, first, resident, watch
-from qexp.transforms.smooth import check, smoothed, switches
+from qexp.transforms.smooth import check, smoothed
 from qexp.walk import Block, walk
 
 log = logging.getLogger(__name__)
@@ -118,11 +117,8 @@ class OmniQuant(Step):
         if self.sites is not None:
             known("transform", self, sites=SITES)
         whole("transform", self, epochs=1, batch=1, seed=0)
-        switches(self, "shift", "query_key", "augmented")
-        real("transform", self, clip_rate=0, scale_rate=0)
-        for key in ("clip_rate", "scale_rate"):  # at 0 nothing is learned of these
-            if (rate := getattr(self, key)) == inf:
-                raise UserError(f"transform.{key}={rate}: give a finite number, 0 or more.")
+        switches("transform", self, "shift", "query_key", "augmented")
+        finite("transform", self, "clip_rate", "scale_rate")  # at 0 nothing is learned of these
         if not isinstance(self.grid.range, MinMax):
             raise UserError(
                 f"weight.range={self.grid.range}: transform=omniquant learns ends that only "

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 import torch
 
 from qexp.activations import Activations
-from qexp.errors import known, whole
+from qexp.errors import known, switches, whole
 from qexp.grid import Grid
 from qexp.methods.step import Batches, Record, Step
 from qexp.task import Task
 from qexp.transforms.channels import SITES
 from qexp.transforms.search import Change, Watched, first, rescale
-from qexp.transforms.smooth import check, switches
+from qexp.transforms.smooth import check
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class OutlierSuppression(Step):
         check(self)
         known("transform", self, sites=SITES)
         whole("transform", self, points=1)
-        switches(self, "shift")
+        switches("transform", self, "shift")
 
     def __call__(self, task: Task, batches: Batches) -> list[Record]:
         def propose(watched: Watched) -> list[Change]:

@@ -3,14 +3,13 @@
 import logging
 from contextlib import ExitStack
 from dataclasses import dataclass
-from math import inf
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from qexp.activations import Activations
-from qexp.errors import UserError, known, real, whole
+from qexp.errors import known, positive, whole
 from qexp.gradients import Straight
 from qexp.grid import Grid
 from qexp.methods.step import Batches, Record, Step
@@ -52,9 +51,7 @@ class Quadapter(Step):
         check(self)
         known("transform", self, sites=SITES, init=("ones", "smooth"))
         whole("transform", self, steps=0, batch=1, seed=0)
-        real("transform", self, rate=0)
-        if not 0 < self.rate < inf:
-            raise UserError(f"transform.rate={self.rate}: give a finite number above 0.")
+        positive("transform", self, "rate")
 
     def __call__(self, task: Task, batches: Batches) -> list[Record]:
         for block in walk(task, first(batches(), self.sequences), self.batch):

@@ -73,10 +73,3 @@ def check(settings: Any) -> None:
         )
     if settings.sequences is not None:
         whole("transform", settings, sequences=1)
-
-
-def switches(settings: object, *keys: str) -> None:
-    """UserError unless each of these fields of a transform is true or false."""
-    for key in keys:
-        if type(value := getattr(settings, key)) is not bool:
-            raise UserError(f"transform.{key}={value}: give true or false.")

@@ -268,11 +268,11 @@ def test_efficient_qat_goes_on_where_it_was_killed(tmp_path, monkeypatch, death)
         assert len(method(task, lambda: data)) == len(task.linears())
         return task
 
-    def train(self: BlockPhase, block: Block, targets: list[Tensor]) -> None:
+    def train(self: BlockPhase, block: Block, targets: list[Tensor]) -> list[dict[str, float]]:
         if death == "block" and len(trained) == 2:
             raise KeyError("killed")
         trained.append(block.index)
-        plain(self, block, targets)
+        return plain(self, block, targets)
 
     def loss(self: CrossEntropy, task: Task, *rest: object) -> Tensor:
         calls.extend([1] if task.training else [])
@@ -292,5 +292,9 @@ def test_efficient_qat_goes_on_where_it_was_killed(tmp_path, monkeypatch, death)
     monkeypatch.setattr(BlockPhase, "_train", train)
     again = run("killed")
     assert before + trained[len(before) :] == [0, 1, 2]
+    for log in ("training.csv", "training_blocks.csv"):
+        one, two = ((tmp_path / name / log).read_text() for name in ("killed", "whole"))
+        assert one == two and "scale" in one
     assert same(weights(again), weights(whole))
+    again.written()
     assert not list((tmp_path / "cache of killed" / "blocks").glob("*.safetensors"))

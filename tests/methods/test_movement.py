@@ -3,11 +3,11 @@
 import pytest
 import torch
 from torch import nn
-from training import task_of
 
+from qexp.fake import FakeQuant
 from qexp.fused import Formula
 from qexp.grid import IntGrid
-from qexp.learned import Static, behind, put
+from qexp.learned import FixedCodes, Static, behind, fake, put
 from qexp.movement import Movement
 
 
@@ -19,11 +19,42 @@ def test_shares_of_codes_that_move_turn_back_and_are_clipped(bits):
     linear = nn.Linear(4, 1, bias=False)
     linear.weight.data = torch.tensor([[0.0, 1.0, 2.0, top]])
     put(linear, Static(), IntGrid(bits), Formula())
-    watch, weight = Movement(task_of(), {"it": linear}, lambda: None), behind(linear)
+    watch, weight = Movement({"it": linear}), behind(linear)
     found = []
     for change in ([0, 0, 0, 0], [1, -1, 0.4, 0], [0, 0, 0, 0], [-1, -1, 1, 2.0]):
         weight += torch.tensor([change])
-        shares = watch()
-        found.append([shares[name] for name in ("flipped", "oscillated", "clipped", "scale")])
+        moved = watch()
+        found.append([moved.whole[name] for name in ("flipped", "oscillated", "clipped", "scale")])
+        assert dict(moved.whole) == {k: v for k, v in moved.tensors["it"].items() if k != "zero"}
     # Last: 1 → 0 turns back, 0 → -1 is clipped and stays 0, 2.4 → 3.4 moves, the top is clipped.
     assert found == [[0, 0, 0, 1], [0.5, 0, 0, 1], [0, 0, 0, 1], [0.5, 0.25, 0.5, 1]]
+
+
+@torch.no_grad()
+def test_fixed_codes_have_the_trajectory_of_their_scales():
+    linear = nn.Linear(8, 2, bias=False)
+    put(linear, FixedCodes(), IntGrid(3), Formula())
+    watch = Movement({"it": linear})
+    assert dict(watch().whole) == {"scale": 1}
+    fake(linear).scale[0] *= 4
+    assert watch().whole["scale"] == pytest.approx(2)  # the geometric mean of 4 and 1
+
+
+@torch.no_grad()
+def test_ranges_of_activations_have_theirs():
+    """By hand: codes 0 to 15 of steps of 1, later of 1/2, and values that lie beyond."""
+    quantizer = FakeQuant(IntGrid(4, per_tensor=True), dynamic=False)
+    quantizer.observe()
+    quantizer(torch.arange(16.0)[None])
+    quantizer.settle()
+    quantizer.learn(Formula(), False)
+    dynamic = FakeQuant(IntGrid(8), dynamic=True)
+    x = torch.tensor([[1.0, 7.0, 8.0, 20.0]])
+    watch = Movement({}, {"at": quantizer, "token": dynamic}, lambda: quantizer(x))
+    assert dict(watch().whole) == {"clipped_activations": 0.25, "scale_activations": 1}
+    quantizer.scale /= 2
+    moved = watch()
+    assert moved.whole["clipped_activations"] == 0.5
+    assert moved.whole["scale_activations"] == pytest.approx(0.5)
+    assert dict(moved.tensors["at"]) == {"clipped": 0.5, "scale": pytest.approx(0.5), "zero": 0}
+    assert "token" not in moved.tensors

@@ -4,30 +4,24 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
+import pairs
 import pytest
 import torch
 from conftest import batches
-from torch import distributed
 from training import METHOD, SMOKE, STATIC, Same, same, task_of, weights
 
 from qexp import losses
 from qexp.errors import UserError
+from qexp.grid import IntGrid
 from qexp.learned import LSQ
 from qexp.losses import CrossEntropy, LogitKL
 from qexp.optimizer import AdamW
 from qexp.trained import Trained
 
-FORKED = replace(SMOKE, strategy="fsdp_fork", devices=2)
+FORKED = replace(SMOKE, strategy="fsdp", devices=2)
 
 
 slow = partial(pytest.param, marks=pytest.mark.slow)
-
-
-@pytest.fixture
-def group():
-    """Lightning leaves the group of a process that did not fork, and forks would find it."""
-    yield
-    distributed.destroy_process_group()
 
 
 # What forks comes first: gloo does not connect in the fork of a process that has had a group.
@@ -37,13 +31,15 @@ def test_a_killed_run_in_shards_ends_at_the_same_weights(tmp_path, monkeypatch):
         torch.manual_seed(seed)
         task = task_of("gpt2", tmp_path / folder)
         method = replace(METHOD, activations=[STATIC], validation=Same(batches("gpt2", 1)))
-        replace(method, trainer=FORKED)(task, lambda: batches("gpt2", rows=3))
+        pairs.together(
+            lambda: replace(method, trainer=FORKED)(task, lambda: batches("gpt2", rows=3))
+        )
         return weights(task)
 
     whole, calls, plain = trained("whole", 5), [], CrossEntropy.__call__
     with monkeypatch.context() as patch:
         patch.setattr(losses.CrossEntropy, "__call__", dying(plain, calls))
-        with pytest.raises(Exception, match="killed"):
+        with pytest.raises(KeyError, match="killed"):
             trained("killed", 5)
     assert list((tmp_path / "killed").glob("training-*/last.ckpt"))
     assert same(trained("killed", 99), whole)
@@ -60,21 +56,28 @@ def dying(plain: Callable[..., torch.Tensor], calls: list[int]) -> Callable[...,
 
 
 @pytest.mark.slow
-def test_what_another_process_met_is_said_here():
+def test_what_both_processes_met_is_said_once():
     method = replace(METHOD, optimizer=AdamW(weights=1e30, warmup=0.0, clip=None), trainer=FORKED)
     with pytest.raises(UserError, match=r"^training: step \d+: .*finite.*(layers|norm|embed|head)"):
-        method(task_of(), lambda: batches("llama"))
+        pairs.together(lambda: method(task_of(), lambda: batches("llama")))
 
 
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
-        ("llama", {"scale": LSQ("range", offset=True), "trained": Trained(offsets=True)}),
+        (
+            "llama",
+            {
+                "weight": IntGrid(4),
+                "scale": LSQ("range", offset=True),
+                "trained": Trained(offsets=True),
+            },
+        ),
         slow("gpt2", {"trainer": replace(SMOKE, recompute=True, accumulate=2)}),
         slow("bert", {"trained": Trained(weights=False, rank=2), "loss": LogitKL()}),
     ],
 )
-def test_shards_of_one_process_change_nothing(group, family, changes):
+def test_shards_of_one_process_change_nothing(family, changes):
     """Ties (gpt2, bert), learned scales in and beside the blocks; the model is the one it was."""
     method = replace(METHOD, activations=[STATIC], validation=Same(batches(family, 1)), **changes)
     made, left = [], []
@@ -91,7 +94,7 @@ def test_shards_of_one_process_change_nothing(group, family, changes):
     assert same(*made) and left[0] == left[1]
 
 
-def test_a_fault_in_shards_is_not_hidden(group):
+def test_a_fault_in_shards_is_not_hidden():
     method = replace(METHOD, trainer=replace(SMOKE, strategy="fsdp"))
     task = task_of()
     task.blocks[1].mlp.up_proj.weight.data *= 1e30

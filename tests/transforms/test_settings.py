@@ -8,8 +8,8 @@ from hydra import compose
 from runs import _configured  # noqa: F401 (an autouse fixture)
 
 from qexp.build import build
-from qexp.errors import UserError
-from qexp.transforms.smooth import check, switches
+from qexp.errors import UserError, switches
+from qexp.transforms.smooth import check
 
 ON_GRIDS = ("smooth", "awq", "os_plus", "quadapter", "omniquant")
 
@@ -53,7 +53,7 @@ def test_no_grid_and_no_switch_are_refused():
     with pytest.raises(UserError, match=r"^transform\.grid=None: .*weight=int"):
         check(SimpleNamespace(grid=None, sequences=None))
     with pytest.raises(UserError, match=r"^transform\.clip=yes: give true or false"):
-        switches(SimpleNamespace(clip="yes"), "clip")
+        switches("transform", SimpleNamespace(clip="yes"), "clip")
 
 
 @pytest.mark.parametrize(

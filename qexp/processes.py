@@ -1,0 +1,177 @@
+"""The other processes of a run that trains on several devices.
+
+Under `torchrun` all of them begin at once, each with the whole command; otherwise the run starts
+the others as it comes to its training, and they repeat it from its configuration up to there.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import torch
+from lightning.fabric.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    TorchElasticEnvironment,
+)
+from omegaconf import DictConfig, OmegaConf
+from torch import distributed
+
+from qexp import ranks
+from qexp.errors import UserError
+
+CALL = "QEXP_CALL"  # number of the socket on which a process that was started is called
+CONFIG = Path(".hydra") / "config.yaml"
+
+
+def cluster() -> ClusterEnvironment:
+    """Who started the processes, for Lightning. Slurm's tasks are none of them: each may be at
+    another job of a sweep."""
+    return TorchElasticEnvironment() if TorchElasticEnvironment.detect() else _Told()
+
+
+class _Told(LightningEnvironment):
+    def teardown(self) -> None:
+        """What the environment says stays: the process is still the one it was."""
+
+
+@contextmanager
+def together(folder: Path | None, count: int) -> Iterator[None]:
+    """`count` processes on this machine, each with its share of the threads, as long as the context
+    lasts; those that `torchrun` did not start are started. UserError if there are others than
+    `count`, or if one of them ends before all are there."""
+    elastic, world, nodes = TorchElasticEnvironment.detect(), ranks.world(), ranks.nodes()
+    if (elastic or world > 1) and count * nodes != world:
+        raise UserError(
+            f"trainer.devices={count}: {world} processes were started on {nodes} machine(s); give "
+            f"trainer=ddp trainer.devices={world // nodes}, or start one process."
+        )
+    with ExitStack() as stack:
+        if not distributed.is_initialized():
+            stack.callback(_leave)
+        if count > 1:
+            stack.enter_context(_shared(count))
+        if not elastic and world == 1:
+            stack.enter_context(_started(folder, count))
+        _answer()
+        yield
+
+
+def _leave() -> None:
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+@contextmanager
+def _shared(count: int) -> Iterator[None]:
+    """A share of the threads, which Lightning would choose if the environment did not name it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(share := max(threads // count, 1))
+    try:
+        with _environment(OMP_NUM_THREADS=str(share)):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _started(folder: Path | None, count: int) -> Iterator[None]:
+    """The other processes of the run in `folder`, all of them at the same point as this one."""
+    if count > 1 and (folder is None or not (folder / CONFIG).is_file()):
+        raise UserError(
+            f"trainer.devices={count}: only the command qexp starts other processes; start this "
+            "program with torchrun."
+        )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
+    place |= {"WORLD_SIZE": str(count), "LOCAL_RANK": "0"}
+    others: list[subprocess.Popen[bytes]] = []
+    calls: list[socket.socket] = []
+    try:
+        for number in range(1, count):
+            own, theirs = socket.socketpair()
+            with theirs:
+                told = {"LOCAL_RANK": str(number), CALL: str(theirs.fileno())}
+                others.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "qexp.processes", str(folder)],
+                        env={**os.environ, **place, **told},
+                        pass_fds=[theirs.fileno()],
+                    )
+                )
+            calls.append(own)
+        for number, call in enumerate(calls, 1):
+            if not call.recv(1):
+                raise UserError(
+                    f"trainer.devices={count}: process {number + 1} ended before training began; "
+                    "what it said stands above."
+                )
+        for call in calls:
+            call.send(b"!")
+        with _environment(**place):
+            yield
+        for other in others:
+            other.wait(60)  # they have nothing left to do
+    finally:
+        for call in calls:
+            call.close()
+        for other in others:
+            if other.poll() is None:
+                other.kill()
+                other.wait()
+
+
+@contextmanager
+def _environment(**changes: str) -> Iterator[None]:
+    """These variables, as long as the context lasts."""
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _answer() -> None:
+    """Say to the process that started this one, if one did, that it is here, and wait until all
+    are: a process that waited for others in torch would not see that one of them ended."""
+    number = os.environ.pop(CALL, None)
+    if number is None:
+        return
+    with socket.socket(fileno=int(number)) as call:
+        call.send(b"!")
+        if not call.recv(1):
+            raise ranks.Done
+
+
+def join(cfg: DictConfig, folder: Path) -> None:
+    """The part of a process that is not the first in the run of this configuration."""
+    from qexp import pipeline
+
+    with suppress(ranks.Done):
+        pipeline.run(cfg, folder)
+
+
+def main() -> None:
+    from qexp import resolvers
+
+    resolvers.register()
+    folder = Path(sys.argv[1])
+    cfg = OmegaConf.load(folder / CONFIG)
+    assert isinstance(cfg, DictConfig)
+    join(cfg, folder)
+
+
+if __name__ == "__main__":
+    from qexp.cli import guarded
+
+    sys.exit(guarded(main))
