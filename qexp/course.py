@@ -183,7 +183,7 @@ class Training(L.LightningModule):
     def on_train_start(self) -> None:
         self.measure()  # what it measures, it measures from here
         if self.random:
-            _set_random(self.random, self.device)
+            restore_random(self.random, self.device)
 
     def on_train_epoch_end(self) -> None:
         if not self.losses:  # resumed at the end of a leg, which Lightning ends once more
@@ -205,7 +205,7 @@ class Training(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         kept = {"lines": self.lines, "tensors": self.tensors, "notes": self.course.notes}
-        checkpoint["course"] = {**kept, "random": _random(self.device)}
+        checkpoint["course"] = {**kept, "random": random_state(self.device)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         kept = checkpoint["course"]
@@ -214,7 +214,7 @@ class Training(L.LightningModule):
             notes.update(before)
 
 
-def _random(device: torch.device) -> list[Tensor]:
+def random_state(device: torch.device) -> list[Tensor]:
     """The state of the CPU's generator, and of the device's where it has its own."""
     states = [torch.get_rng_state()]
     if device.type != "cpu":
@@ -222,7 +222,7 @@ def _random(device: torch.device) -> list[Tensor]:
     return states
 
 
-def _set_random(states: list[Tensor], device: torch.device) -> None:
+def restore_random(states: list[Tensor], device: torch.device) -> None:
     torch.set_rng_state(states[0])
     if device.type != "cpu" and len(states) > 1:
         torch.get_device_module(device).set_rng_state(states[1].cpu(), device)

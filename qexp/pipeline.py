@@ -32,6 +32,8 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
     Raises UserError for what the user can put right; nothing is written then. Raises ranks.Done in
     a process that is there to train with the first one, which alone evaluates and writes.
     """
+    if type(cfg.seed) is not int or not 0 <= cfg.seed < 2**32:
+        raise UserError(f"seed={cfg.seed}: give a whole number from 0 to 2**32 - 1.")
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     progress.show(cfg.progress)
     own.check(cfg)

@@ -193,6 +193,8 @@ def _mode(task: Task, recompute: bool) -> Iterator[None]:
     finally:
         if recompute:
             task.model.gradient_checkpointing_disable()
+            if getattr(task.model, "_require_grads_hook", None) is not None:  # put by enabling
+                task.model.disable_input_require_grads()
         config.use_cache = cached
         for module, mode in modes.items():
             module.training = mode
@@ -200,7 +202,8 @@ def _mode(task: Task, recompute: bool) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Lightning says what it found of hardware and what could be faster; nobody asked here."""
+    """Lightning says what it found of hardware and what could be faster, transformers which name
+    `recompute` will have there; nobody asked here."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [each.level for each in loggers]
     for each in loggers:
@@ -208,6 +211,7 @@ def _quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"lightning\..*")
+            warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\..*")
             yield
     finally:
         for each, level in zip(loggers, levels, strict=True):

@@ -4,8 +4,10 @@ from math import inf, nan
 from types import SimpleNamespace
 
 import pytest
+from omegaconf import OmegaConf
 
-from qexp.errors import UserError, known, real, whole
+from qexp.build import build
+from qexp.errors import FieldError, UserError, finite, known, positive, real, switches, whole
 
 
 @pytest.mark.parametrize("value", [-1, -0.5, nan, "much", None, True])
@@ -29,3 +31,28 @@ def test_words_and_what_may_be() -> None:
     known("here", settings, e=("this", "that"))
     with pytest.raises(UserError, match=r"^here\.e=this is unknown: give that or those\.$"):
         known("here", settings, e=("that", "those"))
+
+
+@pytest.mark.parametrize("value", [-1.0, nan, inf, True, "much"])
+def test_what_is_not_finite_or_below_0(value: object) -> None:
+    for check, right in ((finite, "a finite number, 0 or more"), (positive, "a finite number ab")):
+        with pytest.raises(UserError, match=rf"^here\.rate={value}: give {right}"):
+            check("here", SimpleNamespace(rate=value), "rate")
+    finite("here", SimpleNamespace(rate=0), "rate")
+    with pytest.raises(UserError):
+        positive("here", SimpleNamespace(rate=0), "rate")
+
+
+@pytest.mark.parametrize("value", [0, 1, "yes", None])
+def test_what_is_no_switch(value: object) -> None:
+    with pytest.raises(UserError, match=rf"^here\.fast={value}: give true or false\.$"):
+        switches("here", SimpleNamespace(fast=value), "fast")
+
+
+def test_a_field_of_an_object_that_may_stand_anywhere_is_named_where_it_stands() -> None:
+    with pytest.raises(FieldError, match=r"^delta=-1\.0: give"):
+        build({"_target_": "qexp.gradients.EWGS", "delta": 0.1}).__class__(-1.0)
+    node = {"_target_": "qexp.fused.Formula", "rounding": {"_target_": "qexp.gradients.EWGS"}}
+    node["rounding"]["delta"] = -1.0
+    with pytest.raises(UserError, match=r"^rounding\.delta=-1\.0: give a finite number"):
+        build(OmegaConf.create(node))

@@ -221,6 +221,39 @@ def test_lsq_starts_where_the_paper_does():
     torch.testing.assert_close(fake(linear).scale, expected)
 
 
+@pytest.mark.parametrize("group", [None, 8])
+def test_steps_of_weights_have_lsq_s_share_of_the_gradient(group):
+    """1902.08153, section 2.2: 1/√(N q_p), N the weights that share a step, q_p the top code."""
+    linear = nn.Linear(32, 6, bias=False)
+    grid = IntGrid(4, symmetric=True, group_size=group)
+    replace(METHOD, weight=grid, scale=LSQ("range")).install(task_of(), {"one": linear})
+    fake(linear).scale.data *= 0.6  # so that some are clipped
+    upstream = torch.randn(6, 32, generator=torch.Generator().manual_seed(2))
+    (linear.weight * upstream).sum().backward()
+    scale = fake(linear).scale.detach()
+    shape = (*scale.shape, -1)
+    v = linear.parametrizations.weight.original.detach().view(shape) / scale[..., None]
+    slope = torch.where((v > -8) & (v < 7), v.round() - v, v.clamp(-8, 7))
+    count = group or 32
+    expected = (upstream.view(shape) * slope).sum(-1) / math.sqrt(count * 7)
+    torch.testing.assert_close(fake(linear).scale.grad, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_ranges_of_activations_have_lsq_s_share_of_the_gradient():
+    """N is all values of the tensor; codes lie up to 15 above a zero point of 0."""
+    quantizer = FakeQuant(IntGrid(4, per_tensor=True), dynamic=False)
+    quantizer.observe()
+    quantizer(torch.linspace(0, 3, 50)[None])
+    quantizer.settle()
+    quantizer.learn(Formula(), False)
+    x = torch.linspace(0, 5, 33)[None, None]
+    quantizer(x).sum().backward()
+    v = x / quantizer.scale.detach()
+    slope = torch.where(v < 15, v.round() - v, torch.tensor(15.0))
+    expected = slope.sum() / math.sqrt(33 * 15)
+    torch.testing.assert_close(quantizer.scale.grad.squeeze(), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_blocks_trained_one_by_one_are_nearer_to_the_float_model():
     """EfficientQAT's first phase against the same rule without a step."""
     data = [{"input_ids": torch.cat([batch["input_ids"] for batch in batches("llama", 4)])}]

@@ -2,20 +2,21 @@
 
 import math
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pairs
 import pytest
 import torch
 from conftest import batches
 from torch import Tensor
-from training import METHOD, SMOKE, STATIC, Same, same, task_of, weights
+from training import GRID, METHOD, SMOKE, STATIC, Same, same, task_of, weights
 
 from qexp import faults, losses
-from qexp.course import Course, Rows
+from qexp.course import Course, Rows, random_state, restore_random
 from qexp.errors import UserError
-from qexp.learned import Dynamic
 from qexp.losses import CrossEntropy
 from qexp.optimizer import AdamW
 from qexp.task import Task
@@ -33,18 +34,10 @@ def test_a_killed_run_ends_at_the_same_weights(tmp_path, monkeypatch, kind):
     whole = task_of("gpt2", tmp_path / "whole")
     method(whole, lambda: data)
 
-    killed, calls = task_of("gpt2", tmp_path / "killed"), []
-    plain = CrossEntropy.__call__
-
-    def dying(self: CrossEntropy, task: Task, *rest: object) -> Tensor:
-        calls.extend([1] if task.training else [])
-        if len(calls) == 5:
-            raise KeyError("killed")
-        return plain(self, task, *rest)
-
+    killed, plain = task_of("gpt2", tmp_path / "killed"), CrossEntropy.__call__
     torch.manual_seed(5)
     with monkeypatch.context() as patch:
-        patch.setattr(losses.CrossEntropy, "__call__", dying)
+        patch.setattr(losses.CrossEntropy, "__call__", dying(5))
         with pytest.raises(KeyError, match="killed"):
             method(killed, lambda: data)
     assert list((tmp_path / "killed").glob("training-*/last.ckpt"))
@@ -85,7 +78,8 @@ def test_another_run_does_not_go_on_from_it(tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("training-*/"))) == 2
 
 
-def test_accumulated_batches_are_one_batch():
+@pytest.mark.parametrize("weight", [None, GRID], ids=str)
+def test_accumulated_batches_are_one_batch(weight):
     data = batches("llama", rows=4)
     trainers = [
         Trainer(steps=3, sequences=4, every=3),
@@ -95,11 +89,104 @@ def test_accumulated_batches_are_one_batch():
     made = []
     for trainer in trainers:
         task = task_of()
-        replace(METHOD, trainer=trainer, scale=Dynamic(), weight=None)(task, lambda: data)
+        replace(METHOD, trainer=trainer, weight=weight)(task, lambda: data)
         made.append(weights(task))
     for other in made[1:]:
         for name, tensor in made[0].items():
             torch.testing.assert_close(other[name], tensor, atol=2e-5, rtol=1e-3)
+
+
+def test_recomputing_changes_nothing():
+    """With dropout, learned steps and static ranges; no hook of it stays."""
+    made, hooks = [], []
+    for recompute in (False, True):
+        task = task_of("gpt2")
+        torch.manual_seed(3)
+        trainer = replace(SMOKE, recompute=recompute)
+        replace(METHOD, activations=[STATIC], trainer=trainer)(task, lambda: batches("gpt2"))
+        made.append(weights(task))
+        hooks.append([len(module._forward_hooks) for module in task.model.modules()])
+    assert same(*made) and hooks[0] == hooks[1]
+
+
+@pytest.mark.parametrize("clip", [0.05, None])
+def test_the_norm_of_all_gradients_together_is_clipped(clip):
+    norms: list[float] = []
+
+    class Watched(AdamW):
+        def optimizer(self, parameters):
+            def note(optimizer, *_: object) -> None:
+                members = [p for group in optimizer.param_groups for p in group["params"]]
+                grads = [p.grad for p in members if p.grad is not None]
+                norms.append(float(torch.nn.utils.get_total_norm(grads)))
+
+            made = super().optimizer(parameters)
+            made.register_step_post_hook(note)
+            return made
+
+    replace(METHOD, optimizer=Watched(weights=1e-3, clip=clip))(task_of(), lambda: batches("llama"))
+    assert len(norms) == SMOKE.steps
+    if clip is None:
+        assert min(norms) > 0.05
+    else:
+        assert norms == pytest.approx([clip] * SMOKE.steps, rel=1e-4)
+
+
+def test_a_checkpoint_cut_short_is_told_of_and_training_begins_anew(tmp_path, monkeypatch, caplog):
+    data = batches("llama", rows=2)
+    whole = task_of()
+    METHOD(whole, lambda: data)
+    with monkeypatch.context() as patch, pytest.raises(KeyError, match="killed"):
+        patch.setattr(losses.CrossEntropy, "__call__", dying(5))
+        METHOD(task_of(folder=tmp_path), lambda: data)
+    [last] = tmp_path.glob("training-*/last.ckpt")
+    last.write_bytes(last.read_bytes()[:-100])
+    again = task_of(folder=tmp_path)
+    METHOD(again, lambda: data)
+    assert f"{last} cannot be read" in caplog.text
+    assert same(weights(again), weights(whole))
+
+
+def test_a_validation_that_is_not_finite_stops_the_run(tmp_path):
+    task, data = task_of(), batches("llama")
+    course = Course(
+        task,
+        task.loss,
+        {"weights": list(task.parameters())},
+        data[:1],
+        validation=data[1:],
+        validation_loss=lambda batch: task.loss(batch) * math.nan,
+        folder=tmp_path,
+    )
+    with pytest.raises(UserError, match=r"step 2: the validation loss is not finite"):
+        SMOKE.fit(course)
+
+
+def test_the_random_state_of_an_accelerator_is_kept_too(monkeypatch):
+    own, device = torch.arange(4, dtype=torch.uint8), torch.device("cuda")
+    put: list[Tensor] = []
+    module = SimpleNamespace(
+        get_rng_state=lambda device: own, set_rng_state=lambda state, device: put.append(state)
+    )
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    torch.manual_seed(1)
+    states = random_state(device)
+    drawn = torch.rand(3)
+    restore_random(states, device)
+    assert torch.equal(torch.rand(3), drawn) and torch.equal(put[0], own)
+
+
+def dying(call: int) -> Callable[..., Tensor]:
+    """The loss, but that it fails in training at this call."""
+    calls, plain = [], CrossEntropy.__call__
+
+    def loss(self: CrossEntropy, task: Task, *rest: object) -> Tensor:
+        calls.extend([1] if task.training else [])
+        if len(calls) == call:
+            raise KeyError("killed")
+        return plain(self, task, *rest)
+
+    return loss
 
 
 def test_a_diverged_run_names_the_step_and_the_layer():

@@ -1,0 +1,158 @@
+"""Several processes that train one run: who is who, how they begin, and what comes of it."""
+
+import csv
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+
+from qexp import processes, ranks
+from qexp.cache import Cache
+from qexp.errors import UserError
+
+SMALL = ["model=tiny_llama", "data=synthetic", "calibration.sequences=8", "calibration.length=32"]
+SMALL += ["eval.held_out.length=32", "eval.held_out.limit=4", "progress=false", "logger=none"]
+SMALL += ["method=lsq", "method.optimizer.weights=5e-4", "threads=1"]
+STEPS = ["trainer.steps=4", "trainer.sequences=2", "trainer.every=2"]
+
+
+def as_one_of(patch: pytest.MonkeyPatch, rank: int, world: int = 2) -> None:
+    for name, value in {"LOCAL_RANK": rank, "WORLD_SIZE": world}.items():
+        patch.setenv(name, str(value))
+
+
+def test_alone_this_process_is_the_first(monkeypatch):
+    monkeypatch.setenv("RANK", "3")  # some cluster's own, of jobs that do not train together
+    assert (ranks.rank(), ranks.world(), ranks.nodes()) == (0, 1, 1)
+    monkeypatch.delenv("RANK")
+    as_one_of(monkeypatch, 1)
+    assert (ranks.rank(), ranks.local_rank(), ranks.world()) == (1, 1, 2)
+    for name, value in {"RANK": 5, "LOCAL_RANK": 1, "WORLD_SIZE": 8, "LOCAL_WORLD_SIZE": 4}.items():
+        monkeypatch.setenv(name, str(value))  # as torchrun says it on the second of two machines
+    assert (ranks.rank(), ranks.local_rank(), ranks.nodes()) == (5, 1, 2)
+
+
+def test_another_count_than_was_started_is_refused(monkeypatch):
+    as_one_of(monkeypatch, 0, 4)
+    said = r"^trainer\.devices=2: 4 processes were started on 1 machine.*trainer\.devices=4"
+    with pytest.raises(UserError, match=said), processes.together(None, 2):
+        pass
+
+
+def test_only_the_command_starts_others(tmp_path):
+    for folder in (None, tmp_path):
+        with pytest.raises(UserError, match="torchrun"), processes.together(folder, 2):
+            pass
+
+
+def test_a_process_that_ends_too_early_ends_the_run(tmp_path, monkeypatch):
+    """Instead of a wait in torch for half an hour; and the environment is as it was."""
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / processes.CONFIG).touch()
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    before, threads = dict(os.environ), torch.get_num_threads()
+    said = r"^trainer\.devices=3: process 2 ended before training began"
+    with pytest.raises(UserError, match=said), processes.together(tmp_path, 3):
+        pass
+    assert dict(os.environ) == before and torch.get_num_threads() == threads
+
+
+def test_a_process_alone_is_placed_and_leaves_no_trace(tmp_path):
+    before = dict(os.environ)
+    with processes.together(None, 1):
+        assert os.environ["WORLD_SIZE"] == "1"
+        assert ranks.rank() == 0
+    assert dict(os.environ) == before
+
+
+def test_a_process_called_by_nobody_is_done(monkeypatch):
+    """The one that started it is gone."""
+    own, theirs = socket.socketpair()
+    as_one_of(monkeypatch, 1)
+    monkeypatch.setenv(processes.CALL, str(theirs.detach()))
+    own.shutdown(socket.SHUT_WR)
+    with pytest.raises(ranks.Done), processes.together(None, 2):
+        pass
+    assert own.recv(1) == b"!"
+    own.close()
+
+
+def test_others_do_not_wait_for_what_the_first_is_making(tmp_path, monkeypatch):
+    """It may be training, for which it waits for them."""
+    cache, key = Cache(tmp_path), {"of": "it"}
+    path, _ = cache._place("kind", {**key, "code": "any"})
+    as_one_of(monkeypatch, 1)
+    monkeypatch.setattr("qexp.cache._source", lambda module: "any")
+    path.parent.mkdir()
+    with FileLock(path.with_suffix(".lock")):
+        made = cache.get("kind", key, lambda: {"x": torch.ones(2)})
+    assert torch.equal(made["x"], torch.ones(2)) and not path.exists()
+
+
+def qexp(folder: Path, *words: str, **environment: str) -> subprocess.Popen[bytes]:
+    folder.mkdir(exist_ok=True)
+    place = {"QEXP_CACHE_DIR": str(folder / "cache"), "OMP_NUM_THREADS": "1", **environment}
+    root = str(Path(__file__).parents[1])
+    return subprocess.Popen(
+        [sys.executable, "-m", "qexp", *words],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": root, **place},
+    )
+
+
+def result(folder: Path) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """Of the only run in a folder: its metrics and what its training told."""
+    [run] = (path.parent for path in folder.glob("outputs/*/metrics.json"))
+    assert not list(run.glob("training-*/"))
+    with (run / "training.csv").open(newline="") as file:
+        lines = [{k: float(v) for k, v in line.items()} for line in csv.DictReader(file)]
+    return json.loads((run / "metrics.json").read_text()), lines
+
+
+@pytest.mark.slow
+def test_the_command_trains_with_two_processes_as_with_one(tmp_path):
+    """Started by the run, with whole models and in shards, and started together as torchrun does;
+    each with half of every step's batches."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    place |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    commands = {
+        "one": ["trainer.accumulate=2"],
+        "ddp": ["trainer=ddp"],
+        "fsdp": ["trainer=fsdp"],
+        "together": ["trainer=ddp"],
+    }
+    for name, words in commands.items():
+        order = [*SMALL, *words, *STEPS]
+        folder = tmp_path / name
+        if name == "together":
+            started = [
+                qexp(folder, *order, **place, RANK=rank, LOCAL_RANK=rank) for rank in ("0", "1")
+            ]
+        else:
+            started = [qexp(folder, *order)]
+        assert [each.wait(120) for each in started] == [0] * len(started)
+    metrics, lines = result(tmp_path / "one")
+    for name in ("ddp", "fsdp", "together"):
+        others, told = result(tmp_path / name)
+        assert others == pytest.approx(metrics, rel=1e-3)
+        for one, two in zip(lines, told, strict=True):
+            assert two == pytest.approx(one, rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_a_fault_of_the_second_process_is_seen_by_who_started_it(tmp_path):
+    """`torchrun` ends all when one ends with a code that is not 0; the first writes the reason."""
+    words = [*SMALL, *STEPS, "trainer=ddp", "seed=-1"]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "WORLD_SIZE": "2"}
+    process = qexp(tmp_path, *words, **place, RANK="1", LOCAL_RANK="1")
+    assert process.wait(120) == 1
+    assert not list(tmp_path.glob("outputs/*/failure.json"))
