@@ -10,7 +10,7 @@ from runs import _configured  # noqa: F401 (an autouse fixture)
 from qexp import pipeline, results
 from qexp.signature import signature
 
-EXPERIMENTS = ("contapprox_2x2", "contapprox_temperature", "qat_zoo")
+EXPERIMENTS = ("contapprox_2x2", "contapprox_apart", "contapprox_temperature", "qat_zoo")
 SMALL = (
     "model=tiny_llama",
     "data=synthetic",
@@ -53,6 +53,10 @@ def test_jobs_compose_and_differ_on_one_grid(experiment):
         ("contapprox_2x2", ("method/rounding=straight", "method/clamp=hard")),
         ("contapprox_2x2", ("method/rounding=sigmoid", "method/clamp=soft", "weight.bits=3")),
         ("contapprox_temperature", ("method.rounding.mode=mean",)),
+        (
+            "contapprox_apart",
+            ("method/rounding=sigmoid", "+method/rounding@method.activation_rounding=straight"),
+        ),
         ("qat_zoo", ("method=gptq",)),
         ("qat_zoo", ("method=efficient_qat",)),
     ],
