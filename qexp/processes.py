@@ -8,7 +8,8 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -116,8 +117,17 @@ def _started(folder: Path | None, count: int) -> Iterator[None]:
             call.send(b"!")
         with _environment(**place):
             yield
-        for other in others:
-            other.wait(60)  # they have nothing left to do
+        _ended(others, 60.0)  # they have nothing left to do
+    except UserError:
+        raise
+    except Exception as error:  # torch says of a process that is gone that it does not answer
+        codes = [code for code in _ended(others, 5.0) if code]
+        if not codes:
+            raise
+        raise UserError(
+            f"trainer.devices={count}: {len(codes)} of the other processes ended in the midst of "
+            f"training (exit code {codes[0]}); what they said stands above, -9 is mostly memory."
+        ) from error
     finally:
         for call in calls:
             call.close()
@@ -125,6 +135,15 @@ def _started(folder: Path | None, count: int) -> Iterator[None]:
             if other.poll() is None:
                 other.kill()
                 other.wait()
+
+
+def _ended(others: Sequence[subprocess.Popen[bytes]], seconds: float) -> list[int | None]:
+    """Exit codes after some time at most; None of those that go on."""
+    until = time.monotonic() + seconds
+    for other in others:
+        with suppress(subprocess.TimeoutExpired):
+            other.wait(max(until - time.monotonic(), 0.0))
+    return [other.poll() for other in others]
 
 
 @contextmanager
@@ -168,7 +187,12 @@ def main() -> None:
     folder = Path(sys.argv[1])
     cfg = OmegaConf.load(folder / CONFIG)
     assert isinstance(cfg, DictConfig)
-    join(cfg, folder)
+    try:
+        join(cfg, folder)
+    except UserError as error:
+        if CALL not in os.environ:  # in training all meet the same, and the first one says it
+            raise SystemExit(1) from error
+        raise
 
 
 if __name__ == "__main__":

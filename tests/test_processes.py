@@ -19,7 +19,8 @@ from qexp.errors import UserError
 
 SMALL = ["model=tiny_llama", "data=synthetic", "calibration.sequences=8", "calibration.length=32"]
 SMALL += ["eval.held_out.length=32", "eval.held_out.limit=4", "progress=false", "logger=none"]
-SMALL += ["method=lsq", "method.optimizer.weights=5e-4", "threads=1"]
+SMALL += ["method=lsq", "threads=1"]
+RATE = "method.optimizer.weights=5e-4"
 STEPS = ["trainer.steps=4", "trainer.sequences=2", "trainer.every=2"]
 
 
@@ -64,6 +65,21 @@ def test_a_process_that_ends_too_early_ends_the_run(tmp_path, monkeypatch):
     assert dict(os.environ) == before and torch.get_num_threads() == threads
 
 
+def test_a_process_that_dies_in_training_is_said_to_have_done_so(tmp_path, monkeypatch):
+    """Instead of torch's words for a peer that does not answer."""
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / processes.CONFIG).touch()
+    other = tmp_path / "other"
+    other.write_text(
+        f"#!/bin/bash\nprintf ! >&${processes.CALL}; read -n 1 <&${processes.CALL}; exit 7\n"
+    )
+    other.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(other))
+    said = r"^trainer\.devices=2: 1 of the other processes ended .*exit code 7"
+    with pytest.raises(UserError, match=said), processes.together(tmp_path, 2):
+        raise RuntimeError("Connection closed by peer")
+
+
 def test_a_process_alone_is_placed_and_leaves_no_trace(tmp_path):
     before = dict(os.environ)
     with processes.together(None, 1):
@@ -96,7 +112,7 @@ def test_others_do_not_wait_for_what_the_first_is_making(tmp_path, monkeypatch):
     assert torch.equal(made["x"], torch.ones(2)) and not path.exists()
 
 
-def qexp(folder: Path, *words: str, **environment: str) -> subprocess.Popen[bytes]:
+def qexp(folder: Path, *words: str, **environment: str) -> subprocess.Popen[str]:
     folder.mkdir(exist_ok=True)
     place = {"QEXP_CACHE_DIR": str(folder / "cache"), "OMP_NUM_THREADS": "1", **environment}
     root = str(Path(__file__).parents[1])
@@ -104,6 +120,8 @@ def qexp(folder: Path, *words: str, **environment: str) -> subprocess.Popen[byte
         [sys.executable, "-m", "qexp", *words],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": root, **place},
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -131,7 +149,7 @@ def test_the_command_trains_with_two_processes_as_with_one(tmp_path):
         "together": ["trainer=ddp"],
     }
     for name, words in commands.items():
-        order = [*SMALL, *words, *STEPS]
+        order = [*SMALL, RATE, *words, *STEPS]
         folder = tmp_path / name
         if name == "together":
             started = [
@@ -139,7 +157,8 @@ def test_the_command_trains_with_two_processes_as_with_one(tmp_path):
             ]
         else:
             started = [qexp(folder, *order)]
-        assert [each.wait(120) for each in started] == [0] * len(started)
+        said = [each.communicate(timeout=120)[1] for each in started]
+        assert [each.returncode for each in started] == [0] * len(started), said
     metrics, lines = result(tmp_path / "one")
     for name in ("ddp", "fsdp", "together"):
         others, told = result(tmp_path / name)
@@ -154,5 +173,15 @@ def test_a_fault_of_the_second_process_is_seen_by_who_started_it(tmp_path):
     words = [*SMALL, *STEPS, "trainer=ddp", "seed=-1"]
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "WORLD_SIZE": "2"}
     process = qexp(tmp_path, *words, **place, RANK="1", LOCAL_RANK="1")
-    assert process.wait(120) == 1
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 1 and "process 2: seed=-1: give" in said
     assert not list(tmp_path.glob("outputs/*/failure.json"))
+
+
+@pytest.mark.slow
+def test_what_all_processes_meet_is_said_once(tmp_path):
+    rates = ["method.optimizer.weights=1e30", "method.optimizer.warmup=0.0"]
+    process = qexp(tmp_path, *SMALL, *STEPS, *rates, "method.optimizer.clip=null", "trainer=ddp")
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 1
+    assert said.count("finite") == 1 and "failed: training: step" in said
