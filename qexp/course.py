@@ -33,7 +33,7 @@ class Course:
 
     measure: numbers for the logs at the end of each leg. identity: what the result depends on, so
     that only a run of the same may go on from its checkpoint. notes: what the loss and `measure`
-    remember from step to step.
+    remember from step to step. reaches_all: whether every parameter has a part in the loss.
     """
 
     task: Task
@@ -48,6 +48,7 @@ class Course:
     identity: str = ""
     folder: Path | None = None
     notes: Sequence[dict[str, Any]] = ()
+    reaches_all: bool = True
 
 
 @dataclass(frozen=True)
@@ -155,8 +156,9 @@ class Training(L.LightningModule):
 
     def training_step(self, batch: Batch, index: int) -> Float[Tensor, ""]:
         loss = self.course.loss(trimmed(batch))
-        if self.trainer.strategy.reduce((~loss.isfinite()).float(), reduce_op="sum"):
-            raise faults.loss(self.task, batch, self.global_step)
+        finite = bool(loss.isfinite())
+        if self.trainer.strategy.reduce(torch.tensor(float(not finite)).to(loss), reduce_op="sum"):
+            raise faults.agreed(faults.loss(self.task, batch, self.global_step), not finite)
         self.losses.append(loss.detach())
         return loss
 
@@ -177,7 +179,7 @@ class Training(L.LightningModule):
             nn.utils.clip_grads_with_norm_(chosen, limit, norm)
 
     def measure(self) -> Moved:
-        with whole(self):
+        with whole(self), self.trainer.precision_plugin.forward_context():
             return self.course.measure()
 
     def on_train_start(self) -> None:
@@ -205,7 +207,8 @@ class Training(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         kept = {"lines": self.lines, "tensors": self.tensors, "notes": self.course.notes}
-        checkpoint["course"] = {**kept, "random": random_state(self.device)}
+        ended = self.trainer.should_stop or self.global_step >= self.pace.steps
+        checkpoint["course"] = {**kept, "random": random_state(self.device), "ended": ended}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         kept = checkpoint["course"]

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from qexp.errors import UserError
 from qexp.sharded import full
@@ -12,11 +12,24 @@ from qexp.task import Batch, Task
 ADVICE = "lower method.optimizer's rates or its clip, or train in trainer.precision=32-true."
 
 
-def loss(task: Task, batch: Batch, step: int, what: str = "loss") -> UserError:
+class Diverged(UserError):
+    """A fault that all processes that train together meet at the same step."""
+
+
+def agreed(fault: Diverged, own: bool) -> Diverged:
+    """In every process the fault of the first whose `own` it is."""
+    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return fault
+    said: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(said, (own, str(fault)))
+    return Diverged(next(text for its, text in said if its))
+
+
+def loss(task: Task, batch: Batch, step: int, what: str = "loss") -> Diverged:
     """The first layer whose weights, else whose outputs, are not finite."""
     for name, parameter in task.model.named_parameters():
         if not full(parameter.detach()).isfinite().all():
-            return UserError(f"training: step {step}: {name} is no longer finite: {ADVICE}")
+            return Diverged(f"training: step {step}: {name} is no longer finite: {ADVICE}")
     first: list[str] = []
     handles = [
         module.register_forward_hook(_noting(name, first))
@@ -28,10 +41,10 @@ def loss(task: Task, batch: Batch, step: int, what: str = "loss") -> UserError:
     for handle in handles:
         handle.remove()
     where = f"the first outputs that are not finite leave {first[0]}" if first else "no layer shows"
-    return UserError(f"training: step {step}: the {what} is not finite; {where}: {ADVICE}")
+    return Diverged(f"training: step {step}: the {what} is not finite; {where}: {ADVICE}")
 
 
-def gradient(task: Task, step: int) -> UserError:
+def gradient(task: Task, step: int) -> Diverged:
     """The layer nearest to the loss whose gradient is not finite: there it began. Where each is,
     and their norm is not, the one with the largest: steep surrogates multiply from layer to layer.
     """
@@ -42,11 +55,9 @@ def gradient(task: Task, step: int) -> UserError:
     ]
     bad = [name for name, grad in found if not grad.isfinite().all()]
     if bad:
-        return UserError(
-            f"training: step {step}: the gradient of {bad[-1]} is not finite: {ADVICE}"
-        )
+        return Diverged(f"training: step {step}: the gradient of {bad[-1]} is not finite: {ADVICE}")
     name, grad = max(found, key=lambda pair: float(pair[1].abs().max()))
-    return UserError(
+    return Diverged(
         f"training: step {step}: the norm of all gradients is not finite; the largest, "
         f"{float(grad.abs().max()):.1g}, is that of {name}: {ADVICE}"
     )

@@ -88,20 +88,15 @@ def job(cfg: DictConfig) -> Objective:
 
 
 def _join(cfg: DictConfig, folder: Path) -> None:
-    """The job of a process that trains with the first one, until that one is done with it, so that
-    both go on to the same job; it says what went wrong before this one ends, and with it all."""
+    """The job of a process that trains with the first one."""
     from qexp import processes
 
-    wait: bool | float = True
     try:
         processes.join(cfg, folder)
     except Exception as error:
         log.error("process %d: %s", ranks.rank() + 1, sentence(error), exc_info=traced(error))
-        wait = 30.0  # the first one may be waiting for this one
-        raise SystemExit(1) from error
-    finally:
-        with locked(folder, wait):
-            pass
+        with locked(folder, 30.0):  # torchrun ends all with this one: let the first have its say
+            raise SystemExit(1) from error
 
 
 class NotStarted(UserError):

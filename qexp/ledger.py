@@ -95,12 +95,14 @@ class Sweep:
 
 
 class Ledger(Callback):
-    """Finds the record of the sweep that starts and plans its jobs; `dry_run` ends there. Of
-    processes that train together the first does so for all."""
+    """Finds the record of the sweep that starts and plans its jobs; `dry_run` ends there."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        if ranks.rank():
-            return
+        if ranks.world() > 1:
+            raise SystemExit(
+                "torchrun: its processes are for one run and this is a sweep; leave torchrun out, "
+                "since a run starts its processes itself (trainer=ddp), or give hydra.mode=RUN"
+            )
         with heard():
             jobs = planned(config)
             sweep = named(config)

@@ -21,6 +21,11 @@ class Objective(ABC):
 
     teacher: bool  # whether it compares with the float model
 
+    @property
+    def reaches_head(self) -> bool:
+        """Whether every parameter has a part in it."""
+        return True
+
     def check(self, task: Task) -> None:  # noqa: B027 (optional)
         """UserError, before any work, for a model that it cannot be measured on."""
 
@@ -85,6 +90,10 @@ class HiddenL2(FromTeacher):
     share of the latter's square."""
 
     hidden = True
+
+    @property
+    def reaches_head(self) -> bool:
+        return bool(self.task)
 
     def distance(self, output: ModelOutput, target: ModelOutput) -> Float[Tensor, ""]:
         shares = [

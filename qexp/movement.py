@@ -89,8 +89,9 @@ class Movement:
         size = weight.numel()
         clipped = size - _count(inside(v, *rounded.grid.ends))
         codes = rounded.grid.encode(groups, flat)
-        move = (codes - before.get(name, codes)).sign_()
-        last = moves.get(name, torch.zeros_like(move)).float()
+        # a checkpoint brings them back on the CPU
+        move = (codes - before.get(name, codes).to(codes.device)).sign_()
+        last = moves.get(name, torch.zeros_like(move)).to(codes.device).float()
         moved = move.abs()
         oscillated = -_count((move * last).clamp_(max=0))
         before[name] = codes.to(torch.uint8 if rounded.grid.bits <= 8 else torch.int32)

@@ -46,6 +46,8 @@ def _device(name: str) -> torch.device:
         return torch.device(accelerator.type, own) if own else accelerator
     try:
         device = torch.device(name)
+        if device.index is None and device.type != "cpu" and ranks.local_rank():
+            device = torch.device(device.type, ranks.local_rank())
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(

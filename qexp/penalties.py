@@ -16,10 +16,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from qexp.amplification import Moments, decompose
-from qexp.errors import UserError
+from qexp.errors import FieldError, UserError, finite, within
 from qexp.grid import IntGrid
 from qexp.losses import Penalty, Watch
 from qexp.placement import Placement, Site
+from qexp.sharded import averaged
 from qexp.task import Task
 
 RANKED = IntGrid(8, per_tensor=True)  # on which tensors are compared with one another
@@ -124,9 +125,10 @@ class Outliers(Penalty):
 
     def __post_init__(self) -> None:
         if (self.share is None) == (self.weight is None):
-            raise UserError("method.penalty: give either share or weight, and null for the other")
-        if min(self.share or 0, self.weight or 0) < 0 or not 0 < self.worst <= 1:
-            raise UserError("method.penalty: share and weight are 0 or more, worst is in (0, 1]")
+            raise FieldError("share and weight: give one of them, and null for the other.")
+        finite(None, self, "share" if self.weight is None else "weight")
+        within(None, self, "a number above 0 and at most 1", lambda x: 0 < x <= 1, "worst")
+        within(None, self, "a number from 0 to below 1", lambda x: 0 <= x < 1, "momentum")
 
     @contextmanager
     def watch(self, task: Task) -> Iterator[Watch]:
@@ -181,10 +183,15 @@ class Watching(Watch):
     def take(self, loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
         if not torch.is_grad_enabled():  # validation: the loss is what is compared
             return loss.new_zeros(())
-        self.memory["statistics"] = dict(self.statistics)
+        if self.statistics:  # the same in every process, whatever batches each has
+            rows = averaged(torch.stack([torch.stack(pair) for pair in self.statistics.values()]))
+            pairs = ((mean, deviation) for mean, deviation in rows.unbind())
+            self.memory["statistics"] = dict(zip(self.statistics, pairs, strict=True))
         if self.shares:
             count = math.ceil(self.penalty.worst * len(self.shares))
-            ranked = sorted(self.shares, key=self.shares.__getitem__, reverse=True)
+            found = averaged(torch.tensor(list(self.shares.values()), device=loss.device)).tolist()
+            shares = dict(zip(self.shares, found, strict=True))
+            ranked = sorted(shares, key=shares.__getitem__, reverse=True)
             self.memory["kept"], self.shares = ranked[:count], {}
         kept = [self.values[name] for name in self.memory["kept"]]
         self.values = {}
@@ -195,8 +202,10 @@ class Watching(Watch):
         if self.penalty.weight is not None:
             return float(self.penalty.weight)
         assert self.penalty.share is not None
-        if "weight" not in self.memory and value > 0:
-            self.memory["weight"] = float(self.penalty.share * loss.detach() / value.detach())
+        if "weight" not in self.memory:
+            whole, own = averaged(torch.stack([loss.detach().float(), value.detach().float()]))
+            if own > 0:
+                self.memory["weight"] = float(self.penalty.share * whole / own)
         return float(self.memory.get("weight", 0.0))
 
     def _measure(self, name: str, x: Tensor) -> None:

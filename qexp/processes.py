@@ -24,6 +24,7 @@ from torch import distributed
 
 from qexp import ranks
 from qexp.errors import UserError
+from qexp.faults import Diverged
 
 CALL = "QEXP_CALL"  # number of the socket on which a process that was started is called
 CONFIG = Path(".hydra") / "config.yaml"
@@ -108,25 +109,25 @@ def _started(folder: Path | None, count: int) -> Iterator[None]:
                 )
             calls.append(own)
         for number, call in enumerate(calls, 1):
-            if not call.recv(1):
+            if not _heard(call):
                 raise UserError(
                     f"trainer.devices={count}: process {number + 1} ended before training began; "
                     "what it said stands above."
                 )
         for call in calls:
-            call.send(b"!")
+            _say(call)
         with _environment(**place):
             yield
         _ended(others, 60.0)  # they have nothing left to do
-    except UserError:
-        raise
-    except Exception as error:  # torch says of a process that is gone that it does not answer
-        codes = [code for code in _ended(others, 5.0) if code]
+    except Exception as error:
+        gone = isinstance(error, distributed.DistError) or "gloo" in str(error)
+        codes = [code for code in _ended(others, 5.0) if code] if gone else []
         if not codes:
             raise
+        killed = "; the system kills what takes too much memory" if codes[0] == -9 else ""
         raise UserError(
             f"trainer.devices={count}: {len(codes)} of the other processes ended in the midst of "
-            f"training (exit code {codes[0]}); what they said stands above, -9 is mostly memory."
+            f"training (exit code {codes[0]}{killed}); what they said stands above."
         ) from error
     finally:
         for call in calls:
@@ -167,9 +168,21 @@ def _answer() -> None:
     if number is None:
         return
     with socket.socket(fileno=int(number)) as call:
-        call.send(b"!")
-        if not call.recv(1):
+        _say(call)
+        if not _heard(call):
             raise ranks.Done
+
+
+def _say(call: socket.socket) -> None:
+    with suppress(OSError):  # who is gone is found out when its answer is missing
+        call.send(b"!")
+
+
+def _heard(call: socket.socket) -> bool:
+    try:
+        return bool(call.recv(1))
+    except OSError:
+        return False
 
 
 def join(cfg: DictConfig, folder: Path) -> None:
@@ -189,10 +202,8 @@ def main() -> None:
     assert isinstance(cfg, DictConfig)
     try:
         join(cfg, folder)
-    except UserError as error:
-        if CALL not in os.environ:  # in training all meet the same, and the first one says it
-            raise SystemExit(1) from error
-        raise
+    except Diverged as error:  # which the first one says
+        raise SystemExit(1) from error
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -100,6 +100,15 @@ def whole(module: nn.Module) -> Iterator[None]:
 def full(tensor: Tensor) -> Tensor:
     """All of a tensor of which every process may hold a part."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def averaged(tensor: Tensor) -> Tensor:
+    """The mean over the processes that train together; the tensor itself where there is one."""
+    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return tensor
+    total = tensor.detach().clone()
+    distributed.all_reduce(total)
+    return total / distributed.get_world_size()
 
 
 def _own(value: Any) -> Any:

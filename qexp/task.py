@@ -1,5 +1,6 @@
 """The model as Lightning and the rest of the project see it: something with a loss."""
 
+import shutil
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qexp.arch import Arch, arch_of
 from qexp.errors import UserError
+from qexp.results import CHECKPOINTS
 
 Batch = dict[str, Tensor]
 
@@ -70,6 +72,9 @@ class Task(L.LightningModule):
         """The run's results are on disk."""
         while self._removals:
             self._removals.pop()()
+        if self.folder is not None:  # those of an earlier attempt too, with other code
+            for left in self.folder.glob(f"{CHECKPOINTS}*"):
+                shutil.rmtree(left, ignore_errors=True)
 
     @contextmanager
     def labels(self, kind: str, seed: int) -> Iterator[None]:

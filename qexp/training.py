@@ -12,11 +12,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 
 from qexp import processes, progress, ranks
 from qexp.course import Course, Pace, Training
@@ -26,14 +27,15 @@ from qexp.task import Task
 
 log = logging.getLogger(__name__)
 
-ENDED = "ended"  # says of a folder of checkpoints that training needs no more of it
+LAST, BEST = "last.ckpt", "best.ckpt"
 STRATEGIES = ("auto", "ddp", "fsdp")
 PRECISIONS = ("32-true", "bf16-mixed")
 
 
 @dataclass(frozen=True)
 class Trainer:
-    """How long and on what: steps of the optimizer, of `accumulate` times `sequences` sequences.
+    """How long and on what: steps of the optimizer, of `accumulate` times `sequences` sequences in
+    each of `devices` processes.
 
     every: steps between validations (and checkpoints, lines of the log). patience: stop after so
     many validations without a better one; null trains to the end. The best weights are kept where
@@ -77,29 +79,47 @@ class Trainer:
             kept = folder / f"training-{course.identity}"
             pace = Pace(self.steps, self.every, self.accumulate, self.sequences)
             module = Training(course, pace, folder)
-            if not (kept / ENDED).exists():
+            left = _left(kept)
+            if left is not None:
+                log.info("training goes on from %s", kept / LAST)
+            if left is None or not left.last["course"]["ended"]:
+                self._check(device)
                 stack.enter_context(processes.together(course.folder, self.devices))
-                self._fit(module, kept)
+                self._fit(module, kept, None if left is None else kept / LAST)
                 if ranks.rank():
                     raise ranks.Done
-                (kept / ENDED).touch()
-            last, best = kept / "last.ckpt", kept / "best.ckpt"
-            module.lines = _read(last)["course"]["lines"]
-            trained = _read(best if best.exists() else last)["state_dict"]
-            module.load_state_dict(trained, strict=False)  # what does not train is as it was
+                left = _left(kept)
+            assert left is not None
+            module.lines = left.last["course"]["lines"]
+            # what does not train is as it was
+            module.load_state_dict((left.best or left.last)["state_dict"], strict=False)
             task.until_written(partial(shutil.rmtree, kept, ignore_errors=True))
         task.to(device)
         return module.lines
 
-    def _fit(self, module: Training, kept: Path) -> None:
-        """Train, from the checkpoint in `kept` if there is one, and leave another there."""
+    def _check(self, device: torch.device) -> None:
+        """UserError for devices that are not there, or not the ones that several processes take."""
+        if device.type == "cpu" or self.devices == 1:
+            return
+        if self.devices > (there := torch.accelerator.device_count()):
+            raise UserError(
+                f"trainer.devices={self.devices}: this machine has {there}; give fewer."
+            )
+        if device.index not in (None, ranks.local_rank()):
+            raise UserError(
+                f"device={device}: {self.devices} processes take the first {self.devices} devices, "
+                "one each; give device=auto."
+            )
+
+    def _fit(self, module: Training, kept: Path, resumed: Path | None) -> None:
+        """Train, from a checkpoint if there is one, and leave others in `kept`."""
         course, device = module.course, module.task.device
         # Not `save_last`, which Lightning writes only where it also saves by the monitor.
         # It comes second, so that it knows what `best` made of the same leg.
         callbacks: list[Callback] = []
         if course.validation:
-            callbacks.append(_checkpoint(kept, "best", monitor="validation"))
-        callbacks.append(_checkpoint(kept, "last"))
+            callbacks.append(Checkpoint(kept / BEST, monitor="validation"))
+        callbacks.append(Checkpoint(kept / LAST))
         if self.patience is not None:
             callbacks.append(
                 EarlyStopping(
@@ -114,7 +134,7 @@ class Trainer:
             accelerator="cpu" if cpu else "gpu",
             devices=self.devices if cpu or self.devices > 1 else [device.index or 0],
             num_nodes=ranks.nodes(),
-            strategy=Sharded() if self.strategy == "fsdp" else self.strategy,
+            strategy=self._strategy(course),
             plugins=processes.cluster(),
             precision=self.precision,  # type: ignore[arg-type]
             accumulate_grad_batches=self.accumulate,
@@ -128,22 +148,36 @@ class Trainer:
             enable_model_summary=False,
         )
         with _interruptible(trainer):
-            trainer.fit(module, ckpt_path=_last(kept), weights_only=False)
+            trainer.fit(module, ckpt_path=resumed, weights_only=False)
+
+    def _strategy(self, course: Course) -> str | DDPStrategy:
+        if self.strategy == "fsdp":
+            return Sharded()
+        if self.strategy == "auto" and self.devices == 1:
+            return "auto"
+        return DDPStrategy(find_unused_parameters=not course.reaches_all)
 
 
-def _last(kept: Path) -> Path | None:
-    """The checkpoint to go on from; one that cannot be read is told of and left out."""
-    path = kept / "last.ckpt"
-    if not path.exists():
+class Left(NamedTuple):
+    """What a run that was killed has left: its last checkpoint, and its best where it validates."""
+
+    last: dict[str, Any]
+    best: dict[str, Any] | None
+
+
+def _left(kept: Path) -> Left | None:
+    """None where there is nothing; what cannot be read is told of and taken away."""
+    if not (kept / LAST).exists():
         return None
     try:
-        _read(path)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as reason:
+        best = _read(kept / BEST) if (kept / BEST).exists() else None
+        return Left(_read(kept / LAST), best)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as reason:
         said = str(reason).partition("\n")[0]
-        log.warning("%s cannot be read (%s); training begins anew", path, said)
+        log.warning("%s: cannot be read (%s); training begins anew", kept, said)
+        if not ranks.rank():
+            shutil.rmtree(kept, ignore_errors=True)
         return None
-    log.info("training goes on from %s", path)
-    return path
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -152,16 +186,32 @@ def _read(path: Path) -> dict[str, Any]:
     return kept
 
 
-def _checkpoint(folder: Path, name: str, monitor: str | None = None) -> ModelCheckpoint:
-    """One file, written anew after every leg, or after those in which `monitor` is least so far."""
-    return ModelCheckpoint(
-        dirpath=folder,
-        filename=name,
-        monitor=monitor,
-        save_top_k=1,
-        save_on_train_epoch_end=True,
-        enable_version_counter=False,
-    )
+class Checkpoint(ModelCheckpoint):
+    """One file, written anew after every leg, or after those in which `monitor` is least so far,
+    also in a run whose folder was moved meanwhile."""
+
+    def __init__(self, path: Path, monitor: str | None = None) -> None:
+        super().__init__(
+            dirpath=path.parent,
+            filename=path.stem,
+            monitor=monitor,
+            save_top_k=1,
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Lightning forgets the best one where the folder is another than it was."""
+
+        def here(path: str) -> str:
+            return str(Path(str(self.dirpath)) / Path(path).name) if path else path
+
+        paths = ("best_model_path", "kth_best_model_path", "last_model_path")
+        moved = {key: here(state_dict[key]) for key in paths if key in state_dict}
+        best = {here(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict(
+            {**state_dict, **moved, "best_k_models": best, "dirpath": self.dirpath}
+        )
 
 
 @contextmanager

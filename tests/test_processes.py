@@ -7,15 +7,18 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from filelock import FileLock
+from omegaconf import OmegaConf
 
 from qexp import processes, ranks
 from qexp.cache import Cache
 from qexp.errors import UserError
+from qexp.ledger import Ledger
 
 SMALL = ["model=tiny_llama", "data=synthetic", "calibration.sequences=8", "calibration.length=32"]
 SMALL += ["eval.held_out.length=32", "eval.held_out.limit=4", "progress=false", "logger=none"]
@@ -77,7 +80,9 @@ def test_a_process_that_dies_in_training_is_said_to_have_done_so(tmp_path, monke
     monkeypatch.setattr(sys, "executable", str(other))
     said = r"^trainer\.devices=2: 1 of the other processes ended .*exit code 7"
     with pytest.raises(UserError, match=said), processes.together(tmp_path, 2):
-        raise RuntimeError("Connection closed by peer")
+        raise RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
+    with pytest.raises(KeyError, match="its own"), processes.together(tmp_path, 2):
+        raise KeyError("its own")  # of which the other may die as well
 
 
 def test_a_process_alone_is_placed_and_leaves_no_trace(tmp_path):
@@ -93,11 +98,9 @@ def test_a_process_called_by_nobody_is_done(monkeypatch):
     own, theirs = socket.socketpair()
     as_one_of(monkeypatch, 1)
     monkeypatch.setenv(processes.CALL, str(theirs.detach()))
-    own.shutdown(socket.SHUT_WR)
+    own.close()
     with pytest.raises(ranks.Done), processes.together(None, 2):
         pass
-    assert own.recv(1) == b"!"
-    own.close()
 
 
 def test_others_do_not_wait_for_what_the_first_is_making(tmp_path, monkeypatch):
@@ -112,12 +115,14 @@ def test_others_do_not_wait_for_what_the_first_is_making(tmp_path, monkeypatch):
     assert torch.equal(made["x"], torch.ones(2)) and not path.exists()
 
 
-def qexp(folder: Path, *words: str, **environment: str) -> subprocess.Popen[str]:
+def qexp(
+    folder: Path, *words: str, before: Sequence[str] = (), **environment: str
+) -> subprocess.Popen[str]:
     folder.mkdir(exist_ok=True)
     place = {"QEXP_CACHE_DIR": str(folder / "cache"), "OMP_NUM_THREADS": "1", **environment}
     root = str(Path(__file__).parents[1])
     return subprocess.Popen(
-        [sys.executable, "-m", "qexp", *words],
+        [sys.executable, *before, "-m", "qexp", *words],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": root, **place},
         stderr=subprocess.PIPE,
@@ -147,6 +152,7 @@ def test_the_command_trains_with_two_processes_as_with_one(tmp_path):
         "ddp": ["trainer=ddp"],
         "fsdp": ["trainer=fsdp"],
         "together": ["trainer=ddp"],
+        "torchrun": ["trainer=ddp"],
     }
     for name, words in commands.items():
         order = [*SMALL, RATE, *words, *STEPS]
@@ -156,15 +162,30 @@ def test_the_command_trains_with_two_processes_as_with_one(tmp_path):
                 qexp(folder, *order, **place, RANK=rank, LOCAL_RANK=rank) for rank in ("0", "1")
             ]
         else:
-            started = [qexp(folder, *order)]
+            torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+            started = [qexp(folder, *order, before=torchrun if name == "torchrun" else ())]
         said = [each.communicate(timeout=120)[1] for each in started]
         assert [each.returncode for each in started] == [0] * len(started), said
     metrics, lines = result(tmp_path / "one")
-    for name in ("ddp", "fsdp", "together"):
+    for name in ("ddp", "fsdp", "together", "torchrun"):
         others, told = result(tmp_path / name)
         assert others == pytest.approx(metrics, rel=1e-3)
         for one, two in zip(lines, told, strict=True):
             assert two == pytest.approx(one, rel=1e-3, abs=1e-3)
+
+
+def test_a_sweep_is_not_for_torchrun(monkeypatch):
+    """The second job would meet the addresses of the first one's processes."""
+    as_one_of(monkeypatch, 0)
+    with pytest.raises(SystemExit, match=r"^torchrun: its processes are for one run"):
+        Ledger().on_multirun_start(OmegaConf.create({}))
+
+
+@pytest.mark.slow
+def test_a_loss_that_does_not_reach_the_head_trains_on_several_devices(tmp_path):
+    process = qexp(tmp_path, *SMALL, RATE, *STEPS, "method/loss=hidden_l2", "trainer=ddp")
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 0, said
 
 
 @pytest.mark.slow

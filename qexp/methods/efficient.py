@@ -51,7 +51,7 @@ class BlockPhase:
     def __call__(self, task: Task, batches: Sequence[Batch], journal: Journal) -> list[Record]:
         """Blocks that the journal holds are taken from there."""
         records: list[Record] = []
-        told: list[dict[str, float]] = []
+        told: list[dict[str, float | str]] = []
         exact: list[Tensor] = []
         for block in walk(task, batches, self.sequences):
             with torch.no_grad():
@@ -83,7 +83,7 @@ class BlockPhase:
         }
         return Finished(records, others, log)
 
-    def _train(self, block: Block, targets: Sequence[Tensor]) -> list[dict[str, float]]:
+    def _train(self, block: Block, targets: Sequence[Tensor]) -> list[dict[str, float | str]]:
         """What is told of each epoch."""
         for linear in block.linears.values():
             put(linear, self.scale, self.weight, self.formula)
@@ -94,7 +94,7 @@ class BlockPhase:
         rates = [group["lr"] for group in optimizer.param_groups]
         generator = torch.Generator().manual_seed(self.seed + block.index)
         order: list[int] = []
-        log: list[dict[str, float]] = []
+        log: list[dict[str, float | str]] = []
         losses: list[Tensor] = []
         movement = Movement(block.linears)
         movement()
@@ -119,8 +119,10 @@ class BlockPhase:
             losses.append(loss.detach())
             if not order:
                 mean = float(torch.stack(losses).mean())
-                epoch = float(len(log) + 1)
-                log.append({"epoch": epoch, "loss": mean, **movement().whole})
+                epoch, moved = (step + 1) // len(targets), movement()
+                log.append({"epoch": epoch, "name": "", "loss": mean, **moved.whole})
+                for name, numbers in moved.tensors.items():
+                    log.append({"epoch": epoch, "name": name, **numbers})
                 losses.clear()
         for linear in block.linears.values():
             fake(linear).eval()
@@ -161,7 +163,13 @@ class EfficientQAT(Step):
     def __call__(self, task: Task, batches: Batches) -> list[Record]:
         self.end.check(task)
         data = batches() if self.end.train is None else self.end.train(task)
-        journal = Journal({"model": origin_of(task, data), "method": repr(self.blocks)})
+        journal = Journal(
+            {
+                "model": origin_of(task, data),
+                "method": repr(self.blocks),
+                "device": task.device.type,
+            }
+        )
         flags = {name: parameter.requires_grad for name, parameter in task.named_parameters()}
         records = self.blocks(task, data, journal)
         for name, parameter in task.named_parameters():

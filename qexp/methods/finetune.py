@@ -85,7 +85,7 @@ class FineTune(Step):
         data = once() if self.train is None else self.train(task)
         if not data:
             raise UserError("method.train: training needs data; choose a calibration recipe.")
-        whole = f"{origin_of(task, data)} {self!r} {fingerprint.code()}"
+        identity = f"{origin_of(task, data)} {self!r} {fingerprint.code()}"
         teacher = None
         if self.loss.teacher:
             teacher = copy.deepcopy(task.model).eval().requires_grad_(False)
@@ -126,9 +126,10 @@ class FineTune(Step):
                 plain,
                 movement,
                 seed=self.seed,
-                identity=hashlib.sha256(whole.encode()).hexdigest()[:8],
+                identity=hashlib.sha256(identity.encode()).hexdigest()[:8],
                 folder=task.folder,
                 notes=[movement.notes] if watch is None else [movement.notes, watch.notes],
+                reaches_all=self.loss.reaches_head,
             )
             self.trainer.fit(course)
             for quantizer in task.quantizers.values():

@@ -24,7 +24,7 @@ class Finished(NamedTuple):
 
     records: list[Record]
     others: dict[str, Tensor]
-    log: list[dict[str, float]]
+    log: list[dict[str, float | str]]
 
     @torch.no_grad()
     def restore(self, task: Task) -> None:
@@ -58,7 +58,7 @@ class Journal:
         block: int,
         records: list[Record],
         others: Mapping[str, Tensor] = MappingProxyType({}),
-        log: Sequence[Mapping[str, float]] = (),
+        log: Sequence[Mapping[str, float | str]] = (),
     ) -> None:
         tensors, layout = store.flatten({record.name: record.packed for record in records})
         rows = [

@@ -1,10 +1,10 @@
 """What surrounds a training step: resuming, stopping, faults, data and rates."""
 
 import math
+import os
 import signal
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 
 import pairs
@@ -140,11 +140,13 @@ def test_a_checkpoint_cut_short_is_told_of_and_training_begins_anew(tmp_path, mo
         patch.setattr(losses.CrossEntropy, "__call__", dying(5))
         METHOD(task_of(folder=tmp_path), lambda: data)
     [last] = tmp_path.glob("training-*/last.ckpt")
-    last.write_bytes(last.read_bytes()[:-100])
-    again = task_of(folder=tmp_path)
-    METHOD(again, lambda: data)
-    assert f"{last} cannot be read" in caplog.text
-    assert same(weights(again), weights(whole))
+    for _ in ("killed", "ended"):
+        last.write_bytes(last.read_bytes()[:-100])
+        again = task_of(folder=tmp_path)
+        METHOD(again, lambda: data)
+        assert f"{last.parent}: cannot be read" in caplog.text
+        assert same(weights(again), weights(whole))
+        caplog.clear()
 
 
 def test_a_validation_that_is_not_finite_stops_the_run(tmp_path):
@@ -221,6 +223,31 @@ def test_the_best_weights_are_kept_and_patience_ends(tmp_path):
         found = task.loss(other[0])
     assert float(found) == pytest.approx(min(values), rel=1e-4)
 
+    # patience had its end, and that is known of the checkpoint: no other leg is trained
+    again = task_of(folder=tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_fit", lambda *_: pytest.fail("trained on"))
+        method(again, lambda: data[:1])
+    assert same(weights(again), weights(task))
+
+
+def test_a_run_whose_folder_is_moved_still_knows_its_best_weights(tmp_path, monkeypatch):
+    data = batches("llama", rows=2)
+    trainer, optimizer = Trainer(steps=6, sequences=2, every=2), AdamW(weights=0.1, warmup=0.0)
+    method = replace(METHOD, trainer=trainer, optimizer=optimizer, validation=Same(data[1:]))
+    whole = task_of(folder=tmp_path / "whole")
+    method(whole, lambda: data[:1])
+    with monkeypatch.context() as patch, pytest.raises(KeyError, match="killed"):
+        patch.setattr(losses.CrossEntropy, "__call__", dying(5))
+        method(task_of(folder=tmp_path / "killed"), lambda: data[:1])
+    (tmp_path / "killed").rename(tmp_path / "moved")
+    again = task_of(folder=tmp_path / "moved")
+    method(again, lambda: data[:1])
+    rows = (tmp_path / "moved" / "training.csv").read_text().splitlines()
+    values = [float(row.split(",")[rows[0].split(",").index("validation")]) for row in rows[1:]]
+    assert values.index(min(values)) < 2  # the best one is older than the move
+    assert same(weights(again), weights(whole))
+
 
 def test_what_cannot_train_is_refused_before_any_work():
     """An offloaded block."""
@@ -275,9 +302,14 @@ def test_two_processes_train_as_one(tmp_path, strategy):
         trainer = Trainer(4, 2, each, every=2, strategy=chosen, devices=devices)
         parameters = {"weights": list(task.parameters())}
         course = Course(task, task.loss, parameters, data[:1], AdamW(1e-3), data[1:], folder=folder)
-        fit = partial(trainer.fit, course)
-        fit() if devices == 1 else pairs.together(fit)
-        made.append(weights(task))
+
+        def work(
+            task: Task = task, trainer: Trainer = trainer, course: Course = course
+        ) -> dict[str, Tensor]:
+            trainer.fit(course)
+            return weights(task)
+
+        made.append(work() if devices == 1 else pairs.together(work))
         rows = (folder / "training.csv").read_text().splitlines()[1:]
         logs.append(torch.tensor([[float(value) for value in row.split(",")] for row in rows]))
     for name, tensor in made[0].items():
@@ -304,3 +336,21 @@ def test_an_interrupt_stays_one(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         METHOD(task_of(), lambda: batches("llama"))
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.slow
+def test_what_one_process_meets_is_said_by_all(monkeypatch):
+    """Of its own batch, in which it alone sees the layer that overflows."""
+    plain = CrossEntropy.__call__
+
+    def loss(self: CrossEntropy, task: Task, *rest: object) -> Tensor:
+        return plain(self, task, *rest) * (math.nan if os.environ["LOCAL_RANK"] == "1" else 1.0)
+
+    monkeypatch.setattr(losses.CrossEntropy, "__call__", loss)
+    monkeypatch.setattr(
+        faults, "loss", lambda *_: faults.Diverged(f"seen by {os.environ['LOCAL_RANK']}")
+    )
+    trainer = Trainer(2, 1, every=2, strategy="ddp", devices=2)
+    method = replace(METHOD, weight=None, trainer=trainer)
+    with pytest.raises(UserError, match=r"^seen by 1$"):
+        pairs.together(lambda: method(task_of(), lambda: batches("llama")))

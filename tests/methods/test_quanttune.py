@@ -1,9 +1,11 @@
 """QuantTune: the penalty against its formula and autograd, its control, and whole runs."""
 
 import csv
+import os
 from dataclasses import replace
 from pathlib import Path
 
+import pairs
 import pytest
 import torch
 from conftest import batches
@@ -13,11 +15,12 @@ from training import METHOD, SMOKE, same, task_of, weights
 
 from qexp.activations import quantize_activations
 from qexp.build import build
-from qexp.errors import UserError
+from qexp.errors import FieldError, UserError
 from qexp.methods.finetune import FineTune
-from qexp.penalties import Deviation, Form, NoPenalty, Outliers, Span
+from qexp.penalties import Deviation, Form, NoPenalty, Outliers, Span, Watching
 from qexp.placement import AllOps, LinearInputs
 from qexp.task import Task
+from qexp.training import Trainer
 
 FORM = Deviation(k=2.0)
 PENALTY = Outliers(FORM, LinearInputs())
@@ -123,7 +126,7 @@ def test_which_tensors_are_watched():
     ):
         pass
     for wrong in ({"share": None}, {"weight": 1.0}, {"share": -1.0}, {"worst": 0.0}):
-        with pytest.raises(UserError, match=r"method\.penalty"):
+        with pytest.raises(FieldError, match=r"give"):
             replace(PENALTY, **wrong)
 
 
@@ -246,3 +249,33 @@ def test_a_killed_training_remembers_its_penalty(tmp_path):
     assert same(whole, trained(method, tmp_path / "half"))
     with (tmp_path / "half" / "training.csv").open() as file:
         assert [line["step"] for line in csv.DictReader(file)] == ["4.0", "8.0"]
+
+
+@pytest.mark.slow
+def test_a_penalty_is_the_same_in_all_processes(tmp_path, monkeypatch):
+    """λ, the running statistics and the tensors that are penalized, though each has batches of its
+    own: a checkpoint keeps those of one process."""
+    plain = Watching.take
+
+    def noting(self: Watching, loss: torch.Tensor) -> torch.Tensor:
+        value = plain(self, loss)
+        name = f"{os.environ['LOCAL_RANK']}-{len(list(tmp_path.iterdir()))}"
+        torch.save(self.memory, tmp_path / name)
+        return value
+
+    monkeypatch.setattr(Watching, "take", noting)
+    trainer = Trainer(2, 1, every=2, strategy="ddp", devices=2)
+    penalty = replace(PENALTY, worst=0.5)
+    method = replace(METHOD, weight=None, penalty=penalty, trainer=trainer)
+    pairs.together(lambda: method(task_of(), lambda: batches("llama", rows=4)))
+    notes = [
+        [torch.load(path) for path in sorted(tmp_path.glob(f"{rank}-*"), key=os.path.getmtime)]
+        for rank in (0, 1)
+    ]
+    steps = min(map(len, notes))  # the second is ended with the first
+    assert steps >= 2 and notes[0][0]["weight"] > 0
+    for one, two in zip(notes[0][:steps], notes[1][:steps], strict=True):
+        assert (one["weight"], one["kept"]) == (two["weight"], two["kept"])
+        assert one["statistics"].keys() == two["statistics"].keys()
+        for name, pair in one["statistics"].items():
+            assert all(map(torch.equal, pair, two["statistics"][name]))
