@@ -51,7 +51,7 @@ class BlockPhase:
     def __call__(self, task: Task, batches: Sequence[Batch], journal: Journal) -> list[Record]:
         """Blocks that the journal holds are taken from there."""
         records: list[Record] = []
-        told: list[dict[str, float | str]] = []
+        told: list[dict[str, float | int | str]] = []
         exact: list[Tensor] = []
         for block in walk(task, batches, self.sequences):
             with torch.no_grad():
@@ -83,7 +83,7 @@ class BlockPhase:
         }
         return Finished(records, others, log)
 
-    def _train(self, block: Block, targets: Sequence[Tensor]) -> list[dict[str, float | str]]:
+    def _train(self, block: Block, targets: Sequence[Tensor]) -> list[dict[str, float | int | str]]:
         """What is told of each epoch."""
         for linear in block.linears.values():
             put(linear, self.scale, self.weight, self.formula)
@@ -94,7 +94,7 @@ class BlockPhase:
         rates = [group["lr"] for group in optimizer.param_groups]
         generator = torch.Generator().manual_seed(self.seed + block.index)
         order: list[int] = []
-        log: list[dict[str, float | str]] = []
+        log: list[dict[str, float | int | str]] = []
         losses: list[Tensor] = []
         movement = Movement(block.linears)
         movement()

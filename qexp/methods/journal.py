@@ -24,7 +24,7 @@ class Finished(NamedTuple):
 
     records: list[Record]
     others: dict[str, Tensor]
-    log: list[dict[str, float | str]]
+    log: list[dict[str, float | int | str]]
 
     @torch.no_grad()
     def restore(self, task: Task) -> None:
@@ -58,7 +58,7 @@ class Journal:
         block: int,
         records: list[Record],
         others: Mapping[str, Tensor] = MappingProxyType({}),
-        log: Sequence[Mapping[str, float | str]] = (),
+        log: Sequence[Mapping[str, float | int | str]] = (),
     ) -> None:
         tensors, layout = store.flatten({record.name: record.packed for record in records})
         rows = [
