@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from qexp.errors import UserError
-from qexp.sharded import full
+from qexp.sharded import alone, full
 from qexp.task import Batch, Task
 
 ADVICE = "lower method.optimizer's rates or its clip, or train in trainer.precision=32-true."
@@ -18,7 +18,7 @@ class Diverged(UserError):
 
 def agreed(fault: Diverged, own: bool) -> Diverged:
     """In every process the fault of the first whose `own` it is."""
-    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+    if alone():
         return fault
     said: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(said, (own, str(fault)))

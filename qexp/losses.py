@@ -22,7 +22,7 @@ class Objective(ABC):
     teacher: bool  # whether it compares with the float model
 
     @property
-    def reaches_head(self) -> bool:
+    def reaches_all(self) -> bool:
         """Whether every parameter has a part in it."""
         return True
 
@@ -92,7 +92,7 @@ class HiddenL2(FromTeacher):
     hidden = True
 
     @property
-    def reaches_head(self) -> bool:
+    def reaches_all(self) -> bool:
         return bool(self.task)
 
     def distance(self, output: ModelOutput, target: ModelOutput) -> Float[Tensor, ""]:

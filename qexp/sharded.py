@@ -102,9 +102,14 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def alone() -> bool:
+    """Whether no other process trains with this one."""
+    return not distributed.is_initialized() or distributed.get_world_size() == 1
+
+
 def averaged(tensor: Tensor) -> Tensor:
     """The mean over the processes that train together; the tensor itself where there is one."""
-    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+    if alone():
         return tensor
     total = tensor.detach().clone()
     distributed.all_reduce(total)

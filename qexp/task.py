@@ -69,7 +69,7 @@ class Task(L.LightningModule):
             self.written()
 
     def written(self) -> None:
-        """The run's results are on disk."""
+        """The run's results are on disk: what it would have gone on from goes."""
         while self._removals:
             self._removals.pop()()
         if self.folder is not None:  # those of an earlier attempt too, with other code

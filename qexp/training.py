@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from qexp import processes, progress, ranks
 from qexp.course import Course, Pace, Training
 from qexp.errors import UserError, known, switches, whole
+from qexp.results import CHECKPOINTS
 from qexp.sharded import Sharded
 from qexp.task import Task
 
@@ -76,7 +76,7 @@ class Trainer:
             folder = Path(scratch) if course.folder is None else course.folder
             stack.enter_context(_quiet())
             stack.enter_context(_mode(task, self.recompute))
-            kept = folder / f"training-{course.identity}"
+            kept = folder / f"{CHECKPOINTS}{course.identity}"
             pace = Pace(self.steps, self.every, self.accumulate, self.sequences)
             module = Training(course, pace, folder)
             left = _left(kept)
@@ -93,7 +93,6 @@ class Trainer:
             module.lines = left.last["course"]["lines"]
             # what does not train is as it was
             module.load_state_dict((left.best or left.last)["state_dict"], strict=False)
-            task.until_written(partial(shutil.rmtree, kept, ignore_errors=True))
         task.to(device)
         return module.lines
 

@@ -129,7 +129,7 @@ class FineTune(Step):
                 identity=hashlib.sha256(identity.encode()).hexdigest()[:8],
                 folder=task.folder,
                 notes=[movement.notes] if watch is None else [movement.notes, watch.notes],
-                reaches_all=self.loss.reaches_head,
+                reaches_all=self.loss.reaches_all,
             )
             self.trainer.fit(course)
             for quantizer in task.quantizers.values():
