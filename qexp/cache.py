@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from filelock import FileLock
@@ -155,14 +156,19 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def sources(*modules: str) -> dict[str, str]:
-    """The source of some modules, for a key: changed code must never meet old entries."""
-    return {module: _source(module) for module in modules}
+def sources(*modules: ModuleType) -> dict[str, str]:
+    """The sha256 of the source of each module, for a key: changed code must never meet old entries.
+
+    Modules and not their names: a module that does not exist cannot be listed.
+    """
+    return {module.__name__: _source(module.__name__) for module in modules}
 
 
 def _source(module: str) -> str:
-    file = getattr(sys.modules.get(module), "__file__", None)
-    return _file_sha256(file) if file else "no file"
+    """Raises KeyError for a module that is not imported: its code would not be in the key."""
+    file = sys.modules[module].__file__
+    assert file is not None, f"{module} has no source file"
+    return _file_sha256(file)
 
 
 @cache

@@ -17,8 +17,8 @@ from qexp.activations import quantize_activations
 from qexp.build import build
 from qexp.errors import UserError
 from qexp.models.run import Run
+from qexp.offload import as_task
 from qexp.picture import Picture, figure
-from qexp.pipeline import as_task
 from qexp.plot import COLOURS
 from qexp.task import Batch, Task, singly
 

@@ -8,7 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from qexp import cli, store
+from qexp import app, store
 from qexp.errors import UserError
 from qexp.files import atomic_folder
 from qexp.job import Objective, job
@@ -63,4 +63,4 @@ def main() -> None:
         export(Path(settings.runtime.output_dir), out)
         return value
 
-    cli.main(work)
+    app.main(work)

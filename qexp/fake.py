@@ -41,7 +41,7 @@ class FakeQuant(nn.Module):
         """Fit what was observed and start to round."""
         if self.seen is not None:
             device = self.scale.device
-            q = self.seen.fit(self.grid)
+            q = self.grid.fit(*self.seen.values())
             self.scale, self.zero = q.scale.to(device), q.zero.to(device)
             self.seen = None
         self.on = True

@@ -42,7 +42,7 @@ class Grid(ABC):
 
     @property
     @abstractmethod
-    def second(self) -> "dict[str, IntGrid]":
+    def second(self) -> "dict[str, Grid]":
         """The grids of its own "scales" and "zeros", where they are quantized in turn."""
 
     @property
@@ -187,7 +187,7 @@ class IntGrid(Grid):
             )
 
     @property
-    def second(self) -> "dict[str, IntGrid]":
+    def second(self) -> dict[str, Grid]:
         named = {"scales": self.scales, "zeros": None if self.symmetric else self.zeros}
         return {name: grid for name, grid in named.items() if grid is not None}
 

@@ -1,7 +1,6 @@
 """One job of the command: under the lock of its folder, told to the ledger, answered or run."""
 
 import contextlib
-import errno
 import logging
 import math
 import os
@@ -12,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
 from qexp import composition, ledger, ranks, resolvers, results, share
 from qexp.errors import UserError
+from qexp.failures import TOLD, sentence, traced
 from qexp.files import locked
 from qexp.ledger import Entry, Sweep
 from qexp.provenance import stamp
@@ -26,13 +24,11 @@ from qexp.provenance import stamp
 log = logging.getLogger(__name__)
 
 FAILURE = "failure.json"
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG)
-TRACE = "QEXP_TRACE"  # tells the workers of a launcher what HYDRA_FULL_ERROR was
-TOLD = "told when it happened"
 
 Objective = float | tuple[float | None, ...] | None
 
-resolvers.register()  # on import: a launcher's worker names the folder before it calls the job
+resolvers.register()
+share.register()  # on import: a launcher's worker names the folder before it calls the job
 
 
 def job(cfg: DictConfig) -> Objective:
@@ -89,10 +85,10 @@ def job(cfg: DictConfig) -> Objective:
 
 def _join(cfg: DictConfig, folder: Path) -> None:
     """The job of a process that trains with the first one."""
-    from qexp import processes
+    from qexp import worker
 
     try:
-        processes.join(cfg, folder)
+        worker.join(cfg, folder)
     except Exception as error:
         log.error("process %d: %s", ranks.rank() + 1, sentence(error), exc_info=traced(error))
         with locked(folder, 30.0):  # torchrun ends all with this one: let the first have its say
@@ -186,27 +182,3 @@ def optimized(wanted: str | Sequence[str] | None, metrics: dict[str, float]) -> 
     raise UserError(
         f"optimize={wanted}: no such metric; {composition.nearest(wanted, list(metrics))}"
     )
-
-
-def told(error: BaseException) -> bool:
-    return TOLD in getattr(error, "__notes__", ())
-
-
-def traced(error: BaseException) -> bool:
-    """Whether to show where it happened: always for a fault of the program."""
-    expected = isinstance(error, UserError | HydraException | OmegaConfBaseException)
-    disk = isinstance(error, OSError) and error.errno in DISK  # Hydra's own files, W&B's, caches
-    missing = composition.plugin(error) is not None
-    return not (expected or disk or missing) or os.environ.get(TRACE) == "1"
-
-
-def sentence(error: Exception) -> str:
-    """What went wrong, for the user."""
-    if isinstance(error, HydraException | OmegaConfBaseException):
-        return composition.sentence(error)
-    if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, OSError) and error.errno in DISK:
-        where = error.filename or "the run's folder or a cache"
-        return f"{where}: {error.strerror}; free space or choose another folder"
-    return composition.plugin(error) or f"{type(error).__name__}: {error}"

@@ -10,28 +10,22 @@ import json
 import os
 import platform
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from qexp import composition, fingerprint, ranks
-from qexp.errors import UserError
+from qexp import fingerprint
 from qexp.results import write_json
 from qexp.signature import UNSIGNED
 
 VARIABLE = "QEXP_SWEEP"  # launchers hand the environment on to their workers
 FOLDER = ".sweeps"
-RETRIES = (None, "failed")
 
 postponed: set[Path] = set()  # folders that another process was at when this one came by
 
@@ -92,37 +86,6 @@ class Sweep:
 
     def _path(self, overrides: Sequence[str]) -> Path:
         return self.folder / f"{_digest(signed(overrides))}.json"
-
-
-class Ledger(Callback):
-    """Finds the record of the sweep that starts and plans its jobs; `dry_run` ends there."""
-
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        if ranks.world() > 1:
-            raise SystemExit(
-                "torchrun: its processes are for one run and this is a sweep; leave torchrun out, "
-                "since a run starts its processes itself (trainer=ddp), or give hydra.mode=RUN"
-            )
-        with heard():
-            jobs = planned(config)
-            sweep = named(config)
-            if config.dry_run:
-                self._list(config, jobs, sweep)
-            if config.retry not in RETRIES:
-                raise UserError(f"retry={config.retry}: give failed, or null for no second try")
-            os.environ[VARIABLE] = str(sweep)
-            sweep.plan(jobs or [], config.retry)
-
-    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        if config.dry_run:
-            with heard():
-                self._list(config, [list(config.hydra.overrides.task)], None)
-
-    def _list(self, config: DictConfig, jobs: list[list[str]] | None, sweep: Sweep | None) -> None:
-        from qexp import forecast
-
-        print(forecast.listing(config, jobs, sweep))
-        raise SystemExit(0)
 
 
 def current() -> Sweep | None:
@@ -202,14 +165,3 @@ def _read(path: Path) -> Entry | None:
         return Entry(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
-
-
-@contextmanager
-def heard() -> Iterator[None]:
-    """Hydra makes warnings of what a callback raises: a user's mistake leaves as SystemExit."""
-    try:
-        yield
-    except (HydraException, OmegaConfBaseException) as error:
-        raise SystemExit(composition.sentence(error)) from error
-    except UserError as error:
-        raise SystemExit(str(error)) from error

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qexp.errors import UserError
-from qexp.grid import Clamp, Grid, IntGrid, Rounding, Scale
+from qexp.grid import Clamp, Grid, Rounding, Scale
 from qexp.ranges import MinMax, Range
 
 
@@ -74,7 +74,7 @@ class LevelGrid(Grid):
         return False
 
     @property
-    def second(self) -> dict[str, IntGrid]:
+    def second(self) -> dict[str, Grid]:
         return {}
 
     def span(self, low: Float[Tensor, "rows 1"], high: Float[Tensor, "rows 1"]) -> Scale:

@@ -3,11 +3,13 @@
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
 from torch import nn
 
 from qexp import ranks
 from qexp.errors import UserError
-from qexp.task import Task
+from qexp.models.source import Loaded, Source
+from qexp.task import TASKS, Task
 
 
 def place(task: Task, device: str, offload: bool) -> None:
@@ -55,3 +57,10 @@ def _device(name: str) -> torch.device:
             "cuda:N or auto."
         ) from error
     return device
+
+
+def as_task(source: Source, loaded: Loaded, cfg: DictConfig) -> Task:
+    """The loaded model on its device."""
+    task = TASKS[source.objective](loaded.model, loaded.tokenizer).eval()
+    place(task, cfg.device, cfg.offload)
+    return task

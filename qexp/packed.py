@@ -205,7 +205,7 @@ def _plain(part: "Tensor | Coded") -> Float[Tensor, "each groups"]:
     return part.dequantize().T if isinstance(part, Coded) else part.float()
 
 
-def _second(grid: IntGrid, values: Float[Tensor, "rows groups"]) -> Coded:
+def _second(grid: Grid, values: Float[Tensor, "rows groups"]) -> Coded:
     turned = values.T.contiguous()
     return Coded.of(grid, turned, grid.scales_of(turned))
 

@@ -18,10 +18,10 @@ from qexp.errors import UserError
 from qexp.eval.evaluator import Evaluator, Start, digest
 from qexp.methods.nothing import Nothing
 from qexp.methods.step import Record, Step
-from qexp.models.source import Loaded, Source
-from qexp.offload import place
+from qexp.models.source import Source
+from qexp.offload import as_task
 from qexp.provenance import Provenance
-from qexp.task import TASKS, Batch, Task
+from qexp.task import Batch, Task
 
 log = logging.getLogger(__name__)
 
@@ -97,13 +97,6 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
     written = results.write(folder, metrics, records, provenance)
     task.written()
     return written
-
-
-def as_task(source: Source, loaded: Loaded, cfg: DictConfig) -> Task:
-    """The loaded model on its device."""
-    task = TASKS[source.objective](loaded.model, loaded.tokenizer).eval()
-    place(task, cfg.device, cfg.offload)
-    return task
 
 
 def _check_quantizers(task: Task, steps: list[Step]) -> None:

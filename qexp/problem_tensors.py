@@ -13,15 +13,16 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from qexp import cli, composition, resolvers
+from qexp import composition, resolvers
 from qexp.activations import Activations, Quantized
 from qexp.amplification import Errors, Moments, decompose
 from qexp.build import build
 from qexp.errors import UserError
 from qexp.files import atomic
+from qexp.location import conf
 from qexp.models.source import Source
+from qexp.offload import as_task
 from qexp.picture import Picture, figure
-from qexp.pipeline import as_task
 from qexp.plot import COLOURS, GREY
 from qexp.progress import bar
 from qexp.task import Batch, Task, singly
@@ -212,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cut = rest.index("--")
         both = [rest[:cut], rest[cut + 1 :]]
     try:
-        with initialize_config_dir(version_base="1.3", config_dir=str(cli.conf())):
+        with initialize_config_dir(version_base="1.3", config_dir=str(conf())):
             labels = ("before", "after") if len(both) > 1 else ("ranges",)
             found = {
                 label: measured(overrides) for label, overrides in zip(labels, both, strict=True)

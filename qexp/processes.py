@@ -19,12 +19,10 @@ from lightning.fabric.plugins.environments import (
     LightningEnvironment,
     TorchElasticEnvironment,
 )
-from omegaconf import DictConfig, OmegaConf
 from torch import distributed
 
 from qexp import ranks
 from qexp.errors import UserError
-from qexp.faults import Diverged
 
 CALL = "QEXP_CALL"  # number of the socket on which a process that was started is called
 CONFIG = Path(".hydra") / "config.yaml"
@@ -102,7 +100,7 @@ def _started(folder: Path | None, count: int) -> Iterator[None]:
                 told = {"LOCAL_RANK": str(number), CALL: str(theirs.fileno())}
                 others.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", "qexp.processes", str(folder)],
+                        [sys.executable, "-m", "qexp.worker", str(folder)],
                         env={**os.environ, **place, **told},
                         pass_fds=[theirs.fileno()],
                     )
@@ -183,30 +181,3 @@ def _heard(call: socket.socket) -> bool:
         return bool(call.recv(1))
     except OSError:
         return False
-
-
-def join(cfg: DictConfig, folder: Path) -> None:
-    """The part of a process that is not the first in the run of this configuration."""
-    from qexp import pipeline
-
-    with suppress(ranks.Done):
-        pipeline.run(cfg, folder)
-
-
-def main() -> None:
-    from qexp import resolvers
-
-    resolvers.register()
-    folder = Path(sys.argv[1])
-    cfg = OmegaConf.load(folder / CONFIG)
-    assert isinstance(cfg, DictConfig)
-    try:
-        join(cfg, folder)
-    except Diverged as error:  # which the first one says
-        raise SystemExit(1) from error
-
-
-if __name__ == "__main__":
-    from qexp.cli import guarded
-
-    sys.exit(guarded(main))

@@ -12,8 +12,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from qexp import cli, composition, forecast, results, runs, signature, tables, targets
+from qexp import app, composition, forecast, results, runs, signature, tables, targets
 from qexp.errors import UserError
+from qexp.location import conf
 from qexp.pivot import Setting
 from qexp.runs import Column
 from qexp.tables import Cell, Sheet
@@ -75,14 +76,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def ids() -> list[str]:
     """The tables that are known."""
-    return sorted(path.stem for path in (cli.conf() / "experiment" / "paper").glob("*.yaml"))
+    return sorted(path.stem for path in (conf() / "experiment" / "paper").glob("*.yaml"))
 
 
 def load(name: str) -> Paper:
     """A table by its id."""
     if name not in ids():
         raise UserError(f"{name}: is no table; {composition.nearest(name, ids())}")
-    with initialize_config_dir(version_base="1.3", config_dir=str(cli.conf())):
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf())):
         return targets.read(compose("config", [f"experiment=paper/{name}"]).paper, name)
 
 
@@ -173,7 +174,7 @@ def plans(name: str, paper: Paper, columns: Sequence[str], extra: Sequence[str])
 def composed(words: Sequence[str]) -> tuple[DictConfig, Path]:
     """A job's configuration and its folder."""
     try:
-        with initialize_config_dir(version_base="1.3", config_dir=str(cli.conf())):
+        with initialize_config_dir(version_base="1.3", config_dir=str(conf())):
             cfg = compose("config", list(words))
             return cfg, OUTPUTS / signature.signature(cfg)
     except (HydraException, OmegaConfBaseException) as error:
@@ -198,7 +199,7 @@ def _run(words: Sequence[str]) -> None:
     before = sys.argv
     sys.argv = ["qexp", *words]
     try:
-        cli.main()
+        app.main()
     except SystemExit as stop:
         if stop.code == 130:
             raise KeyboardInterrupt from stop

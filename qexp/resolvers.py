@@ -1,15 +1,14 @@
 """What a yaml file may compute.
 
 `${sig:}` is the signature of the configuration it stands in; `${run_config:FOLDER,KEY}` what the
-configuration of a finished run says under a key; `${gpu_slots:K}` how many jobs run at once with K
-on each GPU.
+configuration of a finished run says under a key.
 """
 
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from qexp import results, share
+from qexp import results
 from qexp.signature import signature
 
 
@@ -17,7 +16,6 @@ def register() -> None:
     """Make the resolvers known to OmegaConf; calling it again changes nothing."""
     OmegaConf.register_new_resolver("sig", _sig, replace=True)
     OmegaConf.register_new_resolver("run_config", _run_config, replace=True)
-    OmegaConf.register_new_resolver("gpu_slots", share.slots, replace=True)
 
 
 def _sig(*, _root_: DictConfig) -> str:

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from qexp import resolvers, results
 from qexp.errors import UserError
-from qexp.signature import UNSIGNED
+from qexp.signature import UNSIGNED, class_names
 
 NOT_SETTINGS = (*UNSIGNED, "experiment", "search", "local", "eval")  # what was measured is a column
 HIGHER = ("acc", "acc_norm", "exact_match", "f1", "mcc", "agreement", "agreed_tokens", "identical")
@@ -168,9 +168,10 @@ def choices(folder: Path) -> dict[str, str]:
 
 
 def flat(tree: Any, above: str = "", without: Sequence[str] = ()) -> dict[str, Any]:
-    """Dotted key → value; lists are values. `without`: names at the top that are left out."""
+    """Dotted key → value; lists are values, `_target_`s names of classes without their modules.
+    `without`: names at the top that are left out."""
     leaves: dict[str, Any] = {}
-    for key, value in tree.items():
+    for key, value in class_names(tree).items():
         if key not in without:
             full = f"{above}{key}"
             leaves |= flat(value, f"{full}.") if isinstance(value, dict) else {full: value}

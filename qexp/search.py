@@ -13,8 +13,10 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, ListConfig, OmegaConf, read_write
 
 from qexp import fingerprint, ledger
+from qexp.callbacks import heard
 from qexp.errors import UserError
 from qexp.files import locked
+from qexp.location import conf
 
 REQUEUED = "requeued"  # trials of a study that are counted by their second try
 
@@ -26,7 +28,7 @@ class Resume(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         if config.dry_run:
             return
-        with ledger.heard():
+        with heard():
             node, sweep = config.hydra.sweeper, ledger.named(config)
             name = node.study_name or f"{sweep.name}-{fingerprint.code()}"
             study = opened(node, name, Path(config.hydra.sweep.dir))
@@ -83,9 +85,7 @@ def _alive(trial: Any, sweep: ledger.Sweep) -> bool:
 
 def wandb_sweep(overrides: Sequence[str]) -> str:
     """A W&B sweep, as yaml, of a search's parameters, trials and (first) objective."""
-    from qexp import cli
-
-    with initialize_config_dir(version_base="1.3", config_dir=str(cli.conf())):
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf())):
         cfg = compose("config", list(overrides), return_hydra_config=True)
     if not (params := OmegaConf.select(cfg, "hydra.sweeper.params")):
         raise UserError("wandb-sweep: nothing is searched; give a search, search=gptq_damping")

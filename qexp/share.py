@@ -68,6 +68,11 @@ class GpuPool(Callback):
             os.environ[VISIBLE] = _taken[0]
 
 
+def register() -> None:
+    """Make `${gpu_slots:K}` known to OmegaConf; calling it again changes nothing."""
+    OmegaConf.register_new_resolver("gpu_slots", slots, replace=True)
+
+
 def take(names: list[str], per_gpu: int) -> str:
     """The GPU of the first free slot, emptiest GPUs first; waits while there is none."""
     folder = Path(tempfile.gettempdir()) / f"qexp-gpus-{os.getuid()}"

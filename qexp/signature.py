@@ -18,11 +18,26 @@ def signed(cfg: DictConfig) -> dict[str, Any]:
         if key not in UNSIGNED:
             value = cfg[key]  # key by key: the Hydra node asks for this very signature
             content[str(key)] = (
-                OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
+                class_names(OmegaConf.to_container(value, resolve=True, throw_on_missing=True))
                 if OmegaConf.is_config(value)
                 else value
             )
     return content
+
+
+def class_names(tree: Any) -> Any:
+    """A configuration whose `_target_`s are names of classes without their modules.
+
+    A run is what it computes, not where its class is: a move renames no run.
+    """
+    if isinstance(tree, list):
+        return [class_names(each) for each in tree]
+    if not isinstance(tree, dict):
+        return tree
+    return {
+        key: str(value).rpartition(".")[2] if key == "_target_" else class_names(value)
+        for key, value in tree.items()
+    }
 
 
 def signature(cfg: DictConfig) -> str:

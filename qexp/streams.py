@@ -1,16 +1,12 @@
 """What a static range needs to know of a stream of tensors, in bounded memory."""
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from qexp.errors import UserError
-
-if TYPE_CHECKING:
-    from qexp.grid import Grid, Scale
 
 # Bins of a streamed histogram. The range doubles as values need it, so at worst half of the bins
 # lie within the data: a bin is 2⁻¹⁵ of the largest magnitude.
@@ -23,8 +19,11 @@ class Stream(ABC):
         """One more tensor. Raises UserError when a value is not finite."""
 
     @abstractmethod
-    def fit(self, grid: "Grid") -> "Scale":
-        """The grid's scale for what was seen. Raises UserError when nothing was."""
+    def values(self) -> tuple[Float[Tensor, "1 size"], Float[Tensor, "1 size"] | None]:
+        """Values that stand for what was seen, and how often each occurs (None: once each).
+
+        Raises UserError when nothing was seen.
+        """
 
 
 class Ends(Stream):
@@ -43,9 +42,9 @@ class Ends(Stream):
             self.low += (1 - self.momentum) * (low - self.low)
             self.high += (1 - self.momentum) * (high - self.high)
 
-    def fit(self, grid: "Grid") -> "Scale":
+    def values(self) -> tuple[Float[Tensor, "1 size"], None]:
         _refuse_nothing(self.low, self.high)
-        return grid.fit(torch.tensor([[self.low, self.high]]))
+        return torch.tensor([[self.low, self.high]]), None
 
 
 class Histogram(Stream):
@@ -62,14 +61,14 @@ class Histogram(Stream):
         x = x.detach().float().cpu()
         self.counts += torch.histc(x, BINS, -self.reach, self.reach).double()
 
-    def fit(self, grid: "Grid") -> "Scale":
+    def values(self) -> tuple[Float[Tensor, "1 size"], Float[Tensor, "1 size"]]:
         _refuse_nothing(self.low, self.high)
         used = self.counts.nonzero().flatten()
         width = 2 * self.reach / BINS
         centers = (-self.reach + (used + 0.5) * width).clamp(self.low, self.high).float()
         # The outermost bins stand for the ends themselves.
         centers[0], centers[-1] = self.low, self.high
-        return grid.fit(centers[None], self.counts[used][None].float())
+        return centers[None], self.counts[used][None].float()
 
     def _widen(self, magnitude: float) -> None:
         if not self.reach:

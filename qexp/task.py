@@ -18,6 +18,7 @@ from qexp.errors import UserError
 from qexp.results import CHECKPOINTS
 
 Batch = dict[str, Tensor]
+Batches = Callable[[], list[Batch]]
 
 # Positions whose logits exist at one time; at a 128k vocabulary and float32 that is 0.26 GB.
 POSITIONS = 512

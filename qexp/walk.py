@@ -79,6 +79,16 @@ class Block:
         pieces = [replace(piece) for piece in self.pieces]
         return _visited(replace(self, pieces=pieces, left=None))
 
+    def replay(self, piece: int, hidden: Tensor) -> Tensor:
+        """`hidden` through the block with the other arguments of one piece, with gradients.
+
+        The block must be on the task's device: the hooks of an offloaded block would move it away
+        before the backward pass.
+        """
+        args, kwargs = self.pieces[piece].calls[self.index]
+        output = self.module.forward(hidden.to(self.task.device), *args, **kwargs)
+        return output[0] if self.returns_tuple else output
+
     def losses(self, sequences: int = 1) -> Iterator[tuple[Tensor, int]]:
         """The model's mean loss on so many sequences at a time, and how many those are, computed
         from this block's inputs on. Where gradients are enabled, the inputs require them, so that

@@ -143,7 +143,7 @@ def test_a_moving_average_follows_the_stream():
         stream.add(torch.tensor([-end, end / 2]))
     low = -(0.75 * (0.75 * 4 + 0.25 * 8) + 0.25 * 0)
     expected = TENSOR.span(torch.tensor([[low]]), torch.tensor([[-low / 2]]))
-    torch.testing.assert_close(stream.fit(TENSOR).scale, expected.scale)
+    torch.testing.assert_close(TENSOR.fit(*stream.values()).scale, expected.scale)
 
 
 @pytest.mark.parametrize("estimator", [MinMax(), MovingAverage(), Percentile(), Entropy()], ids=str)
@@ -151,7 +151,7 @@ def test_values_that_are_not_finite_are_refused(estimator):
     with pytest.raises(UserError, match="not finite"):
         estimator.stream().add(torch.tensor([1.0, torch.nan]))
     with pytest.raises(UserError, match="never reached"):
-        estimator.stream().fit(TENSOR)
+        estimator.stream().values()
 
 
 def clip(x: torch.Tensor, estimator: Range, bits: int = 8) -> tuple[float, float]:

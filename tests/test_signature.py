@@ -1,9 +1,12 @@
 """One configuration, one folder."""
 
+from pathlib import Path
+
 import pytest
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
+import qexp
 from qexp import fingerprint, resolvers
 from qexp.signature import UNSIGNED, signature
 
@@ -39,9 +42,20 @@ def test_the_resolver_asks_from_inside_the_configuration() -> None:
     assert cfg.hydra.run.dir == f"outputs/{of()}"
 
 
+def test_a_class_counts_by_its_name_wherever_its_module_is() -> None:
+    old = of(weight={"_target_": "qexp.grid.IntGrid", "ranges": [{"_target_": "a.b.MSE"}]})
+    moved = of(weight={"_target_": "qexp.grids.integer.IntGrid", "ranges": [{"_target_": "MSE"}]})
+    other = of(weight={"_target_": "qexp.grid.LevelGrid", "ranges": [{"_target_": "a.b.MSE"}]})
+    assert old == moved != other
+
+
 def test_a_missing_value_is_an_error() -> None:
     with pytest.raises(MissingMandatoryValue):
         of(data={"path": "???"})
+
+
+def test_the_fingerprint_covers_the_whole_package() -> None:
+    assert Path(qexp.__file__).parent == fingerprint.PACKAGE
 
 
 def test_code_is_told_by_names_and_contents(tmp_path) -> None:

@@ -7,7 +7,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from qexp import cli, resolvers
+from qexp import resolvers
 from qexp.bench.measuring import evaluation
 from qexp.bench.overhead import overhead
 from qexp.bench.penalty import penalty
@@ -15,6 +15,8 @@ from qexp.bench.sharing import sharing
 from qexp.bench.solving import blockwise, oac
 from qexp.bench.training import qat, quadapter
 from qexp.bench.zeroshot import zeroshot
+from qexp.failures import guarded
+from qexp.location import conf
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -22,13 +24,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name, *overrides = sys.argv[1:] if arguments is None else arguments
     if name not in BENCHES:
         raise SystemExit(f"bench.py: {name} is unknown: give one of {', '.join(BENCHES)}")
-    if code := cli.guarded(lambda: _measure(name, overrides)):
+    if code := guarded(lambda: _measure(name, overrides)):
         raise SystemExit(code)
 
 
 def _measure(name: str, overrides: Sequence[str]) -> None:
     resolvers.register()
-    with initialize_config_dir(version_base="1.3", config_dir=str(cli.conf())):
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf())):
         cfg = compose("config", list(overrides))
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     print(f"{name}: {' '.join(overrides)}, {torch.get_num_threads()} threads")

@@ -11,18 +11,16 @@ from omegaconf import DictConfig
 
 from qexp.build import build
 from qexp.models.source import Source
-from qexp.offload import place
+from qexp.offload import as_task
 from qexp.provenance import peak_rss
-from qexp.task import TASKS, Batch, Task
+from qexp.task import Batch, Task
 
 
 def loaded(cfg: DictConfig) -> tuple[Task, list[Batch]]:
     """The model on its device and its calibration batches. What is done with them from here on
     finds an empty cache, which goes with the process."""
     source: Source = build(cfg.model)
-    made = source.load()
-    task = TASKS[source.objective](made.model, made.tokenizer).eval()
-    place(task, cfg.device, cfg.offload)
+    task = as_task(source, source.load(), cfg)
     batches: list[Batch] = build(cfg.calibration)(task)
     folder = TemporaryDirectory()
     atexit.register(folder.cleanup)

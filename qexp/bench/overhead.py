@@ -9,7 +9,7 @@ from time import process_time
 
 from omegaconf import DictConfig
 
-from qexp import cli, results
+from qexp import app, results
 from qexp.bench.clock import timed
 
 
@@ -37,4 +37,4 @@ def sweep(words: list[str]) -> None:
     """The command with these words, in this process."""
     sys.argv = ["qexp", "-m", *words]
     with suppress(SystemExit):
-        cli.main()
+        app.main()

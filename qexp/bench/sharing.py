@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 
 from omegaconf import DictConfig
 
-from qexp import cli
+from qexp import app
 from qexp.build import build
 from qexp.cache import default_folder
 
@@ -55,7 +55,7 @@ def job(words: Sequence[str], place: Path, models: Path) -> float:
     with chdir(place), _handlers():
         start = time.process_time()
         try:
-            cli.main()
+            app.main()
         except SystemExit as stop:
             if stop.code:
                 raise

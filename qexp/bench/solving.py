@@ -7,11 +7,11 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from torch import Tensor
 
-from qexp import cli
 from qexp.bench.clock import loaded, show, timed
 from qexp.build import build
 from qexp.hessian import second_moment
 from qexp.hessian.output import through_tokens
+from qexp.location import conf
 from qexp.methods.step import Step
 from qexp.walk import walk
 
@@ -53,7 +53,7 @@ def oac(cfg: DictConfig) -> None:
     for shape in {(w.out_features, w.in_features) for w in task.linears().values()}:
         order = "X'(DD')X" if through_tokens(tokens, *shape) else "(D'X)'(D'X)"
         print(f"{shape[0]} x {shape[1]}: {order} at {tokens} tokens")
-    with initialize_config_dir(version_base="1.3", config_dir=str(cli.conf())):
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf())):
         methods = {
             name: build(compose("config", [f"method={name}"]).method)
             for name in ("spqr", "oac_one_pass")

@@ -2,7 +2,7 @@
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,21 @@ class Calibration(Recipe):
             )
         return windows
 
+    def rows(self, total: int) -> Sequence[int]:
+        """Which of `total` labelled rows: with sampling `first` the first, else some drawn by the
+        seed."""
+        wanted = self.sequences if self.share is None else max(round(self.share * total), 1)
+        if wanted > total:
+            log.warning(
+                "calibration.sequences=%d: %s has only %d labelled rows; using these",
+                *(wanted, self.corpus.name, total),
+            )
+        count = min(wanted, total)
+        if self.sampling == "first":
+            return range(count)
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.randperm(total, generator=generator)[:count].tolist()
+
     def chosen_split(self) -> str:
         return self.split or self.corpus.calibration_split
 
@@ -209,8 +224,13 @@ def _masked(recipe: Calibration, task: Task) -> Batch:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
+def _labelled(recipe: Calibration, task: Task) -> Batch:
+    make = labelled.BATCHES[task.objective]
+    return make(task, recipe.corpus, recipe.chosen_split(), recipe.rows, recipe.length)
+
+
 BATCHES: dict[str, Callable[[Calibration, Task], Batch]] = {
     "causal_lm": _causal,
     "masked_lm": _masked,
-    **labelled.BATCHES,
+    **dict.fromkeys(labelled.BATCHES, _labelled),
 }

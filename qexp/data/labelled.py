@@ -1,65 +1,47 @@
 """Labelled rows as batches: texts and images for classification."""
 
-import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from qexp.data.corpus import Corpus
 from qexp.errors import UserError
 from qexp.task import Batch, Task
 
-if TYPE_CHECKING:
-    from qexp.data.calibration import Calibration
-
-log = logging.getLogger(__name__)
+# Chooses rows: their numbers, from how many there are.
+Choose = Callable[[int], Sequence[int]]
 
 
-def sentences(recipe: "Calibration", task: Task) -> Batch:
+def sentences(task: Task, corpus: Corpus, split: str, choose: Choose, length: int) -> Batch:
     """Texts or pairs of texts, cut to `length` tokens and padded to the longest."""
     tokenizer = task.tokenizer
     if tokenizer is None or tokenizer.pad_token_id is None:
         raise UserError("model: classification of texts needs a tokenizer with a padding token")
-    examples = recipe.corpus.examples(recipe.chosen_split())
-    chosen = [examples[row] for row in rows(recipe, len(examples))]
+    examples = corpus.examples(split)
+    chosen = [examples[row] for row in choose(len(examples))]
     labels = torch.tensor([example.label for example in chosen])
-    refuse(labels, task, recipe.corpus.name)
+    refuse(labels, task, corpus.name)
     seconds = [example.second for example in chosen]
     batch = tokenizer(
         [example.text for example in chosen],
         None if None in seconds else seconds,
         truncation=True,
-        max_length=recipe.length,
+        max_length=length,
         padding=True,
         return_tensors="pt",
     )
     return {**batch, "labels": labels}
 
 
-def images(recipe: "Calibration", task: Task) -> Batch:
-    """Pixels as the model takes them."""
-    config, split = task.model.config, recipe.chosen_split()
+def images(task: Task, corpus: Corpus, split: str, choose: Choose, length: int) -> Batch:
+    """Pixels as the model takes them; `length` has no meaning for images."""
+    config = task.model.config
     shape = (config.num_channels, config.image_size, config.image_size)
-    chosen = rows(recipe, recipe.corpus.total(split))
-    pixels, labels = recipe.corpus.images(split, shape, config.num_labels, chosen)
-    refuse(labels, task, recipe.corpus.name)
+    chosen = choose(corpus.total(split))
+    pixels, labels = corpus.images(split, shape, config.num_labels, chosen)
+    refuse(labels, task, corpus.name)
     return {"pixel_values": pixels, "labels": labels}
-
-
-def rows(recipe: "Calibration", total: int) -> Sequence[int]:
-    """Which of `total` rows: with sampling `first` the first, else some that the seed draws."""
-    wanted = recipe.sequences if recipe.share is None else max(round(recipe.share * total), 1)
-    if wanted > total:
-        log.warning(
-            "calibration.sequences=%d: %s has only %d labelled rows; using these",
-            *(wanted, recipe.corpus.name, total),
-        )
-    count = min(wanted, total)
-    if recipe.sampling == "first":
-        return range(count)
-    generator = torch.Generator().manual_seed(recipe.seed)
-    return torch.randperm(total, generator=generator)[:count].tolist()
 
 
 def refuse(labels: Tensor, task: Task, name: str) -> None:
@@ -72,7 +54,7 @@ def refuse(labels: Tensor, task: Task, name: str) -> None:
         )
 
 
-BATCHES: dict[str, Callable[["Calibration", Task], Batch]] = {
+BATCHES: dict[str, Callable[[Task, Corpus, str, Choose, int], Batch]] = {
     "sequence_classification": sentences,
     "image_classification": images,
 }

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from qexp import task as tasks
 from qexp.cache import Cache, sources
 from qexp.errors import UserError
+from qexp.eval import windows as token_losses
 from qexp.eval.evaluator import Evaluator, Informed, Start
 from qexp.eval.windowed import Windowed, ratio
 from qexp.eval.windows import Window, check_causal, states
@@ -52,7 +53,7 @@ class AgainstFloat(Evaluator):
             "model": dict(start.model),
             "protocol": self.protocol.definition(),
             "batch_tokens": self.protocol.batch_tokens,
-            **sources("qexp.eval.windows", "qexp.task"),
+            **sources(token_losses, tasks),
         }
         hidden = Cache().get("hidden", key, build)["hidden"]
         head = copy.deepcopy(task.model.get_submodule(task.arch.head))

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from functools import cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -22,8 +24,6 @@ from qexp.errors import UserError
 from qexp.eval.against import changes
 from qexp.eval.evaluator import Evaluator, Informed, Start
 from qexp.task import CausalLM, Task
-
-CODE = [f"qexp.eval.harness{part}" for part in ("", "_model", "_rows", "_scoring", "_tasks")]
 
 
 class Outcome(NamedTuple):
@@ -88,7 +88,7 @@ class Harness(Evaluator):
         def build() -> dict[str, Tensor]:
             return self.outcome(start.task()).items
 
-        key = {"model": dict(start.model), "definition": self.definition(), **sources(*CODE)}
+        key = {"model": dict(start.model), "definition": self.definition(), **sources(*_code())}
         plain = Cache().get("harness", key, build)
 
         def measure(task: Task) -> dict[str, float]:
@@ -194,6 +194,13 @@ class Harness(Evaluator):
 
         for task in self._loaded["tasks"].values():
             task.set_fewshot_seed(seed=SHOT_SEED)
+
+
+def _code() -> list[ModuleType]:
+    """What answers depend on; imported here because these modules import lm_eval."""
+    from qexp.eval import harness_model, harness_rows, harness_scoring, harness_tasks
+
+    return [sys.modules[__name__], harness_model, harness_rows, harness_scoring, harness_tasks]
 
 
 def _numbers(results: Mapping[str, Any], versions: Mapping[str, Any]) -> dict[str, float]:

@@ -10,14 +10,17 @@ from abc import abstractmethod
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from math import inf
+from types import ModuleType
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from qexp import backward
 from qexp.backward import frozen, watching
 from qexp.errors import UserError, known, real, whole
+from qexp.hessian import layerwise
 from qexp.hessian.layerwise import add_symmetric, mirrored
 from qexp.hessian.source import AtFloatWeights, Measured, Shareable, Solve
 from qexp.progress import bar
@@ -104,6 +107,10 @@ class FromGradients(Shareable):
             for index in inside:
                 prefix = f"{first.task.arch.blocks}.{index}."
                 yield index, {name: found[prefix + name] for name in first.linears}
+
+    @property
+    def code(self) -> tuple[ModuleType, ...]:
+        return (backward, layerwise)
 
     def identity(self, first: Block) -> dict[str, Any]:
         fields = asdict(self)

@@ -3,14 +3,19 @@
 Scale is free everywhere: solvers give the same result for H and c·H.
 """
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
+from qexp import pieces as capture
+from qexp import task
+from qexp import walk as walking
 from qexp.cache import Cache, sources
 from qexp.errors import UserError
 from qexp.walk import Block
@@ -22,7 +27,6 @@ Solve = Callable[[tuple[str, ...], Float[Tensor, "columns columns"]], None]
 Measured = tuple[int, dict[str, Tensor]]
 
 KIND = "hessians"
-CODE = ("hessian.source", "hessian.layerwise", "hessian.output", "walk", "pieces", "task")
 
 
 class Hessian(ABC):
@@ -70,6 +74,12 @@ class Shareable(Hessian):
     @abstractmethod
     def measured(self, first: Block, wanted: Collection[int]) -> Iterator[Measured]:
         """Those of some blocks, in order, at the weights as they stand."""
+
+    @property
+    def code(self) -> tuple[ModuleType, ...]:
+        """Modules whose source the result depends on, apart from those of the class and its bases
+        and what every Hessian needs (the walk, the task)."""
+        return ()
 
     @abstractmethod
     def identity(self, first: Block) -> dict[str, Any]:
@@ -138,8 +148,15 @@ class AtFloatWeights(Hessian):
             "content": block.origin,
             "block": index,
             "device": block.task.device.type,
-            "code": sources(*(f"qexp.{module}" for module in CODE)),
+            "code": sources(*_code(self.source)),
         }
+
+
+def _code(source: Shareable) -> list[ModuleType]:
+    """Every module that Hessians at float weights are made by."""
+    classes = [sys.modules[kind.__module__] for kind in type(source).__mro__]
+    own = [module for module in classes if module.__name__.partition(".")[0] == "qexp"]
+    return [*own, *source.code, sys.modules[__name__], walking, capture, task]
 
 
 def _prefix(block: Block, index: int) -> str:

@@ -25,7 +25,6 @@ from qexp.packed import Coded
 from qexp.progress import bar
 from qexp.results import BLOCKS
 from qexp.task import Batch, Task
-from qexp.transforms.descent import run
 from qexp.walk import Block, walk
 
 
@@ -55,7 +54,7 @@ class BlockPhase:
         exact: list[Tensor] = []
         for block in walk(task, batches, self.sequences):
             with torch.no_grad():
-                exact = [run(block, n, hidden) for n, hidden in enumerate(exact or block.inputs)]
+                exact = [block.replay(n, hidden) for n, hidden in enumerate(exact or block.inputs)]
             if (finished := journal.read(block.index)) is None:
                 finished = self._finish(block, exact)
                 journal.write(block.index, *finished)
@@ -104,7 +103,7 @@ class BlockPhase:
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * self.optimizer.factor(step, steps)
             with torch.enable_grad():
-                output = run(block, piece, block.inputs[piece].detach())
+                output = block.replay(piece, block.inputs[piece].detach())
                 loss = (output.float() - targets[piece].float()).square().mean()
                 if not loss.isfinite():
                     raise UserError(

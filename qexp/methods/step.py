@@ -2,7 +2,7 @@
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,14 +13,12 @@ from torch import Tensor, nn
 from qexp.data.calibration import Recipe
 from qexp.packed import Packed
 from qexp.solvers.sweep import Solution
-from qexp.task import Batch, Task
+from qexp.task import Batches, Task
 
 if TYPE_CHECKING:
     from qexp.activations import Activations
 
 log = logging.getLogger(__name__)
-
-Batches = Callable[[], list[Batch]]
 
 
 @dataclass(frozen=True)

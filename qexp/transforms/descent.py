@@ -45,14 +45,6 @@ class _Passed(nn.Module):
         return self.rule(weight).to(weight)
 
 
-def run(block: Block, piece: int, hidden: Tensor) -> Tensor:
-    """`hidden` through the block, which must lie on the device: hooks that move it for a forward
-    would take it away from the backward."""
-    args, kwargs = block.pieces[piece].calls[block.index]
-    output = block.module.forward(hidden.to(block.task.device), *args, **kwargs)
-    return output[0] if block.returns_tuple else output
-
-
 @dataclass(frozen=True)
 class Match:
     """What a block receives, and what it should make of that, piece by piece; several `targets`
@@ -64,7 +56,7 @@ class Match:
 
     def error(self, piece: int) -> Float[Tensor, ""]:
         """Squares summed over channels, their mean over tokens."""
-        output = run(self.block, piece, self.inputs[piece])
+        output = self.block.replay(piece, self.inputs[piece])
         wanted = [each[piece].to(output.device).float() for each in self.targets]
         errors = [(output.float() - target).square().sum(-1).mean() for target in wanted]
         return torch.stack(errors).sum()

@@ -16,7 +16,7 @@ from qexp.methods.step import Batches, Record, Step
 from qexp.ranges import MinMax
 from qexp.task import Task
 from qexp.transforms.channels import SITES, channels_of
-from qexp.transforms.descent import Match, quantized, run
+from qexp.transforms.descent import Match, quantized
 from qexp.transforms.query_key import QueryKey, query_keys
 from qexp.transforms.search import Watched, first, resident, watch
 from qexp.transforms.smooth import check, smoothed
@@ -153,7 +153,7 @@ class OmniQuant(Step):
         assert block.left is not None
         targets = [block.left]
         if self.augmented:
-            targets.append([run(block, n, x).to(x.device) for n, x in enumerate(inputs)])
+            targets.append([block.replay(n, x).to(x.device) for n, x in enumerate(inputs)])
         match = Match(block, inputs, targets)
         learned: list[Shape | QueryKey] = [Shape(watched, self.shift) for watched in found]
         if found and self.query_key:
@@ -174,7 +174,7 @@ class OmniQuant(Step):
             before = match.total()
             match.descend(optimizer, self.epochs * len(inputs), generator)
             log.info("%s: error %.4g, to begin with %.4g", block.name, match.total(), before)
-            outputs = [run(block, n, x).to(x.device) for n, x in enumerate(inputs)]
+            outputs = [block.replay(n, x).to(x.device) for n, x in enumerate(inputs)]
         for shape in learned:
             shape.fold()
         for name, linear in block.linears.items():
