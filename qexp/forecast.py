@@ -48,7 +48,7 @@ def listing(config: DictConfig, jobs: Sequence[Sequence[str]] | None, sweep: Swe
     jobs: None for a search, of which only what was tried is known.
     """
     top = Path(OmegaConf.select(config, "hydra.sweep.dir" if sweep else "hydra.run.dir"))
-    past = finished(top if sweep else top.parent)
+    past = finished_runs(top if sweep else top.parent)
     search = jobs is None
     if jobs is None:
         jobs = [entry.overrides for entry in sweep.entries()] if sweep else []
@@ -77,8 +77,8 @@ def plan(
 ) -> Plan:
     """What becomes of one job. `entry`: what a sweep's record knows of it."""
     state = _state(cfg, folder, entry or Entry([]), retry)
-    runs = state.startswith("to run")
-    return Plan(folder, name, state, estimate(_settings(cfg), past) if runs else None)
+    to_run = state.startswith("to run")
+    return Plan(folder, name, state, estimate(_settings(cfg), past) if to_run else None)
 
 
 def composed(config: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, Path]:
@@ -92,7 +92,7 @@ def composed(config: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, 
     return cfg, Path(cfg.hydra.sweep.dir) / cfg.hydra.sweep.subdir
 
 
-def finished(top: Path) -> list[Past]:
+def finished_runs(top: Path) -> list[Past]:
     """The newest finished runs at any depth; unreadable ones are left out."""
     paths = sorted(top.rglob(results.METRICS), key=os.path.getmtime, reverse=True)[:RECENT]
     found, _ = runs.collect(path.parent for path in paths)

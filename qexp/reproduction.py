@@ -121,15 +121,15 @@ def report(
 
 def _judge(paper: Paper, row: str, column: str, measured: Measured, changed: str) -> list[str]:
     """A line of the table."""
-    published = paper.rows[row].published.get(column, math.nan)
+    wanted = paper.rows[row].published.get(column, math.nan)
     setting, metric = measured.setting, paper.columns[column].metric
     if setting is None:
         said = f"not run ({measured.reason})" if measured.reason else "not run"
-        return [row, column, tables.number(published), "", "", said, ""]
+        return [row, column, tables.number(wanted), "", "", said, ""]
     at = measured.column(metric)
     value = setting.spread(at)
     verdict = paper.verdict(row, column, value, changed or sampled(setting))
-    share = value.mean / published - 1
+    share = value.mean / wanted - 1
     off = "" if math.isnan(share) else f"{share:+.1%}"
     folders = ", ".join(str(run.folder) for run in setting.runs)
     return [
