@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from transformers import BertForSequenceClassification, PreTrainedModel
 
-from qexp.errors import UserError
+from qexp.common.errors import UserError
 
 
 class Group(NamedTuple):

@@ -3,11 +3,15 @@
 import sys
 from importlib import import_module
 
-from qexp import app
-from qexp.failures import guarded
+from qexp.sweeps import app
+from qexp.sweeps.failures import guarded
 
 # module whose `main` takes the rest of the line
-COMMANDS = {"cache": "qexp.entries", "diff": "qexp.difference", "wandb-sweep": "qexp.search"}
+COMMANDS = {
+    "cache": "qexp.commands.cache",
+    "diff": "qexp.commands.diff",
+    "wandb-sweep": "qexp.commands.wandb_sweep",
+}
 
 
 def main() -> None:

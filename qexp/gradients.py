@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from qexp.clipping import Number, inside
-from qexp.errors import finite, known, positive, switches, within
+from qexp.common.errors import finite, known, positive, switches, within
+from qexp.grid.clipping import Number, inside
 
 TINY = torch.finfo(torch.float32).tiny
 

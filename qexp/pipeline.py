@@ -9,18 +9,20 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from omegaconf import DictConfig
 
-from qexp import own, progress, ranks, results, store
-from qexp.activations import Float
-from qexp.build import build
-from qexp.data.calibration import Recipe
-from qexp.edits import Marks, edits, marks
-from qexp.errors import UserError
-from qexp.eval.evaluator import Evaluator, Start, digest
-from qexp.methods.nothing import Nothing
-from qexp.methods.step import Record, Step
-from qexp.models.source import Source
-from qexp.offload import as_task
-from qexp.provenance import Provenance
+from qexp.common import progress, ranks
+from qexp.common.errors import UserError
+from qexp.config import grid_choice
+from qexp.config.instantiate import build
+from qexp.data.recipe import Recipe
+from qexp.eval.base import Evaluator, Start, digest
+from qexp.models.base import Source
+from qexp.models.device import as_task
+from qexp.models.state_diff import Marks, edits, marks
+from qexp.packed import weights_file
+from qexp.quantizers.scheme import Float
+from qexp.runs import results
+from qexp.runs.provenance import Provenance
+from qexp.step import Nothing, Record, Step
 from qexp.task import Batch, Task
 
 log = logging.getLogger(__name__)
@@ -36,7 +38,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
         raise UserError(f"seed={cfg.seed}: give a whole number from 0 to 2**32 - 1.")
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     progress.show(cfg.progress)
-    own.check(cfg)
+    grid_choice.check(cfg)
     source: Source = build(cfg.model)
     recipe: Recipe = build(cfg.calibration)
     steps: list[Step] = [build(cfg.transform), build(cfg.method)]
@@ -44,7 +46,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
     files = [*source.files(), *recipe.files()]
     files += [p for step in steps for each in step.recipes().values() for p in each.files()]
     files += [path for evaluator in evaluators for path in evaluator.files()]
-    needs = [store.FILE] if cfg.save_weights else []
+    needs = [weights_file.FILE] if cfg.save_weights else []
     if (done := results.read(folder, files, needs)) is not None:
         return done
 
@@ -148,5 +150,5 @@ def save(task: Task, origin: Marks, records: list[Record], folder: Path) -> None
     others = {
         f"model.{name}": tensor for name, tensor in edits(task.model, origin, packed.keys()).items()
     }
-    state = task.quantizers.state_dict()
-    store.save(folder, packed, others | {f"quantizers.{name}": t for name, t in state.items()})
+    others |= {f"quantizers.{name}": t for name, t in task.quantizers.state_dict().items()}
+    weights_file.save(folder, packed, others)

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qexp.arch import Arch, arch_of
-from qexp.errors import UserError
-from qexp.results import CHECKPOINTS
+from qexp.common.errors import UserError
+from qexp.runs.results import CHECKPOINTS
 
 Batch = dict[str, Tensor]
 Batches = Callable[[], list[Batch]]

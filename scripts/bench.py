@@ -1,5 +1,5 @@
 """What jobs cost: `python scripts/bench.py blockwise method=gptq model=smollm2`."""
 
-from qexp.bench import main
+from qexp.commands.bench import main
 
 main()

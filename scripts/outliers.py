@@ -1,5 +1,5 @@
 """What outliers cost, tensor by tensor: `python scripts/outliers.py OUT model=minilm data=sst2`."""
 
-from qexp.problem_tensors import main
+from qexp.commands.outliers import main
 
 raise SystemExit(main())

@@ -1,5 +1,5 @@
 """Table and plot of the runs in some folders: `python scripts/report.py outputs --out here`."""
 
-from qexp.report import main
+from qexp.commands.report import main
 
 raise SystemExit(main())

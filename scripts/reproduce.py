@@ -1,5 +1,5 @@
 """Published tables again: `python scripts/reproduce.py gptq_opt --columns smollm2`."""
 
-from qexp.reproduction import main
+from qexp.commands.reproduce import main
 
 raise SystemExit(main())

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
-from qexp.build import build
-from qexp.models.source import Loaded
+from qexp.config.instantiate import build
+from qexp.models.base import Loaded
 
 CONF = Path(__file__).parents[1] / "conf"
 FAMILIES = (

@@ -88,7 +88,9 @@ def _run(children: list[int]) -> bool:
 def _serve() -> None:
     import torch
 
-    from qexp import cli, loggers, pipeline  # noqa: F401
+    from qexp import (
+        pipeline,  # noqa: F401
+    )
 
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
     for line in sys.stdin:

@@ -6,14 +6,16 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from qexp import cli, pipeline, resolvers
+from qexp import pipeline
+from qexp.config import location
+from qexp.runs import resolvers
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _configured():
     """For every test of a module that imports it."""
     resolvers.register()
-    with initialize_config_dir(version_base="1.3", config_dir=str(cli.conf())):
+    with initialize_config_dir(version_base="1.3", config_dir=str(location.conf())):
         yield
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig
 
-from qexp import cli, pipeline, results
-from qexp.errors import UserError
-from qexp.provenance import Provenance
+from qexp import cli, pipeline
+from qexp.common.errors import UserError
+from qexp.runs import results
+from qexp.runs.provenance import Provenance
 
 SMALL = ("model=tiny_llama", "data=synthetic", "calibration=synthetic")
 

@@ -8,14 +8,14 @@ import torch
 from conftest import FAMILIES
 from test_walk import joined, task_of
 
-from qexp.activations import Quantized, quantize_activations
-from qexp.errors import UserError
-from qexp.fake import FakeQuant
-from qexp.fused import Formula
+from qexp.common.errors import UserError
 from qexp.gradients import Soft, Straight
-from qexp.grid import IntGrid
-from qexp.placement import AllOps, KVCache, LinearInputs
-from qexp.ranges import MSE, Entropy, MinMax, MovingAverage, Percentile, Range
+from qexp.grid import IntGrid, Range
+from qexp.grid.ranges import MSE, Entropy, MinMax, MovingAverage, Percentile
+from qexp.quantizers.activation import FakeQuant
+from qexp.quantizers.fake_quantize import Formula
+from qexp.quantizers.placement import AllOps, KVCache, LinearInputs
+from qexp.quantizers.scheme import Quantized, quantize_activations
 
 TENSOR = IntGrid(8, per_tensor=True)
 TOKEN = IntGrid(8, symmetric=True)

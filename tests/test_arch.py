@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BloomConfig
 
 from qexp.arch import ARCHS, arch_of
-from qexp.errors import UserError
+from qexp.common.errors import UserError
 
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 

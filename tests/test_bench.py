@@ -6,7 +6,7 @@ import sys
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from qexp import bench
+from qexp.commands import bench
 
 TINY = ("model=tiny_gpt2", "data=synthetic", "calibration.sequences=2", "calibration.length=16")
 TENSOR = ("weight=channel", "weight.bits=8", "activation=int8_tensor")
@@ -37,7 +37,9 @@ def test_jobs_are_run_with_and_without_a_shared_cache(tmp_path, capsys, monkeypa
     monkeypatch.setenv("QEXP_CACHE_DIR", str(tmp_path))
     words = ["sharing", *TINY, "weight.group_size=32", "logger=none", "eval=none"]
     monkeypatch.setattr("sys.argv", ["bench.py", *words])
-    monkeypatch.setattr(sys.modules["qexp.bench.sharing"], "HESSIANS", {"gptq": "activation"})
+    monkeypatch.setattr(
+        sys.modules["qexp.commands.bench.sharing"], "HESSIANS", {"gptq": "activation"}
+    )
     before = logging.getLogger().handlers[:]
     bench.main()
     lines = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]

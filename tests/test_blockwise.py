@@ -4,12 +4,13 @@ import pytest
 import torch
 from test_walk import joined, task_of
 
-from qexp.errors import UserError
+from qexp.common.errors import UserError
 from qexp.grid import IntGrid
 from qexp.hessian import Layerwise
 from qexp.methods.blockwise import Blockwise, Direct
-from qexp.methods.step import write
-from qexp.solvers import GPTQ, RTN, Solution
+from qexp.methods.write_back import write
+from qexp.solvers import GPTQ, Solution
+from qexp.solvers.rtn import RTN
 
 GRID = IntGrid(3, group_size=32)
 

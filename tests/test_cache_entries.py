@@ -9,9 +9,11 @@ import torch
 from filelock import FileLock
 from safetensors import safe_open
 
-from qexp import cli, entries
-from qexp.cache import Cache
-from qexp.errors import UserError
+from qexp import cli
+from qexp.commands import cache
+from qexp.common import cache_entries
+from qexp.common.cache import Cache
+from qexp.common.errors import UserError
 
 
 @pytest.fixture
@@ -35,11 +37,11 @@ def age(path: Path, hours: float) -> None:
 
 
 def kinds(folder: Path) -> list[str]:
-    return sorted(entry.kind for entry in entries.stored(folder))
+    return sorted(entry.kind for entry in cache_entries.stored(folder))
 
 
 def test_the_command_shows_every_kind(filled: Path, capsys: pytest.CaptureFixture) -> None:
-    entries.main([])
+    cache.main([])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines[1:-1]] == [
         ["converted", "1"],
@@ -62,14 +64,14 @@ def test_the_command_shows_every_kind(filled: Path, capsys: pytest.CaptureFixtur
     ],
 )
 def test_what_is_named_goes_the_longest_idle_first(options, left, filled: Path) -> None:
-    entries.main(["--prune", *options])
+    cache.main(["--prune", *options])
     assert kinds(filled) == left
     assert not [path for path in filled.rglob("*.lock") if path.with_suffix("").exists()]
 
 
 def test_use_makes_an_entry_young(filled: Path) -> None:
     assert Cache().find("hessians", {"key": 1}) is not None
-    entries.prune(filled, older=600.0)
+    cache_entries.prune(filled, older=600.0)
     assert Cache().find("hessians", {"key": 1}) is not None
     assert Cache().find("hessians", {"key": 2}) is None
 
@@ -77,7 +79,7 @@ def test_use_makes_an_entry_young(filled: Path) -> None:
 def test_an_entry_that_is_being_made_stays_and_an_open_one_is_readable(filled: Path) -> None:
     made, opened = sorted((filled / "hessians").glob("*.safetensors"))
     with FileLock(made.with_suffix(".lock")), safe_open(opened, "pt") as file:
-        entries.prune(filled)
+        cache_entries.prune(filled)
         assert made.exists() and not opened.exists()
         assert file.get_tensor("x").shape == (1000,)
 
@@ -85,7 +87,7 @@ def test_an_entry_that_is_being_made_stays_and_an_open_one_is_readable(filled: P
 @pytest.mark.parametrize("wrong", [["--older", "7w"], ["--size", "many"]])
 def test_a_wrong_number_is_refused(wrong, filled: Path) -> None:
     with pytest.raises(UserError, match=f"{wrong[0]} {wrong[1]}"):
-        entries.main(["--prune", *wrong])
+        cache.main(["--prune", *wrong])
     assert len(kinds(filled)) == 5
 
 

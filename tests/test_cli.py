@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from stub import SMALL, qexp  # noqa: F401
 
-from qexp import cli, job
-from qexp.errors import UserError
+from qexp.common.errors import UserError
+from qexp.config import location
+from qexp.sweeps import job
 
 pytestmark = pytest.mark.usefixtures("qexp")
 
@@ -129,7 +130,7 @@ def test_help_lists_the_choices_and_loads_nothing_heavy(tmp_path) -> None:
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(cli.conf().parent)},
+        env={**os.environ, "PYTHONPATH": str(location.conf().parent)},
         check=True,
     )
     assert time.perf_counter() - start < 10  # under 2 s when the machine does nothing else

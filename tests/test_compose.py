@@ -10,10 +10,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from runs import _configured  # noqa: F401 (an autouse fixture)
 
-from qexp import cli, composition
-from qexp.signature import signature
+from qexp.config import location, messages
+from qexp.runs.signature import signature
 
-CONF = cli.conf()
+CONF = location.conf()
 
 
 def choices() -> list[str]:
@@ -84,17 +84,17 @@ def test_an_experiment_may_change_any_key(tmp_path: Path) -> None:
 def test_a_misspelling_is_refused_with_the_nearest_name(override, meant) -> None:
     with pytest.raises(HydraException) as error:
         compose("config", [override])
-    assert f"did you mean {meant}?" in composition.sentence(error.value)
+    assert f"did you mean {meant}?" in messages.sentence(error.value)
 
 
 def test_far_from_everything_all_names_are_listed() -> None:
-    assert composition.nearest("xyz", ["rtn", "gptq"]) == "choose from gptq, rtn"
+    assert messages.nearest("xyz", ["rtn", "gptq"]) == "choose from gptq, rtn"
 
 
 def test_an_environment_variable_that_is_missing_is_named(monkeypatch) -> None:
     monkeypatch.delenv("QEXP_DATA_DIR", raising=False)
     with pytest.raises(OmegaConfBaseException) as error:
         signature(compose("config", ["model=local", "model.path=${oc.env:QEXP_DATA_DIR}/mine"]))
-    assert composition.sentence(error.value).endswith(
+    assert messages.sentence(error.value).endswith(
         "set the environment variable QEXP_DATA_DIR, or this key"
     )

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from folders import folder
 
-from qexp import difference
-from qexp.errors import UserError
-from qexp.runs import load
+from qexp.commands import diff
+from qexp.common.errors import UserError
+from qexp.runs.finished import load
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def line(text: str, name: str) -> list[str]:
 
 
 def test_only_what_differs_is_shown(pair, capsys) -> None:
-    difference.main([str(folder) for folder in pair])
+    diff.main([str(folder) for folder in pair])
     said = capsys.readouterr().out
     assert line(said, "method") == ["rtn", "gptq"]
     assert line(said, "weight.bits") == ["3", "4"]
@@ -46,18 +46,18 @@ def test_definitions_that_differ_have_no_difference(pair) -> None:
     content["protocols"]["held_out"]["digest"] = "another0"
     content["versions"]["torch"] = "0.0"
     path.write_text(json.dumps(content))
-    said = "\n".join(difference.report(*map(load, pair)))
+    said = "\n".join(diff.report(*map(load, pair)))
     assert "not comparable" in " ".join(line(said, "held_out/ppl"))
     assert line(said, "versions.torch")[1] == "0.0"
 
 
 def test_a_run_does_not_differ_from_itself(pair) -> None:
     run = load(pair[0])
-    sections = [each for each in difference.report(run, run) if each]
+    sections = [each for each in diff.report(run, run) if each]
     assert len(sections) == 4 and all("nothing differs" in each for each in sections)
 
 
 def test_what_is_no_finished_run_is_refused(pair) -> None:
     (pair[1] / "metrics.json").unlink()
     with pytest.raises(UserError, match=r"has no metrics\.json"):
-        difference.main([str(folder) for folder in pair])
+        diff.main([str(folder) for folder in pair])

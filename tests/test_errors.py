@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 from omegaconf import OmegaConf
 
-from qexp.build import build
-from qexp.errors import FieldError, UserError, finite, known, positive, real, switches, whole
+from qexp.common.errors import FieldError, UserError, finite, known, positive, real, switches, whole
+from qexp.config.instantiate import build
 
 
 @pytest.mark.parametrize("value", [-1, -0.5, nan, "much", None, True])
@@ -52,7 +52,10 @@ def test_what_is_no_switch(value: object) -> None:
 def test_a_field_of_an_object_that_may_stand_anywhere_is_named_where_it_stands() -> None:
     with pytest.raises(FieldError, match=r"^delta=-1\.0: give"):
         build({"_target_": "qexp.gradients.EWGS", "delta": 0.1}).__class__(-1.0)
-    node = {"_target_": "qexp.fused.Formula", "rounding": {"_target_": "qexp.gradients.EWGS"}}
+    node = {
+        "_target_": "qexp.quantizers.fake_quantize.Formula",
+        "rounding": {"_target_": "qexp.gradients.EWGS"},
+    }
     node["rounding"]["delta"] = -1.0
     with pytest.raises(UserError, match=r"^rounding\.delta=-1\.0: give a finite number"):
         build(OmegaConf.create(node))

@@ -12,11 +12,12 @@ from test_pipeline import PPL, SMALL, _configured, run  # noqa: F401 (an autouse
 from test_walk import joined
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qexp import export
-from qexp.errors import UserError
-from qexp.load import linearize, published
+from qexp.commands import train
+from qexp.common.errors import UserError
+from qexp.models import export
+from qexp.models.base import AUTO, Loaded
+from qexp.models.linearize import linearize, published
 from qexp.models.random import Random
-from qexp.models.source import AUTO, Loaded
 
 FLOAT = [*SMALL, "trainer=smoke", "method=finetune", "method.optimizer.weights=1e-3"]
 
@@ -70,7 +71,7 @@ def test_the_command_trains_then_writes(tmp_path, monkeypatch, capsys):
     def call(*arguments: str) -> int:
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
         with pytest.raises(SystemExit) as stop:
-            export.main()
+            train.main()
         return stop.value.code if isinstance(stop.value.code, int) else 0
 
     words = [key for key in FLOAT if not key.startswith("method=")] + ["hydra/job_logging=none"]

@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from qexp.errors import UserError
-from qexp.files import atomic
+from qexp.common.errors import UserError
+from qexp.common.files import atomic
 
 
 def test_a_file_appears_with_its_content_and_the_usual_mode(tmp_path) -> None:

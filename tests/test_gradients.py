@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from qexp.errors import FieldError
-from qexp.fused import Formula
+from qexp.common.errors import FieldError
 from qexp.gradients import DSQ, EWGS, Hard, Sigmoid, Soft, Straight
-from qexp.grid import IntGrid, Scale
-from qexp.levels import LevelGrid
+from qexp.grid import IntGrid, LevelGrid, Scale
+from qexp.quantizers.fake_quantize import Formula
 
 ROUNDINGS = [Straight(), Sigmoid(5), Sigmoid(40, "raw"), Sigmoid(4, "norm"), DSQ(), EWGS(0.5)]
 CLAMPS = [Hard(), Soft(), Soft("silu", 2.0), Hard(steps_inside=False)]

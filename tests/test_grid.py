@@ -5,10 +5,10 @@ from math import inf, nan
 import pytest
 import torch
 
-from qexp.errors import UserError
-from qexp.grid import IntGrid, Scale
-from qexp.levels import LevelGrid, levels
-from qexp.ranges import MSE, RMS, Entropy, MinMax, MovingAverage, Percentile
+from qexp.common.errors import UserError
+from qexp.grid import IntGrid, LevelGrid, Scale
+from qexp.grid.float_formats import levels
+from qexp.grid.ranges import MSE, RMS, Entropy, MinMax, MovingAverage, Percentile
 
 GRIDS = [
     IntGrid(2),

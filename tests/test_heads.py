@@ -11,7 +11,7 @@ import torch
 from conftest import tiny
 from transformers import BertModel
 
-from qexp.errors import UserError
+from qexp.common.errors import UserError
 from qexp.models.local import Local
 from qexp.models.pretrained import Head
 from qexp.models.wheel import Wheel

@@ -9,7 +9,8 @@ import stub
 from omegaconf import DictConfig
 from stub import SMALL, qexp  # noqa: F401
 
-from qexp import fingerprint, forecast, job, ledger
+from qexp.common import hashes
+from qexp.sweeps import dry_run, job, ledger
 
 pytestmark = pytest.mark.usefixtures("qexp")
 
@@ -56,9 +57,9 @@ def test_a_failure_is_told_again_until_another_try_is_asked_for(qexp, capsys) ->
 def test_what_other_code_failed_at_is_tried_again(qexp, monkeypatch) -> None:  # noqa: F811
     sweep = (*SWEEP, "weight.bits=11")
     assert qexp(*sweep) == 1
-    monkeypatch.setattr(fingerprint, "code", lambda: "changed")
+    monkeypatch.setattr(hashes, "code", lambda: "changed")
     monkeypatch.setattr("qexp.pipeline.run", lambda cfg, folder: {"a/ppl": 1.0})
-    monkeypatch.setattr("qexp.results.cost", lambda folder: {"seconds": 1.0})
+    monkeypatch.setattr("qexp.runs.results.cost", lambda folder: {"seconds": 1.0})
     assert qexp(*sweep) == 0
     assert states() == {"weight.bits=11": "done"}
 
@@ -130,14 +131,14 @@ def test_a_dry_run_tells_what_each_job_would_do_and_does_nothing(qexp, capsys) -
 
 def test_an_estimate_is_of_the_runs_that_are_nearest() -> None:
     past = [
-        forecast.Past({"bits": "3", "model": "large"}, 90.0),
-        forecast.Past({"bits": "3", "model": "small"}, 5.0),
-        forecast.Past({"bits": "4", "model": "small"}, 7.0),
+        dry_run.Past({"bits": "3", "model": "large"}, 90.0),
+        dry_run.Past({"bits": "3", "model": "small"}, 5.0),
+        dry_run.Past({"bits": "4", "model": "small"}, 7.0),
     ]
-    assert forecast.estimate({"bits": "2", "model": "small"}, past) == 6.0
-    assert forecast.estimate({"bits": "2", "model": "large"}, past) == 90.0
-    assert forecast.estimate({"bits": "2"}, []) is None
-    assert forecast.estimate({"bits": "2", "method._target_": "training"}, past) is None
+    assert dry_run.estimate({"bits": "2", "model": "small"}, past) == 6.0
+    assert dry_run.estimate({"bits": "2", "model": "large"}, past) == 90.0
+    assert dry_run.estimate({"bits": "2"}, []) is None
+    assert dry_run.estimate({"bits": "2", "method._target_": "training"}, past) is None
 
 
 @pytest.mark.parametrize(

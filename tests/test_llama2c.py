@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from torch import Tensor
 
-from qexp.build import build
-from qexp.errors import UserError
+from qexp.common.errors import UserError
+from qexp.config.instantiate import build
 from qexp.models.llama2c import Llama2C, sentencepiece_tokenizer
 
 TEXT = "Once upon a time there was a little girl. She said: I am here, and I like to play!\n"

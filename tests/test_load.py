@@ -7,7 +7,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from qexp.load import linearize
+from qexp.models.linearize import linearize
 
 
 def gpt2() -> GPT2LMHeadModel:

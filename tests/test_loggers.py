@@ -13,11 +13,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 from stub import SMALL, qexp  # noqa: F401
 
-from qexp import loggers
+from qexp.report import loggers
 
 
 def test_csv_is_written_when_something_is_logged(tmp_path) -> None:
-    cfg = OmegaConf.create({"logger": {"csv": {"_target_": "qexp.loggers.Csv"}}})
+    cfg = OmegaConf.create({"logger": {"csv": {"_target_": "qexp.report.loggers.Csv"}}})
     with loggers.opened(cfg, tmp_path):
         pass
     assert not list(tmp_path.iterdir())
@@ -75,7 +75,7 @@ def test_wandb_is_given_what_its_users_look_for(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
     run = folder(tmp_path, "gptq", errors={"model.layers.0.up": 0.25, "model.layers.1.up": 0.5})
     (run / "training.csv").write_text("step,loss,validation\n10,2.5,\n20,1.5,1.75\n")
-    logger = {"wandb": {"_target_": "qexp.loggers.Wandb"}}
+    logger = {"wandb": {"_target_": "qexp.report.loggers.Wandb"}}
     cfg = OmegaConf.create({"logger": logger, "weight": {"bits": 3, "range": {"low": 0}}})
     with loggers.opened(cfg, run, "the-sweep") as log:
         log({"held_out/ppl": 37.0})

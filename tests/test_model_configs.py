@@ -5,10 +5,10 @@ from conftest import CONF
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from qexp.build import build
-from qexp.errors import UserError
+from qexp.common.errors import UserError
+from qexp.config.instantiate import build
+from qexp.models.base import Source
 from qexp.models.hub import Hub
-from qexp.models.source import Source
 
 NAMES = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
 OPEN = {"hub": "id=org/name", "local": "path=folder", "gguf": "path=a.gguf"}  # what they ask for

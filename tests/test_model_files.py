@@ -13,11 +13,11 @@ from conftest import batches, tiny
 from gguf import GGMLQuantizationType, GGUFWriter, quants
 from torch import Tensor
 
-from qexp import files
-from qexp.errors import UserError
+from qexp.common import files
+from qexp.common.errors import UserError
+from qexp.models.base import Loaded
 from qexp.models.gguf import GGUF
 from qexp.models.local import Local
-from qexp.models.source import Loaded
 from qexp.models.wheel import Wheel
 
 HEADS = {"q_proj": 4, "k_proj": 2}

@@ -11,12 +11,12 @@ from conftest import CONF, FAMILIES, batches, tiny
 from huggingface_hub.utils import httpx
 from omegaconf import OmegaConf
 
-from qexp.build import build
-from qexp.errors import UserError
+from qexp.common.errors import UserError
+from qexp.config.instantiate import build
+from qexp.models.base import Loaded
 from qexp.models.hub import Hub, _reachable
 from qexp.models.local import Local
 from qexp.models.random import Random
-from qexp.models.source import Loaded
 
 
 @torch.no_grad()

@@ -5,11 +5,11 @@ import torch
 from conftest import batches
 from test_walk import joined, task_of
 
-from qexp.errors import UserError
+from qexp.common.errors import UserError
 from qexp.grid import IntGrid
-from qexp.hessian import Layerwise
-from qexp.hessian.output import OutputAdaptive, TokenWeighted, through_tokens
+from qexp.hessian import Layerwise, OutputAdaptive, TokenWeighted
 from qexp.hessian.output import _check_dead as check_dead
+from qexp.hessian.output import through_tokens
 from qexp.methods.blockwise import Blockwise
 from qexp.solvers import GPTQ
 from qexp.walk import walk

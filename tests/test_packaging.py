@@ -8,17 +8,19 @@ import tomllib
 from pathlib import Path
 
 import qexp
-from qexp import cli
+from qexp.config import location
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def test_configurations_are_found_in_a_checkout_and_inside_a_package(tmp_path, monkeypatch) -> None:
-    assert cli.conf() == ROOT / "conf"
+    assert location.conf() == ROOT / "conf"
     shutil.copytree(ROOT / "qexp", tmp_path / "qexp", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "conf", tmp_path / "qexp" / "conf")
-    program = "import qexp.cli; print(qexp.cli.conf()); qexp.cli.main()"
+    program = (
+        "import qexp.cli; from qexp.config.location import conf; print(conf()); qexp.cli.main()"
+    )
     done = subprocess.run(
         [sys.executable, "-c", program, "--cfg", "job", "method=rtn"],
         capture_output=True,

@@ -4,15 +4,14 @@ import pytest
 import torch
 from solvers.problems import TWO_LEVELS, problem
 
-from qexp import store
-from qexp.bits import pack_bits, unpack_bits
-from qexp.errors import UserError
+from qexp.common.errors import UserError
 from qexp.grid import IntGrid
-from qexp.solvers import GPTQ, Solver
-from qexp.solvers.billm import BiLLM, Binarize
+from qexp.packed import weights_file
+from qexp.packed.bitpacking import pack_bits, unpack_bits
+from qexp.solvers import GPTQ, BiLLM, Solver, SpQR
+from qexp.solvers.billm import Binarize
 from qexp.solvers.pbllm import PBLLM
 from qexp.solvers.quip import QuIP
-from qexp.solvers.spqr import SpQR
 
 SOLVERS: dict[str, Solver] = {
     "gptq": GPTQ(IntGrid(3, group_size=32, scale_dtype="bfloat16"), act_order=True),
@@ -27,8 +26,8 @@ SOLVERS: dict[str, Solver] = {
 def test_every_form_comes_back_from_a_file(tmp_path) -> None:
     solutions = {name: solver(*problem()) for name, solver in SOLVERS.items()}
     extra = {"range": torch.arange(3.0)}
-    store.save(tmp_path, {name: each.packed for name, each in solutions.items()}, extra)
-    packed, others = store.load(tmp_path)
+    weights_file.save(tmp_path, {name: each.packed for name, each in solutions.items()}, extra)
+    packed, others = weights_file.load(tmp_path)
     assert set(packed) == set(solutions) and torch.equal(others["range"], extra["range"])
     for name, solution in solutions.items():
         assert type(packed[name]) is type(solution.packed)
@@ -38,15 +37,15 @@ def test_every_form_comes_back_from_a_file(tmp_path) -> None:
 
 def test_the_file_is_as_small_as_the_bits_say(tmp_path) -> None:
     solution = SOLVERS["spqr"](*problem(192, 192))
-    store.save(tmp_path, {"layer": solution.packed}, {})
-    size = (tmp_path / store.FILE).stat().st_size
+    weights_file.save(tmp_path, {"layer": solution.packed}, {})
+    size = (tmp_path / weights_file.FILE).stat().st_size
     assert 8 * size < solution.packed.size() + 8 * 2500  # the header names tensors and layout
 
 
 def test_a_damaged_file_is_named(tmp_path) -> None:
-    (tmp_path / store.FILE).write_bytes(b"nonsense")
-    with pytest.raises(UserError, match=store.FILE):
-        store.load(tmp_path)
+    (tmp_path / weights_file.FILE).write_bytes(b"nonsense")
+    with pytest.raises(UserError, match=weights_file.FILE):
+        weights_file.load(tmp_path)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 5, 8, 16])

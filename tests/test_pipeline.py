@@ -10,8 +10,10 @@ import torch
 from runs import _configured  # noqa: F401 (an autouse fixture)
 from safetensors import safe_open
 
-from qexp import pipeline, results, store
-from qexp.errors import UserError
+from qexp import pipeline
+from qexp.common.errors import UserError
+from qexp.packed import weights_file
+from qexp.runs import results
 
 SMALL = [
     "data=synthetic",
@@ -67,7 +69,7 @@ def test_a_run_reloads_to_the_same_number(tmp_path, overrides):
 
 
 def json_layout(folder: Path) -> dict:
-    with safe_open(folder / store.FILE, "pt") as file:
+    with safe_open(folder / weights_file.FILE, "pt") as file:
         return json.loads(file.metadata()["layout"])
 
 
@@ -88,7 +90,7 @@ def test_encoders_run(tmp_path, family):
 
 def test_bits_are_those_of_the_file(tmp_path):
     metrics = run(tmp_path, "model=tiny_llama", "method=rtn", "weight.bits=3")
-    with safe_open(tmp_path / store.FILE, "pt") as file:
+    with safe_open(tmp_path / weights_file.FILE, "pt") as file:
         size = sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118
     measured = metrics["weight/bits"] * metrics["weight/count"] / 8
     assert metrics["weight/bits"] == 3 + (16 + 3) / 32
@@ -121,7 +123,7 @@ def test_a_finished_run_is_answered_until_something_changes(tmp_path, monkeypatc
         assert run(folder, small=data) == first
     text.write_text("All other words now stand here in some order that is new.\n" * 200)
     assert run(folder, small=data) != first
-    monkeypatch.setattr("qexp.fingerprint.code", lambda: "other")
+    monkeypatch.setattr("qexp.common.hashes.code", lambda: "other")
     ran = []
     monkeypatch.setattr(pipeline, "place", lambda *_: ran.append(1))
     run(folder, small=data)
@@ -138,11 +140,11 @@ def test_a_full_disk_leaves_no_result(tmp_path, monkeypatch):
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store, "save_file", full)
+    monkeypatch.setattr(weights_file, "save_file", full)
     with pytest.raises(UserError, match=r"weights\.safetensors"):
         run(tmp_path, "model=tiny_llama", "method=rtn")
     assert not (tmp_path / results.METRICS).exists()
-    assert not (tmp_path / store.FILE).exists()
+    assert not (tmp_path / weights_file.FILE).exists()
 
 
 @pytest.mark.parametrize(

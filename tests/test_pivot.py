@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from qexp import comparison, pivot
-from qexp.errors import UserError
-from qexp.runs import Column, Run, flat
+from qexp.common.errors import UserError
+from qexp.report import pivot, significance
+from qexp.runs.finished import Column, Run, flat
 
 PPL = Column("text/ppl", "12345678")
 
@@ -92,13 +92,13 @@ def test_the_best_is_among_equals() -> None:
         *seeds("rtn", 6, bits=4),
     ]
     table = pivot.pivot(pivot.group(runs))
-    bold = comparison.best(table)
+    bold = significance.best(table)
     assert [s.label("method") for s in table.settings if (id(s), PPL) in bold] == ["gptq"]
 
 
 def test_a_difference_is_paired_over_seeds() -> None:
     gptq, rtn = pivot.group([*seeds("gptq", 10, 21, 30.5), *seeds("rtn", 11, 22, 32, 99)])
-    moved = comparison.compare(gptq, rtn, PPL)
+    moved = significance.compare(gptq, rtn, PPL)
     assert moved is not None and moved.count == 3
     assert moved.mean == pytest.approx(-3.5 / 3)
     # unpaired, the seeds' own spread of 10 would hide it; t of the logarithms by hand
@@ -106,10 +106,10 @@ def test_a_difference_is_paired_over_seeds() -> None:
     mean = sum(logs) / 3
     t = mean / math.sqrt(sum((x - mean) ** 2 for x in logs) / 2 / 3)
     assert moved.p == pytest.approx(1 - abs(t) / math.sqrt(2 + t * t))  # of two degrees of freedom
-    one = comparison.compare(pivot.group(seeds("gptq", 10))[0], rtn, PPL)
+    one = significance.compare(pivot.group(seeds("gptq", 10))[0], rtn, PPL)
     assert one is not None and math.isnan(one.p)
     other = pivot.group([run("gptq", 7, 1.0)])[0]
-    assert comparison.compare(other, rtn, PPL) is None
+    assert significance.compare(other, rtn, PPL) is None
 
 
 def test_the_baseline_is_like_the_setting_in_all_else() -> None:
@@ -122,12 +122,12 @@ def test_the_baseline_is_like_the_setting_in_all_else() -> None:
         *seeds("gptq", 6, bits=4, damp=1.0),
     ]
     settings = pivot.group(runs)
-    found = comparison.counterparts(settings, {"method": "rtn"})
+    found = significance.counterparts(settings, {"method": "rtn"})
     ppl = {s.spread(PPL).mean: found[id(s)].spread(PPL).mean for s in settings if id(s) in found}
     assert ppl == {10: 20, 9: 20, 6: 8}
-    assert len(comparison.counterparts(settings, {"method": "none"})) == 5
+    assert len(significance.counterparts(settings, {"method": "none"})) == 5
     with pytest.raises(UserError, match="no run is so; there are gptq, none, rtn"):
-        comparison.counterparts(settings, {"method": "awq"})
+        significance.counterparts(settings, {"method": "awq"})
 
 
 def test_a_null_is_a_value_and_no_key_is_none() -> None:
@@ -137,7 +137,7 @@ def test_a_null_is_a_value_and_no_key_is_none() -> None:
     assert [setting.label("method.group") for setting in found] == ["null", "64", "64"]
     words = [setting.words(["method", "method.group"]) for setting in found[:2]]
     assert [[*each.values()] for each in words] == [["gptq", "group=null"], ["gptq", "group=64"]]
-    assert list(comparison.counterparts(found, {"method": "rtn"})) == [id(found[1])]
+    assert list(significance.counterparts(found, {"method": "rtn"})) == [id(found[1])]
     [bare] = pivot.group(seeds("gptq", 9))
     assert bare.label("method.group") == "" and bare.words(["method.group"]) == {}
     [scaled] = pivot.group(seeds("gptq", 9, scales={"_target_": "a.module.IntGrid"}))

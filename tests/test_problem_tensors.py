@@ -10,12 +10,14 @@ from hydra.core.global_hydra import GlobalHydra
 from runs import run
 from test_walk import joined, task_of
 
-from qexp import cli, problem_tensors, resolvers
-from qexp.activations import Quantized
-from qexp.amplification import Errors, Moments, decompose
+from qexp.commands import outliers
+from qexp.commands.outliers import problems, survey
+from qexp.config import location
 from qexp.grid import IntGrid
-from qexp.placement import AllOps, LinearInputs
-from qexp.problem_tensors import problems, survey
+from qexp.grid.outlier_error import Errors, Moments, decompose
+from qexp.quantizers.placement import AllOps, LinearInputs
+from qexp.quantizers.scheme import Quantized
+from qexp.runs import resolvers
 
 GRID = IntGrid(6, per_tensor=True)
 KIND = Quantized(LinearInputs(), GRID)
@@ -100,10 +102,10 @@ def test_the_script_compares_a_model_with_what_a_run_made_of_it(tmp_path, capsys
     monkeypatch.setattr(GlobalHydra.instance(), "hydra", None)
     resolvers.register()
     words = [*SMALL, "data=synthetic"]
-    with initialize_config_dir(version_base="1.3", config_dir=str(cli.conf())):
+    with initialize_config_dir(version_base="1.3", config_dir=str(location.conf())):
         run(tmp_path / "run", "method=quanttune", "trainer=smoke", "eval=none", small=words)
     words += ["--", "model=from_run", f"run={tmp_path / 'run'}"]
-    assert problem_tensors.main([str(tmp_path / "out"), *words]) == 0
+    assert outliers.main([str(tmp_path / "out"), *words]) == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         *("before.csv", "before.md", "after.csv", "after.md", "ranges.png")
     }
@@ -120,9 +122,9 @@ def test_the_script_compares_a_model_with_what_a_run_made_of_it(tmp_path, capsys
 
 def test_faults_of_the_user_are_one_sentence(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(GlobalHydra.instance(), "hydra", None)
-    assert problem_tensors.main(["model=tiny_vit"]) == 2
-    assert problem_tensors.main([str(tmp_path), *SMALL, "activation=int8_token"]) == 1
+    assert outliers.main(["model=tiny_vit"]) == 2
+    assert outliers.main([str(tmp_path), *SMALL, "activation=int8_token"]) == 1
     assert "choose activation=int8_tensor" in capsys.readouterr().err
-    assert problem_tensors.main([str(tmp_path), "model=nowhere"]) == 1
+    assert outliers.main([str(tmp_path), "model=nowhere"]) == 1
     assert "there is no such choice" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

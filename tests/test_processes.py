@@ -15,10 +15,11 @@ import torch
 from filelock import FileLock
 from omegaconf import OmegaConf
 
-from qexp import processes, ranks
-from qexp.cache import Cache
-from qexp.errors import UserError
-from qexp.ledger import Ledger
+from qexp.common import ranks
+from qexp.common.cache import Cache
+from qexp.common.errors import UserError
+from qexp.sweeps.ledger import Ledger
+from qexp.training import launch
 
 SMALL = ["model=tiny_llama", "data=synthetic", "calibration.sequences=8", "calibration.length=32"]
 SMALL += ["eval.held_out.length=32", "eval.held_out.limit=4", "progress=false", "logger=none"]
@@ -46,24 +47,24 @@ def test_alone_this_process_is_the_first(monkeypatch):
 def test_another_count_than_was_started_is_refused(monkeypatch):
     as_one_of(monkeypatch, 0, 4)
     said = r"^trainer\.devices=2: 4 processes were started on 1 machine.*trainer\.devices=4"
-    with pytest.raises(UserError, match=said), processes.together(None, 2):
+    with pytest.raises(UserError, match=said), launch.together(None, 2):
         pass
 
 
 def test_only_the_command_starts_others(tmp_path):
     for folder in (None, tmp_path):
-        with pytest.raises(UserError, match="torchrun"), processes.together(folder, 2):
+        with pytest.raises(UserError, match="torchrun"), launch.together(folder, 2):
             pass
 
 
 def test_a_process_that_ends_too_early_ends_the_run(tmp_path, monkeypatch):
     """Instead of a wait in torch for half an hour; and the environment is as it was."""
     (tmp_path / ".hydra").mkdir()
-    (tmp_path / processes.CONFIG).touch()
+    (tmp_path / launch.CONFIG).touch()
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     before, threads = dict(os.environ), torch.get_num_threads()
     said = r"^trainer\.devices=3: process 2 ended before training began"
-    with pytest.raises(UserError, match=said), processes.together(tmp_path, 3):
+    with pytest.raises(UserError, match=said), launch.together(tmp_path, 3):
         pass
     assert dict(os.environ) == before and torch.get_num_threads() == threads
 
@@ -71,23 +72,23 @@ def test_a_process_that_ends_too_early_ends_the_run(tmp_path, monkeypatch):
 def test_a_process_that_dies_in_training_is_said_to_have_done_so(tmp_path, monkeypatch):
     """Instead of torch's words for a peer that does not answer."""
     (tmp_path / ".hydra").mkdir()
-    (tmp_path / processes.CONFIG).touch()
+    (tmp_path / launch.CONFIG).touch()
     other = tmp_path / "other"
     other.write_text(
-        f"#!/bin/bash\nprintf ! >&${processes.CALL}; read -n 1 <&${processes.CALL}; exit 7\n"
+        f"#!/bin/bash\nprintf ! >&${launch.CALL}; read -n 1 <&${launch.CALL}; exit 7\n"
     )
     other.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(other))
     said = r"^trainer\.devices=2: 1 of the other processes ended .*exit code 7"
-    with pytest.raises(UserError, match=said), processes.together(tmp_path, 2):
+    with pytest.raises(UserError, match=said), launch.together(tmp_path, 2):
         raise RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
-    with pytest.raises(KeyError, match="its own"), processes.together(tmp_path, 2):
+    with pytest.raises(KeyError, match="its own"), launch.together(tmp_path, 2):
         raise KeyError("its own")  # of which the other may die as well
 
 
 def test_a_process_alone_is_placed_and_leaves_no_trace(tmp_path):
     before = dict(os.environ)
-    with processes.together(None, 1):
+    with launch.together(None, 1):
         assert os.environ["WORLD_SIZE"] == "1"
         assert ranks.rank() == 0
     assert dict(os.environ) == before
@@ -97,9 +98,9 @@ def test_a_process_called_by_nobody_is_done(monkeypatch):
     """The one that started it is gone."""
     own, theirs = socket.socketpair()
     as_one_of(monkeypatch, 1)
-    monkeypatch.setenv(processes.CALL, str(theirs.detach()))
+    monkeypatch.setenv(launch.CALL, str(theirs.detach()))
     own.close()
-    with pytest.raises(ranks.Done), processes.together(None, 2):
+    with pytest.raises(ranks.Done), launch.together(None, 2):
         pass
 
 
@@ -108,7 +109,7 @@ def test_others_do_not_wait_for_what_the_first_is_making(tmp_path, monkeypatch):
     cache, key = Cache(tmp_path), {"of": "it"}
     path, _ = cache._place("kind", {**key, "code": "any"})
     as_one_of(monkeypatch, 1)
-    monkeypatch.setattr("qexp.cache._source", lambda module: "any")
+    monkeypatch.setattr("qexp.common.cache._source", lambda module: "any")
     path.parent.mkdir()
     with FileLock(path.with_suffix(".lock")):
         made = cache.get("kind", key, lambda: {"x": torch.ones(2)})

@@ -11,8 +11,10 @@ import pytest
 from folders import folder
 from stub import SMALL, qexp  # noqa: F401
 
-from qexp import plot, report, runs, tables
-from qexp.pivot import group
+from qexp.commands import report
+from qexp.report import plots, tables
+from qexp.report.pivot import group
+from qexp.runs import finished
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 VOID = ("meta", "link", "br", "wbr")
@@ -210,28 +212,28 @@ def test_keys_that_few_look_for_share_a_column(tmp_path) -> None:
 
 def test_many_settings_are_drawn_by_method(tmp_path) -> None:
     """One name for each, and a line through its best; every setting is a mark."""
-    for damp in range(plot.CROWD):
+    for damp in range(plots.CROWD):
         for method, bits in (("gptq", 3), ("rtn", 3), ("rtn", 4)):
             folder(tmp_path, method, bits, ppl=50.1234 - damp - 10 * bits, damp=damp)
-    settings = group(runs.collect([tmp_path])[0])
+    settings = group(finished.collect([tmp_path])[0])
     [column] = settings[0].seeded
-    picture = plot.against_bits(settings, [column], say=lambda setting, _: setting.run.command)
+    picture = plots.against_bits(settings, [column], say=lambda setting, _: setting.run.command)
     [axes] = picture.figure.axes
     assert {note.get_text() for note in axes.texts} == {"gptq", "rtn"}
-    best = [[3.5, 50.1234 - 30 - plot.CROWD + 1], [4.5, 50.1234 - 40 - plot.CROWD + 1]]
+    best = [[3.5, 50.1234 - 30 - plots.CROWD + 1], [4.5, 50.1234 - 40 - plots.CROWD + 1]]
     assert any(line.get_xydata().tolist() == best for line in axes.lines)
-    assert len(set(picture.says.values())) == 3 * plot.CROWD
+    assert len(set(picture.says.values())) == 3 * plots.CROWD
 
 
 def test_a_folder_counts_once_however_it_is_named(sweep) -> None:
-    found, _ = runs.collect([sweep, *sorted(sweep.glob("[0-9a-f]*")), sweep])
+    found, _ = finished.collect([sweep, *sorted(sweep.glob("[0-9a-f]*")), sweep])
     assert len(found) == 4
 
 
 def test_a_damaged_run_is_left_out_with_a_note(sweep) -> None:
     path = sorted(sweep.glob("*/metrics.json"))[0]
     path.write_text("{")
-    found, notes = runs.collect([sweep])
+    found, notes = finished.collect([sweep])
     assert len(found) == 3
     assert any("metrics.json" in note for note in notes)
 
@@ -261,7 +263,7 @@ def test_no_runs_is_a_sentence(tmp_path, capsys) -> None:
 
 
 def test_any_metric_or_key_may_be_the_x_axis(sweep) -> None:
-    found, _ = runs.collect([sweep])
+    found, _ = finished.collect([sweep])
     assert {run.value("weight.bits") for run in found} == {2.0, 3.0, 4.0}
     assert report.main([str(sweep), "--out", "made", "--x", "weight.bits"]) == 0
     assert "weight.bits\n" in Path("made/report.html").read_text()

@@ -7,14 +7,16 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from stub import SMALL, qexp  # noqa: F401
 
-from qexp import cli, reproduction, targets
-from qexp.build import build
-from qexp.errors import UserError
-from qexp.pivot import Spread
-from qexp.signature import signature
-from qexp.targets import Paper, Place, Row
+from qexp.commands import reproduce
+from qexp.common.errors import UserError
+from qexp.config import location
+from qexp.config.instantiate import build
+from qexp.report import published
+from qexp.report.pivot import Spread
+from qexp.report.published import Paper, Place, Row
+from qexp.runs.signature import signature
 
-IDS = reproduction.ids()
+IDS = reproduce.ids()
 
 
 def paper(**fields: object) -> Paper:
@@ -37,7 +39,7 @@ def verdicts(text: str) -> dict[tuple[str, str], str]:
 
 
 def test_a_number_is_reached_or_not_and_a_stand_in_is_judged_by_order(qexp) -> None:  # noqa: F811
-    text, well = reproduction.report("gptq_opt", paper(), ["own", "other"], [], False)
+    text, well = reproduce.report("gptq_opt", paper(), ["own", "other"], [], False)
     found = verdicts(text)
     assert found["gptq", "own"] == "reached"
     assert found["rtn", "own"] == "not reached"
@@ -51,37 +53,37 @@ def test_a_number_is_reached_or_not_and_a_stand_in_is_judged_by_order(qexp) -> N
 
 
 def test_what_stands_is_not_run_again_and_show_runs_nothing(qexp, capsys) -> None:  # noqa: F811
-    text, well = reproduction.report("gptq_opt", paper(), ["other"], [], True)
+    text, well = reproduce.report("gptq_opt", paper(), ["other"], [], True)
     assert verdicts(text)["gptq", "other"] == "not run" and not well
     assert not list(Path("outputs").glob("*/metrics.json"))
-    first, well = reproduction.report("gptq_opt", paper(), ["other"], [], False)
+    first, well = reproduce.report("gptq_opt", paper(), ["other"], [], False)
     assert well
     written = {path: path.stat().st_mtime_ns for path in Path("outputs").glob("*/metrics.json")}
-    again, _ = reproduction.report("gptq_opt", paper(), ["other"], [], False)
+    again, _ = reproduce.report("gptq_opt", paper(), ["other"], [], False)
     assert again == first
     assert written == {p: p.stat().st_mtime_ns for p in Path("outputs").glob("*/metrics.json")}
 
 
 def test_a_dry_run_lists_every_job_and_runs_none(qexp) -> None:  # noqa: F811
-    before = reproduction.plans("gptq_opt", paper(), ["own", "other"], ["save_weights=false"])
+    before = reproduce.plans("gptq_opt", paper(), ["own", "other"], ["save_weights=false"])
     assert before.splitlines()[-1] == "6 jobs: 6 to run" and "other rtn: to run" in before
     assert not list(Path("outputs").glob("*/metrics.json"))
-    reproduction.report("gptq_opt", paper(), ["own"], [], False)
-    after = reproduction.plans("gptq_opt", paper(), ["own", "other"], ["save_weights=false"])
+    reproduce.report("gptq_opt", paper(), ["own"], [], False)
+    after = reproduce.plans("gptq_opt", paper(), ["own", "other"], ["save_weights=false"])
     assert after.count(": answered") == 4  # the first seed of `other` is `own`
     assert "6 jobs: 2 to run, about" in after and "of 2 finished runs" in after
 
 
 def test_a_job_that_fails_says_why_and_takes_no_other_with_it(qexp) -> None:  # noqa: F811
     rows = {**paper().rows, "gptq": Row(["method=gptq", "weight.bits=11"], {"own": 1.0})}
-    text, well = reproduction.report("gptq_opt", paper(rows=rows), ["own"], [], False)
+    text, well = reproduce.report("gptq_opt", paper(rows=rows), ["own"], [], False)
     assert "weight.bits=11: is not wanted" in verdicts(text)["gptq", "own"]
     assert verdicts(text)["rtn", "own"] == "not reached"
     assert verdicts(text)["gptq < rtn", "own"] == "not run" and not well
 
 
 def test_another_model_on_the_command_line_is_not_the_papers(qexp) -> None:  # noqa: F811
-    text, _ = reproduction.report("gptq_opt", paper(), ["own"], ["data.count=100"], False)
+    text, _ = reproduce.report("gptq_opt", paper(), ["own"], ["data.count=100"], False)
     assert verdicts(text)["gptq", "own"] == "not comparable: data.count=100 replaced"
 
 
@@ -99,7 +101,7 @@ def test_a_table_that_names_what_is_not_there_is_refused() -> None:
         "columns": {"own": {"metric": "x/ppl"}},
         "rows": {"gptq": {"published": {"own": 1}}},
     }  # fmt: skip
-    assert targets.read(OmegaConf.create(content), "it").rows["gptq"].published == {"own": 1.0}
+    assert published.read(OmegaConf.create(content), "it").rows["gptq"].published == {"own": 1.0}
     for wrong in (
         {"orders": ["gptq < rtn"]},
         {"columns": {"own": {"metric": "x/ppl", "orders": ["rtn < gptq"]}}},
@@ -107,12 +109,12 @@ def test_a_table_that_names_what_is_not_there_is_refused() -> None:
         {"rows": {"a": {"published": {"b": 1}}}},
     ):
         with pytest.raises(UserError, match=r"experiment/paper/it\.yaml"):
-            targets.read(OmegaConf.create({**content, **wrong}), "it")
+            published.read(OmegaConf.create({**content, **wrong}), "it")
 
 
 @pytest.mark.parametrize("name", IDS)
 def test_published_numbers_are_in_the_expected_order(name) -> None:
-    table = reproduction.load(name)
+    table = reproduce.load(name)
     for column in table.columns:
         for less, more in table.pairs(column):
             one, other = (table.rows[row].published.get(column) for row in (less, more))
@@ -124,9 +126,9 @@ def test_published_numbers_are_in_the_expected_order(name) -> None:
 
 @pytest.mark.parametrize("name", IDS)
 def test_every_job_composes_and_none_is_another(name) -> None:
-    table = reproduction.load(name)
+    table = reproduce.load(name)
     first = next(key for key in table.columns)
-    with initialize_config_dir(version_base="1.3", config_dir=str(cli.conf())):
+    with initialize_config_dir(version_base="1.3", config_dir=str(location.conf())):
         for column in (first, "smollm2", "tiny"):
             metric = table.columns[column].metric.removesuffix("/ppl")
             seen = set()
@@ -143,13 +145,13 @@ def test_every_job_composes_and_none_is_another(name) -> None:
 @pytest.mark.parametrize("name", IDS)
 def test_the_tiny_stand_in_runs(name, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
-    assert reproduction.main([name, "--columns", "tiny"]) == 0
+    assert reproduce.main([name, "--columns", "tiny"]) == 0
     said = capsys.readouterr().out
     assert "not comparable: model and data replaced" in said and "not run" not in said
 
 
 def test_ids_and_columns_are_listed_and_misspellings_answered(capsys) -> None:
-    assert reproduction.main(["gptq_optt"]) == 1
+    assert reproduce.main(["gptq_optt"]) == 1
     assert "did you mean gptq_opt?" in capsys.readouterr().err
-    assert reproduction.main(["gptq_opt", "--columns", "smolm2"]) == 1
+    assert reproduce.main(["gptq_opt", "--columns", "smolm2"]) == 1
     assert "did you mean smollm2?" in capsys.readouterr().err

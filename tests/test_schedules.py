@@ -7,7 +7,7 @@ import torch
 from test_output_hessian import GRID, _own_cache, measured  # noqa: F401 (an autouse fixture)
 from test_walk import joined, task_of
 
-from qexp.cache import Cache
+from qexp.common.cache import Cache
 from qexp.hessian import Layerwise, OutputAdaptive, TokenWeighted
 from qexp.hessian.output import FromGradients
 from qexp.methods.blockwise import Blockwise

@@ -10,21 +10,22 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from stub import SMALL, qexp  # noqa: F401
 
-from qexp import cli, search
-from qexp.errors import UserError
+from qexp.commands import wandb_sweep
+from qexp.common.errors import UserError
+from qexp.config import location
 
-SEARCHES = sorted(path.stem for path in (cli.conf() / "search").glob("*.yaml"))
+SEARCHES = sorted(path.stem for path in (location.conf() / "search").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("name", SEARCHES)
 def test_a_search_is_a_wandb_sweep_of_single_runs(name: str) -> None:
-    sweep = yaml.safe_load(search.wandb_sweep([f"search={name}", "data=synthetic"]))
+    sweep = yaml.safe_load(wandb_sweep.wandb_sweep([f"search={name}", "data=synthetic"]))
     assert sweep["metric"] == {"name": "synthetic_raw_512x40/ppl", "goal": "minimize"}
     assert sweep["run_cap"] > 0
     ends = {key: _end(words) for key, words in sweep["parameters"].items()}
     assert len(ends) > 1
     words = [word for word in sweep["command"][3:] if not word.startswith("${")]
-    with initialize_config_dir(version_base="1.3", config_dir=str(cli.conf())):
+    with initialize_config_dir(version_base="1.3", config_dir=str(location.conf())):
         chosen = [f"{key}={value}" for key, value in ends.items()]
         cfg = compose("config", [*words, *chosen], return_hydra_config=True)
     assert cfg.hydra.mode == RunMode.RUN
@@ -42,7 +43,7 @@ def _end(words: dict) -> object:
 
 def test_without_a_search_there_is_nothing_to_tell() -> None:
     with pytest.raises(UserError, match="search=gptq_damping"):
-        search.wandb_sweep(["method=rtn"])
+        wandb_sweep.wandb_sweep(["method=rtn"])
 
 
 @pytest.mark.skipif(find_spec("optuna") is not None, reason="is installed here")

@@ -7,12 +7,13 @@ import torch
 from test_output_hessian import GRID, _own_cache  # noqa: F401 (an autouse fixture)
 from test_walk import joined, task_of
 
-from qexp import entries
-from qexp.cache import Cache
-from qexp.errors import UserError
+from qexp.commands import cache
+from qexp.common import cache_entries
+from qexp.common.cache import Cache
+from qexp.common.errors import UserError
 from qexp.grid import IntGrid
 from qexp.hessian import AtFloatWeights, Layerwise, OutputAdaptive, TokenWeighted
-from qexp.hessian.source import KIND
+from qexp.hessian.float_weights import KIND
 from qexp.methods.blockwise import Blockwise
 from qexp.solvers import GPTQ, SpQR
 from qexp.walk import walk
@@ -29,8 +30,8 @@ def weights(source, solver=None, chunk=None, task=None) -> torch.Tensor:
     return torch.cat([linear.weight.flatten() for linear in task.linears().values()])
 
 
-def kept() -> list[entries.Stored]:
-    return [entry for entry in entries.stored() if entry.kind == KIND]
+def kept() -> list[cache_entries.Stored]:
+    return [entry for entry in cache_entries.stored() if entry.kind == KIND]
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=str)
@@ -48,7 +49,7 @@ def test_a_second_job_runs_nothing_on_the_calibration_data(source, solver, tmp_p
     torch.testing.assert_close(weights(source, solver, task=task), expected, rtol=0, atol=0)
     assert ran == [(0, 1)]  # one sequence shows what a block returns
     assert len(kept()) == 3
-    entries.main(["--prune", "--kind", KIND, "--older", "0s"])
+    cache.main(["--prune", "--kind", KIND, "--older", "0s"])
     assert not kept()
 
 

@@ -7,8 +7,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 import qexp
-from qexp import fingerprint, resolvers
-from qexp.signature import UNSIGNED, signature
+from qexp.common import hashes
+from qexp.runs import resolvers
+from qexp.runs.signature import UNSIGNED, signature
 
 CONFIG = {"seed": 0, "weight": {"bits": 4}, "method": {"grid": "${weight}"}, "kv": None}
 
@@ -55,16 +56,16 @@ def test_a_missing_value_is_an_error() -> None:
 
 
 def test_the_fingerprint_covers_the_whole_package() -> None:
-    assert Path(qexp.__file__).parent == fingerprint.PACKAGE
+    assert Path(qexp.__file__).parent == hashes.PACKAGE
 
 
 def test_code_is_told_by_names_and_contents(tmp_path) -> None:
     (tmp_path / "a.py").write_text("one")
-    first = fingerprint.of(tmp_path)
+    first = hashes.of(tmp_path)
     (tmp_path / "notes.txt").write_text("nothing that runs")
-    assert fingerprint.of(tmp_path) == first
+    assert hashes.of(tmp_path) == first
     (tmp_path / "a.py").rename(tmp_path / "b.py")
-    second = fingerprint.of(tmp_path)
+    second = hashes.of(tmp_path)
     (tmp_path / "b.py").write_text("two")
-    assert len({first, second, fingerprint.of(tmp_path)}) == 3
-    assert len(fingerprint.code()) == 16
+    assert len({first, second, hashes.of(tmp_path)}) == 3
+    assert len(hashes.code()) == 16

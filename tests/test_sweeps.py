@@ -17,7 +17,7 @@ from conftest import tiny
 from forked import Forks
 from safetensors import safe_open
 
-from qexp import ledger
+from qexp.sweeps import ledger
 
 pytestmark = pytest.mark.slow
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import FAMILIES, batches, tiny
 
-from qexp.errors import UserError
+from qexp.common.errors import UserError
 from qexp.hessian import Layerwise, second_moment
 from qexp.task import TASKS, Task
 from qexp.walk import walk
@@ -125,7 +125,7 @@ def test_layerwise_hessian_of_a_shared_input_is_shared_and_leaves_the_walk_free(
 
 def test_sequences_that_do_not_fit_the_memory_run_in_parts(monkeypatch):
     expected = block_outputs(task_of("llama"), joined("llama"))
-    monkeypatch.setattr("qexp.walk._free", lambda device: 200_000)
+    monkeypatch.setattr("qexp.walk.blocks._free", lambda device: 200_000)
     for block, outputs in zip(walk(task_of("llama"), [joined("llama")]), expected, strict=True):
         assert len(block.pieces) > 1
         torch.testing.assert_close(torch.cat(list(block.outputs())), outputs)

@@ -1,7 +1,6 @@
 """Calibration recipes: which batches of which text a method sees."""
 
 import logging
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,48 +10,17 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from qexp.data import crops, labelled
+from qexp.common.errors import UserError
+from qexp.data import classification, sampling
 from qexp.data.corpus import Corpus
+from qexp.data.recipe import Batch, Recipe
 from qexp.data.tokens import check_length, running
-from qexp.errors import UserError
 from qexp.task import Task
 
 log = logging.getLogger(__name__)
-
-Batch = dict[str, Tensor]
 BOS = ("none", "start")
 IGNORED = -100  # the label of a token that no loss counts: torch's convention
 MASKED_SHARE = 0.15
-
-
-class Recipe(ABC):
-    """Batches for a model, in the form that its objective needs."""
-
-    @abstractmethod
-    def __call__(self, task: Task) -> list[Batch]:
-        """On the CPU."""
-
-    @abstractmethod
-    def definition(self) -> dict[str, Any]:
-        """Everything besides the model that the batches depend on, contents as sha256."""
-
-    @abstractmethod
-    def files(self) -> list[Path]:
-        """The local files it reads."""
-
-
-@dataclass(frozen=True)
-class NoCalibration(Recipe):
-    """No data at all, for methods that look at weights only."""
-
-    def __call__(self, task: Task) -> list[Batch]:
-        return []
-
-    def definition(self) -> dict[str, Any]:
-        return {}
-
-    def files(self) -> list[Path]:
-        return []
 
 
 @dataclass(frozen=True)
@@ -161,12 +129,12 @@ class Calibration(Recipe):
 
 
 def _first(recipe: Calibration, task: Task, length: int) -> Tensor:
-    return crops.consecutive(recipe._running(task, length), length, recipe.sequences)
+    return sampling.consecutive(recipe._running(task, length), length, recipe.sequences)
 
 
 def _shuffled(recipe: Calibration, task: Task, length: int) -> Tensor:
     ids = recipe._running(task, length)
-    windows = crops.consecutive(ids, length, len(ids))
+    windows = sampling.consecutive(ids, length, len(ids))
     count = recipe.sequences
     if recipe.share is not None:
         count = max(round(recipe.share * len(windows)), 1)
@@ -176,15 +144,15 @@ def _shuffled(recipe: Calibration, task: Task, length: int) -> Tensor:
 
 def _random_windows(recipe: Calibration, task: Task, length: int) -> Tensor:
     ids = recipe._running(task, length)
-    return crops.random_windows(ids, length, recipe.sequences, recipe.seed)
+    return sampling.random_windows(ids, length, recipe.sequences, recipe.seed)
 
 
 def _random_documents(recipe: Calibration, task: Task, length: int) -> Tensor:
-    return recipe._documents(task, crops.random_documents, length)
+    return recipe._documents(task, sampling.random_documents, length)
 
 
 def _short_documents(recipe: Calibration, task: Task, length: int) -> Tensor:
-    return recipe._documents(task, crops.short_documents, length)
+    return recipe._documents(task, sampling.short_documents, length)
 
 
 SAMPLINGS: dict[str, Callable[[Calibration, Task, int], Tensor]] = {
@@ -225,12 +193,12 @@ def _masked(recipe: Calibration, task: Task) -> Batch:
 
 
 def _labelled(recipe: Calibration, task: Task) -> Batch:
-    make = labelled.BATCHES[task.objective]
+    make = classification.BATCHES[task.objective]
     return make(task, recipe.corpus, recipe.chosen_split(), recipe.rows, recipe.length)
 
 
 BATCHES: dict[str, Callable[[Calibration, Task], Batch]] = {
     "causal_lm": _causal,
     "masked_lm": _masked,
-    **dict.fromkeys(labelled.BATCHES, _labelled),
+    **dict.fromkeys(classification.BATCHES, _labelled),
 }

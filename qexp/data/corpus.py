@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from qexp.errors import UserError
+from qexp.common.errors import UserError
 
 SPLITS = ("train", "validation", "test")
 

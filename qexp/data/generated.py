@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from qexp.cache import Cache, checksum
-from qexp.data.calibration import Batch, Recipe
+from qexp.common.cache import Cache, checksum
+from qexp.common.errors import FieldError, UserError, whole
+from qexp.data.recipe import Batch, Recipe
 from qexp.data.tokens import check_length
-from qexp.errors import FieldError, UserError, whole
 from qexp.task import Task
 
 

@@ -17,10 +17,10 @@ from jaxtyping import Float, Int64
 from PIL import Image
 from torch import Tensor
 
+from qexp.common.errors import UserError
+from qexp.common.files import locate
+from qexp.common.hashes import sha256
 from qexp.data.corpus import Corpus, check_split, digest
-from qexp.errors import UserError
-from qexp.files import locate
-from qexp.models.source import sha256
 
 log = logging.getLogger(__name__)
 

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from qexp.common.errors import UserError
 from qexp.data.corpus import Corpus, check_split, share
-from qexp.data.reading import read_records, read_text
-from qexp.errors import UserError
+from qexp.data.readers import read_records, read_text
 
 RECORDS = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
 

@@ -1,26 +1,14 @@
 """Text to token ids, once per text and tokenizer."""
 
-import hashlib
-import json
-
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qexp.cache import Cache
+from qexp.common.cache import Cache
+from qexp.common.errors import UserError
+from qexp.common.tokenizer_hash import fingerprint
 from qexp.data.corpus import Corpus, digest
-from qexp.errors import UserError
-
-
-def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The sha256 of everything that turns text into ids: rules, vocabulary, special tokens."""
-    if tokenizer.is_fast:
-        rules = tokenizer.backend_tokenizer.to_str()
-    else:  # a slow tokenizer's rules are its class
-        rules = json.dumps([type(tokenizer).__qualname__, sorted(tokenizer.get_vocab().items())])
-    special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
-    return hashlib.sha256(f"{rules}\n{special}".encode()).hexdigest()
 
 
 def encode_now(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:

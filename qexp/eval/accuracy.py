@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from qexp.data.calibration import Recipe
-from qexp.errors import UserError
-from qexp.eval.evaluator import Evaluator
-from qexp.progress import bar
+from qexp.common.errors import UserError
+from qexp.common.progress import bar
+from qexp.data.recipe import Recipe
+from qexp.eval.base import Evaluator
 from qexp.task import Classifier, Task, trimmed
 
 

@@ -10,14 +10,14 @@ from jaxtyping import Int64
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from qexp.cache import Cache
+from qexp.common.cache import Cache
+from qexp.common.errors import UserError
+from qexp.common.files import atomic
+from qexp.common.progress import bar
 from qexp.data.corpus import Corpus
 from qexp.data.tokens import encode_now
-from qexp.errors import UserError
-from qexp.eval.evaluator import Evaluator, Informed, Start
+from qexp.eval.base import Evaluator, Informed, Start
 from qexp.eval.windowed import ratio
-from qexp.files import atomic
-from qexp.progress import bar
 from qexp.task import CausalLM, Task
 
 FILE = "continuations.md"

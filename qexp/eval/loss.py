@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from qexp.data.calibration import Recipe
-from qexp.errors import UserError
-from qexp.eval.evaluator import Evaluator
+from qexp.common.errors import UserError
+from qexp.data.recipe import Recipe
+from qexp.eval.base import Evaluator
 from qexp.task import Task
 
 

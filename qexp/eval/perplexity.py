@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from qexp.data.crops import random_documents
+from qexp.common.errors import UserError
+from qexp.data.sampling import random_documents
 from qexp.data.tokens import check_length, encode, running
-from qexp.errors import UserError
-from qexp.eval.pages import detokenize, pages, words
+from qexp.eval.token_losses import Window
+from qexp.eval.wikitext import detokenize, pages, words
 from qexp.eval.windowed import Passage, Windowed
-from qexp.eval.windows import Window
 from qexp.task import Task
 
 BOS = ("none", "start", "each")

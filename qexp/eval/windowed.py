@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qexp.common.errors import UserError
 from qexp.data.corpus import Corpus
-from qexp.errors import UserError
-from qexp.eval.evaluator import Evaluator
-from qexp.eval.windows import Window, check_causal, token_losses
+from qexp.eval.base import Evaluator
+from qexp.eval.token_losses import Window, check_causal, token_losses
 from qexp.task import Task
 
 

@@ -8,9 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qexp.errors import real
-from qexp.hessian.source import Measured, Shareable, Solve
-from qexp.walk import Block, Visit
+from qexp.common.errors import real
+from qexp.hessian.base import Measured, Shareable, Solve
+from qexp.walk import Block
+from qexp.walk.blocks import Visit
 
 # Columns per strip of the triangle that `add_symmetric` computes.
 STRIP = 192

@@ -17,14 +17,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from qexp import backward
-from qexp.backward import frozen, watching
-from qexp.errors import UserError, known, real, whole
-from qexp.hessian import layerwise
+from qexp.common.errors import UserError, known, real, whole
+from qexp.common.progress import bar
+from qexp.grid.scale import DTYPES
+from qexp.hessian import gradient_hooks, layerwise
+from qexp.hessian.base import Measured, Shareable, Solve
+from qexp.hessian.float_weights import AtFloatWeights
+from qexp.hessian.gradient_hooks import frozen, watching
 from qexp.hessian.layerwise import add_symmetric, mirrored
-from qexp.hessian.source import AtFloatWeights, Measured, Shareable, Solve
-from qexp.progress import bar
-from qexp.scale import DTYPES
 from qexp.walk import Block
 
 Factors = tuple[Float[Tensor, "each columns"], Float[Tensor, "each columns"]]
@@ -110,7 +110,7 @@ class FromGradients(Shareable):
 
     @property
     def code(self) -> tuple[ModuleType, ...]:
-        return (backward, layerwise)
+        return (gradient_hooks, layerwise)
 
     def identity(self, first: Block) -> dict[str, Any]:
         fields = asdict(self)

@@ -9,14 +9,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from qexp.activations import Activations, quantize_activations
-from qexp.errors import UserError, whole
+from qexp.common.errors import UserError, whole
+from qexp.common.progress import bar
 from qexp.hessian import AtFloatWeights, Hessian, Shareable
 from qexp.methods.journal import Finished, Journal
-from qexp.methods.step import Batches, Record, Step, write
-from qexp.progress import bar
-from qexp.solvers.sweep import NotPositiveDefinite, Solver
-from qexp.task import Task
+from qexp.methods.write_back import write
+from qexp.quantizers.scheme import Activations, quantize_activations
+from qexp.solvers import Solver
+from qexp.solvers.factor import NotPositiveDefinite
+from qexp.step import Record, Step
+from qexp.task import Batches, Task
 from qexp.walk import Block, walk
 
 log = logging.getLogger(__name__)

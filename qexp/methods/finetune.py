@@ -13,26 +13,28 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from qexp import fingerprint
-from qexp.activations import Activations, quantize_activations
-from qexp.cache import checksum
-from qexp.course import Course
-from qexp.data.calibration import Recipe
-from qexp.errors import FieldError, UserError, whole
-from qexp.fake import FakeQuant
-from qexp.fused import Formula
+from qexp.common import hashes
+from qexp.common.cache import checksum
+from qexp.common.errors import FieldError, UserError, whole
+from qexp.data.recipe import Recipe
 from qexp.gradients import ClampGradient, RoundingGradient
 from qexp.grid import Grid
-from qexp.learned import KnownCodes, ScaleRule, bake, behind, put, suits
-from qexp.losses import Objective, Penalty
 from qexp.methods.blockwise import finite
-from qexp.methods.step import Batches, Record, Step, error
-from qexp.movement import Movement
-from qexp.optimizer import AdamW
-from qexp.packed import Coded
-from qexp.task import Batch, Task
-from qexp.trained import Trained
-from qexp.training import Trainer
+from qexp.methods.write_back import error
+from qexp.packed.coded import Coded
+from qexp.quantizers.activation import FakeQuant
+from qexp.quantizers.fake_quantize import Formula
+from qexp.quantizers.parametrization import bake, behind, put
+from qexp.quantizers.scale_rules import KnownCodes, ScaleRule, suits
+from qexp.quantizers.scheme import Activations, quantize_activations
+from qexp.step import Record, Step
+from qexp.task import Batch, Batches, Task
+from qexp.training.code_statistics import Movement
+from qexp.training.losses import Objective, Penalty
+from qexp.training.module import Course
+from qexp.training.optimizer import AdamW
+from qexp.training.trainable import Trained
+from qexp.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class FineTune(Step):
         data = once() if self.train is None else self.train(task)
         if not data:
             raise UserError("method.train: training needs data; choose a calibration recipe.")
-        identity = f"{origin_of(task, data)} {self!r} {fingerprint.code()}"
+        identity = f"{origin_of(task, data)} {self!r} {hashes.code()}"
         teacher = None
         if self.loss.teacher:
             teacher = copy.deepcopy(task.model).eval().requires_grad_(False)

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qexp import fingerprint, store
-from qexp.cache import Cache
-from qexp.methods.step import Record
+from qexp.common import hashes
+from qexp.common.cache import Cache
+from qexp.packed import weights_file
+from qexp.step import Record
 from qexp.task import Task
 
 KIND = "blocks"
@@ -40,7 +41,7 @@ class Journal:
 
     def __init__(self, identity: Mapping[str, Any]) -> None:
         self._cache = Cache()
-        self._identity = {**identity, "code": fingerprint.code()}
+        self._identity = {**identity, "code": hashes.code()}
 
     def read(self, block: int) -> Finished | None:
         """A finished block, or None."""
@@ -48,7 +49,7 @@ class Journal:
         if found is None:
             return None
         head = json.loads(bytes(found.pop("head").tolist()))
-        packed = store.unflatten(found, head["layout"])
+        packed = weights_file.unflatten(found, head["layout"])
         records = [Record(**row, packed=packed[row["name"]]) for row in head["rows"]]
         others = {k.removeprefix(OTHER): t for k, t in found.items() if k.startswith(OTHER)}
         return Finished(records, others, head["log"])
@@ -60,7 +61,7 @@ class Journal:
         others: Mapping[str, Tensor] = MappingProxyType({}),
         log: Sequence[Mapping[str, float | int | str]] = (),
     ) -> None:
-        tensors, layout = store.flatten({record.name: record.packed for record in records})
+        tensors, layout = weights_file.flatten({record.name: record.packed for record in records})
         rows = [
             {each.name: getattr(record, each.name) for each in fields(record)} for record in records
         ]

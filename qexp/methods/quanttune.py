@@ -8,15 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from qexp import fingerprint
-from qexp.activations import Activations
-from qexp.cache import Cache, checksum
-from qexp.data import tokens
-from qexp.data.calibration import Recipe
-from qexp.edits import edits, marks, put
+from qexp.common import hashes, tokenizer_hash
+from qexp.common.cache import Cache, checksum
+from qexp.data.recipe import Recipe
 from qexp.methods.finetune import FineTune
-from qexp.methods.step import Batches, Record, Step
-from qexp.task import Task
+from qexp.models.state_diff import edits, marks, put
+from qexp.quantizers.scheme import Activations
+from qexp.step import Record, Step
+from qexp.task import Batches, Task
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +53,7 @@ class QuantTune(Step):
     def _key(self, task: Task, batches: Batches) -> dict[str, Any]:
         """Everything that the trained weights depend on."""
         own = self.training.recipes()
-        tokenizer = "none" if task.tokenizer is None else tokens.fingerprint(task.tokenizer)
+        tokenizer = "none" if task.tokenizer is None else tokenizer_hash.fingerprint(task.tokenizer)
         return {
             "model": checksum(dict(task.model.state_dict())),
             "tokenizer": tokenizer,
@@ -62,5 +61,5 @@ class QuantTune(Step):
             "batches": [] if "train" in own else [checksum(batch) for batch in batches()],
             "training": repr(self.training),
             "device": task.device.type,
-            "code": fingerprint.code(),
+            "code": hashes.code(),
         }

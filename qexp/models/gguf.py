@@ -7,10 +7,11 @@ from typing import Any
 from gguf import GGUFReader
 from transformers import AutoConfig, GgufConfig, PreTrainedModel
 
-from qexp.errors import UserError
-from qexp.models.kept import kept
+from qexp.common.errors import UserError
+from qexp.common.hashes import sha256
+from qexp.models.base import Loaded, Source, check, ready
+from qexp.models.converted import kept
 from qexp.models.pretrained import first_line, pretrained, tokenizer_of
-from qexp.models.source import Loaded, Source, check, ready, sha256
 
 FLAGS = ("is_quantized", "quantization_method", "hf_quantizer")
 

@@ -12,7 +12,8 @@ from huggingface_hub.utils import http_backoff, httpx
 from safetensors import SafetensorError
 from transformers.utils import cached_file
 
-from qexp.errors import UserError
+from qexp.common.errors import UserError
+from qexp.models.base import Loaded, Source, check, ready
 from qexp.models.pretrained import (
     Head,
     first_line,
@@ -21,7 +22,6 @@ from qexp.models.pretrained import (
     refuse_quantized,
     tokenizer_of,
 )
-from qexp.models.source import Loaded, Source, check, ready
 
 
 @dataclass(frozen=True)

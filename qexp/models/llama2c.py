@@ -16,9 +16,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from qexp.errors import UserError
-from qexp.files import locate
-from qexp.models.source import DTYPES, Loaded, Source, check, ready, sha256
+from qexp.common.errors import UserError
+from qexp.common.files import locate
+from qexp.common.hashes import sha256
+from qexp.grid.scale import DTYPES
+from qexp.models.base import Loaded, Source, check, ready
 
 HEADER = struct.Struct("<7i")
 

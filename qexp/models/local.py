@@ -6,7 +6,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from qexp.errors import UserError
+from qexp.common.errors import UserError
+from qexp.common.hashes import sha256
+from qexp.models.base import Loaded, Source, check, ready
 from qexp.models.gguf import GGUF
 from qexp.models.pretrained import (
     Head,
@@ -16,7 +18,6 @@ from qexp.models.pretrained import (
     refuse_quantized,
     tokenizer_of,
 )
-from qexp.models.source import Loaded, Source, check, ready, sha256
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # any one of these makes a tokenizer, alone or with those beside it

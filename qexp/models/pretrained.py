@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from qexp.errors import UserError
-from qexp.models.source import AUTO, DTYPES, Source
+from qexp.common.errors import UserError
+from qexp.grid.scale import DTYPES
+from qexp.models.base import AUTO, Source
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from qexp.data.tokens import fingerprint
-from qexp.errors import UserError
-from qexp.files import locate
+from qexp.common.errors import UserError
+from qexp.common.files import locate
+from qexp.common.tokenizer_hash import fingerprint
+from qexp.grid.scale import DTYPES
+from qexp.models.base import AUTO, Loaded, Source, check, ready
 from qexp.models.pretrained import tokenizer_of
-from qexp.models.source import AUTO, DTYPES, Loaded, Source, check, ready
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "mask_token": "<mask>"}
 

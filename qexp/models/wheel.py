@@ -12,13 +12,14 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from qexp.cache import default_folder
-from qexp.errors import UserError
-from qexp.files import atomic, atomic_folder
+from qexp.common.cache_entries import default_folder
+from qexp.common.errors import UserError
+from qexp.common.files import atomic, atomic_folder
+from qexp.common.hashes import sha256
+from qexp.models.base import Loaded, Source, check
 from qexp.models.gguf import GGUF
 from qexp.models.local import Local
 from qexp.models.pretrained import Head
-from qexp.models.source import Loaded, Source, check, sha256
 
 log = logging.getLogger(__name__)
 

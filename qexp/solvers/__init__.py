@@ -1,5 +1,7 @@
 """How a matrix is rounded: solvers that share one column sweep."""
 
+from qexp.solvers.base import Solution as Solution
+from qexp.solvers.base import Solver as Solver
 from qexp.solvers.billm import BiLLM as BiLLM
 from qexp.solvers.billm import Binarize as Binarize
 from qexp.solvers.gptq import GPTQ as GPTQ
@@ -7,5 +9,3 @@ from qexp.solvers.pbllm import PBLLM as PBLLM
 from qexp.solvers.quip import QuIP as QuIP
 from qexp.solvers.rtn import RTN as RTN
 from qexp.solvers.spqr import SpQR as SpQR
-from qexp.solvers.sweep import Solution as Solution
-from qexp.solvers.sweep import Solver as Solver

@@ -6,11 +6,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from qexp.binary import Binary, Halves
-from qexp.errors import UserError, known, real, whole
-from qexp.scale import DTYPES
-from qexp.solvers.parting import METRICS, break_point, salient_columns, stored, two_values
-from qexp.solvers.sweep import Rule, Solution, Solver, inverse_factor, sweep
+from qexp.common.errors import UserError, known, real, whole
+from qexp.grid.scale import DTYPES
+from qexp.packed.binary import Binary, Halves
+from qexp.solvers.base import Solution, Solver
+from qexp.solvers.binarization import METRICS, break_point, salient_columns, stored, two_values
+from qexp.solvers.factor import inverse_factor
+from qexp.solvers.sweep import Rule, sweep
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from qexp.errors import real, whole
+from qexp.common.errors import real, whole
 from qexp.grid import Grid, Scale
-from qexp.packed import Coded
+from qexp.packed.coded import Coded
+from qexp.solvers.base import Solution
+from qexp.solvers.factor import ordered
 from qexp.solvers.rtn import OnGrid
-from qexp.solvers.sweep import Rule, Solution, ordered, sweep
+from qexp.solvers.sweep import Rule, sweep
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qexp.binary import Binary, Halves
-from qexp.errors import UserError, known, real, whole
+from qexp.common.errors import UserError, known, real, whole
 from qexp.grid import IntGrid, Scale
-from qexp.packed import Coded
-from qexp.partial import Partial
-from qexp.scale import DTYPES
+from qexp.grid.scale import DTYPES
+from qexp.packed.binary import Binary, Halves
+from qexp.packed.coded import Coded
+from qexp.packed.mixed import Partial
+from qexp.solvers.base import Solution, Solver
 from qexp.solvers.billm import Binarize
-from qexp.solvers.parting import METRICS, ascending, two_values
-from qexp.solvers.sweep import Rule, Solution, Solver, inverse_factor, sweep
+from qexp.solvers.binarization import METRICS, ascending, two_values
+from qexp.solvers.factor import inverse_factor
+from qexp.solvers.sweep import Rule, sweep
 
 
 @dataclass(frozen=True)

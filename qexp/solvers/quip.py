@@ -6,13 +6,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qexp.errors import real, whole
+from qexp.common.errors import real, whole
 from qexp.grid import Grid, Scale
-from qexp.packed import Coded
-from qexp.rotated import Rotated, rotations
+from qexp.packed.coded import Coded
+from qexp.packed.rotated import Rotated, rotations
+from qexp.solvers.base import Solution, Solver
 from qexp.solvers.gptq import GPTQ
 from qexp.solvers.rtn import RTN, OnGrid
-from qexp.solvers.sweep import Solution, Solver, descend
+from qexp.solvers.sweep import descend
 
 
 @dataclass(frozen=True)

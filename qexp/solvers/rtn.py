@@ -6,8 +6,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qexp.grid import Grid
-from qexp.packed import Coded
-from qexp.solvers.sweep import Solution, Solver
+from qexp.packed.coded import Coded
+from qexp.solvers.base import Solution, Solver
 
 
 class OnGrid(Solver):

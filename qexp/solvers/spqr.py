@@ -7,13 +7,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from qexp.errors import known, real, whole
+from qexp.common.errors import known, real, whole
 from qexp.grid import IntGrid, Scale
-from qexp.outliers import Outliers
-from qexp.packed import Coded
-from qexp.scale import DTYPES
+from qexp.grid.scale import DTYPES
+from qexp.packed.coded import Coded
+from qexp.packed.outliers import Outliers
+from qexp.solvers.base import Solution
+from qexp.solvers.factor import ordered
 from qexp.solvers.rtn import OnGrid
-from qexp.solvers.sweep import Rule, Solution, ordered, sweep
+from qexp.solvers.sweep import Rule, sweep
 
 
 @dataclass(frozen=True)

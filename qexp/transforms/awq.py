@@ -7,14 +7,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from qexp.activations import Float as FloatActivations
-from qexp.errors import known, switches, whole
+from qexp.common.errors import known, switches, whole
 from qexp.grid import Grid
 from qexp.hessian import second_moment
-from qexp.methods.step import Batches, Record, Step
-from qexp.task import Task
+from qexp.quantizers.scheme import Float as FloatActivations
+from qexp.step import Record, Step
+from qexp.task import Batches, Task
 from qexp.transforms.channels import SITES
-from qexp.transforms.search import Change, Watched, first, rescale, resident
+from qexp.transforms.scale_search import Change, Watched, first, rescale, resident
 from qexp.transforms.smooth import check
 from qexp.walk import Block, walk
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from qexp.arch import Arch, Group
-from qexp.errors import UserError
+from qexp.common.errors import UserError
 from qexp.task import Task
 
 log = logging.getLogger(__name__)
@@ -134,17 +134,6 @@ class Channels:
     def _read(self, weight: Tensor, scale: Tensor) -> Tensor:
         wide = torch.promote_types(weight.dtype, torch.float32)
         return (weight.to(wide) * self.spread(scale).to(wide)).to(weight)
-
-
-class Alpha(nn.Module):
-    """Quadapter's alpha = exp(theta), by which channels are multiplied: the scale is 1 / alpha."""
-
-    def __init__(self, theta: Float[Tensor, " channels"]) -> None:
-        super().__init__()
-        self.theta = nn.Parameter(theta)
-
-    def forward(self) -> Float[Tensor, " channels"]:
-        return torch.exp(-self.theta)
 
 
 class _Made(nn.Module):

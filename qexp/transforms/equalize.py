@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qexp.errors import known, whole
-from qexp.methods.step import Batches, Record, Step
-from qexp.task import Task
+from qexp.common.errors import known, whole
+from qexp.step import Record, Step
+from qexp.task import Batches, Task
 from qexp.transforms.channels import SITES, Channels, channels_of
 
 

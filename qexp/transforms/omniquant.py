@@ -8,17 +8,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from qexp.activations import Activations
-from qexp.errors import UserError, finite, known, switches, whole
+from qexp.common.errors import UserError, finite, known, switches, whole
 from qexp.gradients import Straight
 from qexp.grid import Grid
-from qexp.methods.step import Batches, Record, Step
-from qexp.ranges import MinMax
-from qexp.task import Task
+from qexp.grid.ranges import MinMax
+from qexp.quantizers.scheme import Activations
+from qexp.step import Record, Step
+from qexp.task import Batches, Task
 from qexp.transforms.channels import SITES, channels_of
-from qexp.transforms.descent import Match, quantized
 from qexp.transforms.query_key import QueryKey, query_keys
-from qexp.transforms.search import Watched, first, resident, watch
+from qexp.transforms.reconstruction import Match, quantized
+from qexp.transforms.scale_search import Watched, first, resident, watch
 from qexp.transforms.smooth import check, smoothed
 from qexp.walk import Block, walk
 

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 
 import torch
 
-from qexp.activations import Activations
-from qexp.errors import known, switches, whole
+from qexp.common.errors import known, switches, whole
 from qexp.grid import Grid
-from qexp.methods.step import Batches, Record, Step
-from qexp.task import Task
+from qexp.quantizers.scheme import Activations
+from qexp.step import Record, Step
+from qexp.task import Batches, Task
 from qexp.transforms.channels import SITES
-from qexp.transforms.search import Change, Watched, first, rescale
+from qexp.transforms.scale_search import Change, Watched, first, rescale
 from qexp.transforms.smooth import check
 
 

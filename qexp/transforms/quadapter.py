@@ -8,15 +8,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qexp.activations import Activations
-from qexp.errors import known, positive, whole
+from qexp.common.errors import known, positive, whole
 from qexp.gradients import Straight
 from qexp.grid import Grid
-from qexp.methods.step import Batches, Record, Step
-from qexp.task import Task
-from qexp.transforms.channels import SITES, Alpha, Channels, channels_of
-from qexp.transforms.descent import Match, quantized
-from qexp.transforms.search import Watched, first, resident, watch
+from qexp.quantizers.channel_scale import Alpha
+from qexp.quantizers.scheme import Activations
+from qexp.step import Record, Step
+from qexp.task import Batches, Task
+from qexp.transforms.channels import SITES, Channels, channels_of
+from qexp.transforms.reconstruction import Match, quantized
+from qexp.transforms.scale_search import Watched, first, resident, watch
 from qexp.transforms.smooth import check, smoothed
 from qexp.walk import Block, walk
 

@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from qexp.errors import UserError
-from qexp.methods.step import Batches, Record, Step
-from qexp.task import Task
+from qexp.common.errors import UserError
+from qexp.step import Record, Step
+from qexp.task import Batches, Task
 from qexp.transforms.channels import Channels, channels_of
 
 Matrix = Float[Tensor, "width width"]

@@ -7,13 +7,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qexp.activations import Activations
-from qexp.errors import UserError, known, whole
+from qexp.common.errors import UserError, known, whole
 from qexp.grid import Grid
-from qexp.methods.step import Batches, Record, Step
-from qexp.task import Task
+from qexp.quantizers.scheme import Activations
+from qexp.step import Record, Step
+from qexp.task import Batches, Task
 from qexp.transforms.channels import SITES
-from qexp.transforms.search import Change, Watched, first, rescale
+from qexp.transforms.scale_search import Change, Watched, first, rescale
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from qexp.cache import Cache
-from qexp.errors import UserError
+from qexp.common.cache import Cache
+from qexp.common.errors import UserError
 
 KEY = {"model": "a", "seed": 0}
 
@@ -50,7 +50,7 @@ def test_the_code_of_the_stage_is_in_the_key(
 ) -> None:
     calls: list[int] = []
     get(tmp_path, calls)
-    monkeypatch.setattr("qexp.cache._source", lambda build: "changed code")
+    monkeypatch.setattr("qexp.common.cache._source", lambda build: "changed code")
     get(tmp_path, calls)
     assert len(calls) == 2
 
@@ -102,7 +102,7 @@ def test_a_full_disk_costs_a_warning(
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("qexp.cache.save_file", full)
+    monkeypatch.setattr("qexp.common.cache.save_file", full)
     with caplog.at_level(logging.WARNING):
         get(tmp_path, [])
         get(tmp_path, [])

@@ -10,13 +10,15 @@ from conftest import CONF, tiny
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from qexp.data.calibration import Calibration, NoCalibration
+from qexp.common.errors import UserError
+from qexp.common.tokenizer_hash import fingerprint
+from qexp.data.calibration import Calibration
 from qexp.data.corpus import Corpus
 from qexp.data.generated import Generated
 from qexp.data.python_docs import PythonDocs
+from qexp.data.recipe import NoCalibration
 from qexp.data.synthetic import Synthetic
-from qexp.data.tokens import encode, fingerprint
-from qexp.errors import UserError
+from qexp.data.tokens import encode
 from qexp.task import TASKS, Task
 
 

@@ -10,13 +10,13 @@ import torch
 from conftest import CONF
 from omegaconf import OmegaConf
 
-from qexp.build import build
+from qexp.common.errors import UserError
+from qexp.config.instantiate import build
+from qexp.data.catalog import FACTS
 from qexp.data.corpus import Corpus
-from qexp.data.facts import FACTS
-from qexp.data.known import Known
 from qexp.data.python_docs import LONG, PythonDocs
+from qexp.data.standard import Known
 from qexp.data.synthetic import Synthetic
-from qexp.errors import UserError
 
 RAW = " \n = A page = \n \n Some words , with a line\u2028separator . \n Café @-@ \n \n"
 ROWS = [

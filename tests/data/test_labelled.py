@@ -13,15 +13,15 @@ from omegaconf import OmegaConf
 from PIL import Image
 from test_corpora import layout
 
-from qexp.augmentation import Augmented
-from qexp.build import build
+from qexp.common.errors import UserError
+from qexp.config.instantiate import build
 from qexp.data.calibration import Calibration
 from qexp.data.images import Images
-from qexp.data.known import Known
+from qexp.data.standard import Known
 from qexp.data.synthetic import Synthetic
-from qexp.errors import UserError
 from qexp.eval.accuracy import Accuracy
 from qexp.task import TASKS, Task, trimmed
+from qexp.training.augmentation import Augmented
 
 
 def classifier(kind: str = "bert", **fields: object) -> Task:

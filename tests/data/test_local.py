@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from qexp.common.errors import UserError
 from qexp.data.local import Local
-from qexp.errors import UserError
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".jsonl.gz", ".parquet"])

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from qexp.data.corpus import Corpus
 from qexp.data.synthetic import Synthetic
-from qexp.eval.evaluator import Evaluator
+from qexp.eval.base import Evaluator
 from qexp.task import TASKS, CausalLM
 
 CORPUS = Synthetic(count=30, words=20)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from protocols import full_losses, llama, protocol
 
-from qexp.errors import UserError
-from qexp.eval.against import AgainstFloat, changes, compare, percentile, summary
-from qexp.eval.evaluator import Start, digest
+from qexp.common.errors import UserError
+from qexp.eval.against_float import AgainstFloat, changes, compare, percentile, summary
+from qexp.eval.base import Start, digest
 from qexp.eval.windowed import Windowed
 from qexp.task import CausalLM
 

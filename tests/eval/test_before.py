@@ -7,8 +7,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from qexp import cli, pipeline, resolvers
+from qexp import pipeline
+from qexp.config import location
 from qexp.eval.continuations import FILE
+from qexp.runs import resolvers
 
 SMALL = [
     *("model=tiny_llama", "data=synthetic", "method=rtn", "weight.group_size=32", "weight.bits=3"),
@@ -20,7 +22,7 @@ SMALL = [
 
 def run(folder: Path, overrides: list[str]) -> dict[str, float]:
     resolvers.register()
-    with initialize_config_dir(version_base="1.3", config_dir=str(cli.conf())):
+    with initialize_config_dir(version_base="1.3", config_dir=str(location.conf())):
         cfg = compose("config", overrides)
         (folder / ".hydra").mkdir(parents=True)
         OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")

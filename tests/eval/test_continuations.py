@@ -7,7 +7,7 @@ import torch
 from protocols import CORPUS, llama
 from test_against import changed, start
 
-from qexp.errors import UserError
+from qexp.common.errors import UserError
 from qexp.eval.continuations import FILE, Continuations
 from qexp.task import CausalLM
 

@@ -10,11 +10,10 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from protocols import llama, protocol
 
-from qexp import bench
-from qexp.errors import UserError
-from qexp.eval import harness_rows
-from qexp.eval.evaluator import Start, digest
-from qexp.eval.harness import Harness
+from qexp.commands import bench
+from qexp.common.errors import UserError
+from qexp.eval.base import Start, digest
+from qexp.eval.harness import Harness, local_rows
 from qexp.task import CausalLM
 
 pytest.importorskip("lm_eval")
@@ -68,13 +67,13 @@ def test_parity_with_the_harness_own_model(name: str, family: str, folder: Path)
 
 
 def _adapter(ours: Harness, task: CausalLM) -> object:
-    from qexp.eval.harness_model import Model
+    from qexp.eval.harness.model import Model
 
     return Model(task, ours.batch_size, ours.name)
 
 
 def test_wikitext_is_the_projects_word_perplexity(folder: Path) -> None:
-    from qexp.data.known import Known
+    from qexp.data.standard import Known
 
     corpus = Known("wikitext2", "validation", "test", "local", str(folder))
     task = llama()
@@ -115,15 +114,15 @@ HUB = {
 @pytest.mark.parametrize("data", HUB, ids=str)
 def test_local_rows_become_those_of_the_hub(data: tuple[str, str | None], folder: Path) -> None:
     path, name = data
-    facts = harness_rows.find(path, name)
+    facts = local_rows.find(path, name)
     assert facts is not None
-    [file] = [file for _, file in harness_rows.local(facts, name, folder)]
-    assert harness_rows.rows(facts, name, file)[1] == HUB[data]
+    [file] = [file for _, file in local_rows.local(facts, name, folder)]
+    assert local_rows.rows(facts, name, file)[1] == HUB[data]
     assert facts.row(HUB[data]) == HUB[data]  # a file as the hub has it will do as well
 
 
 def test_a_sentence_that_is_whole_has_no_second_part() -> None:
-    facts = harness_rows.find("Rowan/hellaswag", None)
+    facts = local_rows.find("Rowan/hellaswag", None)
     assert facts is not None
     row = {"query": 'Youth: How to rest. Sit down. Then "breathe."', "endings": [], "label": 0}
     assert facts.row(row)["ctx_b"] == ""
@@ -144,7 +143,7 @@ def test_the_prompt_is_the_hubs(folder: Path) -> None:
 
 
 def test_a_group_is_its_members_and_their_mean(tmp_path: Path) -> None:
-    from qexp.eval.harness_tasks import manager
+    from qexp.eval.harness.tasks import manager
 
     pairs = permutations(("cat", "moon", "boat", "tree"), 2)
     asked = [{"sentence_good": f"A {a} or {b}", "sentence_bad": f"A {b} or {a}"} for a, b in pairs]
@@ -230,7 +229,7 @@ def test_wrong_fields_are_named(folder: Path, fields: dict, said: str) -> None:
 
 
 def test_without_the_harness_one_sentence(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qexp.eval.harness.find_spec", lambda name: None)
+    monkeypatch.setattr("qexp.eval.harness.evaluator.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install -e \.\[eval\]"):
         harness(folder, "piqa").files()
 

@@ -8,9 +8,9 @@ from conftest import CONF, DECODERS
 from hydra import compose, initialize_config_dir
 from protocols import llama
 
-from qexp import resolvers
-from qexp.build import build
-from qexp.eval.harness_scoring import Request, Tree, batches, score, trees
+from qexp.config.instantiate import build
+from qexp.eval.harness.scoring import Request, Tree, batches, score, trees
+from qexp.runs import resolvers
 
 
 @pytest.fixture(autouse=True)

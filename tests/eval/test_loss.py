@@ -8,10 +8,10 @@ import torch
 from conftest import CONF, tiny
 from omegaconf import OmegaConf
 
-from qexp.build import build
+from qexp.common.errors import UserError
+from qexp.config.instantiate import build
 from qexp.data.synthetic import Synthetic
-from qexp.errors import UserError
-from qexp.eval.evaluator import digest
+from qexp.eval.base import digest
 from qexp.eval.loss import MeanLoss
 from qexp.task import TASKS, Task
 

@@ -10,9 +10,9 @@ import torch
 from conftest import CONF, DECODERS, tiny
 from protocols import CORPUS, full_losses, ids_of, llama, protocol
 
+from qexp.common.errors import UserError
 from qexp.data.synthetic import Synthetic
-from qexp.errors import UserError
-from qexp.eval.evaluator import digest
+from qexp.eval.base import digest
 from qexp.task import TASKS
 
 PROTOCOLS = sorted(

@@ -10,7 +10,7 @@ from conftest import CONF
 from protocols import full_losses, ids_of, llama, protocol
 
 from qexp.data.synthetic import Synthetic
-from qexp.eval.pages import detokenize, pages, words
+from qexp.eval.wikitext import detokenize, pages, words
 
 
 @pytest.fixture(autouse=True)

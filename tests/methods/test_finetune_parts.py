@@ -10,22 +10,23 @@ from conftest import batches
 from torch import Tensor, nn
 from training import METHOD, SMOKE, STATIC, same, task_of, weights
 
-from qexp.activations import Quantized
-from qexp.fake import FakeQuant
-from qexp.fused import Formula
 from qexp.gradients import Hard, Sigmoid, Soft, Straight
 from qexp.grid import IntGrid
-from qexp.learned import LSQ, Dynamic, FixedCodes, fake
-from qexp.losses import CrossEntropy, Penalty, Watch
-from qexp.methods.efficient import BlockPhase, EfficientQAT
+from qexp.methods.efficient_qat import BlockPhase, EfficientQAT
 from qexp.methods.finetune import record
 from qexp.methods.journal import Journal
-from qexp.optimizer import AdamW
-from qexp.placement import AllOps
+from qexp.quantizers.activation import FakeQuant
+from qexp.quantizers.fake_quantize import Formula
+from qexp.quantizers.parametrization import fake
+from qexp.quantizers.placement import AllOps
+from qexp.quantizers.scale_rules import LSQ, Dynamic, FixedCodes
+from qexp.quantizers.scheme import Quantized
 from qexp.solvers.rtn import RTN
 from qexp.task import Task
-from qexp.trained import Trained
-from qexp.training import Trainer
+from qexp.training.losses import CrossEntropy, Penalty, Watch
+from qexp.training.optimizer import AdamW
+from qexp.training.trainable import Trained
+from qexp.training.trainer import Trainer
 from qexp.walk import Block
 
 

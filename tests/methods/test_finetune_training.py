@@ -14,13 +14,14 @@ from conftest import batches
 from torch import Tensor
 from training import GRID, METHOD, SMOKE, STATIC, Same, same, task_of, weights
 
-from qexp import faults, losses
-from qexp.course import Course, Rows, random_state, restore_random
-from qexp.errors import UserError
-from qexp.losses import CrossEntropy
-from qexp.optimizer import AdamW
+from qexp.common.errors import UserError
 from qexp.task import Task
-from qexp.training import Trainer
+from qexp.training import divergence, losses
+from qexp.training.batches import Rows, random_state, restore_random
+from qexp.training.losses import CrossEntropy
+from qexp.training.module import Course
+from qexp.training.optimizer import AdamW
+from qexp.training.trainer import Trainer
 
 
 @pytest.mark.parametrize("kind", ["validation", "none", "patience"])
@@ -68,7 +69,9 @@ def test_a_killed_run_ends_at_the_same_weights(tmp_path, monkeypatch, kind):
 
 def test_another_run_does_not_go_on_from_it(tmp_path, monkeypatch):
     data = batches("llama", rows=2)
-    monkeypatch.setattr("qexp.training.shutil.rmtree", lambda *_, **__: None)  # as if killed
+    monkeypatch.setattr(
+        "qexp.training.trainer.shutil.rmtree", lambda *_, **__: None
+    )  # as if killed
     METHOD(task_of(folder=tmp_path), lambda: data)
     other = replace(METHOD, optimizer=AdamW(weights=2e-3))
     resumed, fresh = task_of(folder=tmp_path), task_of()
@@ -323,7 +326,7 @@ def test_a_norm_beyond_float32_names_the_largest_gradient():
     for parameter in task.parameters():
         parameter.grad = torch.ones_like(parameter)
     task.blocks[1].mlp.up_proj.weight.grad.fill_(1e30)
-    said = str(faults.gradient(task, 3))
+    said = str(divergence.gradient(task, 3))
     assert "step 3" in said and "1e+30" in said and "layers.1.mlp.up_proj.weight" in said
 
 
@@ -348,7 +351,7 @@ def test_what_one_process_meets_is_said_by_all(monkeypatch):
 
     monkeypatch.setattr(losses.CrossEntropy, "__call__", loss)
     monkeypatch.setattr(
-        faults, "loss", lambda *_: faults.Diverged(f"seen by {os.environ['LOCAL_RANK']}")
+        divergence, "loss", lambda *_: divergence.Diverged(f"seen by {os.environ['LOCAL_RANK']}")
     )
     trainer = Trainer(2, 1, every=2, strategy="ddp", devices=2)
     method = replace(METHOD, weight=None, trainer=trainer)

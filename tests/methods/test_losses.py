@@ -9,9 +9,9 @@ from conftest import batches
 from training import METHOD, task_of
 from transformers.modeling_outputs import CausalLMOutput
 
-from qexp.augmentation import Augmented
-from qexp.errors import FieldError, UserError
-from qexp.losses import CrossEntropy, HiddenL2, LogitKL
+from qexp.common.errors import FieldError, UserError
+from qexp.training.augmentation import Augmented
+from qexp.training.losses import CrossEntropy, HiddenL2, LogitKL
 
 
 def test_the_divergence_is_from_the_float_model():

@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from qexp.fake import FakeQuant
-from qexp.fused import Formula
 from qexp.grid import IntGrid
-from qexp.learned import FixedCodes, Static, behind, fake, put
-from qexp.movement import Movement
+from qexp.quantizers.activation import FakeQuant
+from qexp.quantizers.fake_quantize import Formula
+from qexp.quantizers.parametrization import behind, fake, put
+from qexp.quantizers.scale_rules import FixedCodes, Static
+from qexp.training.code_statistics import Movement
 
 
 @pytest.mark.parametrize("bits", [4, 10])

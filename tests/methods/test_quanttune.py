@@ -13,14 +13,14 @@ from hydra import compose
 from runs import _configured, run  # noqa: F401 (an autouse fixture)
 from training import METHOD, SMOKE, same, task_of, weights
 
-from qexp.activations import quantize_activations
-from qexp.build import build
-from qexp.errors import FieldError, UserError
+from qexp.common.errors import FieldError, UserError
+from qexp.config.instantiate import build
 from qexp.methods.finetune import FineTune
-from qexp.penalties import Deviation, Form, NoPenalty, Outliers, Span, Watching
-from qexp.placement import AllOps, LinearInputs
+from qexp.quantizers.placement import AllOps, LinearInputs
+from qexp.quantizers.scheme import quantize_activations
 from qexp.task import Task
-from qexp.training import Trainer
+from qexp.training.penalties import Deviation, Form, NoPenalty, Outliers, Span, Watching
+from qexp.training.trainer import Trainer
 
 FORM = Deviation(k=2.0)
 PENALTY = Outliers(FORM, LinearInputs())

@@ -6,7 +6,7 @@ from runs import _configured  # noqa: F401 (an autouse fixture)
 from test_training_experiments import jobs
 
 from qexp import pipeline
-from qexp.signature import signature
+from qexp.runs.signature import signature
 
 MODELS = ("sst2", "cifar10", "smollm2")
 SMALL = (

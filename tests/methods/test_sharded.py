@@ -10,13 +10,13 @@ import torch
 from conftest import batches
 from training import METHOD, SMOKE, STATIC, Same, same, task_of, weights
 
-from qexp import losses
-from qexp.errors import UserError
+from qexp.common.errors import UserError
 from qexp.grid import IntGrid
-from qexp.learned import LSQ
-from qexp.losses import CrossEntropy, LogitKL
-from qexp.optimizer import AdamW
-from qexp.trained import Trained
+from qexp.quantizers.scale_rules import LSQ
+from qexp.training import losses
+from qexp.training.losses import CrossEntropy, LogitKL
+from qexp.training.optimizer import AdamW
+from qexp.training.trainable import Trained
 
 FORKED = replace(SMOKE, strategy="fsdp", devices=2)
 

@@ -7,8 +7,9 @@ from hydra import compose
 from omegaconf import DictConfig, OmegaConf
 from runs import _configured  # noqa: F401 (an autouse fixture)
 
-from qexp import pipeline, results
-from qexp.signature import signature
+from qexp import pipeline
+from qexp.runs import results
+from qexp.runs.signature import signature
 
 EXPERIMENTS = ("contapprox_2x2", "contapprox_apart", "contapprox_temperature", "qat_zoo")
 SMALL = (

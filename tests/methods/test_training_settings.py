@@ -6,8 +6,8 @@ import pytest
 from hydra import compose
 from runs import _configured, run  # noqa: F401 (the first an autouse fixture)
 
-from qexp.build import build
-from qexp.errors import UserError
+from qexp.common.errors import UserError
+from qexp.config.instantiate import build
 
 GENERATED = "+calibration@method.train=generated"
 
@@ -84,7 +84,7 @@ def test_a_seed_is_a_whole_number(tmp_path, seed):
 def test_an_evaluation_that_cannot_be_is_refused_before_training(
     tmp_path, monkeypatch, model, evaluation, instead
 ):
-    monkeypatch.setattr("qexp.training.Trainer.fit", lambda *_: pytest.fail("it trained"))
+    monkeypatch.setattr("qexp.training.trainer.Trainer.fit", lambda *_: pytest.fail("it trained"))
     small = [f"model={model}", "data=synthetic", "progress=false", f"eval={evaluation}"]
     with pytest.raises(UserError, match=f"^eval .*choose eval={instead}$"):
         run(tmp_path, "method=lsq", small=small)

@@ -7,18 +7,18 @@ import torch
 from conftest import tiny
 from torch import Tensor
 
-from qexp.activations import Quantized
-from qexp.data.calibration import NoCalibration
+from qexp.data.recipe import NoCalibration
 from qexp.gradients import Hard, Straight
 from qexp.grid import IntGrid
-from qexp.learned import LSQ
-from qexp.losses import CrossEntropy
 from qexp.methods.finetune import FineTune
-from qexp.optimizer import AdamW
-from qexp.placement import LinearInputs
+from qexp.quantizers.placement import LinearInputs
+from qexp.quantizers.scale_rules import LSQ
+from qexp.quantizers.scheme import Quantized
 from qexp.task import TASKS, Task
-from qexp.trained import Trained
-from qexp.training import Trainer
+from qexp.training.losses import CrossEntropy
+from qexp.training.optimizer import AdamW
+from qexp.training.trainable import Trained
+from qexp.training.trainer import Trainer
 
 GRID = IntGrid(4, symmetric=True)
 SMOKE = Trainer(steps=6, sequences=2, every=2)

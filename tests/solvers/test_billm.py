@@ -7,10 +7,11 @@ import torch
 from solvers.problems import is_stored_whole, loss, problem
 from torch import Tensor
 
-from qexp.binary import Binary
-from qexp.errors import UserError
-from qexp.solvers.billm import BiLLM, Binarize, binarized, jointly
-from qexp.solvers.parting import (
+from qexp.common.errors import UserError
+from qexp.packed.binary import Binary
+from qexp.solvers import BiLLM
+from qexp.solvers.billm import Binarize, binarized, jointly
+from qexp.solvers.binarization import (
     SPLITS,
     break_point,
     explained_masked,
@@ -18,7 +19,7 @@ from qexp.solvers.parting import (
     quantiles,
     salient_columns,
 )
-from qexp.solvers.sweep import inverse_factor
+from qexp.solvers.factor import inverse_factor
 
 VARIANTS = {
     "default": BiLLM(block=64),

@@ -11,10 +11,8 @@ from solvers.problems import loss
 from torch import Tensor
 
 from qexp.grid import IntGrid
-from qexp.packed import Coded
-from qexp.solvers import GPTQ, Solver
-from qexp.solvers.billm import BiLLM
-from qexp.solvers.spqr import SpQR
+from qexp.packed.coded import Coded
+from qexp.solvers import GPTQ, BiLLM, Solver, SpQR
 
 FOLDER = data_dir()
 FILE = (FOLDER or Path(".")).parent / "golden" / "attention_q.safetensors"

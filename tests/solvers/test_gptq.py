@@ -6,11 +6,11 @@ from reference.obq import obq
 from solvers.problems import SECOND, is_stored_whole, loss, problem
 from torch import Tensor
 
-from qexp.bits import pack_bits
-from qexp.errors import UserError
-from qexp.grid import Grid, IntGrid
-from qexp.levels import LevelGrid
-from qexp.solvers import GPTQ, RTN
+from qexp.common.errors import UserError
+from qexp.grid import Grid, IntGrid, LevelGrid
+from qexp.packed.bitpacking import pack_bits
+from qexp.solvers import GPTQ
+from qexp.solvers.rtn import RTN
 
 GRIDS: dict[str, Grid] = {
     "row": IntGrid(3),

@@ -10,10 +10,12 @@ from omegaconf import OmegaConf
 from runs import _configured  # noqa: F401 (an autouse fixture)
 from test_walk import joined, task_of
 
-from qexp import composition, own, pipeline, store
-from qexp.build import build
-from qexp.errors import UserError
+from qexp import pipeline
+from qexp.common.errors import UserError
+from qexp.config import grid_choice, messages
+from qexp.config.instantiate import build
 from qexp.methods.blockwise import Blockwise
+from qexp.packed import weights_file
 
 METHODS = {
     "spqr": ["weight.bits=2", "weight.group_size=32"],
@@ -36,8 +38,8 @@ def test_solves_every_linear_and_comes_back(family: str, name: str, tmp_path) ->
     task, step = task_of(family), method(name)
     records = step(task, lambda: [joined(family)])
     assert [record.name for record in records] == list(task.linears())
-    store.save(tmp_path, {record.name: record.packed for record in records}, {})
-    packed, _ = store.load(tmp_path)
+    weights_file.save(tmp_path, {record.name: record.packed for record in records}, {})
+    packed, _ = weights_file.load(tmp_path)
     for record in records:
         weight = task.model.get_submodule(record.name).weight
         assert torch.equal(packed[record.name].dequantize(), weight)
@@ -94,14 +96,14 @@ def test_what_cannot_be_is_refused_before_any_model_is_loaded(name: str, wrong: 
 def test_a_grid_that_nothing_reads_is_refused() -> None:
     for name in ("billm", "pbllm", "oac_binary"):
         cfg = compose("config", [f"method={name}"])
-        assert cfg.weight == own.OWN
-        own.check(cfg)
+        assert cfg.weight == grid_choice.OWN
+        grid_choice.check(cfg)
         with pytest.raises(HydraException) as refusal:
             compose("config", [f"method={name}", "weight.bits=3"])
-        said = composition.sentence(refusal.value)
+        said = messages.sentence(refusal.value)
         assert said.startswith("weight.bits: ") and "weight has no settings" in said
         with pytest.raises(UserError, match=r"weight: (BiLLM|PBLLM) rounds to values of its own"):
-            own.check(compose("config", [f"method={name}", "weight=nf4"]))
+            grid_choice.check(compose("config", [f"method={name}", "weight=nf4"]))
     with pytest.raises(UserError, match="weight=own: a grid is needed"):
         build(compose("config", ["method=gptq", "weight=own"]).method)
     with pytest.raises(UserError, match="weight=own: a grid is needed"):
@@ -123,9 +125,9 @@ def test_a_grid_that_nothing_reads_is_refused() -> None:
 )
 def test_a_grid_that_something_reads_is_not(overrides: list[str]) -> None:
     cfg = compose("config", overrides)
-    own.check(cfg)
+    grid_choice.check(cfg)
     OmegaConf.resolve(cfg.method)
-    own.check(cfg)
+    grid_choice.check(cfg)
 
 
 def test_the_second_level_follows_the_weights_settings() -> None:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from solvers.problems import is_stored_whole, loss, problem
 
-from qexp.errors import UserError
+from qexp.common.errors import UserError
 from qexp.grid import IntGrid
-from qexp.partial import Partial
+from qexp.packed.mixed import Partial
 from qexp.solvers.pbllm import PBLLM
 
 EIGHT = IntGrid(8, scale_dtype="float16")

@@ -10,8 +10,8 @@ from solvers.problems import is_stored_whole, loss, problem
 from torch import Tensor
 
 from qexp.grid import IntGrid
-from qexp.ranges import RMS
-from qexp.rotated import Rotated, Rotation
+from qexp.grid.ranges import RMS
+from qexp.packed.rotated import Rotated, Rotation
 from qexp.solvers import GPTQ
 from qexp.solvers.quip import QuIP
 from qexp.solvers.sweep import descend

@@ -9,11 +9,12 @@ import torch
 from solvers.problems import TWO_LEVELS, is_stored_whole, loss, problem
 from torch import Tensor
 
-from qexp.errors import UserError
+from qexp.common.errors import UserError
 from qexp.grid import IntGrid
-from qexp.packed import Coded
-from qexp.solvers import GPTQ, RTN
-from qexp.solvers.spqr import SpQR, filled, gains_alone
+from qexp.packed.coded import Coded
+from qexp.solvers import GPTQ, SpQR
+from qexp.solvers.rtn import RTN
+from qexp.solvers.spqr import filled, gains_alone
 from qexp.solvers.sweep import sweep
 
 VARIANTS = {

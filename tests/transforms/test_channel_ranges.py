@@ -7,8 +7,8 @@ from test_fixed import TENSOR, planted
 from test_pipeline import _configured, run  # noqa: F401 (an autouse fixture)
 from test_walk import joined, task_of
 
-from qexp import channel_ranges
-from qexp.activations import quantize_activations
+from qexp.commands import ranges
+from qexp.quantizers.scheme import quantize_activations
 
 
 def test_ranges_and_errors_are_those_of_the_tensors():
@@ -20,7 +20,7 @@ def test_ranges_and_errors_are_those_of_the_tensors():
     logits(plain, batch)
     handle.remove()
     quantize_activations(task, [TENSOR], lambda: [batch])
-    found = channel_ranges.watch(task, [batch])
+    found = ranges.watch(task, [batch])
     assert len(found) == 4 * len(task.blocks)
     first = found["transformer.h.0.attn.c_attn.input"]
     x = seen[0].flatten(0, 1)
@@ -37,7 +37,7 @@ def test_a_folded_scale_shows(tmp_path):
     errors = []
     for task in (planted("opt", 50), task_of("opt")):
         quantize_activations(task, [TENSOR], lambda: [joined("opt")])
-        found = channel_ranges.watch(task, [joined("opt")])
+        found = ranges.watch(task, [joined("opt")])
 
         errors.append({name: each.error for name, each in found.items()})
     planted_, plain = errors
@@ -48,11 +48,11 @@ def test_a_folded_scale_shows(tmp_path):
 
 def test_the_command_draws_a_run(tmp_path, capsys):
     run(tmp_path, "model=tiny_opt", "method=rtn", "transform=smooth", "activation=int8_tensor")
-    assert channel_ranges.main([str(tmp_path)]) == 0
+    assert ranges.main([str(tmp_path)]) == 0
     assert (tmp_path / "ranges.png").read_bytes().startswith(b"\x89PNG")
     assert ".input, float model" in capsys.readouterr().out
-    assert channel_ranges.main([str(tmp_path), "--site", "head"]) == 1
+    assert ranges.main([str(tmp_path), "--site", "head"]) == 1
     assert "no such site" in capsys.readouterr().err
     run(tmp_path / "float", "model=tiny_opt", "method=rtn")
-    assert channel_ranges.main([str(tmp_path / "float")]) == 1
+    assert ranges.main([str(tmp_path / "float")]) == 1
     assert "activations are float" in capsys.readouterr().err

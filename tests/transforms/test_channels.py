@@ -8,7 +8,7 @@ import torch
 from conftest import FAMILIES
 from test_walk import joined, task_of
 
-from qexp.errors import UserError
+from qexp.common.errors import UserError
 from qexp.transforms.channels import SITES, channels_of
 
 NORMS, ALL = SITES

@@ -9,13 +9,14 @@ from test_fixed import TENSOR, planted
 from test_pipeline import PPL, _configured, run  # noqa: F401 (an autouse fixture)
 from test_walk import joined, task_of
 
-from qexp.activations import quantize_activations
-from qexp.build import build
-from qexp.errors import UserError
-from qexp.fused import Formula
+from qexp.common.errors import UserError
+from qexp.config.instantiate import build
 from qexp.grid import IntGrid
-from qexp.learned import Dynamic, bake, put
-from qexp.transforms.channels import Alpha
+from qexp.quantizers.channel_scale import Alpha
+from qexp.quantizers.fake_quantize import Formula
+from qexp.quantizers.parametrization import bake, put
+from qexp.quantizers.scale_rules import Dynamic
+from qexp.quantizers.scheme import quantize_activations
 
 GRID = IntGrid(8, symmetric=True, per_tensor=True)
 PHASE2 = (

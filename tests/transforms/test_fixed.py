@@ -6,17 +6,17 @@ from conftest import FAMILIES
 from test_channels import ALL, NORMS, close, logits
 from test_walk import joined, task_of
 
-from qexp.activations import Float, Quantized, quantize_activations
-from qexp.errors import UserError
+from qexp.common.errors import UserError
 from qexp.grid import IntGrid
 from qexp.methods.blockwise import Direct
-from qexp.placement import LinearInputs
-from qexp.solvers import RTN
+from qexp.quantizers.placement import LinearInputs
+from qexp.quantizers.scheme import Float, Quantized, quantize_activations
+from qexp.solvers.rtn import RTN
 from qexp.transforms.awq import AWQ, clipped
 from qexp.transforms.channels import channels_of
 from qexp.transforms.equalize import Equalize, reach
 from qexp.transforms.os_plus import OutlierSuppression
-from qexp.transforms.search import Change, watch
+from qexp.transforms.scale_search import Change, watch
 from qexp.transforms.smooth import Smooth
 from qexp.walk import walk
 

@@ -9,14 +9,14 @@ from test_channels import ALL, NORMS, close, logits
 from test_fixed import TENSOR, drift, planted
 from test_walk import joined, task_of
 
-from qexp.activations import Float
-from qexp.errors import UserError
+from qexp.common.errors import UserError
 from qexp.grid import IntGrid
 from qexp.methods.blockwise import Direct
-from qexp.solvers import RTN
-from qexp.transforms.descent import Match
+from qexp.quantizers.scheme import Float
+from qexp.solvers.rtn import RTN
 from qexp.transforms.omniquant import Clipping, OmniQuant
 from qexp.transforms.query_key import query_keys
+from qexp.transforms.reconstruction import Match
 from qexp.walk import walk
 
 GRID = IntGrid(3, group_size=32)

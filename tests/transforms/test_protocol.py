@@ -9,9 +9,10 @@ from hydra import compose
 from omegaconf import OmegaConf, open_dict
 from test_pipeline import _configured  # noqa: F401 (an autouse fixture)
 
-from qexp import pipeline, protocol
-from qexp.errors import UserError
-from qexp.runs import load
+from qexp import pipeline
+from qexp.commands import ood
+from qexp.common.errors import UserError
+from qexp.runs.finished import load
 
 CORPORA = {"wikitext2": "synthetic", "c4": "python_docs", "openwebtext": "python_docs"}
 CORPORA |= {"lambada": "python_docs", "cbt": "synthetic"}
@@ -59,7 +60,7 @@ def run(folder: Path, experiment: str, *overrides: str) -> dict[str, float]:
 def test_every_arm_is_a_row_of_ratios(tmp_path, capsys):
     found = {arm: run(tmp_path / arm, arm) for arm in ARMS}
     found["qat 1"] = run(tmp_path / "qat 1", "qat", "seed=1")
-    assert protocol.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    assert ood.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 0
     with (tmp_path / "out" / "protocol.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(ARMS)
@@ -98,12 +99,12 @@ def test_the_mean_over_other_corpora_is_geometric(tmp_path, monkeypatch):
         **values
         | {"metrics": changed, "config": config, "choices": float_.choices | {"method": "other"}}
     )
-    ratios = protocol.measured([plain, other])[1].metrics
+    ratios = ood.measured([plain, other])[1].metrics
     assert ratios["F-ID/ratio"] == pytest.approx(3)
     assert ratios["F-OOD/ratio"] == pytest.approx(math.sqrt(2 * 8))
-    monkeypatch.setitem(protocol.FORMS, "third", "synthetic")  # corpus i in another form
-    both = protocol.measured([plain, other])[1].metrics
+    monkeypatch.setitem(ood.FORMS, "third", "synthetic")  # corpus i in another form
+    both = ood.measured([plain, other])[1].metrics
     assert both["F-ID/ratio"] == pytest.approx(math.sqrt(3 * 8))
     assert both["F-OOD/ratio"] == pytest.approx(2)
     with pytest.raises(UserError, match="run the float model"):
-        protocol.measured([other])
+        ood.measured([other])

@@ -9,15 +9,15 @@ from test_channels import ALL, NORMS, close, every, logits, random_scale
 from test_fixed import TENSOR, drift, planted
 from test_walk import joined, task_of
 
-from qexp.activations import Float
-from qexp.errors import UserError
+from qexp.common.errors import UserError
 from qexp.gradients import Straight
 from qexp.grid import IntGrid
 from qexp.methods.blockwise import Direct
-from qexp.solvers import RTN
+from qexp.quantizers.scheme import Float
+from qexp.solvers.rtn import RTN
 from qexp.transforms.channels import channels_of
-from qexp.transforms.descent import Match, quantized, run
 from qexp.transforms.quadapter import Quadapter
+from qexp.transforms.reconstruction import Match, quantized, run
 from qexp.walk import walk
 
 GRID = IntGrid(8, symmetric=True, per_tensor=True)

@@ -7,10 +7,10 @@ from test_channels import close, logits
 from test_fixed import TENSOR, drift, planted
 from test_walk import joined, task_of
 
-from qexp.errors import UserError
+from qexp.common.errors import UserError
 from qexp.grid import IntGrid
 from qexp.methods.blockwise import Direct
-from qexp.solvers import RTN
+from qexp.solvers.rtn import RTN
 from qexp.transforms.rotate import Rotate, rotation
 
 ROTATED = [family for family in FAMILIES if family not in ("bert", "gemma3")]

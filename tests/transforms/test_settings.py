@@ -7,8 +7,8 @@ import pytest
 from hydra import compose
 from runs import _configured  # noqa: F401 (an autouse fixture)
 
-from qexp.build import build
-from qexp.errors import UserError, switches
+from qexp.common.errors import UserError, switches
+from qexp.config.instantiate import build
 from qexp.transforms.smooth import check
 
 ON_GRIDS = ("smooth", "awq", "os_plus", "quadapter", "omniquant")

@@ -1,0 +1,1 @@
+"""Commands that are not a run: `qexp NAME`, one file each."""

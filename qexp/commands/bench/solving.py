@@ -1,0 +1,73 @@
+"""What solving costs: block-wise methods, and OAC beside SpQR."""
+
+import time
+from collections.abc import Iterator
+
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+from torch import Tensor
+
+from qexp.commands.bench.timing import loaded, show, timed
+from qexp.config.instantiate import build
+from qexp.config.location import conf
+from qexp.hessian import second_moment
+from qexp.hessian.output import through_tokens
+from qexp.step import Step
+from qexp.walk import walk
+
+
+def blockwise(cfg: DictConfig) -> None:
+    """The stages of a block-wise method: what one forward, the Hessians and the solver take."""
+    task, batches = loaded(cfg)
+
+    def forward() -> None:
+        for block in walk(task, batches):
+            block.advance(lambda names, inputs: None)
+
+    def measure(names: tuple[str, ...], inputs: Iterator[Tensor]) -> None:
+        second_moment(inputs)
+
+    def hessians() -> None:
+        for block in walk(task, batches):
+            block.advance(measure)
+
+    stages = {"forward": timed(forward)}
+    stages["Hessians"] = timed(hessians) - stages["forward"]
+    method: Step = build(cfg.method)
+    start = time.perf_counter()
+    records = method(task, lambda: batches)
+    total = time.perf_counter() - start
+    stages["solver"] = sum(record.seconds for record in records)
+    stages["whole job"] = total
+    show(stages, "forward")
+
+
+def oac(cfg: DictConfig) -> None:
+    """OAC with gradients in one pass against SpQR on the same data.
+
+    Seconds per block are those of the gradient pass over all blocks divided by their number.
+    """
+    task, batches = loaded(cfg)
+    state = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
+    tokens = batches[0]["input_ids"].shape[1]
+    for shape in {(w.out_features, w.in_features) for w in task.linears().values()}:
+        order = "X'(DD')X" if through_tokens(tokens, *shape) else "(D'X)'(D'X)"
+        print(f"{shape[0]} x {shape[1]}: {order} at {tokens} tokens")
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf())):
+        methods = {
+            name: build(compose("config", [f"method={name}"]).method)
+            for name in ("spqr", "oac_one_pass")
+        }
+    stages = {"SpQR job": timed(lambda: methods["spqr"](task, lambda: batches))}
+    task.model.load_state_dict(state)
+
+    def gradients() -> None:
+        block = next(iter(walk(task, batches)))
+        methods["oac_one_pass"].hessian(block)
+
+    stages["gradients, all blocks"] = timed(gradients)
+    stages["gradients, per block"] = stages["gradients, all blocks"] / len(task.blocks)
+    rest = timed(lambda: methods["oac_one_pass"](task, lambda: batches))
+    stages["OAC job, Hessians cached"] = rest
+    stages["OAC job"] = stages["gradients, all blocks"] + rest
+    show(stages, "SpQR job")

@@ -1,0 +1,94 @@
+"""What training costs: a step with quantizers, and Quadapter's phases beside it."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+
+from qexp.commands.bench.timing import loaded, peak, show, spent
+from qexp.config.instantiate import build
+from qexp.methods.finetune import FineTune
+from qexp.methods.quadapter import EndToEnd
+from qexp.quantizers.activation import FakeQuant
+from qexp.quantizers.parametrization import bake
+from qexp.quantizers.scheme import quantize_activations
+from qexp.task import Batch, Task
+from qexp.training.trainable import Trained
+from qexp.transforms.quadapter import Quadapter
+from qexp.transforms.scale_search import first
+from qexp.walk import walk
+
+Parameters = Mapping[str, list[nn.Parameter]]
+
+
+def qat(cfg: DictConfig) -> None:
+    """A step of quantization-aware training against one of the float model: time and memory."""
+    task, batches = loaded(cfg)
+    method = build(cfg.method)
+    assert isinstance(method, FineTune)
+    seconds, memory = {}, {}
+    task.requires_grad_()
+    every = {"weights": list(task.model.parameters())}
+    seconds["float"], memory["float"] = step(task, method, batches[0], every)
+    quantize_activations(task, method.activations, lambda: batches)
+    method.install(task, task.linears())
+    parameters = method.trained.parameters(task)
+    seconds["quantized"], memory["quantized"] = step(task, method, batches[0], parameters)
+    show(seconds, "float")
+    print(f"{'memory':<28}{memory['quantized'] / memory['float']:8.2f} x float")
+
+
+def step(task: Task, method: FineTune, whole: Batch, parameters: Parameters) -> tuple[float, int]:
+    """Seconds and bytes of a step on so many sequences as the trainer takes."""
+    batch = {key: value[: method.trainer.sequences] for key, value in whole.items()}
+    low = method.trainer.precision.startswith("bf16")
+    optimizer = method.optimizer.optimizer(parameters)
+
+    def once() -> None:
+        with torch.autocast(task.device.type, torch.bfloat16, enabled=low):
+            loss = task.loss(batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    once()
+    found = min(spent(task, once) for _ in range(3)), peak(task)
+    optimizer.state.clear()  # an optimizer stands in cycles, and outlives its last use
+    return found
+
+
+def quadapter(cfg: DictConfig) -> None:
+    """Phase 1 on the first block, a step of phase 2, and a step that trains weights and ranges."""
+    task, batches = loaded(cfg)
+    transform, method = build(cfg.transform), build(cfg.method)
+    if not (isinstance(transform, Quadapter) and isinstance(method, EndToEnd)):
+        raise SystemExit("bench.py quadapter: give transform=quadapter method=quadapter")
+    training = method.training
+    seconds, memory = {}, {}
+    # What holds more comes later: on a CPU the peak is that of the process so far.
+    block = next(iter(walk(task, first(batches, transform.sequences), transform.batch)))
+    name = f"phase 1, {transform.steps} steps"
+    seconds[name] = spent(task, lambda: transform.adapt(block))
+    memory[name] = peak(task)
+    seconds["phase 1, step"] = seconds[name] / transform.steps
+    quantize_activations(task, training.activations, lambda: batches)
+    sites = method.install(task)
+    training.install(task, task.linears())
+    parameters = training.trained.parameters(task)
+    seconds["phase 2, step"], memory["phase 2"] = step(task, training, batches[0], parameters)
+    for linear in task.linears().values():
+        bake(linear)
+    for channels in sites:
+        channels.settle()
+    for quantizer in task.quantizers.values():
+        assert isinstance(quantizer, FakeQuant)
+        quantizer.freeze()
+    plain = replace(training, trained=Trained(offsets=training.trained.offsets))
+    plain.install(task, task.linears())
+    parameters = plain.trained.parameters(task)
+    seconds["QAT, step"], memory["QAT"] = step(task, plain, batches[0], parameters)
+    show(seconds, "QAT, step")
+    for kind, held in memory.items():
+        print(f"{f'memory, {kind}':<28}{held / 2**30:8.2f} GiB {held / memory['QAT']:6.2f} x QAT")

@@ -1,0 +1,135 @@
+"""In and out of distribution: calibrated or trained on one corpus, measured on many (2211.16912).
+
+F-ID is the perplexity on that corpus as a ratio to the untouched float model's, F-OOD the geometric
+mean of the ratios on all other corpora.
+"""
+
+import argparse
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from qexp.common.errors import UserError
+from qexp.common.files import atomic
+from qexp.report import pivot, tables
+from qexp.runs.finished import Column, Run, collect
+
+ROWS = ("model", "data", "transform", "method", "method/trained", "ranges", "width", "trained on")
+FORMS = {"wikitext2_tokens": "wikitext2"}  # one text in two forms is one distribution
+LEGEND = (
+    "F-ID: ratio of perplexity to the float model's on the corpus of calibration and training; "
+    "F-OOD: geometric mean of the ratios on the others."
+)
+
+
+def measured(runs: Sequence[Run]) -> list[Run]:
+    """The runs with their F-ID and F-OOD, and in the words that the rows of the table need.
+
+    Raises UserError for a run of whose model there is no float run with the same protocols.
+    """
+    floats: dict[tuple[str, Column], list[float]] = {}
+    for run in runs:
+        for column in run.columns if run.is_float else ():
+            floats.setdefault((_model(run), column), []).append(run.metrics[column.name])
+    return [_with_ratios(run, floats) for run in runs]
+
+
+def table(runs: Sequence[Run]) -> pivot.Table:
+    """Settings by what tells them apart; seeds are averaged, corpora and ratios are columns."""
+    settings = pivot.group(measured(runs))
+
+    def told(keys: Sequence[str]) -> int:
+        return len({tuple(setting.label(key) for key in keys) for setting in settings})
+
+    rows = [key for key in ROWS if told([key]) > 1]
+    for key in pivot.differing(settings):
+        if told([*rows, key]) > told(rows):
+            rows.append(key)
+    return pivot.pivot(settings, rows or ["method"])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line of `scripts/protocol.py`; the value is the exit code."""
+    parser = argparse.ArgumentParser(prog="protocol", description=__doc__)
+    parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders of them")
+    parser.add_argument("--out", type=Path, help="where to write; the first folder by default")
+    chosen = parser.parse_args(arguments)
+    try:
+        runs, notes = collect(chosen.folders)
+        for note in notes:
+            print(note, file=sys.stderr)
+        if not runs:
+            raise UserError(f"{chosen.folders[0]}: no finished run stands there; run qexp first")
+        made = table(runs)
+        text = f"{tables.markdown(tables.lay(made, {}))}\n\n{LEGEND} {tables.LEGEND}\n"
+        out = chosen.out or chosen.folders[0]
+        for name, content in (("md", text), ("csv", tables.spreadsheet(made, {}))):
+            with atomic(out / f"protocol.{name}") as path:
+                path.write_text(content, encoding="utf-8")
+        print(text)
+    except UserError as error:
+        print(f"protocol: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _with_ratios(run: Run, floats: dict[tuple[str, Column], list[float]]) -> Run:
+    inside: list[float] = []
+    outside: list[float] = []
+    for column in run.columns:
+        if not column.is_perplexity:
+            continue
+        known = floats.get((_model(run), column))
+        if known is None:
+            raise UserError(
+                f"{run.folder}: nothing to compare {column.title} with; run the float model with "
+                "the same protocols: method=none activation=none transform=none"
+            )
+        ratio = run.metrics[column.name] / statistics.fmean(known)
+        own = _text(_corpus(run, column)) == _text(run.config["data"]["name"])
+        (inside if own else outside).append(ratio)
+    ratios = {"F-ID/ratio": inside, "F-OOD/ratio": outside}
+    means = {name: _geometric(found) for name, found in ratios.items() if found}
+    words = {"width": _width(run), "ranges": _ranges(run), "trained on": _share(run)}
+    return replace(run, metrics=run.metrics | means, choices=run.choices | words)
+
+
+def _geometric(ratios: Sequence[float]) -> float:
+    return math.exp(statistics.fmean(map(math.log, ratios)))
+
+
+def _corpus(run: Run, column: Column) -> str:
+    protocol = run.provenance["protocols"][column.name.rpartition("/")[0]]
+    return str(protocol["definition"]["corpus"]["name"])
+
+
+def _text(corpus: str) -> str:
+    return FORMS.get(corpus, corpus)
+
+
+def _model(run: Run) -> str:
+    return repr(sorted(run.config["model"].items(), key=str))
+
+
+def _width(run: Run) -> str:
+    weight = f"W{run.config['weight']['bits']}" if "weight/bits" in run.metrics else ""
+    grid = run.config["activation"].get("grid") or {}
+    return weight + (f"A{grid['bits']}" if "bits" in grid else "") or "float"
+
+
+def _ranges(run: Run) -> str:
+    return run.choices.get("activation/grid/range", "")
+
+
+def _share(run: Run) -> str:
+    """Of the corpus, or how many windows; empty where nothing trains on data of its own."""
+    method: dict[str, Any] = run.config["method"]
+    recipe = (method.get("training") or method).get("train")
+    if not recipe:
+        return ""
+    share = recipe.get("share")
+    return f"{recipe['sequences']} windows" if share is None else f"{100 * share:g} %"

@@ -1,0 +1,229 @@
+"""Which activations outliers cost most: a table and a figure of a model's tensors."""
+
+import csv
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from qexp.common.errors import UserError
+from qexp.common.files import atomic
+from qexp.common.progress import bar
+from qexp.config import messages
+from qexp.config.instantiate import build
+from qexp.config.location import conf
+from qexp.grid.outlier_error import Errors, Moments, decompose
+from qexp.models.base import Source
+from qexp.models.device import as_task
+from qexp.quantizers.scheme import Activations, Quantized
+from qexp.report.figure import Picture, figure
+from qexp.report.plots import COLOURS, GREY
+from qexp.runs import resolvers
+from qexp.task import Batch, Task, singly
+
+DEVIATIONS = 3.0  # beyond which a value is an outlier
+MOST = 0.9  # of what ranges cost, which the problem tensors make up
+COLUMNS = (
+    *("tensor", "min", "max", "deviation", "stretch", "outliers"),
+    *("inlier", "range", "outlier", "noise"),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor over all calibration data."""
+
+    name: str
+    moments: Moments
+    errors: Errors
+
+    @property
+    def stretch(self) -> float:
+        """How many times wider the range is than that of the inliers."""
+        low, high = self.moments.inliers(DEVIATIONS)
+        return (self.moments.high - self.moments.low) / (high - low) if high > low else 1.0
+
+    def cells(self) -> dict[str, str | float]:
+        """By COLUMNS; errors as shares of their sum."""
+        errors, total = self.errors, self.errors.total or 1.0
+        return {
+            "tensor": self.name,
+            "min": self.moments.low,
+            "max": self.moments.high,
+            "deviation": self.moments.deviation,
+            "stretch": self.stretch,
+            "outliers": errors.outliers / self.moments.count,
+            "inlier": errors.inlier / total,
+            "range": errors.range / total,
+            "outlier": errors.outlier / total,
+            "noise": errors.noise,
+        }
+
+
+@torch.no_grad()
+def survey(task: Task, batches: Sequence[Batch], kind: Quantized) -> list[Row]:
+    """Every tensor of the placement, in order of execution: one pass for the ranges, one for the
+    errors, a sequence at a time."""
+    sites = kind.placement.sites(task)
+    moments = {site.name: Moments() for site in sites}
+    errors = {site.name: Errors() for site in sites}
+
+    def measure(name: str, x: torch.Tensor) -> None:
+        found = decompose(x, moments[name], kind.grid, DEVIATIONS)
+        errors[name] = errors[name].plus(found)
+
+    def show(see: Callable[[str, torch.Tensor], None]) -> None:
+        handles = [site.watch(partial(see, site.name)) for site in sites]
+        try:
+            for row in bar(singly(batches), "activation ranges"):
+                task.loss(row)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    show(lambda name, x: moments[name].add(x))
+    show(measure)
+    return [Row(site.name, moments[site.name], errors[site.name]) for site in sites]
+
+
+def problems(rows: Sequence[Row]) -> list[Row]:
+    """The fewest tensors that together have MOST of the noise, worst first."""
+    ranked = sorted(rows, key=lambda row: row.errors.noise, reverse=True)
+    whole = sum(max(row.errors.noise, 0.0) for row in rows)
+    found, reached = [], 0.0
+    for row in ranked:
+        if reached >= MOST * whole:
+            break
+        found.append(row)
+        reached += row.errors.noise
+    return found
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The table, worst first, the problem tensors bold, with what it comes to."""
+    worst = problems(rows)
+    shares = [row.errors.share for row in rows]
+    whole = sum(row.errors.total for row in rows) or 1.0
+    names = ", ".join(f"`{row.name}`" for row in worst) or "none"
+    lines = [
+        f"Of the quantization error, the range of outliers causes {sum(shares) / len(shares):.0%} "
+        f"on average over {len(rows)} tensors, {sum(row.errors.range for row in rows) / whole:.0%} "
+        "of all squares together.",
+        f"{MOST:.0%} of what ranges cost, relative to the power of the inliers, is in: {names}.",
+        "",
+        f"| {' | '.join(COLUMNS)} |",
+        f"|{'|'.join(['---', *['--:'] * (len(COLUMNS) - 1)])}|",
+    ]
+    for row in sorted(rows, key=lambda row: row.errors.noise, reverse=True):
+        mark = "**" if row in worst else ""
+        cells = row.cells()
+        numbers = [
+            *(f"{cells[key]:.4g}" for key in ("min", "max", "deviation", "stretch")),
+            *(f"{cells[key]:.2%}" for key in ("outliers", "inlier", "range", "outlier")),
+            f"{cells['noise']:.3g}",
+        ]
+        lines.append(f"| {mark}{row.name}{mark} | {' | '.join(numbers)} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(surveys: dict[str, list[Row]]) -> Picture:
+    """Ranges of each model's tensors, beside one another; below, what the first's errors are."""
+    made = figure(max(7.0, 0.09 * max(map(len, surveys.values())) + 3), 6.4)
+    ranges, shares = made.subplots(2, 1, sharex=True)
+    for index, (label, rows) in enumerate(surveys.items()):
+        at = [number + 0.35 * index for number in range(len(rows))]
+        low, high = ([getattr(row.moments, end) for row in rows] for end in ("low", "high"))
+        ranges.vlines(at, low, high, color=COLOURS[index], linewidth=2, label=label)
+        inner = [row.moments.inliers(DEVIATIONS) for row in rows]
+        ranges.vlines(at, *zip(*inner, strict=True), color=GREY, linewidth=2)
+    ranges.set_yscale("symlog", linthresh=1.0)
+    ranges.set_ylabel(f"range; grey: within {DEVIATIONS:g} deviations")
+    ranges.legend(frameon=False, fontsize=9)
+    rows = next(iter(surveys.values()))
+    bottom = [0.0] * len(rows)
+    parts = (("range", COLOURS[1]), ("inlier", COLOURS[4]), ("outlier", COLOURS[6]))
+    for key, colour in parts:
+        heights = [max(float(row.cells()[key]), 0.0) for row in rows]
+        shares.bar(range(len(rows)), heights, 1.0, bottom, color=colour, label=key)
+        bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
+    shares.set_ylabel("share of the error")
+    shares.set_xlabel("tensor, in order of execution")
+    shares.legend(frameon=False, fontsize=9, ncols=3)
+    # Above the frame, each on a line of its own: the worst are often neighbours.
+    for line, row in enumerate(problems(rows)[:4]):
+        place = rows.index(row)
+        ranges.annotate(
+            row.name,
+            (place, row.moments.high),
+            (place, 1.02 + 0.05 * line),
+            textcoords=("data", "axes fraction"),
+            fontsize=7,
+            ha="center",
+            arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.5},
+        )
+    for axes in (ranges, shares):
+        axes.spines[["top", "right"]].set_visible(False)
+    return Picture(made)
+
+
+def write(folder: Path, surveys: dict[str, list[Row]]) -> str:
+    """`<label>.csv` and `<label>.md` of each model, and `ranges.png`; the first model's table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for label, rows in surveys.items():
+        with atomic(folder / f"{label}.csv") as path, path.open("w", newline="") as file:
+            table = csv.DictWriter(file, COLUMNS)
+            table.writeheader()
+            table.writerows(row.cells() for row in rows)
+        with atomic(folder / f"{label}.md") as path:
+            path.write_text(markdown(rows), encoding="utf-8")
+    draw(surveys).png(folder / "ranges.png")
+    return "\n".join(f"{label}\n\n{markdown(rows)}" for label, rows in surveys.items())
+
+
+def measured(overrides: Sequence[str]) -> list[Row]:
+    """The tensors of the model that a configuration names, on its calibration data."""
+    chosen = any(key.startswith("activation=") for key in overrides)
+    cfg: DictConfig = compose(
+        "config", [*overrides, *([] if chosen else ["activation=int8_tensor"])]
+    )
+    kind: Activations = build(cfg.activation)
+    if not isinstance(kind, Quantized) or kind.dynamic or not kind.grid.per_tensor:
+        raise UserError("activation: outliers stretch static ranges; choose activation=int8_tensor")
+    source: Source = build(cfg.model)
+    task = as_task(source, source.load(), cfg)  # without quantizers that an earlier run left
+    return survey(task, build(cfg.calibration)(task), kind)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`outliers.py FOLDER [key=value …] [-- key=value …]`: a model, then what it became."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or "=" in given[0] or given[0].startswith("-"):
+        print("outliers.py: the first argument is the folder to write to", file=sys.stderr)
+        return 2
+    folder, rest = Path(given[0]), given[1:]
+    resolvers.register()
+    both = [rest]
+    if "--" in rest:
+        cut = rest.index("--")
+        both = [rest[:cut], rest[cut + 1 :]]
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(conf())):
+            labels = ("before", "after") if len(both) > 1 else ("ranges",)
+            found = {
+                label: measured(overrides) for label, overrides in zip(labels, both, strict=True)
+            }
+        print(write(folder, found))
+    except (HydraException, OmegaConfBaseException) as error:
+        print(f"outliers.py: {messages.sentence(error)}", file=sys.stderr)
+        return 1
+    except UserError as error:
+        print(f"outliers.py: {error}", file=sys.stderr)
+        return 1
+    return 0

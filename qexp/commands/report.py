@@ -1,0 +1,117 @@
+"""From run folders to a report: one page for a browser, and tables for all else."""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from qexp.common.errors import UserError
+from qexp.common.files import atomic
+from qexp.report import html, plots, tables
+from qexp.report.pivot import SEED, Setting, Table, group, pivot
+from qexp.report.significance import counterparts
+from qexp.runs.finished import Run, collect
+
+FILES = ("report.html", "table.md", "table.csv", "table.tex", "bits_vs_ppl.png")
+
+
+def write(
+    table: Table,
+    baselines: Mapping[int, Setting],
+    legend: Sequence[str],
+    out: Path,
+    notes: Sequence[str] = (),
+    x: str = "weight/bits",
+) -> str:
+    """Write FILES; the value is the table for people."""
+    sheet = tables.lay(table, baselines)
+    legend = [*legend, *sheet.notes]
+    markdown = tables.markdown(sheet)
+    commands = "\n".join(
+        f"{sheet.numbers[id(setting)]}. `{setting.run.command}`: "
+        + ", ".join(f"`{run.folder}`" for run in setting.runs)
+        for setting in table.settings
+    )
+    texts = {
+        "table.md": "\n\n".join([markdown, *legend, commands]) + "\n",
+        "table.csv": tables.spreadsheet(table, baselines),
+        "table.tex": tables.latex(sheet) + "\n",
+        "report.html": html.page(table, sheet, legend, notes, x),
+    }
+    for name, text in texts.items():
+        with atomic(out / name) as path:
+            path.write_text(text, encoding="utf-8")
+    columns = [column for column in table.columns if column.is_perplexity]
+    plots.against_bits(table.settings, columns, x).png(out / "bits_vs_ppl.png")
+    return markdown
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line of `scripts/report.py`; the value is the exit code."""
+    parser = argparse.ArgumentParser(prog="report", description=__doc__)
+    parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders of them")
+    parser.add_argument("--out", type=Path, help="where to write; the first folder by default")
+    parser.add_argument("--rows", help="config keys, by commas; all that differ by default")
+    parser.add_argument("--columns", help="config keys, by commas: weight.bits")
+    parser.add_argument("--metrics", help="metrics, by commas, with * and ?: '*/ppl,*/acc'")
+    parser.add_argument("--over", help="keys whose values are averaged over; seed by default")
+    parser.add_argument("--baseline", help="what others are compared with: method=rtn")
+    parser.add_argument("--x", default="weight/bits", help="metric or config key of the x axis")
+    chosen = parser.parse_args(arguments)
+    try:
+        runs, notes = collect(chosen.folders)
+        for note in notes:
+            print(note, file=sys.stderr)
+        if not runs:
+            names = ", ".join(str(folder) for folder in chosen.folders)
+            raise UserError(f"{names}: no finished run stands there; run `qexp` first")
+        for option in ("rows", "columns", "over"):
+            _known(runs, option, _words(getattr(chosen, option)))
+        settings = group(runs, _words(chosen.over) or SEED)
+        table = pivot(settings, _words(chosen.rows) or None, _words(chosen.columns))
+        table = select(table, _words(chosen.metrics))
+        legend, baselines = [tables.LEGEND], {}
+        if chosen.baseline:
+            baselines = counterparts(settings, _pairs(chosen.baseline))
+            legend.append(tables.AGAINST.format(baseline=chosen.baseline))
+        out = chosen.out or chosen.folders[0]
+        print(write(table, baselines, legend, out, notes, chosen.x))
+        print("\n" + ", ".join([str(out / FILES[0]), *FILES[1:]]))
+    except UserError as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def select(table: Table, patterns: Sequence[str]) -> Table:
+    """The table with the metrics that one of the patterns fits; all, without patterns."""
+    if not patterns:
+        return table
+    names = [column.name for column in table.columns]
+    kept = [c for c in table.columns if any(fnmatchcase(c.name, each) for each in patterns)]
+    if not kept:
+        raise UserError(f"--metrics {','.join(patterns)}: none fits; there are {', '.join(names)}")
+    return replace(table, columns=tuple(kept))
+
+
+def _words(text: str | None) -> list[str]:
+    return [word for word in (text or "").split(",") if word]
+
+
+def _known(runs: Sequence[Run], option: str, keys: Sequence[str]) -> None:
+    """UserError for a key that no run has: every cell would be empty."""
+    there = {key for run in runs for key in (*run.choices, *run.leaves)}
+    for key in keys:
+        if key not in there:
+            near = ", ".join(get_close_matches(key, there)) or "weight.bits, method, seed"
+            raise UserError(f"--{option} {key}: no run has this key; perhaps {near}")
+
+
+def _pairs(text: str) -> dict[str, str]:
+    pairs = [word.partition("=") for word in _words(text)]
+    if not all(equals for _, equals, _ in pairs):
+        raise UserError(f"--baseline {text}: is not key=value; give for example method=rtn")
+    return {key: value for key, _, value in pairs}

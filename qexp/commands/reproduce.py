@@ -1,0 +1,226 @@
+"""A paper's table again: what is missing is run, all is set beside what was published."""
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from qexp.common.errors import UserError
+from qexp.config import messages
+from qexp.config.location import conf
+from qexp.report import published, tables
+from qexp.report.pivot import Setting
+from qexp.report.published import Paper
+from qexp.report.tables import Cell, Sheet
+from qexp.runs import finished, results, signature
+from qexp.runs.finished import Column
+from qexp.sweeps import app, dry_run
+
+OUTPUTS = Path("outputs")
+DATA = ("model", "data", "calibration", "eval")  # to change one of them is to leave the paper
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The runs of one row in one column, or why there are none."""
+
+    setting: Setting | None
+    reason: str = ""
+
+    def column(self, metric: str) -> Column:
+        """The metric under the definition that all seeds share."""
+        found = [c for c in self.setting.seeded if c.name == metric] if self.setting else []
+        return found[0] if len(found) == 1 else Column(metric, "")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line of `scripts/reproduce.py`: 0 where everything that was asked was reached."""
+    parser = argparse.ArgumentParser(prog="reproduce", description=__doc__)
+    parser.add_argument("ids", nargs="*", help=f"of {', '.join(ids())}; or key=value for all jobs")
+    parser.add_argument("--columns", help="by commas; the paper's own models by default")
+    parser.add_argument("--show", action="store_true", help="run nothing: what stands on disk")
+    parser.add_argument("--dry-run", action="store_true", help="the jobs and what they would take")
+    chosen = parser.parse_args(arguments)
+    extra = [word for word in chosen.ids if "=" in word]
+    code = 0
+    try:
+        for name in [word for word in chosen.ids if "=" not in word] or ids():
+            paper = load(name)
+            if chosen.columns:
+                columns = chosen.columns.split(",")
+            else:
+                columns = [key for key, place in paper.columns.items() if not place.replaced]
+            for column in columns:
+                if column not in paper.columns:
+                    raise UserError(
+                        f"--columns {column}: {messages.nearest(column, paper.columns)}"
+                    )
+            if not chosen.ids:
+                print(f"{name}: {paper.title}; columns {', '.join(paper.columns)}")
+                continue
+            if chosen.dry_run:
+                print(plans(name, paper, columns, extra))
+                continue
+            text, well = report(name, paper, columns, extra, chosen.show)
+            print(text)
+            code = code or int(not well)
+    except UserError as error:
+        print(f"reproduce: {error}", file=sys.stderr)
+        return 1
+    return code
+
+
+def ids() -> list[str]:
+    """The tables that are known."""
+    return sorted(path.stem for path in (conf() / "experiment" / "paper").glob("*.yaml"))
+
+
+def load(name: str) -> Paper:
+    """A table by its id."""
+    if name not in ids():
+        raise UserError(f"{name}: is no table; {messages.nearest(name, ids())}")
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf())):
+        return published.read(compose("config", [f"experiment=paper/{name}"]).paper, name)
+
+
+def report(
+    name: str, paper: Paper, columns: Sequence[str], extra: Sequence[str], show: bool
+) -> tuple[str, bool]:
+    """The table as Markdown, and whether all of it was reached and every order holds."""
+    found = {
+        (row, column): measure(name, paper, row, column, extra, show)
+        for column in columns
+        for row in paper.wanted(column)
+    }
+    changed = ", ".join(word for word in extra if word.partition("=")[0].partition(".")[0] in DATA)
+    numbers = [_judge(paper, *place, measured, changed) for place, measured in found.items()]
+    orders = []
+    for column in columns:
+        for less, more in paper.pairs(column):
+            one, other = found.get((less, column)), found.get((more, column))
+            if one is not None and other is not None:
+                said = ("not run", "")
+                if one.setting is not None and other.setting is not None:
+                    metric = one.column(paper.columns[column].metric)
+                    said = published.order(one.setting, other.setting, metric)
+                orders.append([f"{less} < {more}", column, *said])
+    titles = ("row", "column", "published", "measured", "off", "verdict", "run")
+    text = [f"## {name}: {paper.title}", f"Source: {paper.source}. Inferred: {paper.inferred}"]
+    text.append(_table(titles, numbers))
+    if orders:
+        text.append(_table(("expected", "column", "verdict", "seeds"), orders))
+    text.append(_machines([each.setting for each in found.values() if each.setting is not None]))
+    verdicts = [line[5] for line in numbers] + [line[2] for line in orders]
+    well = all(v in ("", "reached", "holds") or v.startswith("not comparable") for v in verdicts)
+    return "\n\n".join([*text, ""]), well
+
+
+def _judge(paper: Paper, row: str, column: str, measured: Measured, changed: str) -> list[str]:
+    """A line of the table."""
+    wanted = paper.rows[row].published.get(column, math.nan)
+    setting, metric = measured.setting, paper.columns[column].metric
+    if setting is None:
+        said = f"not run ({measured.reason})" if measured.reason else "not run"
+        return [row, column, tables.number(wanted), "", "", said, ""]
+    at = measured.column(metric)
+    value = setting.spread(at)
+    verdict = paper.verdict(row, column, value, changed or sampled(setting))
+    share = value.mean / wanted - 1
+    off = "" if math.isnan(share) else f"{share:+.1%}"
+    folders = ", ".join(str(run.folder) for run in setting.runs)
+    return [
+        *(row, column, tables.number(published), tables.spread(setting, at)),
+        *(off, verdict, folders),
+    ]
+
+
+def measure(
+    name: str, paper: Paper, row: str, column: str, extra: Sequence[str], show: bool
+) -> Measured:
+    """The runs of a cell. What is missing is run by the command `qexp`, unless only shown."""
+    made = []
+    for job in paper.jobs(row, column):
+        words = [f"experiment=paper/{name}", *job, *extra]
+        try:
+            _, folder = composed(words)
+        except UserError as error:
+            return Measured(None, str(error))
+        if not show and results.stale(folder) is not None:
+            _run([*words, f"hydra.run.dir={folder}"])
+        if not (folder / results.METRICS).is_file():
+            return Measured(None, "" if show else finished.failure(folder) or "it did not finish")
+        made.append(finished.load(folder))
+    return Measured(Setting(tuple(made)))
+
+
+def plans(name: str, paper: Paper, columns: Sequence[str], extra: Sequence[str]) -> str:
+    """The jobs of some columns, which of them stand on disk, and what the others would take."""
+    past = dry_run.finished(OUTPUTS)
+    found = [
+        dry_run.plan(*composed([f"experiment=paper/{name}", *job, *extra]), f"{column} {row}", past)
+        for column in columns
+        for row in paper.wanted(column)
+        for job in paper.jobs(row, column)
+    ]
+    return "\n".join([f"{name}: {paper.title}", *map(str, found), dry_run.total(found, len(past))])
+
+
+def composed(words: Sequence[str]) -> tuple[DictConfig, Path]:
+    """A job's configuration and its folder."""
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(conf())):
+            cfg = compose("config", list(words))
+            return cfg, OUTPUTS / signature.signature(cfg)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(messages.sentence(error)) from error
+
+
+def sampled(setting: Setting) -> str:
+    """Corpora of which a run read a local sample instead of what the hub has."""
+    from qexp.data.catalog import FACTS
+
+    parts = [(corpus, part) for corpus, facts in FACTS.items() for part in facts.parts.values()]
+    samples = {part.local: c for c, part in parts if part.local_share != part.hub_share}
+    files = [name for run in setting.runs for name in run.provenance.get("inputs", {})]
+    found = {
+        corpus for local, corpus in samples.items() for f in files if local and f.endswith(local)
+    }
+    return ", ".join(sorted(found))
+
+
+def _run(words: Sequence[str]) -> None:
+    """`qexp` with these words, in this process, so that its imports are paid once."""
+    before = sys.argv
+    sys.argv = ["qexp", *words]
+    try:
+        app.main()
+    except SystemExit as stop:
+        if stop.code == 130:
+            raise KeyboardInterrupt from stop
+    finally:
+        sys.argv = before
+
+
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = tuple(tuple(Cell(text) for text in row) for row in rows)
+    return tables.markdown(Sheet(tuple(("", title) for title in titles), len(titles), lines, {}))
+
+
+def _machines(settings: Sequence[Setting]) -> str:
+    found = []
+    for setting in settings:
+        for run in setting.runs:
+            known = run.provenance
+            machine, versions = known.get("machine") or {}, known.get("versions") or {}
+            where = machine.get("cuda") or [machine.get("processor") or "?"]
+            found.append(
+                f"{where[0]}, torch {versions.get('torch', '?')}, code {known.get('code')}"
+            )
+    return "Measured on: " + ("; ".join(dict.fromkeys(found)) or "nothing yet")

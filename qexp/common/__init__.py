@@ -1,0 +1,1 @@
+"""Errors, files, caches and hashes: what every package may use."""

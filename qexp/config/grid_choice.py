@@ -1,0 +1,33 @@
+"""Methods that round to values of their own: they read no grid, so that none can be chosen."""
+
+from typing import Any, NoReturn
+
+from omegaconf import DictConfig, OmegaConf
+
+from qexp.common.errors import UserError
+
+OWN = {"_target_": "qexp.config.grid_choice.no_grid"}
+
+
+def no_grid() -> NoReturn:
+    """What `weight=own` gives to whoever reads a grid: a UserError."""
+    raise UserError("weight=own: a grid is needed here; choose one, for example weight=int.")
+
+
+def check(cfg: DictConfig) -> None:
+    """UserError where a grid was chosen and nothing reads it: two such choices would be two runs,
+    with one result."""
+    weight = OmegaConf.to_container(cfg.weight, resolve=True)
+    steps = [OmegaConf.to_container(cfg[key], resolve=True) for key in ("method", "transform")]
+    if "solver" not in cfg.method or weight == OWN or _holds(steps, weight):
+        return
+    solver = cfg.method.solver._target_.rpartition(".")[2]
+    raise UserError(
+        f"weight: {solver} rounds to values of its own, and nothing reads this grid; leave out "
+        "weight=… and weight.…=…"
+    )
+
+
+def _holds(node: Any, part: Any) -> bool:
+    children = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    return node == part or any(_holds(child, part) for child in children)

@@ -1,0 +1,42 @@
+"""Interface of calibration recipes."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from qexp.task import Task
+
+Batch = dict[str, Tensor]
+
+
+class Recipe(ABC):
+    """Batches for a model, in the form that its objective needs."""
+
+    @abstractmethod
+    def __call__(self, task: Task) -> list[Batch]:
+        """On the CPU."""
+
+    @abstractmethod
+    def definition(self) -> dict[str, Any]:
+        """Everything besides the model that the batches depend on, contents as sha256."""
+
+    @abstractmethod
+    def files(self) -> list[Path]:
+        """The local files it reads."""
+
+
+@dataclass(frozen=True)
+class NoCalibration(Recipe):
+    """No data at all, for methods that look at weights only."""
+
+    def __call__(self, task: Task) -> list[Batch]:
+        return []
+
+    def definition(self) -> dict[str, Any]:
+        return {}
+
+    def files(self) -> list[Path]:
+        return []

@@ -1,0 +1,168 @@
+"""Tasks of lm-evaluation-harness, its prompts and metrics untouched: only where rows come from.
+
+Imports the harness, so it is imported only where the harness is used.
+"""
+
+import io
+import logging
+import random
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._factory import TaskFactory
+
+from qexp.common import progress
+from qexp.common.errors import UserError
+from qexp.common.files import data_folder
+from qexp.eval.harness import local_rows
+
+# Those of the harness's own command, so that few-shot examples are the same.
+SEED, NUMPY_SEED, TORCH_SEED, SHOT_SEED = 0, 1234, 1234, 1234
+
+logging.getLogger("lm_eval").setLevel(logging.ERROR)  # a page of remarks on every task
+
+
+class Splits(dict[str, datasets.Dataset]):
+    """Local splits. One that has no file is empty: the harness looks at all, and uses few."""
+
+    def __missing__(self, split: str) -> datasets.Dataset:
+        return next(iter(self.values())).select([])
+
+
+class LocalTask(ConfigurableTask):
+    """A task whose rows come from local files where they are, else from the hub."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        own = ("class", "qexp_source", "qexp_folder")
+        self.source: str = config["qexp_source"]
+        self.folder = data_folder(config["qexp_folder"])
+        self.files: list[Path] = []
+        ConfigurableTask.__init__(self, config={k: v for k, v in config.items() if k not in own})
+
+    def download(self, dataset_kwargs: dict[str, Any] | None = None, **_: Any) -> None:
+        path, name = self.DATASET_PATH, self.DATASET_NAME
+        given = (dataset_kwargs or {}).get("data_files")
+        if path == "json" and given is not None:
+            self.dataset = self._own(given)
+            return
+        facts = local_rows.find(path, name)
+        if facts is not None and self.source != "hub" and self.folder is not None:
+            there = dict(local_rows.local(facts, name, self.folder))
+            if there and (self._evaluated(facts) in there):
+                self.files = list(there.values())
+                self.dataset = Splits(
+                    (split, datasets.Dataset.from_list(local_rows.rows(facts, name, file)))
+                    for split, file in there.items()
+                )
+                return
+        if self.source == "local":
+            raise UserError(self._missing(facts, "eval.source=local asks for the file"))
+        try:
+            ConfigurableTask.download(self, dataset_kwargs)
+        except Exception as error:  # no network, no such data set, a changed layout, …
+            reason = str(error).partition("\n")[0]
+            why = f"the hub's {path} did not answer ({type(error).__name__}: {reason})"
+            raise UserError(self._missing(facts, why)) from error
+
+    @cached_property
+    def eval_docs(self) -> datasets.Dataset:
+        """What is evaluated, made once: the harness would process all rows at every look."""
+        return ConfigurableTask.eval_docs.fget(self)
+
+    def build_all_requests(self, **settings: Any) -> None:
+        """Without the harness's own progress bar, which nothing silences."""
+        with redirect_stderr(io.StringIO()):
+            ConfigurableTask.build_all_requests(self, **settings)
+
+    def check_shots(self, shots: int) -> None:
+        """UserError if examples are asked for and the split they come from has no file."""
+        split = self.fewshot_cfg.split or self.config.training_split or self.config.validation_split
+        if shots and isinstance(self.dataset, Splits) and split not in self.dataset:
+            facts = local_rows.find(self.DATASET_PATH, self.DATASET_NAME)
+            why = f"{shots} examples come from the {split} rows"
+            raise UserError(self._missing(facts, why, split))
+
+    def _evaluated(self, facts: local_rows.Facts) -> str:
+        return self.config.test_split or self.config.validation_split or next(iter(facts.files))
+
+    def _missing(self, facts: local_rows.Facts | None, why: str, split: str | None = None) -> str:
+        """What is wrong, and where the rows of `split` (null: those to evaluate) belong."""
+        advice = "only the hub has its rows"
+        if facts is not None:
+            path = facts.files.get(split or self._evaluated(facts), "").format(self.DATASET_NAME)
+            advice = f"put them at {self.folder or '$QEXP_DATA_DIR'}/{path}" if path else advice
+        return f"eval task {self.config.task}: no rows here: {why}; {advice}"
+
+    def _own(self, given: Any) -> Splits:
+        """A user's files by split; one file alone is `validation` (or the split that is asked)."""
+        split = self.config.test_split or self.config.validation_split or "validation"
+        by_split = dict(given) if isinstance(given, Mapping) else {split: given}
+        made = {}
+        for key, names in by_split.items():
+            paths = [Path(name) for name in ([names] if isinstance(names, str) else names)]
+            for path in paths:
+                if not path.is_file():
+                    raise UserError(
+                        f"eval task {self.config.task}: dataset_kwargs.data_files: {path} is not a "
+                        f"file; put the {key} rows there as jsonl"
+                    )
+            self.files += paths
+            rows = [row for path in paths for row in local_rows.read_records(path)]
+            made[key] = datasets.Dataset.from_list(rows)
+        return Splits(made)
+
+
+@cache
+def manager() -> TaskManager:
+    """The harness's index of its tasks: seconds to build, once per process."""
+    return TaskManager()
+
+
+def load(
+    specs: Sequence[str | dict[str, Any]], source: str, folder: str | None, shots: int | None
+) -> dict[str, Any]:
+    """Tasks and groups by name, ready to be evaluated, as the harness's own command makes them.
+
+    A spec is a name of the harness (task, group or tag), or a task of the user's own: the fields
+    of a harness task yaml, with `dataset_path: json` and `dataset_kwargs.data_files`.
+    """
+    ours = {"class": LocalTask, "qexp_source": source, "qexp_folder": folder}
+    known = manager().task_index
+    for spec in specs:
+        if not isinstance(spec, Mapping) and spec not in known:
+            raise UserError(
+                f"eval task {spec}: the harness knows no such task, group or tag; "
+                "`lm-eval ls tasks` prints them"
+            )
+    if not progress.drawn():
+        datasets.disable_progress_bars()
+    with isolate_rng():  # some tasks shuffle their choices
+        random.seed(SEED)
+        np.random.seed(NUMPY_SEED)
+        torch.manual_seed(TORCH_SEED)
+        wanted: list[Any] = []
+        for spec in specs:
+            if isinstance(spec, Mapping):
+                wanted.append({**spec, **ours})
+                continue
+            # The manager's own load() hands a group's list of tasks on to its members as their name
+            # when there is anything to override.
+            made = TaskFactory().build(known[spec], overrides=ours, registry=known)
+            wanted += made if isinstance(made, list) else [made]
+        loaded = manager().load(wanted)
+    for task in loaded["tasks"].values():
+        own = task.get_config("num_fewshot")
+        count = (own or 0) if shots is None or own == 0 else shots
+        task.set_config(key="num_fewshot", value=count)
+        if isinstance(task, LocalTask):
+            task.check_shots(count)
+    return loaded

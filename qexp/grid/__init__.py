@@ -1,0 +1,10 @@
+"""Grids: the values that a tensor may take, and the range estimators that place them.
+
+To add a grid, implement `base.Grid`; a range estimator, `base.Range`; and one yaml in conf/weight/.
+"""
+
+from qexp.grid.base import Grid as Grid
+from qexp.grid.base import Range as Range
+from qexp.grid.float_formats import LevelGrid as LevelGrid
+from qexp.grid.integer import IntGrid as IntGrid
+from qexp.grid.scale import Scale as Scale

@@ -1,0 +1,108 @@
+"""Grids of named floating-point formats: values that are not evenly spaced."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qexp.common.errors import UserError
+from qexp.grid.base import Grid, Range
+from qexp.grid.clipping import Clamp, Rounding
+from qexp.grid.ranges import MinMax
+from qexp.grid.scale import Scale
+
+
+@cache
+def levels(kind: str) -> tuple[float, ...]:
+    """The sorted values of a named format, unscaled.
+
+    eEmM: E exponent and M mantissa bits with subnormals; e4m3 is the "fn" variant whose top code
+    is NaN, e5m2 the IEEE one whose top exponent is infinity. nf4: quantiles of the normal
+    distribution, 8 positive and 7 negative beside 0 (QLoRA, section 3).
+    """
+    if kind == "nf4":
+        tail = 0.9677083  # mean of 1 - 1/(2·15) and 1 - 1/(2·16), QLoRA's offset
+        positive = torch.special.ndtri(torch.linspace(tail, 0.5, 9, dtype=torch.float64)[:-1])
+        negative = -torch.special.ndtri(torch.linspace(tail, 0.5, 8, dtype=torch.float64)[:-1])
+        values = torch.cat([positive, negative, torch.zeros(1, dtype=torch.float64)])
+        return tuple((values / values.max()).sort().values.tolist())
+    exponent, mantissa = int(kind[1]), int(kind[3])
+    bias = 2 ** (exponent - 1) - 1
+    last = {"e4m3": 2**7 - 1, "e5m2": 31 << 2}.get(kind, 2 ** (exponent + mantissa))
+    values_ = []
+    for code in range(last):
+        e, m = divmod(code, 2**mantissa)
+        fraction = m / 2**mantissa
+        values_.append(
+            2.0 ** (1 - bias) * fraction if e == 0 else 2.0 ** (e - bias) * (1 + fraction)
+        )
+    return tuple(sorted({-v for v in values_} | set(values_)))
+
+
+KINDS = ("e4m3", "e5m2", "e2m1", "nf4")
+
+
+@dataclass(frozen=True)
+class LevelGrid(Grid):
+    """Unevenly spaced values of a named format (e4m3, e5m2, e2m1, nf4) times a scale per row.
+
+    scale = max|x| / largest level. Ties round to the even mantissa, as floating-point casts do.
+    """
+
+    kind: str = "nf4"
+    group_size: int | None = None
+    range: Range = MinMax()  # noqa: RUF009
+    per_tensor: bool = False
+    scale_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise UserError(
+                f"kind={self.kind} is not a known format: give one of {', '.join(KINDS)}."
+            )
+
+    @property
+    def bits(self) -> int:
+        return 8 if self.kind in ("e4m3", "e5m2") else 4
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        return levels(self.kind)[0], levels(self.kind)[-1]
+
+    @property
+    def has_zero(self) -> bool:
+        return False
+
+    @property
+    def second(self) -> dict[str, Grid]:
+        return {}
+
+    def span(self, low: Float[Tensor, "rows 1"], high: Float[Tensor, "rows 1"]) -> Scale:
+        reach = torch.maximum(low.abs(), high.abs()).float()
+        scale = self.stored(torch.where(reach == 0, 1.0, reach / levels(self.kind)[-1]))
+        return Scale(scale, torch.zeros_like(scale))
+
+    def encode(
+        self,
+        x: Float[Tensor, "*shape"],
+        q: Scale,
+        rounding: Rounding = torch.round,
+        clamp: Clamp = torch.clamp,
+    ) -> Float[Tensor, "*shape"]:
+        return torch.bucketize((x / q.scale).float(), self._edges(x.device)).to(x.dtype)
+
+    def decode(self, codes: Float[Tensor, "*shape"], q: Scale) -> Float[Tensor, "*shape"]:
+        table = torch.tensor(levels(self.kind), device=codes.device)
+        return table[codes.long()].to(q.scale.dtype) * q.scale
+
+    def _edges(self, device: torch.device) -> Float[Tensor, " edges"]:
+        """Midpoints between levels, lowered by one step of float32 where a tie goes up."""
+        table = torch.tensor(levels(self.kind))
+        middle = (table[1:] + table[:-1]) / 2
+        # Distance in codes from 0 has the parity of the mantissa.
+        away = (torch.arange(len(table)) - int((table == 0).nonzero())).abs()
+        up = away[1:] % 2 == 0
+        lowered = torch.nextafter(middle, torch.full_like(middle, -torch.inf))
+        return torch.where(up, lowered, middle).to(device)

@@ -1,0 +1,122 @@
+"""The values a tensor may take, and what they cost to store.
+
+A grid knows how to place itself over data (`fit`), how to name a value (`encode`), and what a name
+stands for (`decode`). Everything in the project that rounds, rounds here.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qexp.common.errors import UserError
+from qexp.grid.base import Grid, Range
+from qexp.grid.clipping import Clamp, Rounding, snap
+from qexp.grid.ranges import MinMax
+from qexp.grid.scale import DTYPES, Scale, positive
+
+
+@dataclass(frozen=True)
+class IntGrid(Grid):
+    """Evenly spaced values: scale · (code - zero), code in 0 … 2^bits - 1.
+
+    symmetric: full signed range of the GPTQ reference, scale = 2·max|x| / (2^bits - 1) and
+    zero = 2^(bits-1). Asymmetric: scale = (max - min) / (2^bits - 1), zero = round(-min / scale).
+    include_zero: asymmetric ranges are widened to hold 0 (GPTQ does, SpQR does not).
+    real_zero: zero points are not rounded (SpQR's default).
+    scales, zeros: a grid for the scales or zeros of this one, whose groups are runs of rows within
+    one group of columns (SpQR's second level).
+    """
+
+    bits: int = 4
+    symmetric: bool = False
+    group_size: int | None = None
+    range: Range = MinMax()  # noqa: RUF009 (frozen, so sharing the default is safe)
+    per_tensor: bool = False
+    scale_dtype: str = "float32"
+    include_zero: bool = True
+    real_zero: bool = False
+    scales: "IntGrid | None" = None
+    zeros: "IntGrid | None" = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.bits, int) or not 2 <= self.bits <= 16:
+            raise UserError(f"bits={self.bits!r}: give a whole number from 2 to 16.")
+        if self.scale_dtype not in DTYPES:
+            raise UserError(
+                f"scale_dtype={self.scale_dtype} is unknown: give {' or '.join(DTYPES)}."
+            )
+        if self.per_tensor and self.second:
+            raise UserError("weight.scales, weight.zeros need weight.per_tensor=false.")
+        if self.per_tensor and self.group_size is not None:
+            raise UserError(
+                f"per_tensor=true with group_size={self.group_size}: one scale for all leaves "
+                "no groups; give null (weight.per_tensor=true needs weight.group_size=null)."
+            )
+
+    @property
+    def second(self) -> dict[str, Grid]:
+        named = {"scales": self.scales, "zeros": None if self.symmetric else self.zeros}
+        return {name: grid for name, grid in named.items() if grid is not None}
+
+    @property
+    def top(self) -> int:
+        """The highest code."""
+        return 2**self.bits - 1
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        return 0.0, float(self.top)
+
+    @property
+    def has_zero(self) -> bool:
+        return not self.symmetric
+
+    @property
+    def zero_bits(self) -> int:
+        if self.symmetric:
+            return 0
+        return torch.finfo(self.stored_dtype).bits if self.real_zero else self.bits
+
+    def span(self, low: Float[Tensor, "rows 1"], high: Float[Tensor, "rows 1"]) -> Scale:
+        low, high = low.float(), high.float()
+        if self.symmetric:
+            high = torch.maximum(low.abs(), high.abs())
+            low = -high
+        elif self.include_zero:
+            low, high = low.clamp(max=0), high.clamp(min=0)
+        # A row of one value has no width: widen to 0, and for a row of zeros to [0, 1].
+        constant = low == high
+        low = torch.where(constant, low.clamp(max=0), low)
+        high = torch.where(constant, high.clamp(min=0), high)
+        high = torch.where(low == high, 1.0, high)
+        width = (high - low) / self.top
+        if self.real_zero:  # a zero point beyond its dtype would be infinite
+            width = torch.maximum(width, low.abs() / torch.finfo(self.stored_dtype).max)
+        scale = width if self.scales is not None else self.stored(width)
+        if self.symmetric:
+            zero = torch.full_like(scale, 2 ** (self.bits - 1))
+        elif self.real_zero:
+            zero = -low / scale
+            zero = zero if self.zeros is not None else zero.to(self.stored_dtype).float()
+        else:
+            zero = (-low / scale).round().clamp(0, self.top)
+        if not self.second:
+            return Scale(scale, zero)
+        # As in SpQR, zeros come from the scale before its own rounding.
+        raw = {"scales": scale, "zeros": zero}
+        coded = raw | {n: g(raw[n].reshape(1, -1)).reshape(-1, 1) for n, g in self.second.items()}
+        return Scale(positive(coded["scales"]), coded["zeros"], (scale, zero))
+
+    def encode(
+        self,
+        x: Float[Tensor, "*shape"],
+        q: Scale,
+        rounding: Rounding = torch.round,
+        clamp: Clamp = torch.clamp,
+    ) -> Float[Tensor, "*shape"]:
+        return snap(x / q.scale + q.zero, self.top, rounding, clamp)
+
+    def decode(self, codes: Float[Tensor, "*shape"], q: Scale) -> Float[Tensor, "*shape"]:
+        return (codes - q.zero) * q.scale

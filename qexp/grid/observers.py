@@ -1,0 +1,95 @@
+"""What a static range needs to know of a stream of tensors, in bounded memory."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qexp.common.errors import UserError
+
+# Bins of a streamed histogram. The range doubles as values need it, so at worst half of the bins
+# lie within the data: a bin is 2⁻¹⁵ of the largest magnitude.
+BINS = 2**16
+
+
+class Stream(ABC):
+    @abstractmethod
+    def add(self, x: Float[Tensor, "..."]) -> None:
+        """One more tensor. Raises UserError when a value is not finite."""
+
+    @abstractmethod
+    def values(self) -> tuple[Float[Tensor, "1 size"], Float[Tensor, "1 size"] | None]:
+        """Values that stand for what was seen, and how often each occurs (None: once each).
+
+        Raises UserError when nothing was seen.
+        """
+
+
+class Ends(Stream):
+    """The lowest and the highest value: of all tensors, or with a `momentum` below 1 their moving
+    average, to which the newest tensor adds the share 1 - momentum."""
+
+    def __init__(self, momentum: float | None = None) -> None:
+        self.momentum = momentum
+        self.low, self.high = torch.inf, -torch.inf
+
+    def add(self, x: Float[Tensor, "..."]) -> None:
+        low, high = _ends(x)
+        if self.momentum is None or self.low > self.high:
+            self.low, self.high = min(self.low, low), max(self.high, high)
+        else:
+            self.low += (1 - self.momentum) * (low - self.low)
+            self.high += (1 - self.momentum) * (high - self.high)
+
+    def values(self) -> tuple[Float[Tensor, "1 size"], None]:
+        _refuse_nothing(self.low, self.high)
+        return torch.tensor([[self.low, self.high]]), None
+
+
+class Histogram(Stream):
+    """How often values of each size occur. The ends are exact; between them are bins."""
+
+    def __init__(self) -> None:
+        self.low, self.high, self.reach = torch.inf, -torch.inf, 0.0
+        self.counts = torch.zeros(BINS, dtype=torch.float64)
+
+    def add(self, x: Float[Tensor, "..."]) -> None:
+        low, high = _ends(x)
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        self._widen(max(abs(low), abs(high)))
+        x = x.detach().float().cpu()
+        self.counts += torch.histc(x, BINS, -self.reach, self.reach).double()
+
+    def values(self) -> tuple[Float[Tensor, "1 size"], Float[Tensor, "1 size"]]:
+        _refuse_nothing(self.low, self.high)
+        used = self.counts.nonzero().flatten()
+        width = 2 * self.reach / BINS
+        centers = (-self.reach + (used + 0.5) * width).clamp(self.low, self.high).float()
+        # The outermost bins stand for the ends themselves.
+        centers[0], centers[-1] = self.low, self.high
+        return centers[None], self.counts[used][None].float()
+
+    def _widen(self, magnitude: float) -> None:
+        if not self.reach:
+            self.reach = max(magnitude, torch.finfo(torch.float32).tiny)
+        while magnitude > self.reach:
+            merged = self.counts.reshape(-1, 2).sum(1)
+            self.counts = torch.zeros_like(self.counts)
+            self.counts[BINS // 4 : BINS // 4 + len(merged)] = merged
+            self.reach *= 2
+
+
+def _ends(x: Tensor) -> tuple[float, float]:
+    low, high = (float(v) for v in x.detach().aminmax())
+    if not (low - low == 0 and high - high == 0):  # NaN or infinity
+        raise UserError(
+            "activation: a calibration activation is not finite; the model or its dtype "
+            "overflows (model.dtype), so no static range can hold it."
+        )
+    return low, high
+
+
+def _refuse_nothing(low: float, high: float) -> None:
+    if low > high:
+        raise UserError("activation: the calibration data never reached a quantized tensor.")

@@ -1,0 +1,59 @@
+"""Where a grid lies, and how many such places a matrix needs."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qexp.common.errors import UserError
+
+# In which numbers may be kept, by their names in a configuration.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Scale(NamedTuple):
+    """Where a grid lies: value = scale · (code - zero).
+
+    raw: scale and zero as they were before a second grid rounded them, from which storage derives
+    the second level once more; None where there is none.
+    """
+
+    scale: Float[Tensor, "*rows groups"]
+    zero: Float[Tensor, "*rows groups"]
+    raw: tuple[Float[Tensor, "*rows groups"], Float[Tensor, "*rows groups"]] | None = None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Scale":
+        """All tensors reshaped, expanded or permuted alike."""
+        raw = None if self.raw is None else (change(self.raw[0]), change(self.raw[1]))
+        return Scale(change(self.scale), change(self.zero), raw)
+
+    @staticmethod
+    def join(parts: "list[Scale]") -> "Scale":
+        """Scales of several groups [rows, 1] side by side."""
+        raws = [part.raw for part in parts if part.raw is not None]
+        return Scale(
+            torch.cat([part.scale for part in parts], 1),
+            torch.cat([part.zero for part in parts], 1),
+            (torch.cat([r[0] for r in raws], 1), torch.cat([r[1] for r in raws], 1))
+            if raws
+            else None,
+        )
+
+
+def positive(scale: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Scales as decoding uses them: rounding on a second grid may leave some at zero or below."""
+    return scale.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def cut(length: int, size: int | None, key: str, what: str) -> int:
+    """How many runs of `size` make up `length`; None is one run. UserError when none do."""
+    if size is None:
+        return 1
+    if size < 1 or length % size:
+        raise UserError(
+            f"{key}={size} does not divide the {length} {what} of a layer: choose a divisor of "
+            f"{length}, or null for one group."
+        )
+    return length // size

@@ -1,0 +1,67 @@
+"""A solution into its layer, checked against round-to-nearest."""
+
+import logging
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from qexp.solvers import Solution
+from qexp.step import Record
+
+log = logging.getLogger(__name__)
+
+
+def error(
+    change: Float[Tensor, "rows columns"], hessian: Float[Tensor, "columns columns"] | None
+) -> float:
+    """tr(Δ H Δᵀ); the squared norm of Δ without a Hessian."""
+    change = change.float()
+    moved = change if hessian is None else change @ hessian
+    return float(torch.sum(moved * change, dtype=torch.float64))
+
+
+def write(
+    name: str,
+    linear: nn.Linear,
+    solution: Solution,
+    baseline: Float[Tensor, "rows columns"],
+    hessian: Float[Tensor, "columns columns"] | None,
+    seconds: float,
+    slack: float = 1e-3,
+) -> Record:
+    """Put a solution into its layer, after checking that it is one.
+
+    Raises RuntimeError naming the layer when the weights are not finite, are not what storage
+    gives back, or lie farther from the float layer than rounding to nearest would leave them, by
+    more than a share of `slack`.
+    """
+    weight = linear.weight.detach().float()
+    if not solution.weight.isfinite().all():
+        raise RuntimeError(f"{name}: the solver returned weights that are not finite")
+    if not torch.equal(solution.weight, solution.packed.dequantize()):
+        raise RuntimeError(f"{name}: the quantized weights are not those that storage gives back")
+    scale = max(error(weight, hessian), torch.finfo(torch.float32).tiny)
+    before = error(baseline - weight, hessian) / scale
+    after = error(solution.weight - weight, hessian) / scale
+    if after > before * (1 + slack) + 1e-7:
+        raise RuntimeError(
+            f"{name}: the calibrated error {after:.3g} exceeds the {before:.3g} of rounding to "
+            "nearest: calibration data or damping do not fit this layer (raise method.solver.damp)"
+        )
+    if after > before * (1 + 1e-3) + 1e-7:
+        log.warning("%s: error %.3g, rounding to nearest %.3g", name, after, before)
+    linear.weight.data = solution.weight.to(linear.weight)
+    rows, columns = weight.shape
+    return Record(
+        name,
+        rows,
+        columns,
+        solution.bits,
+        before,
+        after,
+        solution.damp,
+        seconds,
+        solution.packed,
+        solution.paper_bits,
+    )

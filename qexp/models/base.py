@@ -1,0 +1,74 @@
+"""What every source of a model answers, and the checks that all of them share."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from qexp.common.errors import UserError
+from qexp.grid.scale import DTYPES
+from qexp.models.linearize import linearize
+from qexp.task import Task
+
+AUTO = {
+    "causal_lm": AutoModelForCausalLM,
+    "masked_lm": AutoModelForMaskedLM,
+    "sequence_classification": AutoModelForSequenceClassification,
+    "image_classification": AutoModelForImageClassification,
+}
+
+
+class Loaded(NamedTuple):
+    """A model on the CPU in eval mode; the tokenizer is None for images and where none exists."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    # What is left to do once the model is a task on its device (quantizers of an earlier run).
+    finish: Callable[[Task], None] = lambda task: None
+
+
+class Source(ABC):
+    """A model that can be loaded, and what identifies it. Fields are the keys of conf/model/."""
+
+    dtype: str
+    objective: str
+
+    @abstractmethod
+    def load(self) -> Loaded:
+        """The model in `dtype`, every linear map an nn.Linear, no quantization flag left."""
+
+    @abstractmethod
+    def fingerprint(self) -> dict[str, str]:
+        """What the loaded weights and tokenizer depend on; equal only if they are equal."""
+
+    @abstractmethod
+    def files(self) -> list[Path]:
+        """The local files that loading reads; a run recorded with others is stale."""
+
+    def origin(self) -> "Source":
+        """The source of the model before anything in it was quantized."""
+        return self
+
+
+def check(source: Source) -> None:
+    """UserError unless `dtype` and `objective` are known: called as a source is built."""
+    if source.dtype not in DTYPES:
+        raise UserError(f"model.dtype: {source.dtype!r} is none of {', '.join(DTYPES)}")
+    if source.objective not in AUTO:
+        raise UserError(f"model.objective: {source.objective!r} is none of {', '.join(AUTO)}")
+
+
+def ready(model: PreTrainedModel) -> PreTrainedModel:
+    """The last step of every `load`: linears, eval mode."""
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False  # nothing here generates token by token
+    return linearize(model).eval()

@@ -1,0 +1,71 @@
+"""Models whose conversion takes long, kept converted in the user's cache folder."""
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import transformers
+from filelock import FileLock
+
+from qexp.common.cache_entries import default_folder
+from qexp.common.files import atomic_folder
+from qexp.common.hashes import sha256
+from qexp.models.base import Loaded, Source
+from qexp.models.pretrained import pretrained, tokenizer_of
+
+log = logging.getLogger(__name__)
+
+SUMS = "sha256.json"
+
+
+def kept(source: Source, convert: Callable[[], Loaded]) -> Loaded:
+    """What `convert` gives, from the second time on read from a folder (4 bytes a weight).
+
+    The folder's name holds what the model depends on; its files are checked by sha256, and a folder
+    that is damaged is made again. A cache that cannot be written costs a warning, never a run.
+    """
+    key = {**source.fingerprint(), "objective": source.objective, "by": transformers.__version__}
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    folder = default_folder() / "converted" / name
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):
+            if not _whole(folder):
+                loaded = convert()
+                _keep(loaded, folder)
+                return loaded
+    except OSError as error:
+        log.warning("%s cannot be written (%s): going on without it", folder, error)
+        return convert()
+    name = f"cache {folder}"
+    model = pretrained(str(folder), name, source, local_files_only=True)
+    return Loaded(model, tokenizer_of(str(folder), name, source, local_files_only=True))
+
+
+def _keep(loaded: Loaded, folder: Path) -> None:
+    try:
+        with atomic_folder(folder) as temporary:
+            loaded.model.save_pretrained(temporary)
+            if loaded.tokenizer is not None:
+                loaded.tokenizer.save_pretrained(temporary)
+            sums = {path.name: sha256(path) for path in temporary.iterdir()}
+            (temporary / SUMS).write_text(json.dumps(sums))
+            shutil.rmtree(folder, ignore_errors=True)
+    except Exception as error:  # a full disk has a different exception in every writer
+        log.warning("%s was not written (%s): going on without it", folder, error)
+
+
+def _whole(folder: Path) -> bool:
+    if not folder.is_dir():
+        return False
+    try:
+        sums = json.loads((folder / SUMS).read_text())
+        whole = all(sha256(folder / name) == value for name, value in sums.items())
+    except (OSError, ValueError, AttributeError):
+        whole = False
+    if not whole:
+        log.warning("%s is damaged: converting again", folder)
+    return whole

@@ -1,0 +1,66 @@
+"""Where the model lies: whole on one device, or one block at a time."""
+
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+
+from qexp.common import ranks
+from qexp.common.errors import UserError
+from qexp.models.base import Loaded, Source
+from qexp.task import TASKS, Task
+
+
+def place(task: Task, device: str, offload: bool) -> None:
+    """Move the model to `device` (`auto`: the process's own accelerator, else the CPU).
+
+    offload: blocks stay on the host, and each is on the device only while it runs, so that the
+    device holds one block, the embeddings and the head. Raises UserError for an unusable device.
+    """
+    target = _device(device)
+    if not offload:
+        task.to(target)
+        return
+    blocks = list(task.blocks)
+    for module in task.model.modules():
+        if not any(module is inner for block in blocks for inner in block.modules()):
+            for own in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                own.data = own.data.to(target)
+    for block in blocks:
+        block.register_forward_pre_hook(_mover(target))
+        block.register_forward_hook(_mover(torch.device("cpu")), always_call=True)
+
+
+def _mover(device: torch.device) -> Any:
+    def move(block: nn.Module, *_: Any) -> None:
+        block.to(device)
+
+    return move
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        if accelerator is None:
+            return torch.device("cpu")
+        own = ranks.local_rank()
+        return torch.device(accelerator.type, own) if own else accelerator
+    try:
+        device = torch.device(name)
+        if device.index is None and device.type != "cpu" and ranks.local_rank():
+            device = torch.device(device.type, ranks.local_rank())
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"device={name} cannot be used here ({str(error).splitlines()[0]}); give cpu, cuda, "
+            "cuda:N or auto."
+        ) from error
+    return device
+
+
+def as_task(source: Source, loaded: Loaded, cfg: DictConfig) -> Task:
+    """The loaded model on its device."""
+    task = TASKS[source.objective](loaded.model, loaded.tokenizer).eval()
+    place(task, cfg.device, cfg.offload)
+    return task

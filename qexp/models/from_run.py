@@ -1,0 +1,75 @@
+"""The model that an earlier run left: `qexp model=from_run run=FOLDER`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qexp.common.hashes import sha256
+from qexp.config.instantiate import build
+from qexp.models.base import Loaded, Source
+from qexp.models.state_diff import put
+from qexp.packed import weights_file
+from qexp.quantizers.scheme import attach
+from qexp.runs import results
+from qexp.task import Task
+
+
+@dataclass(frozen=True)
+class Run(Source):
+    """The float model that the run started from, with the weights, whatever else the run changed,
+    and the activation quantizers that it ended with."""
+
+    folder: str
+
+    @property
+    def dtype(self) -> str:  # type: ignore[override]
+        return self._origin().dtype
+
+    @property
+    def objective(self) -> str:  # type: ignore[override]
+        return self._origin().objective
+
+    def load(self) -> Loaded:
+        config = results.config(self.folder)
+        loaded = self._origin().load()
+        packed, others = weights_file.load(Path(self.folder))
+        put(loaded.model, _under("model.", others))
+        for name, form in packed.items():
+            weight = loaded.model.get_submodule(name).weight
+            assert isinstance(weight, torch.nn.Parameter)
+            weight.data = form.dequantize().to(weight)
+        kinds = build(config.method).activations
+
+        def finish(task: Task) -> None:
+            attach(task, kinds)
+            task.quantizers.load_state_dict(_under("quantizers.", others))
+
+        return Loaded(loaded.model, loaded.tokenizer, finish)
+
+    def fingerprint(self) -> dict[str, str]:
+        weights = Path(self.folder) / weights_file.FILE
+        return self._origin().fingerprint() | {weights_file.FILE: sha256(weights)}
+
+    def files(self) -> list[Path]:
+        folder = Path(self.folder)
+        results.config(self.folder)
+        own = [folder / weights_file.FILE, folder / ".hydra" / "config.yaml"]
+        return [*self._origin().files(), *own]
+
+    def origin(self) -> Source:
+        return self._origin().origin()
+
+    def _origin(self) -> Source:
+        source = build(results.config(self.folder).model)
+        assert isinstance(source, Source)
+        return source
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }

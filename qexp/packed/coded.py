@@ -1,0 +1,183 @@
+"""What storage keeps of a quantized matrix: enough to rebuild it exactly, and to count its bits."""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from qexp.grid import Grid, IntGrid, LevelGrid, Scale
+from qexp.grid.scale import positive
+from qexp.packed.base import Packed
+from qexp.packed.bitpacking import pack_bits, unpack_bits
+from qexp.packed.outliers import Outliers
+
+GRIDS: dict[str, type[IntGrid] | type[LevelGrid]] = {"IntGrid": IntGrid, "LevelGrid": LevelGrid}
+
+
+@dataclass(frozen=True)
+class Coded(Packed):
+    """Codes of a grid with their scales.
+
+    codes [rows, columns] in the matrix' own column order. `scale`, `zero` [rows, groups] (one row
+    when the grid is per tensor): tensors, or `Coded` in turn where a second grid quantizes them,
+    transposed to [groups, rows]. `group` names each column's group when groups are not runs of
+    neighbours (act_order without static groups).
+    """
+
+    grid: Grid
+    codes: Int[Tensor, "rows columns"]
+    scale: "Float[Tensor, 'each groups'] | Coded"
+    zero: "Float[Tensor, 'each groups'] | Coded | None" = None
+    group: Int[Tensor, " columns"] | None = None
+    outliers: Outliers | None = None
+
+    @staticmethod
+    def of(
+        grid: Grid,
+        weight: Float[Tensor, "rows columns"],
+        scales: Scale,
+        group: Int[Tensor, " columns"] | None = None,
+        outliers: Outliers | None = None,
+    ) -> "Coded":
+        """Encode a matrix that lies on the grid, placed by `scales` [rows, groups]."""
+        columns = weight.shape[1]
+        wide = _per_column(scales, group, columns)
+        codes = grid.encode(weight.float(), wide).to(torch.int32)
+        kept = slice(1 if grid.per_tensor else None)
+        scale: Tensor | Coded = scales.scale[kept, kept]
+        zero: Tensor | Coded | None = scales.zero[kept, kept] if grid.has_zero else None
+        if grid.second:
+            assert scales.raw is not None, "scales of a two-level grid keep their raw values"
+            raw = dict(zip(("scales", "zeros"), scales.raw, strict=True))
+            coded = {name: _second(part, raw[name]) for name, part in grid.second.items()}
+            scale, zero = coded.get("scales", scale), coded.get("zeros", zero)
+        return Coded(grid, codes, scale, zero, group, outliers)
+
+    def scales(self) -> Scale:
+        """Scales and zeros [rows, groups] as decoding uses them."""
+        scale = positive(_plain(self.scale))
+        if self.zero is not None:
+            return Scale(scale, _plain(self.zero))
+        fixed = 2 ** (self.grid.bits - 1) if isinstance(self.grid, IntGrid) else 0
+        return Scale(scale, torch.full_like(scale, fixed))
+
+    def per_column(self) -> Scale:
+        """Each column's scale and zero, [rows, columns]."""
+        wide = _per_column(self.scales(), self.group, self.codes.shape[1])
+        return wide.map(lambda part: part.expand(self.codes.shape))
+
+    def dequantize(self) -> Float[Tensor, "rows columns"]:
+        weight = self.grid.decode(self.codes.float(), self.per_column())
+        return weight if self.outliers is None else self.outliers.put(weight)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.codes.shape
+        return rows, columns
+
+    def size(self) -> int:
+        own = self.codes.numel() * self.grid.bits
+        dtype = torch.finfo(getattr(torch, self.grid.scale_dtype)).bits
+        for part, bits in ((self.scale, dtype), (self.zero, self.grid.zero_bits)):
+            if isinstance(part, Coded):
+                own += part.size()
+            elif part is not None:
+                own += part.numel() * bits
+        own += 0 if self.group is None else 16 * len(self.group)
+        return own + (0 if self.outliers is None else self.outliers.size())
+
+    def rows(self, start: int, stop: int) -> "Coded":
+        if isinstance(self.scale, Coded) or isinstance(self.zero, Coded):
+            raise ValueError("rows that share second-level scales cannot be cut apart")
+        return replace(
+            self,
+            codes=self.codes[start:stop],
+            scale=self.scale[start:stop],
+            zero=None if self.zero is None else self.zero[start:stop],
+            outliers=None if self.outliers is None else self.outliers.rows(start, stop),
+        )
+
+    def stored(self) -> dict[str, Tensor]:
+        dtype = getattr(torch, self.grid.scale_dtype)
+        tensors = {"codes": pack_bits(self.codes, self.grid.bits)}
+        for name, part in (("scale", self.scale), ("zero", self.zero)):
+            if isinstance(part, Coded):
+                tensors |= {f"{name}.{key}": value for key, value in part.stored().items()}
+            elif part is not None and name == "zero" and self.grid.zero_bits == self.grid.bits:
+                tensors[name] = pack_bits(part.to(torch.int32), self.grid.bits)
+            elif part is not None:
+                tensors[name] = part.to(dtype)
+        if self.group is not None:
+            tensors["group"] = self.group.to(torch.int16)
+        return tensors | ({} if self.outliers is None else self.outliers.stored())
+
+    def layout(self) -> dict[str, Any]:
+        grid = {
+            each.name: getattr(self.grid, each.name)
+            for each in fields(self.grid)  # type: ignore[arg-type]
+            # Where a grid came from is not needed to read it.
+            if each.name not in ("range", "scales", "zeros")
+        }
+        layout: dict[str, Any] = {
+            "kind": type(self.grid).__name__,
+            "grid": grid,
+            "shape": list(self.codes.shape),
+        }
+        for name, part in (("scale", self.scale), ("zero", self.zero)):
+            if isinstance(part, Coded):
+                layout[name] = part.layout()
+            elif part is not None:
+                layout[name] = list(part.shape)
+        return layout
+
+    @staticmethod
+    def restore(stored: dict[str, Tensor], layout: dict[str, Any]) -> "Coded":
+        grid = GRIDS[layout["kind"]](**layout["grid"])
+        shape = tuple(layout["shape"])
+        parts: dict[str, Tensor | Coded | None] = {"scale": None, "zero": None}
+        for name in parts:
+            if isinstance(layout.get(name), dict):
+                prefix = f"{name}."
+                inner = {
+                    key.removeprefix(prefix): value
+                    for key, value in stored.items()
+                    if key.startswith(prefix)
+                }
+                parts[name] = Coded.restore(inner, layout[name])
+            elif name in layout and stored[name].dtype == torch.uint8:
+                parts[name] = unpack_bits(stored[name], grid.bits, tuple(layout[name])).float()
+            elif name in layout:
+                parts[name] = stored[name].float()
+        assert parts["scale"] is not None
+        return Coded(
+            grid,
+            unpack_bits(stored["codes"], grid.bits, shape).to(torch.int32),
+            parts["scale"],
+            parts["zero"],
+            stored["group"].long() if "group" in stored else None,
+            Outliers.restore(stored) if "outlier_ends" in stored else None,
+        )
+
+
+def _plain(part: "Tensor | Coded") -> Float[Tensor, "each groups"]:
+    return part.dequantize().T if isinstance(part, Coded) else part.float()
+
+
+def _second(grid: Grid, values: Float[Tensor, "rows groups"]) -> Coded:
+    turned = values.T.contiguous()
+    return Coded.of(grid, turned, grid.scales_of(turned))
+
+
+def _per_column(scales: Scale, group: Int[Tensor, " columns"] | None, columns: int) -> Scale:
+    """Each column's scale and zero, [rows, columns] (or [rows, 1] when one group serves all)."""
+    if group is not None:
+        return Scale(scales.scale[:, group], scales.zero[:, group])
+    groups = scales.scale.shape[1]
+    if groups == 1:
+        return scales
+    repeat = columns // groups
+    return Scale(
+        scales.scale.repeat_interleave(repeat, 1), scales.zero.repeat_interleave(repeat, 1)
+    )

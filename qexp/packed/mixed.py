@@ -1,0 +1,66 @@
+"""The stored form of a matrix of which some weights are coded and the others binarized."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from qexp.packed.base import Packed
+from qexp.packed.binary import Binary, Halves
+from qexp.packed.bitpacking import pack_bits, unpack_bits
+from qexp.packed.coded import Coded
+
+
+@dataclass(frozen=True)
+class Partial(Packed):
+    """A bit per weight says whether it is salient: then it has a code of `coded`, otherwise a sign
+    of `signs`. Both hold the whole matrix in memory, and their own weights alone in storage."""
+
+    salient: Bool[Tensor, "rows columns"]
+    coded: Coded
+    signs: Binary
+
+    def dequantize(self) -> Float[Tensor, "rows columns"]:
+        return torch.where(self.salient, self.coded.dequantize(), self.signs.dequantize())
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.signs.shape
+
+    def size(self) -> int:
+        every, salient = self.salient.numel(), int(self.salient.sum())
+        bits = self.coded.grid.bits
+        scales = self.coded.size() - bits * every
+        levels = self.signs.size() - every
+        return every + bits * salient + (every - salient) + scales + levels
+
+    def rows(self, start: int, stop: int) -> "Partial":
+        salient = self.salient[start:stop]
+        return Partial(salient, self.coded.rows(start, stop), self.signs.rows(start, stop))
+
+    def stored(self) -> dict[str, Tensor]:
+        codes = self.coded.codes[self.salient]
+        return self.coded.stored() | {
+            "codes": pack_bits(codes, self.coded.grid.bits),
+            "salient": pack_bits(self.salient.int(), 1),
+            "signs": pack_bits(self.signs.halves.signs[~self.salient].int(), 1),
+            "levels": self.signs.levels,
+        }
+
+    def layout(self) -> dict[str, Any]:
+        return {"coded": self.coded.layout(), "block": self.signs.block}
+
+    @staticmethod
+    def restore(stored: dict[str, Tensor], layout: dict[str, Any]) -> "Partial":
+        rows, columns = layout["coded"]["shape"]
+        salient = unpack_bits(stored["salient"], 1, (rows, columns)).bool()
+        bits, count = layout["coded"]["grid"]["bits"], int(salient.sum())
+        codes = torch.zeros(rows, columns, dtype=torch.int32)
+        codes[salient] = unpack_bits(stored["codes"], bits, (count,)).int()
+        whole = stored | {"codes": pack_bits(codes, bits)}
+        coded = replace(Coded.restore(whole, layout["coded"]), codes=codes)
+        signs = torch.zeros(rows, columns, dtype=torch.bool)
+        signs[~salient] = unpack_bits(stored["signs"], 1, (rows * columns - count,)).bool()
+        return Partial(salient, coded, Binary(layout["block"], Halves(signs), stored["levels"]))

@@ -1,0 +1,91 @@
+"""The stored form of a matrix that was rounded after a random rotation of both its sides."""
+
+from dataclasses import dataclass
+from math import isqrt
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qexp.packed.base import Packed
+from qexp.packed.coded import Coded
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """x → (A ⊗ B) P x: a random permutation, then two small random orthogonal matrices whose sizes
+    multiply to the length (QuIP, 2307.13304, section 4). Made again from its seed; float64, so
+    that what comes back rounds to the same float32 on any machine."""
+
+    left: Float[Tensor, "p p"]
+    right: Float[Tensor, "q q"]
+    order: Tensor
+
+    @staticmethod
+    def random(length: int, generator: torch.Generator) -> "Rotation":
+        small = next(p for p in range(isqrt(length), 0, -1) if length % p == 0)
+        order = torch.randperm(length, generator=generator)
+        return Rotation(
+            _orthogonal(small, generator), _orthogonal(length // small, generator), order
+        )
+
+    def apply(self, x: Float[Tensor, "rows length"]) -> Float[Tensor, "rows length"]:
+        """Every row rotated."""
+        order, left, right = (t.to(x.device) for t in (self.order, self.left, self.right))
+        parts = x.double()[:, order].reshape(len(x), len(left), len(right))
+        return (left @ parts @ right.T).reshape(x.shape)
+
+    def undo(self, x: Float[Tensor, "rows length"]) -> Float[Tensor, "rows length"]:
+        """The inverse of `apply`."""
+        order, left, right = (t.to(x.device) for t in (self.order, self.left, self.right))
+        parts = x.double().reshape(len(x), len(left), len(right))
+        return (left.T @ parts @ right).reshape(x.shape)[:, torch.argsort(order)]
+
+
+def _orthogonal(size: int, generator: torch.Generator) -> Float[Tensor, "size size"]:
+    """Uniform over the orthogonal group: the sign of R's diagonal makes QR unique."""
+    q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+    return q * r.diagonal().sign()
+
+
+def rotations(rows: int, columns: int, seed: int) -> tuple[Rotation, Rotation]:
+    """Of the outputs and of the inputs of a matrix."""
+    generator = torch.Generator().manual_seed(seed)
+    return Rotation.random(rows, generator), Rotation.random(columns, generator)
+
+
+@dataclass(frozen=True)
+class Rotated(Packed):
+    """Codes of U (W · stretch) Vᵀ, with the seed of U and V, and a factor per input."""
+
+    inner: Coded
+    seed: int
+    stretch: Float[Tensor, " columns"]
+
+    def dequantize(self) -> Float[Tensor, "rows columns"]:
+        outputs, inputs = rotations(*self.shape, self.seed)
+        turned = outputs.undo(inputs.undo(self.inner.dequantize()).T).T
+        return (turned / self.stretch.double()).float().contiguous()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.inner.shape
+
+    def size(self) -> int:
+        seed = 64
+        return self.inner.size() + 8 * self.stretch.element_size() * len(self.stretch) + seed
+
+    def rows(self, start: int, stop: int) -> "Rotated":
+        raise ValueError("rows that were rotated together cannot be cut apart")
+
+    def stored(self) -> dict[str, Tensor]:
+        seed = torch.tensor([self.seed])
+        return self.inner.stored() | {"stretch": self.stretch, "seed": seed}
+
+    def layout(self) -> dict[str, Any]:
+        return self.inner.layout()
+
+    @staticmethod
+    def restore(stored: dict[str, Tensor], layout: dict[str, Any]) -> "Rotated":
+        return Rotated(Coded.restore(stored, layout), int(stored["seed"]), stored["stretch"])

@@ -1,0 +1,74 @@
+"""Quantized weights in one file: bit-packed codes and scales, and how to read them again."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qexp.common.errors import UserError
+from qexp.common.files import atomic
+from qexp.packed.base import Packed
+from qexp.packed.binary import Binary
+from qexp.packed.coded import Coded
+from qexp.packed.mixed import Partial
+from qexp.packed.rotated import Rotated
+from qexp.runs import results
+
+FILE = results.WEIGHTS
+FORMS: dict[str, type[Packed]] = {form.__name__: form for form in (Coded, Binary, Partial, Rotated)}
+
+
+def save(folder: Path, weights: Mapping[str, Packed], others: Mapping[str, Tensor]) -> None:
+    """Write `weights.safetensors` atomically.
+
+    weights: stored forms by linear. others: further tensors that the run changed or made (ranges
+    of static activation quantizers), by their own names.
+    """
+    tensors, layout = flatten(weights)
+    tensors |= {f"other:{name}": tensor.contiguous().cpu() for name, tensor in others.items()}
+    with atomic(folder / FILE) as path:
+        save_file(tensors, path, metadata={"layout": json.dumps(layout)})
+
+
+def load(folder: Path) -> tuple[dict[str, Packed], dict[str, Tensor]]:
+    """The inverse of `save`. Raises UserError when the file is absent or damaged."""
+    path = folder / FILE
+    try:
+        with safe_open(path, "pt") as file:
+            layout = json.loads(file.metadata()["layout"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}): run the configuration again with save_weights=true."
+        ) from error
+    packed = unflatten(tensors, layout)
+    others = {
+        key.removeprefix("other:"): tensor
+        for key, tensor in tensors.items()
+        if key.startswith("other:")
+    }
+    return packed, others
+
+
+def flatten(weights: Mapping[str, Packed]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Stored forms as one dict of tensors, and the layout (fit for JSON) that reads it."""
+    tensors, layout = {}, {}
+    for name, packed in weights.items():
+        layout[name] = {"form": type(packed).__name__, **packed.layout()}
+        for key, tensor in packed.stored().items():
+            tensors[f"{name}:{key}"] = tensor.contiguous().cpu()
+    return tensors, layout
+
+
+def unflatten(tensors: Mapping[str, Tensor], layout: Mapping[str, Any]) -> dict[str, Packed]:
+    """The inverse of `flatten`; tensors that the layout does not name are left out."""
+    own: dict[str, dict[str, Tensor]] = {name: {} for name in layout}
+    for key, tensor in tensors.items():
+        name, _, part = key.partition(":")
+        if name in own:
+            own[name][part] = tensor
+    return {name: FORMS[facts["form"]].restore(own[name], facts) for name, facts in layout.items()}

@@ -1,0 +1,1 @@
+"""Modules that round in the forward pass, and where a model carries them."""

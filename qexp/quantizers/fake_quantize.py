@@ -1,0 +1,165 @@
+"""The quantization formula with the gradients of training, as one node of the autograd graph."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qexp.gradients import ClampGradient, Hard, RoundingGradient, Straight
+from qexp.grid import Grid, Scale
+from qexp.grid.clipping import inside
+
+PIECE = 2**17  # values
+
+
+@dataclass(frozen=True)
+class Formula:
+    """`grid.round` forward; backward what autograd makes of it with these surrogates, computed
+    from x and the scale alone, so that nothing but the input is kept between the two.
+
+    Levels that are not evenly spaced have no cells of equal width: there any `rounding` is
+    straight-through.
+    """
+
+    rounding: RoundingGradient = Straight()  # noqa: RUF009 (frozen, so sharing the default is safe)
+    clamp: ClampGradient = Hard()  # noqa: RUF009
+
+    def __call__(
+        self,
+        x: Float[Tensor, "*shape"],
+        q: Scale,
+        grid: Grid,
+        gain: float = 1.0,
+        training: bool = True,
+    ) -> Float[Tensor, "*shape"]:
+        """`x` on the grid, in its own dtype, computed in float32. `gain` multiplies the gradients
+        of scale and zero (LSQ's 1/√(N q_p)). Outside of training, clamping is hard."""
+        clamp = self.clamp if training else Hard()
+        y: Tensor = _Fused.apply(x, q.scale, q.zero, grid, self.rounding, clamp, gain)
+        return y
+
+    def rows(
+        self,
+        x: Float[Tensor, "rows columns"],
+        q: Scale,
+        grid: Grid,
+        gain: float = 1.0,
+        training: bool = True,
+    ) -> Float[Tensor, "rows columns"]:
+        """A matrix whose scales are [rows, groups], as `Grid.scales_of` gives them."""
+        groups = x.reshape(q.scale.numel(), -1)
+        flat = q.map(lambda part: part.reshape(-1, 1))
+        return self(groups, flat, grid, gain, training).reshape(x.shape)
+
+
+def gain(count: int, reach: float) -> float:
+    """LSQ's factor of a scale's gradient, 1/√(N q_p): so many values share it, and codes lie up to
+    `reach` above zero."""
+    return 1 / math.sqrt(count * reach)
+
+
+def placed(
+    scale: Float[Tensor, "*rows groups"], zero: Float[Tensor, "*rows groups"], grid: Grid
+) -> Scale:
+    """A scale that trains, as storage would keep it; gradients pass straight through."""
+    low, high = grid.ends
+    whole = grid.has_zero and grid.zero_bits == grid.bits
+    if whole:
+        kept = zero.detach().round().clamp(low, high)
+    else:
+        kept = zero.detach().to(grid.stored_dtype).to(zero.dtype) if grid.has_zero else zero
+    return Scale(_as(grid.stored(scale.detach()), scale), _as(kept, zero))
+
+
+def _as(value: Tensor, trained: Tensor) -> Tensor:
+    """`value`, bit for bit, with the gradient of `trained`."""
+    return value.detach() + (trained - trained.detach())
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        zero: Tensor,
+        grid: Grid,
+        rounding: RoundingGradient,
+        clamp: ClampGradient,
+        gain: float,
+    ) -> Tensor:
+        ctx.save_for_backward(x, scale, zero)
+        ctx.settings = grid, rounding, clamp, gain
+        rows = x.reshape(-1, x.shape[-1])
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        made = y.view(rows.shape)
+        for part in _pieces(rows):
+            q = Scale(_of(scale, part), _of(zero, part))
+            made[part] = grid.round(rows[part].float(), q, torch.round, clamp.value)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        kept, scale, zero = ctx.saved_tensors
+        rows, upstream = (t.reshape(-1, t.shape[-1]) for t in (kept, grads[0]))
+        change = torch.empty_like(rows)
+        sums = [
+            torch.zeros_like(t) if needed else None
+            for t, needed in zip((scale, zero), ctx.needs_input_grad[1:3], strict=True)
+        ]
+        for part in _pieces(rows):
+            q = Scale(_of(scale, part), _of(zero, part))
+            own = [None if total is None else _of(total, part) for total in sums]
+            change[part] = _back(rows[part].float(), upstream[part].float(), q, own, *ctx.settings)
+        return change.reshape(kept.shape), *sums, None, None, None, None
+
+
+def _back(
+    x: Tensor,
+    g: Tensor,
+    q: Scale,
+    sums: list[Tensor | None],
+    grid: Grid,
+    rounding: RoundingGradient,
+    clamp: ClampGradient,
+    gain: float,
+) -> Tensor:
+    """The gradient of x; those of scale and zero are added to `sums`."""
+    low, high = grid.ends
+    v = (x / q.scale).add_(q.zero)
+    h, codes = g, low == 0  # whose cells have equal width
+    c = clamp.value(v, low, high) if codes else v
+    if codes and not isinstance(rounding, Straight):
+        h = rounding.back(c, g, high - low)
+        if clamp.clips and not isinstance(clamp, Hard):  # whose slope is 0 there
+            h = torch.lerp(g, h, inside(v, low, high))
+    h = clamp.back(v, h, low, high)
+    if clamp.limit is not None:
+        h.mul_((x.abs() < clamp.limit).to(h))
+    moves = None if clamp.steps_inside else 1 - inside(v, low, high)
+    if sums[0] is not None:
+        y = grid.decode(c.round_(), q) if codes else grid.round(x, q, torch.round, clamp.value)
+        moved = y.mul_(g).addcmul_(h, x, value=-1)
+        moved = moved if moves is None else moved.mul_(moves)
+        sums[0] += gain * moved.sum_to_size(q.scale.shape) / q.scale
+    if sums[1] is not None:
+        moved = (h - g) if moves is None else (h - g).mul_(moves)
+        sums[1] += gain * moved.sum_to_size(q.zero.shape) * q.scale
+    return h
+
+
+def _pieces(rows: Tensor) -> Iterator[slice]:
+    """Rows that a processor's cache holds with all that is computed of them, enough of them that
+    the cores share the work; on a GPU all."""
+    size = len(rows) if rows.is_cuda else max(PIECE // rows.shape[1], 1)
+    for start in range(0, len(rows), size):
+        yield slice(start, start + size)
+
+
+def _of(each: Tensor, part: slice) -> Tensor:
+    """The rows' own scales, or the one that all share."""
+    return each if each.shape[0] == 1 else each[part]

@@ -1,0 +1,209 @@
+"""Which tensors carry a quantizer: sites of a model, by name, and how one is put there."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from qexp.arch import Arch, Group
+from qexp.quantizers.attention import CACHE, OPERANDS, Inside, install
+from qexp.task import Task
+
+Make = Callable[[], nn.Module]
+
+
+class Site(NamedTuple):
+    """A tensor that a quantizer can sit on, named by the module it enters or leaves."""
+
+    name: str
+    put: Callable[[nn.Module], Any]
+    module: nn.Module
+    leaves: bool = False
+
+    def watch(self, see: Callable[[Tensor], None]) -> RemovableHandle:
+        """Show the tensor, as it is before a quantizer rounds it, until the handle is removed."""
+        if self.leaves:
+            return self.module.register_forward_hook(
+                lambda _, __, y: see(y[0] if isinstance(y, tuple) else y), prepend=True
+            )
+        return self.module.register_forward_pre_hook(lambda _, args: see(args[0]), prepend=True)
+
+
+class Placement(ABC):
+    @abstractmethod
+    def __call__(self, task: Task, make: Make) -> dict[str, nn.Module]:
+        """Put a quantizer made by `make` on each site; the quantizers by site name."""
+
+    @abstractmethod
+    def sites(self, task: Task) -> list[Site]:
+        """Those that enter or leave a module; what lies inside of attention does not."""
+
+
+@dataclass(frozen=True)
+class LinearInputs(Placement):
+    """The input of every linear of the blocks, one quantizer for linears that share it."""
+
+    def __call__(self, task: Task, make: Make) -> dict[str, nn.Module]:
+        return _put(self.sites(task), make)
+
+    def sites(self, task: Task) -> list[Site]:
+        return _linear_inputs(task, task.arch.groups)
+
+
+@dataclass(frozen=True)
+class KVCache(Placement):
+    """Keys (after the rotary embedding, as a cache holds them) and values, each head's vector of
+    each token on its own."""
+
+    def __call__(self, task: Task, make: Make) -> dict[str, nn.Module]:
+        return _inside(task, make, CACHE, "qexp_cache")
+
+    def sites(self, task: Task) -> list[Site]:
+        return []
+
+
+@dataclass(frozen=True)
+class AllOps(Placement):
+    """The result of every operation: linear inputs and outputs, norms, activation functions,
+    attention operands, scores (before the mask) and probabilities, embeddings, residual sums,
+    logits. A result that is only read by linears carries their inputs' quantizer, and none of its
+    own. The setting of Quadapter's line of work; biases stay float."""
+
+    def __call__(self, task: Task, make: Make) -> dict[str, nn.Module]:
+        made = _put(self.sites(task), make)
+        return made | _inside(task, make, OPERANDS, "qexp_operands")
+
+    def sites(self, task: Task) -> list[Site]:
+        arch, model = task.arch, task.model
+        # A second quantizer behind another would change nothing, until training parts their ranges.
+        sums, read = set(_sums(arch)), {group.source for group in arch.groups}
+        groups = arch.groups
+        if arch.post_norm:  # what its norms and its entry hand on is the stream, rounded already
+            groups = tuple(group for group in groups[1:] if group.source not in arch.norms)
+        sites = _linear_inputs(task, groups)
+        sites.append(Site("embeddings", _input(task.blocks[0]), task.blocks[0]))
+        for index, block in enumerate(task.blocks):
+            name = f"{arch.blocks}.{index}"
+            for group in arch.groups:
+                for linear in group.linears:
+                    sites.append(_output(f"{name}.{linear}", block.get_submodule(linear)))
+            for norm in arch.norms:
+                module = block.get_submodule(norm)
+                if norm in sums:
+                    sites.append(Site(f"{name}.{norm}.sum", _in_place(module), module))
+                if norm not in read or arch.post_norm:
+                    sites.append(_output(f"{name}.{norm}", module))
+            for inner, module in block.named_modules():
+                if _is_activation(module) and arch.gated:
+                    sites.append(_output(f"{name}.{inner}", module))
+            if not arch.post_norm:  # there the last norm's output is the block's
+                sites.append(_output(name, block))
+        if arch.norm is not None:
+            sites.append(_output(arch.norm, model.get_submodule(arch.norm)))
+        sites.append(_output(arch.head, model.get_submodule(arch.head)))
+        return sites
+
+
+def _sums(arch: Arch) -> tuple[str, ...]:
+    """Norms whose input is a residual sum made inside the block, which goes on beside the norm.
+    What the first one reads, and with a parallel residual each, is what entered the block."""
+    if arch.post_norm:
+        return arch.norms
+    read = [group.source for group in arch.groups if group.source in arch.norms]
+    return () if arch.parallel else tuple(str(norm) for norm in read[1:])
+
+
+def _linear_inputs(task: Task, groups: tuple[Group, ...]) -> list[Site]:
+    sites = []
+    for index, block in enumerate(task.blocks):
+        for group in groups:
+            members = [block.get_submodule(linear) for linear in group.linears]
+            name = f"{task.arch.blocks}.{index}.{group.linears[0]}.input"
+            sites.append(Site(name, _inputs(members), members[0]))
+    return sites
+
+
+def _put(sites: list[Site], make: Make) -> dict[str, nn.Module]:
+    made = {}
+    for site in sites:
+        made[site.name] = make()
+        site.put(made[site.name])
+    return made
+
+
+def _inside(
+    task: Task, make: Make, operands: tuple[str, ...], implementation: str
+) -> dict[str, nn.Module]:
+    made: dict[str, nn.Module] = {}
+    inside = {}
+    for index, block in enumerate(task.blocks):
+        writer = task.arch.writers[0]  # the attention module owns the first writer
+        path = writer.rpartition(".")[0]
+        own = {operand: make() for operand in operands}
+        # BERT's output projection stands beside the attention proper, hence all its relatives.
+        for module in block.get_submodule(path.partition(".")[0]).modules():
+            inside[module] = Inside(own)
+        made |= {f"{task.arch.blocks}.{index}.attention.{key}": q for key, q in own.items()}
+    install(task.model, inside, implementation)
+    return made
+
+
+def _inputs(modules: list[nn.Module]) -> Callable[[nn.Module], None]:
+    """Modules that read the same tensor, in execution order, share what the first one made of it:
+    one pass instead of several, and one tensor kept for backward."""
+
+    def put(quantizer: nn.Module) -> None:
+        kept: list[tuple[Tensor, Tensor]] = []
+
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            x, *rest = args
+            if not kept or kept[0][0] is not x:
+                kept[:] = [(x, quantizer(x))]
+            rounded = kept[0][1]
+            if module is modules[-1]:
+                kept.clear()
+            return (rounded, *rest)
+
+        for module in modules:
+            module.register_forward_pre_hook(hook)
+
+    return put
+
+
+def _input(module: nn.Module) -> Callable[[nn.Module], None]:
+    return _inputs([module])
+
+
+def _in_place(module: nn.Module) -> Callable[[nn.Module], None]:
+    def put(quantizer: nn.Module) -> None:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            args[0].copy_(quantizer(args[0].clone()))  # backward wants what it was
+
+        module.register_forward_pre_hook(hook)
+
+    return put
+
+
+def _output(name: str, module: nn.Module) -> Site:
+    def put(quantizer: nn.Module) -> None:
+        def hook(_: nn.Module, __: Any, output: Any) -> Any:
+            if isinstance(output, tuple):
+                return (quantizer(output[0]), *output[1:])
+            return quantizer(output)
+
+        module.register_forward_hook(hook)
+
+    return Site(f"{name}.output", put, module, leaves=True)
+
+
+def _is_activation(module: nn.Module) -> bool:
+    """An activation function: a leaf without parameters that is neither dropout nor identity."""
+    return (
+        not any(True for _ in module.children())
+        and not any(True for _ in module.parameters())
+        and not any(True for _ in module.buffers())
+        and not isinstance(module, nn.Dropout | nn.Identity)
+    )

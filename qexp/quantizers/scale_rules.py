@@ -1,0 +1,124 @@
+"""Scales of fake-quantized weights in training: dynamic, static, learned (LSQ), fixed codes."""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qexp.common.errors import FieldError, UserError, known, switches
+from qexp.grid import Grid, Scale
+from qexp.packed.coded import Coded
+from qexp.quantizers.fake_quantize import Formula
+from qexp.quantizers.weight import FakeWeight, Frozen, Rounded
+
+
+class ScaleRule(ABC):
+    """Where the scales of weights come from while training."""
+
+    offset: bool = False  # whether zero points train with them
+
+    @abstractmethod
+    def __call__(
+        self, weight: Float[Tensor, "rows columns"], grid: Grid, formula: Formula
+    ) -> FakeWeight: ...
+
+
+@dataclass(frozen=True)
+class Dynamic(ScaleRule):
+    """Fitted to the weights by the grid's range at every step, and taken for constants."""
+
+    def __call__(
+        self, weight: Float[Tensor, "rows columns"], grid: Grid, formula: Formula
+    ) -> FakeWeight:
+        return Rounded(grid, formula, None, False)
+
+
+@dataclass(frozen=True)
+class Static(ScaleRule):
+    """Fitted by the grid's range once, before training."""
+
+    def __call__(
+        self, weight: Float[Tensor, "rows columns"], grid: Grid, formula: Formula
+    ) -> FakeWeight:
+        _single(grid)
+        made = Rounded(grid, formula, grid.scales_of(weight.detach().float()), False)
+        return made.requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class LSQ(ScaleRule):
+    """Trained with the weights (1902.08153); with `offset` the zero points too (LSQ+, 2004.09576).
+
+    init: `lsq`, 2 mean|w| / √q_p around a zero in the middle, or `range`, the grid's own fit.
+    """
+
+    init: str = "lsq"
+    offset: bool = False
+
+    def __post_init__(self) -> None:
+        known(None, self, init=("lsq", "range"))
+        switches(None, self, "offset")
+
+    def __call__(
+        self, weight: Float[Tensor, "rows columns"], grid: Grid, formula: Formula
+    ) -> FakeWeight:
+        _single(grid)
+        q = grid.scales_of(weight.detach().float())
+        if self.init == "lsq":
+            zero = torch.full_like(q.zero, 2 ** (grid.bits - 1) if grid.ends[0] == 0 else 0)
+            groups = weight.detach().float().abs().reshape(*q.scale.shape, -1)
+            mean = groups.mean() if grid.per_tensor else groups.mean(-1)
+            scale = 2 * mean / math.sqrt(max(grid.ends[1] - float(zero.mean()), 1.0))
+            q = Scale(scale.expand_as(q.scale).clamp(min=torch.finfo(torch.float32).tiny), zero)
+        return Rounded(grid, formula, q, self.offset and grid.has_zero)
+
+
+@dataclass(frozen=True)
+class FixedCodes(ScaleRule):
+    """Codes of round-to-nearest that never change; scales that train, with `offset` zero points
+    too (PEQA, 2305.14152; the second phase of EfficientQAT)."""
+
+    offset: bool = False
+
+    def __post_init__(self) -> None:
+        switches(None, self, "offset")
+
+    def __call__(
+        self, weight: Float[Tensor, "rows columns"], grid: Grid, formula: Formula
+    ) -> FakeWeight:
+        _single(grid)
+        weight = weight.detach().float()
+        return Frozen(Coded.of(grid, weight, grid.scales_of(weight)), self.offset and grid.has_zero)
+
+
+@dataclass(frozen=True)
+class KnownCodes(ScaleRule):
+    """Codes and first scales that another method found; scales and zero points that train."""
+
+    start: Coded
+    offset: bool = False
+
+    def __call__(
+        self, weight: Float[Tensor, "rows columns"], grid: Grid, formula: Formula
+    ) -> FakeWeight:
+        return Frozen(self.start, self.offset and grid.has_zero)
+
+
+def suits(rule: ScaleRule, grid: Grid) -> None:
+    """FieldError where zero points are to train that the grid has not."""
+    if rule.offset and not grid.has_zero:
+        raise FieldError(
+            "scale.offset=true: a symmetric grid has no zero points to train; choose one that has "
+            "(weight=int), or scale.offset=false."
+        )
+
+
+def _single(grid: Grid) -> None:
+    if grid.second:
+        raise UserError(
+            "weight.scales, weight.zeros: scales that train are not quantized in turn; set them to "
+            "null, or choose method/scale=dynamic."
+        )

@@ -1,0 +1,90 @@
+"""Weights that are rounded as they are used, so that what is behind them can train."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from qexp.grid import Grid, Scale
+from qexp.packed.coded import Coded
+from qexp.quantizers.fake_quantize import Formula, gain, placed
+
+
+class FakeWeight(nn.Module, ABC):
+    """A parametrization of `Linear.weight`: the weight behind it, on the grid."""
+
+    @abstractmethod
+    def forward(self, weight: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]: ...
+
+    @abstractmethod
+    def scales(self, weight: Float[Tensor, "rows columns"]) -> Scale:
+        """[rows, groups], as storage would keep them."""
+
+    @abstractmethod
+    def coded(self, weight: Float[Tensor, "rows columns"]) -> Coded:
+        """What storage keeps: its values are those of `forward`, bit for bit."""
+
+
+class Rounded(FakeWeight):
+    """Rounded to nearest by the project's formula, scales fitted at every use or trained."""
+
+    def __init__(self, grid: Grid, formula: Formula, q: Scale | None, offset: bool) -> None:
+        super().__init__()
+        self.grid, self.formula = grid, formula
+        self.scale = self.zero = None
+        self.reach = 1.0
+        if q is not None:
+            kept = slice(1 if grid.per_tensor else None)
+            scale, zero = (part[kept, kept].detach().clone() for part in (q.scale, q.zero))
+            self.reach = max(grid.ends[1] - float(zero.mean()), 1.0)
+            self.scale = nn.Parameter(scale)
+            self.zero = nn.Parameter(zero, requires_grad=offset)
+
+    def scales(self, weight: Float[Tensor, "rows columns"]) -> Scale:
+        if self.scale is None or self.zero is None:
+            return self.grid.scales_of(weight.detach().float())
+        shape = (weight.shape[0], self.grid.groups(weight.shape[1]))
+        return placed(self.scale, self.zero, self.grid).map(lambda part: part.expand(shape))
+
+    def forward(self, weight: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
+        share = (
+            1.0 if self.scale is None else gain(weight.numel() // self.scale.numel(), self.reach)
+        )
+        return self.formula.rows(weight, self.scales(weight), self.grid, share, self.training)
+
+    @torch.no_grad()
+    def coded(self, weight: Float[Tensor, "rows columns"]) -> Coded:
+        return Coded.of(self.grid, weight, self.scales(weight))
+
+
+class Frozen(FakeWeight):
+    """Codes that stay as they are; their scales train."""
+
+    codes: Tensor
+
+    def __init__(self, start: Coded, offset: bool) -> None:
+        super().__init__()
+        self.start = start
+        q = start.scales()
+        self.register_buffer(
+            "codes", start.codes.to(torch.uint8 if start.grid.bits <= 8 else torch.int32)
+        )
+        self.scale = nn.Parameter(q.scale.clone())
+        self.zero = nn.Parameter(q.zero.clone(), requires_grad=offset)
+
+    def scales(self, weight: Float[Tensor, "rows columns"]) -> Scale:
+        grid = self.start.grid
+        shape = (weight.shape[0], grid.groups(weight.shape[1]))
+        return placed(self.scale, self.zero, grid).map(lambda part: part.expand(shape))
+
+    def forward(self, weight: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
+        q = self.scales(weight).map(lambda part: part.reshape(-1, 1))
+        codes = self.codes.reshape(q.scale.shape[0], -1).to(q.scale.dtype)
+        return self.start.grid.decode(codes, q).reshape(weight.shape).to(weight.dtype)
+
+    @torch.no_grad()
+    def coded(self, weight: Float[Tensor, "rows columns"]) -> Coded:
+        q = placed(self.scale, self.zero, self.start.grid)
+        zero = q.zero if self.start.grid.has_zero else None
+        return Coded(self.start.grid, self.codes.int(), q.scale, zero)

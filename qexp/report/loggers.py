@@ -1,0 +1,150 @@
+"""Where a run's numbers are shown besides the files of its folder."""
+
+import csv
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from qexp.common.files import atomic
+from qexp.config.instantiate import build
+from qexp.runs import finished, results
+
+Log = Callable[[Mapping[str, float]], None]
+
+
+class Logger(ABC):
+    """One place to show numbers."""
+
+    @abstractmethod
+    def open(
+        self, config: dict[str, Any], folder: Path, group: str | None
+    ) -> AbstractContextManager[Log]:
+        """Open it for one job: `config` is flat and resolved, with the choices of groups under
+        `choices.`; `group` names the sweep the job is part of."""
+
+
+@dataclass(frozen=True)
+class Csv(Logger):
+    """`metrics.csv` in the run's folder, a line per metric: for spreadsheets and `grep`."""
+
+    @contextmanager
+    def open(self, config: dict[str, Any], folder: Path, group: str | None) -> Iterator[Log]:
+        """Written when the job logs, so that a failed job leaves none."""
+
+        def log(metrics: Mapping[str, float]) -> None:
+            with atomic(folder / "metrics.csv") as path, path.open("w", newline="") as file:
+                table = csv.writer(file)
+                table.writerow(["metric", "value"])
+                table.writerows(metrics.items())
+
+        yield log
+
+
+@dataclass(frozen=True)
+class Wandb(Logger):
+    """One Weights & Biases run per job, finished inside the job, grouped by its sweep.
+
+    A run that is still open when the next job of the same process starts would take that job's
+    numbers too. Without WANDB_MODE in the environment it stays offline: no account, no question,
+    files in the run's folder that `wandb sync` uploads. W&B samples the machine by itself.
+    """
+
+    project: str = "qexp"
+    entity: str | None = None
+    tags: Sequence[str] = ()
+
+    @contextmanager
+    def open(self, config: dict[str, Any], folder: Path, group: str | None) -> Iterator[Log]:
+        """The W&B run is named as the folder, and failed when the job fails."""
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its own faults go to a server
+        import wandb
+
+        run = wandb.init(
+            project=self.project,
+            entity=self.entity,
+            tags=list(self.tags),
+            name=folder.name,
+            group=group,
+            job_type=config.get("choices.method"),
+            config=config,
+            dir=str(folder),
+            mode=None if os.environ.get("WANDB_MODE") else "offline",
+            reinit="finish_previous",
+        )
+
+        def log(metrics: Mapping[str, float]) -> None:
+            for line in _lines(folder / results.TRAINING):
+                run.log({f"training/{k}": float(v) for k, v in line.items() if v})
+            run.log({**metrics, **_shown(folder)})
+            for text in folder.glob("*.md"):  # what evaluators left to be read
+                run.save(str(text), base_path=str(folder), policy="now")
+
+        code = 1
+        try:
+            yield log
+            code = 0
+        finally:
+            run.finish(exit_code=code)
+
+
+@contextmanager
+def opened(cfg: DictConfig, folder: Path, group: str | None = None) -> Iterator[Log]:
+    """All loggers of a configuration as one, closed in the reverse order."""
+    resolved: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    chosen = finished.choices(folder) if (folder / ".hydra").is_dir() else {}
+    config = finished.flat(resolved) | {f"choices.{k}": v for k, v in chosen.items()}
+    nodes = cfg.get("logger") or {}
+    with ExitStack() as stack:
+        logs = [
+            stack.enter_context(build(node).open(config, folder, group)) for node in nodes.values()
+        ]
+
+        def log(metrics: Mapping[str, float]) -> None:
+            for each in logs:
+                each(metrics)
+
+        yield log
+
+
+def _lines(path: Path) -> list[dict[str, str]]:
+    """A CSV file by lines, none where there is no file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _shown(folder: Path) -> dict[str, Any]:
+    """The layers as a table and a picture, other pictures of the run, and what it cost."""
+    import wandb
+
+    from qexp.report import heatmap
+
+    found: dict[str, Any] = {}
+    if layers := _lines(folder / results.LAYERS):
+        names: list[Any] = list(layers[0])
+        rows = [[_number(line[name]) for name in names] for line in layers]
+        found["layers"] = wandb.Table(columns=names, data=rows)
+        errors = {line["name"]: float(line["error"]) for line in layers}
+        limits = heatmap.span(errors.values())
+        head = f"<style>{heatmap.STYLE}</style>{heatmap.scale(limits)}"
+        page = f"{head}<p>{heatmap.heat_map(errors, limits)}"
+        found["figures/layers"] = wandb.Html(page)
+    for path in sorted(folder.glob("*.png")):
+        found[f"figures/{path.stem}"] = wandb.Image(str(path))
+    for stage, cost in results.provenance(folder).get("stages", {}).items():
+        found |= {f"cost/{stage}/{key}": value for key, value in cost.items()}
+    return found
+
+
+def _number(text: str) -> float | str | None:
+    try:
+        return float(text) if text else None
+    except ValueError:
+        return text

@@ -1,0 +1,125 @@
+"""What papers published, and what is expected of runs: the key `paper` of an experiment."""
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from qexp.common.errors import UserError
+from qexp.report.pivot import Setting, Spread
+from qexp.report.significance import compare
+from qexp.runs.finished import Column
+
+
+@dataclass(frozen=True)
+class Place:
+    """A column of the table: a model under a metric.
+
+    `replaced`: what is not the paper's; such a column is judged by `orders` alone, and not even by
+    them where `judged` is false (a random model). `rows`: other overrides for some rows. `orders`:
+    its own, instead of the table's.
+    """
+
+    metric: str
+    overrides: list[str] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=lambda: [0])
+    replaced: str = ""
+    judged: bool = True
+    rows: dict[str, list[str]] = field(default_factory=dict)
+    orders: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method, with its published numbers by column. `tolerance`: a share of the number.
+    `seeded`: whether a seed can change it."""
+
+    overrides: list[str] = field(default_factory=list)
+    published: dict[str, float] = field(default_factory=dict)
+    tolerance: float | None = None
+    seeded: bool = True
+
+
+@dataclass(frozen=True)
+class Paper:
+    """A published table. `orders`: rows whose numbers are expected to rise, as `float < a < b`."""
+
+    title: str
+    source: str
+    inferred: str
+    tolerance: float
+    columns: dict[str, Place]
+    rows: dict[str, Row]
+    orders: list[str] = field(default_factory=list)
+
+    def pairs(self, column: str) -> list[tuple[str, str]]:
+        """Neighbours in the orders that are expected of a column; none where it is not judged."""
+        place = self.columns[column]
+        orders = (self.orders if place.orders is None else place.orders) if place.judged else []
+        chains = [[word.strip() for word in order.split("<")] for order in orders]
+        return [pair for chain in chains for pair in pairwise(chain)]
+
+    def wanted(self, column: str) -> list[str]:
+        """The rows that say something in a column: published there, or of a stand-in."""
+        replaced = self.columns[column].replaced
+        return [name for name, row in self.rows.items() if replaced or column in row.published]
+
+    def jobs(self, row: str, column: str) -> list[list[str]]:
+        """The overrides of each job of a cell, the row's after the column's."""
+        place = self.columns[column]
+        own = place.rows.get(row, self.rows[row].overrides)
+        seeds = place.seeds if self.rows[row].seeded else place.seeds[:1]
+        return [[*place.overrides, *own, f"seed={seed}"] for seed in seeds]
+
+    def verdict(self, row: str, column: str, measured: Spread, replaced: str = "") -> str:
+        """Of a number against the published one. `replaced`: what turned out not to be theirs."""
+        published = self.rows[row].published.get(column)
+        if not measured.count:
+            return "not run"
+        if replaced := self.columns[column].replaced or replaced:
+            return f"not comparable: {replaced} replaced"
+        if published is None:
+            return ""
+        tolerance = self.rows[row].tolerance
+        allowed = published * (self.tolerance if tolerance is None else tolerance)
+        return "reached" if abs(measured.mean - published) <= allowed else "not reached"
+
+
+def read(node: DictConfig, name: str) -> Paper:
+    """The `paper` of a composed experiment. Raises UserError for what is not as it should be."""
+    content: Any = OmegaConf.to_container(node, resolve=True)
+    try:
+        columns = {key: Place(**place) for key, place in content.pop("columns").items()}
+        rows = {key: _row(**row) for key, row in content.pop("rows").items()}
+        paper = Paper(**content, columns=columns, rows=rows)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"experiment/paper/{name}.yaml: paper: {error}") from error
+    ordered = [*paper.orders, *(o for place in columns.values() for o in place.orders or [])]
+    unknown = {word.strip() for order in ordered for word in order.split("<")} - set(paper.rows)
+    unknown |= {c for row in paper.rows.values() for c in row.published} - set(paper.columns)
+    unknown |= {row for place in paper.columns.values() for row in place.rows} - set(paper.rows)
+    if unknown:
+        names = ", ".join(sorted(unknown))
+        raise UserError(f"experiment/paper/{name}.yaml: {names}: is neither a row nor a column")
+    return paper
+
+
+def _row(published: dict[str, float | int] | None = None, **fields: Any) -> Row:
+    return Row(published={key: float(value) for key, value in (published or {}).items()}, **fields)
+
+
+def order(less: Setting, more: Setting, column: Column) -> tuple[str, str]:
+    """Whether the mean of `less` is below that of `more`, and what is known of it over seeds."""
+    one, other = less.spread(column), more.spread(column)
+    if not one.count or not other.count:
+        return "not run", ""
+    moved = compare(less, more, column)
+    verdict = "holds" if one.mean < other.mean else "broken"
+    if moved is None or moved.count < 2:
+        return verdict, "one seed of both"
+    shared = [seed for seed in one.values if seed in other.values]
+    count = sum(one.values[seed] < other.values[seed] for seed in shared)
+    return verdict, f"{count} of {len(shared)} seeds" + (
+        f", p {moved.p:.2g}" if moved.p == moved.p else ""
+    )

@@ -1,0 +1,248 @@
+"""A table of settings as text: for people, for spreadsheets, for a paper."""
+
+import csv
+import io
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from qexp.report.pivot import Row, Setting, Table
+from qexp.report.significance import Difference, best, compare
+from qexp.runs.finished import Column
+
+LEGEND = (
+    "± is the standard error over what was evaluated; ± … (n) is the deviation over n seeds around "
+    "their mean. The best of a column among settings of about equal bits is bold."
+)
+TOGETHER = "settings"
+UNSAID = f"Where the column {TOGETHER} does not say otherwise, of settings with such a key: "
+AGAINST = (
+    "Δ is the difference from {baseline} over the seeds both have, p that of a paired t-test "
+    "(perplexities by their logarithms; not corrected for several tests)."
+)
+
+
+class Cell(NamedTuple):
+    """What stands in one place; `value` is what it sorts by."""
+
+    text: str
+    value: float = math.nan
+    bold: bool = False
+    note: str = ""
+    setting: Setting | None = None
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table laid out: under `above` (the labels of the column keys) a title, then cells."""
+
+    heads: tuple[tuple[str, str], ...]
+    labels: int  # how many columns are labels
+    rows: tuple[tuple[Cell, ...], ...]
+    numbers: Mapping[int, int]  # id of a setting → its number in the list of runs
+    notes: tuple[str, ...] = ()  # what has to be known to read it
+
+    @property
+    def titles(self) -> list[str]:
+        """One line of titles."""
+        return [f"{above}: {title}" if above else title for above, title in self.heads]
+
+
+def lay(table: Table, baselines: Mapping[int, Setting]) -> Sheet:
+    """Labels, then bits and metrics for each place in the columns, costs, and numbers of runs.
+
+    `baselines`: by id of the setting that is compared. Columns in which nothing stands are gone.
+    """
+    numbers = {id(setting): number for number, setting in enumerate(table.settings, 1)}
+    bold = best(table)
+    places = [(_above(table, place), place) for place in table.places]
+    alone = [i for i, key in enumerate(table.row_keys) if key not in table.together]
+    heads = [("", table.row_keys[i]) for i in alone] + [("", TOGETHER)]
+    usual = _usual(table)
+    for above, _ in places:
+        heads += [(above, "bits"), *((above, column.title) for column in table.columns)]
+    heads += [("", title) for title in ("seconds", "memory GB", "cuda GB", "run")]
+    rows = []
+    for row in table.rows:
+        cells = [Cell(row.labels[i]) for i in alone] + [Cell(_rest(table, row, alone, usual))]
+        for _, place in places:
+            if (setting := row.cells.get(place)) is None:
+                cells += [Cell("")] * (1 + len(table.columns))
+                continue
+            cells.append(Cell(_plain(setting.bits, 2), setting.bits))
+            for column in table.columns:
+                marked = (id(setting), column) in bold
+                cells.append(_cell(setting, column, marked, baselines.get(id(setting))))
+        found = list(row.cells.values())
+        seconds = sum(setting.seconds for setting in found)
+        cells.append(Cell(_plain(seconds, 0 if seconds >= 10 else 1), seconds))
+        for kind in ("rss", "cuda"):
+            peak = max((p for s in found if (p := s.peak(kind)) == p), default=math.nan)
+            cells.append(Cell(_plain(peak, 2), peak))
+        cells.append(Cell(", ".join(str(numbers[id(setting)]) for setting in found)))
+        rows.append(cells)
+    kept = [i for i in range(len(heads)) if any(cells[i].text for cells in rows)]
+    return Sheet(
+        tuple(heads[i] for i in kept),
+        sum(1 for i in kept if i <= len(alone)),
+        tuple(tuple(cells[i] for i in kept) for cells in rows),
+        numbers,
+        (UNSAID + ", ".join(f"{k}={v}" for k, v in usual.items()),) if usual else (),
+    )
+
+
+def markdown(sheet: Sheet) -> str:
+    """For people: aligned, so that it is read in a terminal too."""
+    lines = [sheet.titles]
+    for cells in sheet.rows:
+        texts = [
+            _joined(f"**{cell.text}**" if cell.bold else cell.text, cell.note) for cell in cells
+        ]
+        lines.append([text.replace("|", "\\|") for text in texts])
+    widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(sheet.heads))]
+    rule = "|".join(
+        "-" * (width + 1) + ("-" if i < sheet.labels else ":") for i, width in enumerate(widths)
+    )
+    shown = [
+        " | ".join(
+            text.ljust(width) if i < sheet.labels else text.rjust(width)
+            for i, (text, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]
+    return "\n".join([f"| {shown[0]} |", f"|{rule}|", *(f"| {line} |" for line in shown[1:])])
+
+
+def latex(sheet: Sheet) -> str:
+    """For a paper: booktabs."""
+    align = "".join("l" if i < sheet.labels else "r" for i in range(len(sheet.heads)))
+    lines = [f"\\begin{{tabular}}{{{align}}}", "\\toprule"]
+    lines.append(" & ".join(_tex(title) for title in sheet.titles) + r" \\")
+    lines.append("\\midrule")
+    for cells in sheet.rows:
+        texts = []
+        for cell in cells:
+            text = _tex(cell.text)
+            texts.append(_joined(f"\\textbf{{{text}}}" if cell.bold else text, _tex(cell.note)))
+        lines.append(" & ".join(texts) + r" \\")
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"])
+
+
+def spreadsheet(table: Table, baselines: Mapping[int, Setting]) -> str:
+    """As CSV: a line per setting, every number of it, its command and its folders."""
+    lines = list(_numbers(table, baselines))
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return file.getvalue()
+
+
+def number(value: float, beside: float | None = None, digits: int = 2) -> str:
+    """As papers print: `digits` decimals, four below 1, powers of ten once nobody would read them.
+    An error has the digits of the number `beside` it."""
+    size = abs(value if beside is None else beside)
+    if math.isnan(value):
+        return ""
+    if size >= 1e4 or abs(value) >= 1e4:
+        return f"{value:.2e}"
+    return (
+        f"{value:.{digits}f}"
+        if size >= 1
+        else f"{value:.4f}"
+        if value or beside is not None
+        else "0"
+    )
+
+
+def spread(setting: Setting, column: Column) -> str:
+    """A mean with what is known of its error."""
+    found = setting.spread(column)
+    if not found.count:
+        return ""
+    error = setting.error(column) if found.count == 1 else found.deviation
+    digits = 3 if column.name.endswith("/ratio") else 2
+    text = number(found.mean, digits=digits)
+    if not math.isnan(error):
+        text += f" ± {number(error, beside=found.mean, digits=digits)}"
+    return text + (f" ({found.count})" if found.count > 1 else "")
+
+
+def said(moved: Difference) -> str:
+    """A difference with its p where there is one."""
+    sign = "+" if moved.mean > 0 else "-" if moved.mean < 0 else ""
+    text = f"Δ {sign}{number(abs(moved.mean))}"
+    return text if math.isnan(moved.p) else f"{text}, p {moved.p:.2g}"
+
+
+def _cell(setting: Setting, column: Column, bold: bool, baseline: Setting | None) -> Cell:
+    moved = compare(setting, baseline, column) if baseline is not None else None
+    note = said(moved) if moved is not None else ""
+    value = setting.spread(column).mean
+    return Cell(spread(setting, column), value, bold, note, setting)
+
+
+def _numbers(table: Table, baselines: Mapping[int, Setting]) -> Iterator[dict[str, object]]:
+    for row in table.rows:
+        for place, setting in row.cells.items():
+            line: dict[str, object] = dict(zip(table.row_keys, row.labels, strict=True))
+            line |= dict(zip(table.column_keys, place, strict=True))
+            line["bits"] = setting.bits
+            baseline = baselines.get(id(setting))
+            for column in table.columns:
+                found, title = setting.spread(column), column.title
+                line |= {title: found.mean, f"{title} stderr": setting.error(column)}
+                line |= {f"{title} deviation": found.deviation, f"{title} seeds": found.count}
+                if baselines:
+                    moved = compare(setting, baseline, column) if baseline is not None else None
+                    line[f"{title} difference"] = moved.mean if moved is not None else math.nan
+                    line[f"{title} p"] = moved.p if moved is not None else math.nan
+            line |= {"seconds": setting.seconds, "memory GB": setting.peak("rss")}
+            line |= {"cuda GB": setting.peak("cuda"), "command": setting.run.command}
+            yield line | {"folders": " ".join(str(run.folder) for run in setting.runs)}
+
+
+def _above(table: Table, place: Sequence[str]) -> str:
+    pairs = zip(table.column_keys, place, strict=True)
+    return ", ".join(f"{key.rpartition('.')[2]}={label or 'none'}" for key, label in pairs)
+
+
+def _usual(table: Table) -> dict[str, str]:
+    """Of the keys in the shared column, the value that most settings with such a key have."""
+    found: dict[str, str] = {}
+    for key in table.together:
+        at = table.row_keys.index(key)
+        seen = Counter(row.labels[at] for row in table.rows if row.labels[at])
+        for value, count in seen.items():
+            if 2 * count > seen.total():
+                found[key] = value
+    return found
+
+
+def _rest(table: Table, row: Row, alone: Sequence[int], usual: Mapping[str, str]) -> str:
+    """What is unusual in a row, and what tells it from rows whose other labels are the same."""
+    said = next(iter(row.cells.values())).words([*table.row_keys, *table.column_keys])
+    words = []
+    alike = [each for each in table.rows if all(each.labels[i] == row.labels[i] for i in alone)]
+    for at, key in enumerate(table.row_keys):
+        label, parts = row.labels[at], len({each.labels[at] for each in alike}) > 1
+        if key in table.together and label and (parts or label != usual.get(key)):
+            words.append(said[key])
+    return ", ".join(words)
+
+
+def _joined(text: str, note: str) -> str:
+    return f"{text} ({note})" if note else text
+
+
+def _plain(value: float, decimals: int) -> str:
+    return "" if math.isnan(value) else f"{value:.{decimals}f}"
+
+
+def _tex(text: str) -> str:
+    text = re.sub(r"([&%$#_{}])", r"\\\1", text.replace("\\", r"\textbackslash "))
+    symbols = {"±": r"$\pm$", "Δ": r"$\Delta$"}
+    return "".join(symbols.get(letter, letter) for letter in text)

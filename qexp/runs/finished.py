@@ -1,0 +1,218 @@
+"""Finished runs, as their folders tell them."""
+
+import csv
+import json
+import math
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from qexp.common.errors import UserError
+from qexp.runs import resolvers, results
+from qexp.runs.signature import UNSIGNED, class_names
+
+NOT_SETTINGS = (*UNSIGNED, "experiment", "search", "local", "eval")  # what was measured is a column
+HIGHER = ("acc", "acc_norm", "exact_match", "f1", "mcc", "agreement", "agreed_tokens", "identical")
+
+
+@dataclass(frozen=True)
+class Column:
+    """A metric under one definition; two protocols of the same name have two columns."""
+
+    name: str  # "<protocol>/<key>" as in metrics.json
+    digest: str  # of the protocol's definition, empty where none was recorded
+
+    @property
+    def title(self) -> str:
+        """What stands above the column."""
+        return f"{self.name} [{self.digest}]" if self.digest else self.name
+
+    @property
+    def higher(self) -> bool:
+        """Whether more is better."""
+        return self.name.rpartition("/")[2] in HIGHER
+
+    @property
+    def is_perplexity(self) -> bool:
+        """Whether its logarithm is what varies evenly."""
+        return self.name.endswith("/ppl")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, as its folder tells it."""
+
+    folder: Path
+    choices: dict[str, str]  # group → option
+    config: dict[str, Any]
+    leaves: dict[str, Any]  # dotted key → value as written, interpolations not followed
+    overrides: tuple[str, ...]
+    metrics: dict[str, float]
+    provenance: dict[str, Any]
+
+    @property
+    def is_float(self) -> bool:
+        """Nothing was quantized: a baseline."""
+        groups = ("method", "activation", "kv", "transform")
+        untouched = all(self.choices.get(group, "none") == "none" for group in groups)
+        return untouched and self.choices.get("model") != "from_run"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Choices of groups, then single keys: what can make two runs different."""
+        kept = {
+            key: choice
+            for key, choice in self.choices.items()
+            if not key.startswith("hydra/") and "@eval" not in key and _top(key) not in NOT_SETTINGS
+        }
+        return kept | self.leaves
+
+    def label(self, key: str) -> str:
+        """A choice or a value as a table shows it; empty where the run has no such key."""
+        if _top(key) == "weight" and not self.uses_grid:
+            return ""
+        value = self.choices.get(key, self._values.get(key, ""))
+        return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+    @property
+    def command(self) -> str:
+        """What makes this run again."""
+        return shlex.join(["qexp", *self.overrides])
+
+    @property
+    def layers(self) -> list[dict[str, str]]:
+        """The lines of `layers.csv`, none where the run quantized nothing."""
+        try:
+            with (self.folder / results.LAYERS).open(newline="", encoding="utf-8") as file:
+                return list(csv.DictReader(file))
+        except OSError:
+            return []
+
+    @property
+    def columns(self) -> list[Column]:
+        """Perplexities, ratios, and every other metric that comes with a standard error."""
+        protocols = self.provenance.get("protocols", {})
+        names = [
+            name
+            for name in self.metrics
+            if name.endswith(("/ppl", "/ratio")) or f"{name}_stderr" in self.metrics
+        ]
+        return [
+            Column(name, protocols.get(name.rpartition("/")[0], {}).get("digest", ""))
+            for name in names
+        ]
+
+    @cached_property
+    def uses_grid(self) -> bool:
+        """Whether anything in it refers to `weight`; a method may have a grid of its own."""
+        return any("${weight" in str(value) for value in self.leaves.values())
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all stages."""
+        return sum(stage["seconds"] for stage in self._stages)
+
+    def peak(self, kind: str) -> float:
+        """Highest `peak_<kind>_bytes` of any stage in GB, NaN where none was measured."""
+        peaks = [stage.get(f"peak_{kind}_bytes") for stage in self._stages]
+        return max((peak / 1e9 for peak in peaks if peak is not None), default=math.nan)
+
+    def value(self, name: str) -> float:
+        """A metric by its name or a number of the configuration by its dotted key, else NaN."""
+        if name in self.metrics:
+            return self.metrics[name]
+        found = self._values.get(name)
+        return float(found) if isinstance(found, int | float) else math.nan
+
+    @cached_property
+    def _values(self) -> dict[str, Any]:
+        return flat(self.config)
+
+    @property
+    def _stages(self) -> list[dict[str, float]]:
+        return list(self.provenance.get("stages", {}).values())
+
+
+def load(folder: Path) -> Run:
+    """The run in one folder; an incomplete or unreadable one is a UserError."""
+    try:
+        config = OmegaConf.load(folder / ".hydra" / "config.yaml")
+        overrides = OmegaConf.load(folder / ".hydra" / "overrides.yaml")
+        chosen = choices(folder)
+        resolvers.register()
+        written: Any = OmegaConf.to_container(config)
+        content: Any = OmegaConf.to_container(config, resolve=True)
+    except Exception as error:  # yaml, OmegaConf and the file system each have their own
+        raise UserError(f"{folder / '.hydra'}: cannot be read ({error})") from error
+    return Run(
+        folder=folder,
+        choices=chosen,
+        config=content,
+        leaves=flat(written, without=NOT_SETTINGS),
+        overrides=tuple(str(override) for override in overrides),
+        metrics=results.metrics(folder),
+        provenance=results.provenance(folder),
+    )
+
+
+def choices(folder: Path) -> dict[str, str]:
+    """What each group of the configuration was set to."""
+    settings = OmegaConf.load(folder / ".hydra" / "hydra.yaml")
+    found = OmegaConf.select(settings, "hydra.runtime.choices") or {}
+    return {str(key): str(value) for key, value in found.items()}
+
+
+def flat(tree: Any, above: str = "", without: Sequence[str] = ()) -> dict[str, Any]:
+    """Dotted key → value; lists are values, `_target_`s names of classes without their modules.
+    `without`: names at the top that are left out."""
+    leaves: dict[str, Any] = {}
+    for key, value in class_names(tree).items():
+        if key not in without:
+            full = f"{above}{key}"
+            leaves |= flat(value, f"{full}.") if isinstance(value, dict) else {full: value}
+    return leaves
+
+
+def collect(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
+    """Finished runs at any depth, in the order of a table, and a note for each that is left out."""
+    runs, notes = {}, []
+    for top in folders:
+        if not top.is_dir():
+            raise UserError(f"{top}: is not a folder; name the folder of a run or of a sweep")
+        for path in sorted([top / ".hydra", *top.rglob(".hydra")]):
+            folder = path.parent
+            if not path.is_dir() or folder.resolve() in runs:
+                continue
+            if not (folder / results.METRICS).exists():
+                reason = f" ({said})" if (said := failure(folder)) else ""
+                notes.append(f"{folder}: left out, it did not finish{reason}")
+                continue
+            try:
+                runs[folder.resolve()] = load(folder)
+            except UserError as error:
+                notes.append(f"{folder}: left out, {error}")
+    return sorted(runs.values(), key=_order), notes
+
+
+def _order(run: Run) -> tuple[Any, ...]:
+    """Baselines first, then by method with falling bits."""
+    bits = run.metrics.get("weight/bits", math.inf)
+    names = [run.choices.get(group, "") for group in ("model", "data", "activation", "method")]
+    return (*names[:2], not run.is_float, *names[2:], -bits, str(run.folder))
+
+
+def _top(key: str) -> str:
+    return key.partition(".")[0].partition("/")[0].partition("@")[0]
+
+
+def failure(folder: Path) -> str:
+    """Why the run failed; empty where it did not say."""
+    try:
+        return str(json.loads((folder / "failure.json").read_text())["reason"])
+    except (OSError, ValueError, KeyError):
+        return ""

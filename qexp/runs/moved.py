@@ -1,0 +1,67 @@
+"""Former names of classes, for the configurations of older runs.
+
+`model=from_run` builds objects from the configuration that a run recorded. Classes moved into
+packages in version 0.2; delete this table after one release.
+"""
+
+from typing import Any
+
+MOVED = {
+    "qexp.activations.Float": "qexp.quantizers.scheme.Float",
+    "qexp.activations.Quantized": "qexp.quantizers.scheme.Quantized",
+    "qexp.augmentation.Augmented": "qexp.training.augmentation.Augmented",
+    "qexp.data.calibration.NoCalibration": "qexp.data.recipe.NoCalibration",
+    "qexp.data.known.Known": "qexp.data.standard.Known",
+    "qexp.eval.against.AgainstFloat": "qexp.eval.against_float.AgainstFloat",
+    "qexp.fused.Formula": "qexp.quantizers.fake_quantize.Formula",
+    "qexp.learned.Dynamic": "qexp.quantizers.scale_rules.Dynamic",
+    "qexp.learned.FixedCodes": "qexp.quantizers.scale_rules.FixedCodes",
+    "qexp.learned.LSQ": "qexp.quantizers.scale_rules.LSQ",
+    "qexp.learned.Static": "qexp.quantizers.scale_rules.Static",
+    "qexp.ledger.Ledger": "qexp.sweeps.callbacks.Ledger",
+    "qexp.levels.LevelGrid": "qexp.grid.LevelGrid",
+    "qexp.loggers.Csv": "qexp.report.loggers.Csv",
+    "qexp.loggers.Wandb": "qexp.report.loggers.Wandb",
+    "qexp.losses.CrossEntropy": "qexp.training.losses.CrossEntropy",
+    "qexp.losses.HiddenL2": "qexp.training.losses.HiddenL2",
+    "qexp.losses.LogitKL": "qexp.training.losses.LogitKL",
+    "qexp.methods.efficient.BlockPhase": "qexp.methods.efficient_qat.BlockPhase",
+    "qexp.methods.efficient.EfficientQAT": "qexp.methods.efficient_qat.EfficientQAT",
+    "qexp.methods.nothing.Nothing": "qexp.step.Nothing",
+    "qexp.models.run.Run": "qexp.models.from_run.Run",
+    "qexp.optimizer.AdamW": "qexp.training.optimizer.AdamW",
+    "qexp.own.no_grid": "qexp.config.grid_choice.no_grid",
+    "qexp.penalties.Deviation": "qexp.training.penalties.Deviation",
+    "qexp.penalties.NoPenalty": "qexp.training.penalties.NoPenalty",
+    "qexp.penalties.Outliers": "qexp.training.penalties.Outliers",
+    "qexp.penalties.Span": "qexp.training.penalties.Span",
+    "qexp.placement.AllOps": "qexp.quantizers.placement.AllOps",
+    "qexp.placement.KVCache": "qexp.quantizers.placement.KVCache",
+    "qexp.placement.LinearInputs": "qexp.quantizers.placement.LinearInputs",
+    "qexp.ranges.Entropy": "qexp.grid.ranges.Entropy",
+    "qexp.ranges.MSE": "qexp.grid.ranges.MSE",
+    "qexp.ranges.MinMax": "qexp.grid.ranges.MinMax",
+    "qexp.ranges.MovingAverage": "qexp.grid.ranges.MovingAverage",
+    "qexp.ranges.Percentile": "qexp.grid.ranges.Percentile",
+    "qexp.ranges.RMS": "qexp.grid.ranges.RMS",
+    "qexp.search.Resume": "qexp.sweeps.search.Resume",
+    "qexp.share.GpuPool": "qexp.sweeps.gpu_pool.GpuPool",
+    "qexp.solvers.billm.BiLLM": "qexp.solvers.BiLLM",
+    "qexp.solvers.gptq.GPTQ": "qexp.solvers.GPTQ",
+    "qexp.solvers.spqr.SpQR": "qexp.solvers.SpQR",
+    "qexp.trained.Trained": "qexp.training.trainable.Trained",
+    "qexp.training.Trainer": "qexp.training.trainer.Trainer",
+    "qexp.transforms.end_to_end.EndToEnd": "qexp.methods.quadapter.EndToEnd",
+}
+
+
+def renamed(tree: Any) -> Any:
+    """A configuration (dicts, lists, values) with today's name at every `_target_`."""
+    if isinstance(tree, list):
+        return [renamed(each) for each in tree]
+    if not isinstance(tree, dict):
+        return tree
+    return {
+        key: MOVED.get(str(value), value) if key == "_target_" else renamed(value)
+        for key, value in tree.items()
+    }

@@ -1,0 +1,1 @@
+"""The Hydra application: jobs, the record of a sweep, launchers, dry runs, searches."""

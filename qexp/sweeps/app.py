@@ -1,0 +1,37 @@
+"""The Hydra application: one run, or a sweep with -m."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+import hydra
+from omegaconf import DictConfig
+
+from qexp.config.location import conf
+from qexp.sweeps import ledger
+from qexp.sweeps.failures import TRACE, guarded, say
+from qexp.sweeps.job import Objective, job
+
+
+def main(work: Callable[[DictConfig], Objective] | None = None) -> None:
+    """Run the Hydra application, `job` or what is done around it; faults of the user's are one
+    sentence, all others a traceback."""
+    asked = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ[TRACE] = "1" if asked == "1" else "0"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # hand exceptions on instead of printing them
+    os.environ[ledger.VARIABLE] = ""
+    ledger.postponed.clear()
+    logging.raiseExceptions = False  # a log that a full disk refuses is not what went wrong
+    sys.argv = ["dry_run=true" if word == "--dry-run" else word for word in sys.argv]
+    app = hydra.main(version_base="1.3", config_path=str(conf()), config_name="config")
+    try:
+        code = guarded(app(work or job))
+        if ledger.postponed and code in (0, 1):
+            code = max(code, guarded(app(work or job)))
+    finally:
+        if asked is None:
+            os.environ.pop("HYDRA_FULL_ERROR")
+    if (sweep := ledger.current()) is not None and sweep.entries():
+        say(ledger.summary(sweep))
+    sys.exit(code)

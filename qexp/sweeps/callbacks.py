@@ -1,0 +1,59 @@
+"""Hydra callbacks of the command: the record of a sweep, and the dry run."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from qexp.common import ranks
+from qexp.common.errors import UserError
+from qexp.config import messages
+from qexp.sweeps import dry_run
+from qexp.sweeps.ledger import VARIABLE, Sweep, named, planned
+
+RETRIES = (None, "failed")
+
+
+class Ledger(Callback):
+    """Finds the record of the sweep that starts and plans its jobs; `dry_run` ends there."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        if ranks.world() > 1:
+            raise SystemExit(
+                "torchrun: its processes are for one run and this is a sweep; leave torchrun out, "
+                "since a run starts its processes itself (trainer=ddp), or give hydra.mode=RUN"
+            )
+        with heard():
+            jobs = planned(config)
+            sweep = named(config)
+            if config.dry_run:
+                self._list(config, jobs, sweep)
+            if config.retry not in RETRIES:
+                raise UserError(f"retry={config.retry}: give failed, or null for no second try")
+            os.environ[VARIABLE] = str(sweep)
+            sweep.plan(jobs or [], config.retry)
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        if config.dry_run:
+            with heard():
+                self._list(config, [list(config.hydra.overrides.task)], None)
+
+    def _list(self, config: DictConfig, jobs: list[list[str]] | None, sweep: Sweep | None) -> None:
+        print(dry_run.listing(config, jobs, sweep))
+        raise SystemExit(0)
+
+
+@contextmanager
+def heard() -> Iterator[None]:
+    """Hydra makes warnings of what a callback raises: a user's mistake leaves as SystemExit."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise SystemExit(messages.sentence(error)) from error
+    except UserError as error:
+        raise SystemExit(str(error)) from error

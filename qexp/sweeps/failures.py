@@ -1,0 +1,67 @@
+"""What went wrong, in one sentence for the user: the exit code of the command."""
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from qexp.common.errors import UserError
+from qexp.config import messages
+
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG)
+TRACE = "QEXP_TRACE"  # tells the workers of a launcher what HYDRA_FULL_ERROR was
+TOLD = "told when it happened"
+
+
+def guarded(work: Callable[[], object]) -> int:
+    """The exit code of what is done; what went wrong is told on stderr."""
+    try:
+        work()
+    except KeyboardInterrupt:
+        say("interrupted; finished runs are kept, the one under way left no result")
+        return 130
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            say(stop.code)
+            return 1
+        return stop.code or 0
+    except Exception as error:
+        if not told(error):
+            if traced(error):
+                traceback.print_exception(error)
+            say(sentence(error))
+        return 1
+    return 0
+
+
+def say(text: str) -> None:
+    """A line for the user, on stderr."""
+    print(f"qexp: {text}", file=sys.stderr)
+
+
+def told(error: BaseException) -> bool:
+    return TOLD in getattr(error, "__notes__", ())
+
+
+def traced(error: BaseException) -> bool:
+    """Whether to show where it happened: always for a fault of the program."""
+    expected = isinstance(error, UserError | HydraException | OmegaConfBaseException)
+    disk = isinstance(error, OSError) and error.errno in DISK  # Hydra's own files, W&B's, caches
+    missing = messages.plugin(error) is not None
+    return not (expected or disk or missing) or os.environ.get(TRACE) == "1"
+
+
+def sentence(error: Exception) -> str:
+    """What went wrong, for the user."""
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return messages.sentence(error)
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in DISK:
+        where = error.filename or "the run's folder or a cache"
+        return f"{where}: {error.strerror}; free space or choose another folder"
+    return messages.plugin(error) or f"{type(error).__name__}: {error}"

@@ -1,0 +1,186 @@
+"""One job of the command: under the lock of its folder, told to the ledger, answered or run."""
+
+import contextlib
+import logging
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from qexp.common import ranks
+from qexp.common.errors import UserError
+from qexp.common.files import locked
+from qexp.config import messages
+from qexp.runs import resolvers, results
+from qexp.runs.provenance import stamp
+from qexp.sweeps import gpu_pool, ledger
+from qexp.sweeps.failures import TOLD, sentence, traced
+from qexp.sweeps.ledger import Entry, Sweep
+
+log = logging.getLogger(__name__)
+
+FAILURE = "failure.json"
+
+Objective = float | tuple[float | None, ...] | None
+
+resolvers.register()
+gpu_pool.register()  # on import: a launcher's worker names the folder before it calls the job
+
+
+def job(cfg: DictConfig) -> Objective:
+    """One run; its value is the metric, or the metrics, that a search minimizes.
+
+    A failure is told and written to `failure.json` as it happens, then raised, so that Hydra
+    counts the job as failed and goes on with the next.
+    """
+    settings = HydraConfig.get()
+    folder = Path(settings.runtime.output_dir)
+    if ranks.rank():
+        _join(cfg, folder)
+        return None
+    overrides = list(settings.overrides.task)
+    sweep = ledger.current() if settings.mode == RunMode.MULTIRUN else None
+    number = settings.job.num if sweep is not None else 0
+    entry = Entry(overrides, number) if sweep is None else sweep.entry(overrides, number)
+    start = time.perf_counter()
+    try:
+        if sweep is not None:
+            _admit(sweep, entry, cfg.fail_fast)
+        # others' jobs are left for the end, where this process has the others to do until then
+        wait = sweep is None or not _serial(settings) or folder in ledger.postponed
+        with locked(folder, wait) as mine:
+            if not mine:
+                log.info("%s: another process is at it; left for the end", os.path.relpath(folder))
+                ledger.postponed.add(folder)
+                return None
+            if sweep is not None and results.stale(folder) is not None:
+                sweep.enter(entry := ledger.begun(entry, sweep, folder))
+            metrics, answered = _run(cfg, folder, sweep)
+            (folder / FAILURE).unlink(missing_ok=True)
+            if sweep is not None:
+                _finish(sweep, entry, folder, answered, time.perf_counter() - start)
+    except NotStarted as error:
+        error.add_note(TOLD)
+        raise
+    except Exception as error:
+        reason = sentence(error)
+        log.error("failed: %s", reason, exc_info=traced(error))
+        with contextlib.suppress(OSError, UserError):  # the disk may be what is full
+            if sweep is not None:
+                begun = ledger.begun(entry, sweep, folder)
+                seconds = time.perf_counter() - start
+                sweep.enter(replace(begun, status="failed", reason=reason, seconds=seconds))
+            results.write_json(folder / FAILURE, {"reason": reason, "overrides": overrides})
+        if sweep is None:
+            raise SystemExit(1) from error  # told already
+        error.add_note(TOLD)
+        raise
+    log.info("%s: %s", os.path.relpath(folder), headline(metrics))
+    return optimized(cfg.optimize, metrics)
+
+
+def _join(cfg: DictConfig, folder: Path) -> None:
+    """The job of a process that trains with the first one."""
+    from qexp.sweeps import worker
+
+    try:
+        worker.join(cfg, folder)
+    except Exception as error:
+        log.error("process %d: %s", ranks.rank() + 1, sentence(error), exc_info=traced(error))
+        with locked(folder, 30.0):  # torchrun ends all with this one: let the first have its say
+            raise SystemExit(1) from error
+
+
+class NotStarted(UserError):
+    """A job that the sweep's settings keep from running."""
+
+
+def _admit(sweep: Sweep, entry: Entry, fail_fast: bool) -> None:
+    """Raises NotStarted for what failed before, and after a failure if that ends the sweep."""
+    if entry.status == "failed":
+        log.error("%s: %s", " ".join(entry.overrides), entry.reason)
+        raise NotStarted(f"it failed before: {entry.reason}; retry=failed tries again")
+    if fail_fast and any(other.status == "failed" for other in sweep.entries()):
+        raise NotStarted("a job of this sweep failed, and fail_fast is set")
+
+
+def _finish(sweep: Sweep, entry: Entry, folder: Path, answered: bool, seconds: float) -> None:
+    """A job answered from disk keeps the account of who ran it, where there is one."""
+    if answered and entry.status == "done":
+        return
+    cost = results.cost(folder)
+    done = replace(entry, status="done", folder=str(folder), cost=cost)
+    try:
+        if answered:
+            sweep.enter(replace(done, seconds=cost["seconds"], launch=""))
+        else:
+            sweep.enter(replace(done, seconds=seconds, launch=sweep.launch))
+    except UserError as error:  # the run itself is whole
+        log.warning("%s", error)
+
+
+def _serial(settings: Any) -> bool:
+    """One job after another, all of them known."""
+    launcher, sweeper = settings.launcher._target_, settings.sweeper._target_
+    return launcher.endswith("BasicLauncher") and sweeper.endswith("BasicSweeper")
+
+
+def _run(cfg: DictConfig, folder: Path, sweep: Sweep | None) -> tuple[dict[str, float], bool]:
+    """The metrics, and whether they were on disk already."""
+    from qexp import pipeline
+    from qexp.report import loggers
+
+    before = stamp(folder / results.METRICS)
+    settings: Any = HydraConfig.instance().cfg
+    if cfg.threads is None and sweep is not None:
+        cfg.threads = gpu_pool.threads(settings.hydra.launcher)
+    with contextlib.ExitStack() as stack:
+        show = None
+        if results.stale(folder) is not None:  # a run that is answered is not logged again
+            results.write_config(folder, cfg, settings)
+            group = sweep.name if sweep is not None else None
+            show = stack.enter_context(loggers.opened(cfg, folder, group))
+        metrics = pipeline.run(cfg, folder)
+        if show is not None:
+            show(metrics)
+    return metrics, before is not None and stamp(folder / results.METRICS) == before
+
+
+def headline(metrics: dict[str, float]) -> str:
+    """Perplexities and accuracies with their standard errors, and the measured bits."""
+    parts = []
+    for name, value in metrics.items():
+        if name.endswith(("/ppl", "/acc")) and name.count("/") == 1:
+            digits = 2 if name.endswith("/ppl") else 4
+            error = metrics.get(f"{name}_stderr", math.nan)  # of one window there is none either
+            spread = "" if math.isnan(error) else f" ± {error:.{digits}f}"
+            parts.append(f"{name} {value:.{digits}f}{spread}")
+        elif name == "weight/bits":
+            parts.append(f"{name} {value:.2f}")
+    return ", ".join(parts) or f"{len(metrics)} metrics"
+
+
+def optimized(wanted: str | Sequence[str] | None, metrics: dict[str, float]) -> Objective:
+    """The metric of that name, else the first whose name ends so; several for a list.
+
+    `ppl`, which also stands for None, is None where there is none, as for a classifier.
+    """
+    wanted = wanted or "ppl"
+    if not isinstance(wanted, str):
+        values = [optimized(name, metrics) for name in wanted]
+        return tuple(value for value in values if not isinstance(value, tuple))
+    if wanted in metrics:
+        return metrics[wanted]
+    for name, value in metrics.items():
+        if name.endswith(f"/{wanted}"):
+            return value
+    if wanted == "ppl":
+        return None
+    raise UserError(f"optimize={wanted}: no such metric; {messages.nearest(wanted, list(metrics))}")

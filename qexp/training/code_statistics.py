@@ -1,0 +1,134 @@
+"""What training does to codes and scales: shares and trajectories for the log of each leg."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from qexp.grid.clipping import inside
+from qexp.quantizers.activation import FakeQuant
+from qexp.quantizers.parametrization import behind, fake
+from qexp.quantizers.weight import FakeWeight, Rounded
+
+
+class Moved(NamedTuple):
+    """Numbers of the whole model, and of each tensor by its name."""
+
+    whole: Mapping[str, float] = MappingProxyType({})
+    tensors: Mapping[str, Mapping[str, float]] = MappingProxyType({})
+
+
+class Movement:
+    """Codes and scales of weights, and ranges of activations, from one call to the next.
+
+    clipped: weights beyond the ends of their grid. flipped: weights whose code is another one than
+    at the last call. oscillated: whose code moved against its last move. scale: the scales'
+    geometric mean, against the first call. clipped_activations: values beyond the ends of static
+    quantizers, in one run of `probe`; scale_activations: as scale, of those. Codes that are fixed
+    have a scale alone. `notes` holds all that is remembered between calls.
+    """
+
+    def __init__(
+        self,
+        linears: Mapping[str, nn.Linear],
+        quantizers: Mapping[str, nn.Module] = MappingProxyType({}),
+        probe: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.weights = {name: (fake(linear), linear) for name, linear in linears.items()}
+        self.ranges = {
+            name: quantizer
+            for name, quantizer in quantizers.items()
+            if isinstance(quantizer, FakeQuant) and not quantizer.dynamic
+        }
+        self.probe = probe
+        self.notes: dict[str, Any] = {"codes": {}, "moves": {}, "starts": {}}
+
+    @torch.no_grad()
+    def __call__(self) -> Moved:
+        """The shares since the last call; the first one only looks."""
+        whole: dict[str, float] = {}
+        weights, sizes = {}, {}
+        for name, (rounded, linear) in self.weights.items():
+            weights[name] = self._weight(name, rounded, behind(linear))
+            size = linear.in_features * linear.out_features
+            sizes[name] = size if isinstance(rounded, Rounded) else 0
+        if total := sum(sizes.values()):
+            for share in ("clipped", "flipped", "oscillated"):
+                counts = (weights[name].get(share, 0.0) * size for name, size in sizes.items())
+                whole[share] = sum(counts) / total
+        ranges = {}
+        if self.ranges:
+            seen = self._seen()
+            if count := sum(values for _, values in seen.values()):
+                whole["clipped_activations"] = 1 - sum(kept for kept, _ in seen.values()) / count
+            for name, quantizer in self.ranges.items():
+                inner, values = seen.get(name, (0, 0))
+                own = {"clipped": 1 - inner / values} if values else {}
+                q = quantizer.place()
+                ranges[name] = own | {"scale": self._against(name, q.scale)}
+                ranges[name]["zero"] = float(q.zero.mean())
+        for key, tensors in (("scale", weights), ("scale_activations", ranges)):
+            if tensors:
+                ratios = torch.tensor([each["scale"] for each in tensors.values()])
+                whole[key] = float(ratios.double().log().mean().exp())
+        return Moved(whole, weights | ranges)
+
+    def _weight(
+        self, name: str, rounded: FakeWeight, weight: Float[Tensor, "rows columns"]
+    ) -> dict[str, float]:
+        q = rounded.scales(weight)
+        place = {"scale": self._against(name, q.scale), "zero": float(q.zero.float().mean())}
+        if not isinstance(rounded, Rounded):
+            return place
+        before, moves = self.notes["codes"], self.notes["moves"]
+        flat = q.map(lambda part: part.reshape(-1, 1))
+        groups = weight.reshape(len(flat.scale), -1)
+        v = groups / flat.scale + flat.zero
+        size = weight.numel()
+        clipped = size - _count(inside(v, *rounded.grid.ends))
+        codes = rounded.grid.encode(groups, flat)
+        # a checkpoint brings them back on the CPU
+        move = (codes - before.get(name, codes).to(codes.device)).sign_()
+        last = moves.get(name, torch.zeros_like(move)).to(codes.device).float()
+        moved = move.abs()
+        oscillated = -_count((move * last).clamp_(max=0))
+        before[name] = codes.to(torch.uint8 if rounded.grid.bits <= 8 else torch.int32)
+        moves[name] = last.addcmul(last, moved, value=-1).add_(move).to(torch.int8)
+        counts = {"clipped": clipped, "flipped": _count(moved), "oscillated": oscillated}
+        return {share: count / size for share, count in counts.items()} | place
+
+    def _seen(self) -> dict[str, tuple[int, int]]:
+        """By quantizer, how many values of one forward lie inside its grid, of how many."""
+        seen: dict[str, tuple[int, int]] = {}
+
+        def counting(name: str, quantizer: FakeQuant) -> Any:
+            def count(_: nn.Module, args: tuple[Any, ...]) -> None:
+                q = quantizer.place()
+                v = args[0].float() / q.scale + q.zero
+                kept, total = seen.get(name, (0, 0))
+                kept += _count(inside(v, *quantizer.grid.ends))
+                seen[name] = kept, total + v.numel()
+
+            return quantizer.register_forward_pre_hook(count)
+
+        handles = [counting(*item) for item in self.ranges.items()]
+        try:
+            self.probe()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen
+
+    def _against(self, name: str, scale: Tensor) -> float:
+        """The geometric mean of scales, in units of what it was at first."""
+        mean = float(scale.double().log().mean())
+        start: float = self.notes["starts"].setdefault(name, mean)
+        return float(torch.tensor(mean - start, dtype=torch.float64).exp())
+
+
+def _count(ones: Float[Tensor, "*rows size"]) -> int:
+    """Their sum; truth values, or all at once in double, would take many times longer."""
+    return int(ones.sum(-1).sum(dtype=torch.float64))

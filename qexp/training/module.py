@@ -1,0 +1,185 @@
+"""What is trained on what, as Lightning sees it.
+
+Training is cut into legs of so many optimizer steps, Lightning's epochs; each ends with validation,
+a line of the log and a checkpoint. Which sequences a step sees depends on the seed and its number
+alone, so a run that was killed goes on from its last leg to the weights it would have had.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from qexp.common.files import write_rows
+from qexp.runs.results import TENSORS, TRAINING
+from qexp.task import Batch, Task, trimmed
+from qexp.training import divergence
+from qexp.training.batches import Rows, _stack, random_state, restore_random
+from qexp.training.code_statistics import Moved
+from qexp.training.fsdp import full, whole
+from qexp.training.optimizer import AdamW
+
+Loss = Callable[[Batch], Float[Tensor, ""]]
+
+
+@dataclass
+class Course:
+    """What is trained on what: `parameters` by kind, `loss` of a batch, and the batches.
+
+    measure: numbers for the logs at the end of each leg. identity: what the result depends on, so
+    that only a run of the same may go on from its checkpoint. notes: what the loss and `measure`
+    remember from step to step. reaches_all: whether every parameter has a part in the loss.
+    """
+
+    task: Task
+    loss: Loss
+    parameters: Mapping[str, Sequence[nn.Parameter]]
+    batches: Sequence[Batch]
+    optimizer: AdamW = field(default_factory=AdamW)
+    validation: Sequence[Batch] = ()
+    validation_loss: Loss | None = None
+    measure: Callable[[], Moved] = Moved
+    seed: int = 0
+    identity: str = ""
+    folder: Path | None = None
+    notes: Sequence[dict[str, Any]] = ()
+    reaches_all: bool = True
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Steps in all, steps of a leg, batches of a step, sequences of a batch."""
+
+    steps: int
+    every: int
+    accumulate: int
+    sequences: int
+
+
+class Training(L.LightningModule):
+    """A course under way."""
+
+    strict_loading = False  # checkpoints hold what trains, nothing else
+    forwards = ("training_step", "validation_step", "measure")  # what computes with the model
+
+    def __init__(self, course: Course, pace: Pace, folder: Path) -> None:
+        super().__init__()
+        self.task = course.task
+        self.course, self.pace, self.folder = course, pace, folder
+        self.lines: list[dict[str, float]] = []
+        self.tensors: list[dict[str, float | str]] = []
+        self.losses: list[Tensor] = []
+        self.random: list[Tensor] = []
+        kinds = {id(p): kind for kind, group in course.parameters.items() for p in group}
+        self.kinds = {name: kinds[id(p)] for name, p in self.named_parameters() if id(p) in kinds}
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        return {name: full(p.detach()) for name, p in self._chosen()}
+
+    def _chosen(self, kind: str | None = None) -> Iterator[tuple[str, nn.Parameter]]:
+        """What trains, by name: a strategy may have put others in the parameters' places."""
+        for name, parameter in self.named_parameters():
+            if name in self.kinds and kind in (None, self.kinds[name]):
+                yield name, parameter
+
+    def configure_optimizers(self) -> Any:
+        parameters = {kind: [p for _, p in self._chosen(kind)] for kind in self.course.parameters}
+        optimizer = self.course.optimizer.optimizer(parameters)
+        rule, steps = self.course.optimizer, self.pace.steps
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda at: rule.factor(at, steps))
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        pace, leg = self.pace, self.global_step // self.pace.every
+        steps = min(pace.every, pace.steps - leg * pace.every)
+        ranks = self.trainer.world_size
+        count = pace.accumulate * ranks
+        rows = Rows(
+            _stack(self.course.batches),
+            pace.sequences,
+            self.course.seed,
+            leg * pace.every * count,
+            max(steps, 0) * count,
+            self.trainer.global_rank,
+            ranks,
+        )
+        return DataLoader(rows, batch_size=None, generator=torch.Generator())
+
+    def val_dataloader(self) -> list[DataLoader[Batch]]:
+        """All of it in every process, so that the loss is that of one."""
+        if not self.course.validation:
+            return []
+        whole, rows = _stack(self.course.validation), self.pace.sequences
+        parts = [
+            {key: value[start : start + rows] for key, value in whole.items()}
+            for start in range(0, len(next(iter(whole.values()))), rows)
+        ]
+        return [DataLoader(parts, batch_size=None, generator=torch.Generator())]  # type: ignore[arg-type]
+
+    def training_step(self, batch: Batch, index: int) -> Float[Tensor, ""]:
+        loss = self.course.loss(trimmed(batch))
+        finite = bool(loss.isfinite())
+        if self.trainer.strategy.reduce(torch.tensor(float(not finite)).to(loss), reduce_op="sum"):
+            raise divergence.agreed(divergence.loss(self.task, batch, self.global_step), not finite)
+        self.losses.append(loss.detach())
+        return loss
+
+    def validation_step(self, batch: Batch, index: int) -> None:
+        loss = (self.course.validation_loss or self.course.loss)(trimmed(batch))
+        if not loss.isfinite():
+            raise divergence.loss(self.task, batch, self.global_step, "validation loss")
+        rows = len(next(iter(batch.values())))
+        self.log("validation", loss, batch_size=rows, on_epoch=True, sync_dist=True)
+
+    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        chosen = [p for _, p in self._chosen()]
+        norm = full(nn.utils.get_total_norm([p.grad for p in chosen if p.grad is not None]))
+        limit = self.course.optimizer.clip
+        if not norm.isfinite():
+            raise divergence.gradient(self.task, self.global_step)
+        if limit is not None and norm > limit:
+            nn.utils.clip_grads_with_norm_(chosen, limit, norm)
+
+    def measure(self) -> Moved:
+        with whole(self), self.trainer.precision_plugin.forward_context():
+            return self.course.measure()
+
+    def on_train_start(self) -> None:
+        self.measure()  # what it measures, it measures from here
+        if self.random:
+            restore_random(self.random, self.device)
+
+    def on_train_epoch_end(self) -> None:
+        if not self.losses:  # resumed at the end of a leg, which Lightning ends once more
+            return
+        line = {"step": float(self.global_step)}
+        loss = torch.stack(self.losses).mean()
+        line["loss"] = float(self.trainer.strategy.reduce(loss, reduce_op="mean"))
+        self.losses.clear()
+        if "validation" in self.trainer.callback_metrics:
+            line["validation"] = float(self.trainer.callback_metrics["validation"])
+        moved = self.measure()
+        self.lines.append(line | dict(moved.whole))
+        for name, numbers in moved.tensors.items():
+            self.tensors.append({"step": self.global_step, "name": name, **numbers})
+        if self.trainer.is_global_zero:
+            write_rows(self.folder / TRAINING, self.lines)
+            if self.tensors:
+                write_rows(self.folder / TENSORS, self.tensors)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        kept = {"lines": self.lines, "tensors": self.tensors, "notes": self.course.notes}
+        ended = self.trainer.should_stop or self.global_step >= self.pace.steps
+        checkpoint["course"] = {**kept, "random": random_state(self.device), "ended": ended}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        kept = checkpoint["course"]
+        self.lines, self.tensors, self.random = kept["lines"], kept["tensors"], kept["random"]
+        for notes, before in zip(self.course.notes, kept["notes"], strict=True):
+            notes.update(before)

@@ -1,0 +1,82 @@
+"""Training a few numbers of one block, so that the block with quantizers does what it did without
+them."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from qexp.gradients import Straight
+from qexp.quantizers.scheme import Activations
+from qexp.transforms.channels import parametrized
+from qexp.walk import Block
+
+Rule = Callable[[Tensor], Tensor]
+
+
+@contextmanager
+def quantized(block: Block, rules: dict[str, Rule], activation: Activations) -> Iterator[None]:
+    """Every linear of the block has its weight passed through its rule, and its input rounded with
+    scales from the input itself, gradients passing straight through."""
+
+    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (activation.rounded(args[0], Straight()), *args[1:])
+
+    handles = [linear.register_forward_pre_hook(hook) for linear in block.linears.values()]
+    with ExitStack() as stack:
+        for name, linear in block.linears.items():
+            stack.enter_context(parametrized(linear, "weight", _Passed(rules[name])))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class _Passed(nn.Module):
+    def __init__(self, rule: Rule) -> None:
+        super().__init__()
+        self.rule = rule
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.rule(weight).to(weight)
+
+
+@dataclass(frozen=True)
+class Match:
+    """What a block receives, and what it should make of that, piece by piece; several `targets`
+    count alike."""
+
+    block: Block
+    inputs: Sequence[Tensor]
+    targets: Sequence[Sequence[Tensor]]
+
+    def error(self, piece: int) -> Float[Tensor, ""]:
+        """Squares summed over channels, their mean over tokens."""
+        output = self.block.replay(piece, self.inputs[piece])
+        wanted = [each[piece].to(output.device).float() for each in self.targets]
+        errors = [(output.float() - target).square().sum(-1).mean() for target in wanted]
+        return torch.stack(errors).sum()
+
+    @torch.no_grad()
+    def total(self) -> float:
+        """The mean error over all pieces, as the block stands."""
+        return sum(float(self.error(n)) for n in range(len(self.inputs))) / len(self.inputs)
+
+    def descend(
+        self, optimizer: torch.optim.Optimizer, steps: int, generator: torch.Generator
+    ) -> None:
+        """Train what the optimizer holds, a piece a step, in a new order every time round."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        order: list[int] = []
+        with torch.enable_grad():
+            for _ in range(steps):
+                order = order or torch.randperm(len(self.inputs), generator=generator).tolist()
+                # Gradients of these alone: the model's own weights are frozen.
+                gradients = torch.autograd.grad(self.error(order.pop()), parameters)
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    parameter.grad = gradient
+                optimizer.step()

@@ -1,0 +1,196 @@
+"""The model, block by block: the only loop of the project that visits blocks.
+
+The inputs of the first block, and the other arguments of every block (masks, rotary tables), are
+recorded in one pass in which the blocks hand their input on untouched. Each block is then run
+alone on what reaches it, and what the caller does to it before asking for the next one is felt
+downstream.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from hashlib import sha256
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from qexp.arch import Group
+from qexp.common.cache import checksum
+from qexp.common.errors import UserError
+from qexp.common.progress import bar
+from qexp.task import Batch, Task
+from qexp.walk.capture import Piece, entering, passing, record, returns_tuple, rows, split
+
+# Called with the names of linears that share an input and with that input, once all of it is
+# known, as chunks [..., columns].
+Visit = Callable[[tuple[str, ...], Iterator[Tensor]], None]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Block:
+    """One transformer block and the data that reaches it. Names of linears are relative to it."""
+
+    index: int
+    name: str
+    module: nn.Module
+    groups: tuple[Group, ...]
+    pieces: list[Piece]
+    task: Task
+    returns_tuple: bool
+    notes: dict[str, Tensor]  # shared by the blocks of one walk: what was measured ahead
+    origin: str  # checksums of the model and the batches as the walk began
+    left: list[Tensor] | None = None  # outputs that `advance` settled
+
+    @property
+    def linears(self) -> dict[str, nn.Linear]:
+        """In execution order."""
+        found = {}
+        for name in (name for group in self.groups for name in group.linears):
+            linear = self.module.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            found[name] = linear
+        return found
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        return [piece.hidden for piece in self.pieces]
+
+    def outputs(self) -> Iterator[Tensor]:
+        """Replay this block, as it stands, on the inputs that reach it."""
+        return (self._run(piece) for piece in self.pieces)
+
+    def observe(self, visit: Visit) -> None:
+        """Show each group its input, in execution order; what `visit` does to the weights is felt
+        by the groups after it. One forward with one piece; with several, one forward per group."""
+        self._visit(visit)
+
+    def advance(self, visit: Visit) -> None:
+        """As `observe`, and what comes out is what the next block receives: with one piece the
+        forward that showed the inputs, so that the walk needs no second one."""
+        self.left = self._visit(visit) or list(self.outputs())
+
+    def onward(self) -> Iterator["Block"]:
+        """This block and those after it, as the walk that it belongs to will come to them if
+        nothing is changed."""
+        pieces = [replace(piece) for piece in self.pieces]
+        return _visited(replace(self, pieces=pieces, left=None))
+
+    def replay(self, piece: int, hidden: Tensor) -> Tensor:
+        """`hidden` through the block with the other arguments of one piece, with gradients.
+
+        The block must be on the task's device: the hooks of an offloaded block would move it away
+        before the backward pass.
+        """
+        args, kwargs = self.pieces[piece].calls[self.index]
+        output = self.module.forward(hidden.to(self.task.device), *args, **kwargs)
+        return output[0] if self.returns_tuple else output
+
+    def losses(self, sequences: int = 1) -> Iterator[tuple[Tensor, int]]:
+        """The model's mean loss on so many sequences at a time, and how many those are, computed
+        from this block's inputs on. Where gradients are enabled, the inputs require them, so that
+        backward reaches every later layer and ends here."""
+        earlier = self.task.blocks[: self.index]
+        for piece in self.pieces:
+            parts = zip(split(piece.batch, sequences), piece.hidden.split(sequences), strict=True)
+            for batch, hidden in parts:
+                entry = hidden.detach().requires_grad_(torch.is_grad_enabled())
+                with passing(earlier, self.returns_tuple), entering(self.module, entry):
+                    yield self.task.loss(batch), len(hidden)
+
+    def _visit(self, visit: Visit) -> list[Tensor]:
+        if len(self.pieces) > 1:
+            for group in self.groups:
+                visit(group.linears, self._inputs_of(group))
+            return []
+        with ExitStack() as hooks:
+            for group in self.groups:
+                hooks.enter_context(self._showing(group, visit))
+            return [self._run(self.pieces[0])]
+
+    def _inputs_of(self, group: Group) -> Iterator[Tensor]:
+        seen: list[Tensor] = []
+        for piece in self.pieces:
+            with self._showing(group, lambda _, inputs: seen.extend(inputs)):
+                self._run(piece)
+            yield seen.pop()
+
+    @contextmanager
+    def _showing(self, group: Group, visit: Visit) -> Iterator[None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            visit(group.linears, iter([args[0]]))
+
+        handle = self.module.get_submodule(group.linears[0]).register_forward_pre_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @torch.no_grad()  # a generator's own no_grad does not reach what its caller calls
+    def _run(self, piece: Piece) -> Tensor:
+        args, kwargs = piece.calls[self.index]
+        output = self.module(piece.hidden.to(self.task.device), *args, **kwargs)
+        return (output[0] if self.returns_tuple else output).to(piece.hidden.device)
+
+
+@torch.no_grad()
+def walk(task: Task, batches: Sequence[Batch], chunk: int | None = None) -> Iterator[Block]:
+    """Yield each block with the data that reaches it.
+
+    chunk: sequences that run together; None runs each batch whole if the device's memory allows,
+    else as many as fit. Inputs of a block rest where its weights do, which for an offloaded model
+    is the host. UserError where there are no sequences.
+    """
+    parts = [part for batch in batches for part in split(batch, chunk or _fitting(task, batch))]
+    if not parts:
+        raise UserError(
+            "calibration: there are no sequences, and this method or transform looks at some; "
+            "choose a recipe, for example calibration=first"
+        )
+    tuples = returns_tuple(task, parts[0])
+    pieces = [record(task, part, tuples) for part in parts]
+    config = sha256(task.model.config.to_json_string().encode()).hexdigest()
+    origin = config + "".join(map(checksum, [dict(task.model.state_dict()), *batches]))
+    arch, module = task.arch, task.blocks[0]
+    first = Block(0, f"{arch.blocks}.0", module, arch.groups, pieces, task, tuples, {}, origin)
+    yield from _visited(first)
+
+
+def _visited(block: Block) -> Iterator[Block]:
+    """From this block on: each is fed what the one before it left, in the same pieces."""
+    task, pieces = block.task, block.pieces
+    for index, module in enumerate(bar(task.blocks[block.index :], "blocks"), block.index):
+        block = replace(
+            block, index=index, name=f"{task.arch.blocks}.{index}", module=module, left=None
+        )
+        yield block
+        if index + 1 < len(task.blocks):
+            for piece, output in zip(pieces, block.left or block.outputs(), strict=True):
+                piece.hidden = output
+
+
+def _fitting(task: Task, batch: Batch) -> int:
+    """How many sequences' activations inside a block fit into half of the free memory."""
+    widths = [linear.out_features for linear in task.linears().values()]
+    tokens = batch["input_ids"].shape[1] if "input_ids" in batch else _patches(task)
+    # The widest result three times (gate, up, product), the stream and what attention holds.
+    floats = tokens * (3 * max(widths) + 6 * task.model.config.hidden_size)
+    each = floats * max(next(task.parameters()).element_size(), 2)
+    fitting = max(int(_free(task.device) / 2 / each), 1)
+    if fitting < rows(batch):
+        log.info("%d of %d sequences at a time: all do not fit the memory", fitting, rows(batch))
+    return min(fitting, rows(batch))
+
+
+def _patches(task: Task) -> int:
+    config = task.model.config
+    return (config.image_size // config.patch_size) ** 2 + 1
+
+
+def _free(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
