@@ -19,7 +19,7 @@ class Group(NamedTuple):
     """
 
     linears: tuple[str, ...]
-    source: str | None = None
+    producer: str | None = None
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Arch:
     @property
     def gated(self) -> bool:
         """The MLP multiplies its activation function by a second projection."""
-        return self.groups[-1].source is not None
+        return self.groups[-1].producer is not None
 
 
 LLAMA = Arch(

@@ -4,7 +4,7 @@ import sys
 from importlib import import_module
 
 from qexp.sweeps import app
-from qexp.sweeps.failures import guarded
+from qexp.sweeps.failures import run_reporting_errors
 
 # module whose `main` takes the rest of the line
 COMMANDS = {
@@ -18,5 +18,5 @@ def main() -> None:
     """The console script: a command by its name, everything else is the Hydra application."""
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in COMMANDS:
-        sys.exit(guarded(lambda: import_module(COMMANDS[name]).main(sys.argv[2:])))
+        sys.exit(run_reporting_errors(lambda: import_module(COMMANDS[name]).main(sys.argv[2:])))
     app.main()

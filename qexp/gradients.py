@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from qexp.common.errors import finite, known, positive, switches, within
+from qexp.common.errors import check_bool, check_choice, check_finite, check_positive, check_range
 from qexp.grid.clipping import Number, inside
 
 TINY = torch.finfo(torch.float32).tiny
@@ -61,8 +61,8 @@ class Sigmoid(RoundingGradient):
     mode: str = "author"
 
     def __post_init__(self) -> None:
-        known(None, self, mode=("author", "norm", "raw", "mean"))
-        positive(None, self, "temperature")
+        check_choice(None, self, mode=("author", "norm", "raw", "mean"))
+        check_positive(None, self, "temperature")
 
     def back(self, c: Float[Tensor, "*shape"], g: Float[Tensor, "*shape"], steps: Number) -> Tensor:
         t = self.temperature
@@ -83,7 +83,7 @@ class DSQ(RoundingGradient):
     alpha: Number = 0.2
 
     def __post_init__(self) -> None:
-        within(None, self, "a number between 0 and 1", lambda x: 0 < x < 1, "alpha")
+        check_range(None, self, "a number between 0 and 1", lambda x: 0 < x < 1, "alpha")
 
     def back(self, c: Float[Tensor, "*shape"], g: Float[Tensor, "*shape"], steps: Number) -> Tensor:
         k = math.log(2 / self.alpha - 1)
@@ -102,7 +102,7 @@ class EWGS(RoundingGradient):
     delta: Number = 1e-3
 
     def __post_init__(self) -> None:
-        finite(None, self, "delta")
+        check_finite(None, self, "delta")
 
     def back(self, c: Float[Tensor, "*shape"], g: Float[Tensor, "*shape"], steps: Number) -> Tensor:
         agreed = (c - c.round()).mul_(g.sign())
@@ -149,9 +149,9 @@ class Hard(ClampGradient):
     limit: Number | None = None
 
     def __post_init__(self) -> None:
-        switches(None, self, "steps_inside")
+        check_bool(None, self, "steps_inside")
         if self.limit is not None:
-            positive(None, self, "limit")
+            check_positive(None, self, "limit")
 
     def value(self, v: Float[Tensor, "*shape"], low: Number, high: Number) -> Tensor:
         return v.clamp(low, high)
@@ -176,8 +176,8 @@ class Soft(ClampGradient):
     forward: str = "hard"
 
     def __post_init__(self) -> None:
-        known(None, self, gate=("gelu", "silu"), forward=("hard", "soft"))
-        positive(None, self, "sharpness")
+        check_choice(None, self, gate=("gelu", "silu"), forward=("hard", "soft"))
+        check_positive(None, self, "sharpness")
 
     @property
     def clips(self) -> bool:
@@ -227,9 +227,9 @@ class _Clamp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, v: Tensor, clamp: ClampGradient, low: Number, high: Number) -> Tensor:
         ctx.save_for_backward(v)
-        ctx.clamp, ctx.ends = clamp, (low, high)
+        ctx.clamp, ctx.bounds = clamp, (low, high)
         return clamp.value(v, low, high)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.clamp.back(ctx.saved_tensors[0], grads[0], *ctx.ends), None, None, None
+        return ctx.clamp.back(ctx.saved_tensors[0], grads[0], *ctx.bounds), None, None, None

@@ -12,14 +12,14 @@ from omegaconf import DictConfig
 from qexp.common import progress, ranks
 from qexp.common.errors import UserError
 from qexp.config import grid_choice
-from qexp.config.instantiate import build
+from qexp.config.instantiate import instantiate
 from qexp.data.recipe import Recipe
-from qexp.eval.base import Evaluator, Start, digest
-from qexp.models.base import Source
+from qexp.eval.base import Evaluator, FloatModel, digest
+from qexp.models.base import ModelSource
 from qexp.models.device import as_task
-from qexp.models.state_diff import Marks, edits, marks
+from qexp.models.state_diff import Checksums, checksums, state_diff
 from qexp.packed import weights_file
-from qexp.quantizers.scheme import Float
+from qexp.quantizers.scheme import FloatActivations
 from qexp.runs import results
 from qexp.runs.provenance import Provenance
 from qexp.step import Nothing, Record, Step
@@ -39,9 +39,9 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     progress.show(cfg.progress)
     grid_choice.check(cfg)
-    source: Source = build(cfg.model)
-    recipe: Recipe = build(cfg.calibration)
-    steps: list[Step] = [build(cfg.transform), build(cfg.method)]
+    source: ModelSource = instantiate(cfg.model)
+    recipe: Recipe = instantiate(cfg.calibration)
+    steps: list[Step] = [instantiate(cfg.transform), instantiate(cfg.method)]
     evaluators = [_evaluator(str(name), node) for name, node in cfg.eval.items()]
     files = [*source.files(), *recipe.files()]
     files += [p for step in steps for each in step.recipes().values() for p in each.files()]
@@ -61,7 +61,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
         _check_quantizers(task, steps)
         for evaluator in evaluators:
             evaluator.check(task)
-        origin = marks(task.model) if cfg.save_weights else {}
+        origin = checksums(task.model) if cfg.save_weights else {}
     provenance.add(model=source.fingerprint(), device=str(task.device), seed=cfg.seed)
 
     unquantized = source.origin()
@@ -71,10 +71,10 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
         same = unquantized is source
         return task if same else as_task(unquantized, unquantized.load(), cfg)
 
-    start = Start(unquantized.fingerprint() | {"device": task.device.type}, float_task, folder)
+    start = FloatModel(unquantized.fingerprint() | {"device": task.device.type}, float_task, folder)
     if not ranks.rank():
         with provenance.stage("measure the float model"), isolate_rng():
-            evaluators = [evaluator.before(start) for evaluator in evaluators]
+            evaluators = [evaluator.measure_float(start) for evaluator in evaluators]
 
     def batches() -> list[Batch]:
         provenance.add(calibration=recipe.definition())
@@ -107,7 +107,7 @@ def _check_quantizers(task: Task, steps: list[Step]) -> None:
     transform, method = steps
     kinds = getattr(method, "activations", ())
     if task.quantizers and not (
-        isinstance(transform, Nothing) and all(isinstance(kind, Float) for kind in kinds)
+        isinstance(transform, Nothing) and all(isinstance(kind, FloatActivations) for kind in kinds)
     ):
         raise UserError(
             "model: it has activation quantizers already, which no transform or other quantizers "
@@ -123,7 +123,7 @@ def _evaluator(name: str, node: DictConfig) -> Evaluator:
             f"eval.{name} has fields and is not chosen: name it in eval=[…], or leave it out with "
             f"~eval.{name}"
         )
-    evaluator: Evaluator = build(node)
+    evaluator: Evaluator = instantiate(node)
     return evaluator
 
 
@@ -143,12 +143,13 @@ def storage(records: list[Record]) -> dict[str, float]:
     return metrics
 
 
-def save(task: Task, origin: Marks, records: list[Record], folder: Path) -> None:
+def save(task: Task, origin: Checksums, records: list[Record], folder: Path) -> None:
     """Codes and scales of the weights, whatever else in the model is not as it was loaded, and the
     ranges of static activation quantizers."""
     packed = {record.name: record.packed for record in records}
     others = {
-        f"model.{name}": tensor for name, tensor in edits(task.model, origin, packed.keys()).items()
+        f"model.{name}": tensor
+        for name, tensor in state_diff(task.model, origin, packed.keys()).items()
     }
     others |= {f"quantizers.{name}": t for name, t in task.quantizers.state_dict().items()}
     weights_file.save(folder, packed, others)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
-from qexp.config.instantiate import build
+from qexp.config.instantiate import instantiate
 from qexp.models.base import Loaded
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -29,7 +29,7 @@ def tiny(family: str, seed: int = 0, **fields: object) -> Loaded:
     """The three-block random model of conf/model/tiny_<family>.yaml."""
     node = OmegaConf.load(CONF / "model" / f"tiny_{family}.yaml")
     node = OmegaConf.merge(node, {"seed": seed, **fields})
-    loaded = build(node).load()
+    loaded = instantiate(node).load()
     assert isinstance(loaded, Loaded)
     return loaded
 

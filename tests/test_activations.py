@@ -13,9 +13,9 @@ from qexp.gradients import Soft, Straight
 from qexp.grid import IntGrid, Range
 from qexp.grid.ranges import MSE, Entropy, MinMax, MovingAverage, Percentile
 from qexp.quantizers.activation import FakeQuant
-from qexp.quantizers.fake_quantize import Formula
+from qexp.quantizers.fake_quantize import FakeQuantize
 from qexp.quantizers.placement import AllOps, KVCache, LinearInputs
-from qexp.quantizers.scheme import Quantized, quantize_activations
+from qexp.quantizers.scheme import QuantizedActivations, quantize_activations
 
 TENSOR = IntGrid(8, per_tensor=True)
 TOKEN = IntGrid(8, symmetric=True)
@@ -33,19 +33,21 @@ def test_sixteen_bits_change_next_to_nothing_and_two_bits_do(family, placement):
     batch = joined(family)
     plain = losses(task_of(family), batch)
     fine, coarse = task_of(family), task_of(family)
-    quantize_activations(fine, [Quantized(placement, FINE)], lambda: [batch])
+    quantize_activations(fine, [QuantizedActivations(placement, FINE)], lambda: [batch])
     torch.testing.assert_close(losses(fine, batch), plain, atol=2e-3, rtol=1e-3)
     quantize_activations(
-        coarse, [Quantized(placement, IntGrid(2, per_tensor=True))], lambda: [batch]
+        coarse, [QuantizedActivations(placement, IntGrid(2, per_tensor=True))], lambda: [batch]
     )
     assert (losses(coarse, batch) - plain).abs() > 1e-6
-    assert all(q.on and len(q.scale) == 1 for q in fine.quantizers.values())
+    assert all(q.enabled and len(q.scale) == 1 for q in fine.quantizers.values())
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_linears_that_share_an_input_share_a_quantizer(family):
     task = task_of(family)
-    quantize_activations(task, [Quantized(LinearInputs(), TENSOR)], lambda: [joined(family)])
+    quantize_activations(
+        task, [QuantizedActivations(LinearInputs(), TENSOR)], lambda: [joined(family)]
+    )
     assert len(task.quantizers) == len(task.blocks) * len(task.arch.groups)
 
 
@@ -57,7 +59,7 @@ def test_linear_inputs_by_hand():
     handle = linear.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     task.loss(batch)
     handle.remove()
-    quantize_activations(task, [Quantized(LinearInputs(), TENSOR)], lambda: [batch])
+    quantize_activations(task, [QuantizedActivations(LinearInputs(), TENSOR)], lambda: [batch])
     quantizer = task.quantizers["model/layers/0/mlp/down_proj/input"]
     x = seen[0]
     q = TENSOR.fit(torch.stack([x.amin(), x.amax()])[None])
@@ -70,7 +72,7 @@ def test_dynamic_scales_are_each_tokens_own():
     quantizer = FakeQuant(TOKEN, dynamic=True)
     x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
     assert torch.equal(quantizer(x), x)  # not settled yet
-    quantizer.settle()
+    quantizer.fix_range()
     torch.testing.assert_close(quantizer(x)[1, 3], TOKEN(x[1, 3][None])[0])
 
 
@@ -78,7 +80,9 @@ def test_dynamic_scales_are_each_tokens_own():
 def test_all_ops_rounds_the_residual_stream_itself():
     """The sum that the second norm reads is also what goes on beside it."""
     task, batch = task_of("llama"), joined("llama")
-    quantize_activations(task, [Quantized(AllOps(), IntGrid(3, per_tensor=True))], lambda: [batch])
+    quantize_activations(
+        task, [QuantizedActivations(AllOps(), IntGrid(3, per_tensor=True))], lambda: [batch]
+    )
     seen = {}
     task.blocks[0].post_attention_layernorm.register_forward_pre_hook(
         lambda _, args: seen.update(sum=args[0])
@@ -92,7 +96,7 @@ def test_all_ops_rounds_the_residual_stream_itself():
 def test_no_tensor_carries_two_quantizers(family):
     """What one made is what no other reads, so that training cannot part their ranges."""
     task, batch = task_of(family), joined(family)
-    quantize_activations(task, [Quantized(AllOps(), TENSOR)], lambda: [batch])
+    quantize_activations(task, [QuantizedActivations(AllOps(), TENSOR)], lambda: [batch])
     made: dict[str, torch.Tensor] = {}
     twice = []
 
@@ -110,7 +114,9 @@ def test_no_tensor_carries_two_quantizers(family):
 def test_cache_quantization_rounds_keys_and_values_per_head_and_token():
     task, batch = task_of("llama"), joined("llama")
     quantize_activations(
-        task, [Quantized(KVCache(), IntGrid(2), dynamic=True)], lambda: pytest.fail("no data")
+        task,
+        [QuantizedActivations(KVCache(), IntGrid(2), dynamic=True)],
+        lambda: pytest.fail("no data"),
     )
     seen = {}
     quantizer = task.quantizers["model/layers/1/attention/key"]
@@ -130,7 +136,7 @@ def test_streamed_ranges_are_those_of_all_values_at_once(estimator, near):
     generator = torch.Generator().manual_seed(0)
     parts = [torch.randn(4, 256, generator=generator) * size for size in (1, 3, 0.5)]
     grid = IntGrid(8, per_tensor=True, range=estimator)
-    stream = estimator.stream()
+    stream = estimator.observer()
     for part in parts:
         stream.add(part)
     streamed, whole = stream.fit(grid), grid.fit(torch.cat(parts))
@@ -138,20 +144,20 @@ def test_streamed_ranges_are_those_of_all_values_at_once(estimator, near):
 
 
 def test_a_moving_average_follows_the_stream():
-    stream = MovingAverage(momentum=0.75).stream()
+    stream = MovingAverage(momentum=0.75).observer()
     for end in (4.0, 8.0, 0.0):
         stream.add(torch.tensor([-end, end / 2]))
     low = -(0.75 * (0.75 * 4 + 0.25 * 8) + 0.25 * 0)
-    expected = TENSOR.span(torch.tensor([[low]]), torch.tensor([[-low / 2]]))
+    expected = TENSOR.scale_for(torch.tensor([[low]]), torch.tensor([[-low / 2]]))
     torch.testing.assert_close(TENSOR.fit(*stream.values()).scale, expected.scale)
 
 
 @pytest.mark.parametrize("estimator", [MinMax(), MovingAverage(), Percentile(), Entropy()], ids=str)
 def test_values_that_are_not_finite_are_refused(estimator):
     with pytest.raises(UserError, match="not finite"):
-        estimator.stream().add(torch.tensor([1.0, torch.nan]))
+        estimator.observer().add(torch.tensor([1.0, torch.nan]))
     with pytest.raises(UserError, match="never reached"):
-        estimator.stream().values()
+        estimator.observer().values()
 
 
 def clip(x: torch.Tensor, estimator: Range, bits: int = 8) -> tuple[float, float]:
@@ -179,7 +185,7 @@ def test_entropy_is_the_least_divergence_by_hand():
     found = {}
     for bins in range(32, 4, -1):
         end = high - (32 - bins) * width
-        q = grid.span(torch.tensor([[low]]), torch.tensor([[end]]))
+        q = grid.scale_for(torch.tensor([[low]]), torch.tensor([[end]]))
         kept = [i for i in range(32) if low + (i + 0.5) * width <= end]
         p = [mass[i] for i in kept]
         p[-1] += sum(mass[len(kept) :])
@@ -203,9 +209,9 @@ def test_entropy_is_the_least_divergence_by_hand():
 
 def test_a_soft_forward_of_dynamic_scales_is_evaluated_hard():
     quantizer = FakeQuant(IntGrid(3, symmetric=True, range=MSE()), dynamic=True)
-    quantizer.settle()
-    quantizer.learn(Formula(Straight(), Soft("silu", forward="soft")), offset=False)
+    quantizer.fix_range()
+    quantizer.make_trainable(FakeQuantize(Straight(), Soft("silu", forward="soft")), offset=False)
     x = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
     soft, hard = quantizer.train()(x), quantizer.eval()(x)
-    quantizer.freeze()
+    quantizer.make_constant()
     assert torch.equal(hard, quantizer(x)) and not torch.equal(soft, hard)

@@ -115,11 +115,11 @@ def test_a_source_makes_the_input(family):
     model, batch = tiny(family).model, batches(family)[0]
     seen = first(family)
     for group in arch_of(model).groups:
-        if group.source is None:
+        if group.producer is None:
             continue
-        source, made = block(model).get_submodule(group.source), seen.inputs[group.linears[0]]
+        source, made = block(model).get_submodule(group.producer), seen.inputs[group.linears[0]]
         if not isinstance(source, nn.Linear):
-            assert torch.equal(seen.outputs[group.source], made)
+            assert torch.equal(seen.outputs[group.producer], made)
             continue
         with doubled(source):
             torch.testing.assert_close(look(model, batch).inputs[group.linears[0]], 2 * made)
@@ -182,9 +182,9 @@ def test_opt_with_norms_behind_the_sums():
     assert not arch.pre_norm and arch.norm is None
     seen = look(model, batches("opt")[0])
     for group in arch.groups:
-        if group.source is not None and "norm" in group.source:
+        if group.producer is not None and "norm" in group.producer:
             made = seen.inputs[group.linears[0]]
-            assert torch.equal(seen.outputs[group.source].view_as(made), made)
+            assert torch.equal(seen.outputs[group.producer].view_as(made), made)
 
 
 def test_gemma3_inside_the_vision_language_model():

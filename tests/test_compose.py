@@ -84,7 +84,7 @@ def test_an_experiment_may_change_any_key(tmp_path: Path) -> None:
 def test_a_misspelling_is_refused_with_the_nearest_name(override, meant) -> None:
     with pytest.raises(HydraException) as error:
         compose("config", [override])
-    assert f"did you mean {meant}?" in messages.sentence(error.value)
+    assert f"did you mean {meant}?" in messages.message_for(error.value)
 
 
 def test_far_from_everything_all_names_are_listed() -> None:
@@ -95,6 +95,6 @@ def test_an_environment_variable_that_is_missing_is_named(monkeypatch) -> None:
     monkeypatch.delenv("QEXP_DATA_DIR", raising=False)
     with pytest.raises(OmegaConfBaseException) as error:
         signature(compose("config", ["model=local", "model.path=${oc.env:QEXP_DATA_DIR}/mine"]))
-    assert messages.sentence(error.value).endswith(
+    assert messages.message_for(error.value).endswith(
         "set the environment variable QEXP_DATA_DIR, or this key"
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 from qexp.common.errors import FieldError
 from qexp.gradients import DSQ, EWGS, Hard, Sigmoid, Soft, Straight
 from qexp.grid import IntGrid, LevelGrid, Scale
-from qexp.quantizers.fake_quantize import Formula
+from qexp.quantizers.fake_quantize import FakeQuantize
 
 ROUNDINGS = [Straight(), Sigmoid(5), Sigmoid(40, "raw"), Sigmoid(4, "norm"), DSQ(), EWGS(0.5)]
 CLAMPS = [Hard(), Soft(), Soft("silu", 2.0), Hard(steps_inside=False)]
@@ -40,7 +40,7 @@ def test_no_surrogate_changes_a_value(x, rounding, clamp):
         q = grid.fit(x * 0.6)
         expected = grid.round(x, q)
         assert torch.equal(grid.round(x, q, rounding, clamp), expected)
-        assert torch.equal(Formula(rounding, clamp)(x, q, grid), expected)
+        assert torch.equal(FakeQuantize(rounding, clamp)(x, q, grid), expected)
 
 
 @pytest.mark.parametrize("t", [1.0, 2.0, 4.0, 5.0, 8.0, 20.0])
@@ -133,7 +133,11 @@ def test_straight_and_hard_are_lsq(x, fused):
     weight, upstream = x.clone().requires_grad_(), torch.randn_like(x)
     gain = 1 / math.sqrt(x.numel() * 7)
     q = Scale(scale, torch.full((1, 1), 8.0))
-    y = Formula()(weight, q, grid, gain) if fused else grid.round(weight, q, Straight(), Hard())
+    y = (
+        FakeQuantize()(weight, q, grid, gain)
+        if fused
+        else grid.round(weight, q, Straight(), Hard())
+    )
     y.backward(upstream)
     v = x / 0.7
     inside = (v > -8) & (v < 7)
@@ -148,7 +152,7 @@ def test_offset_gradient_is_that_of_lsq_plus(x):
     """2004.09576: the offset moves only with what is clipped."""
     grid = IntGrid(4, real_zero=True)
     zero = torch.full((1, 1), 6.3, requires_grad=True)
-    Formula()(x, Scale(torch.full((1, 1), 0.5), zero), grid).sum().backward()
+    FakeQuantize()(x, Scale(torch.full((1, 1), 0.5), zero), grid).sum().backward()
     v = x / 0.5 + 6.3
     clipped = ((v < 0) | (v > 15)).sum()
     torch.testing.assert_close(zero.grad.squeeze(), -0.5 * clipped)
@@ -157,7 +161,7 @@ def test_offset_gradient_is_that_of_lsq_plus(x):
 def test_pact_moves_its_level_with_what_lies_beyond():
     grid, scale = IntGrid(4), torch.full((1, 1), 0.2, requires_grad=True)
     x = torch.tensor([[0.1, 1.7, 3.1, 5.0, 9.0]])
-    y = Formula(clamp=Hard(steps_inside=False))(x, Scale(scale, torch.zeros(1, 1)), grid)
+    y = FakeQuantize(clamp=Hard(steps_inside=False))(x, Scale(scale, torch.zeros(1, 1)), grid)
     y.sum().backward()
     assert scale.grad.item() == pytest.approx(15 * 3)  # level = 15 · scale; three lie beyond 3.0
 
@@ -175,7 +179,7 @@ def test_the_fused_node_is_the_formula_under_autograd(x, rounding, clamp):
         return (y.detach(), *torch.autograd.grad((y * upstream).sum(), leaves))
 
     plain = gradients(lambda w, q: grid.round(w, q, lambda c: rounding(c, 7), clamp))
-    fused = gradients(lambda w, q: Formula(rounding, clamp)(w, q, grid))
+    fused = gradients(lambda w, q: FakeQuantize(rounding, clamp)(w, q, grid))
     for one, two in zip(plain, fused, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
 
@@ -192,7 +196,7 @@ def test_rounding_lets_through_what_was_clipped():
 def test_a_soft_forward_is_left_behind_outside_of_training(x):
     grid = IntGrid(3)
     q = grid.fit(x * 0.5)
-    formula = Formula(Straight(), Soft("silu", forward="soft"))
+    formula = FakeQuantize(Straight(), Soft("silu", forward="soft"))
     assert not torch.equal(formula(x, q, grid), grid.round(x, q))
     assert torch.equal(formula(x, q, grid, training=False), grid.round(x, q))
 
@@ -202,7 +206,7 @@ def test_uneven_levels_train_straight_through(x):
     q = grid.fit(x)
     scale = (q.scale * 0.5).requires_grad_()
     weight = x.clone().requires_grad_()
-    y = Formula(Sigmoid())(weight, Scale(scale, q.zero), grid)
+    y = FakeQuantize(Sigmoid())(weight, Scale(scale, q.zero), grid)
     y.sum().backward()
     u = x / scale.detach()
     inside = u.abs() <= 1
@@ -222,7 +226,7 @@ def test_the_equal_mean_control_is_a_constant():
 def test_gradients_stop_where_llm_qat_s_code_stops_them(fine):
     """At |x| = 2, though nothing is clipped there; values stay."""
     x, grid = torch.tensor([[-3.0, -1.9, 0.4, 2.0, 2.5]]), IntGrid(4, symmetric=True)
-    formula = Formula(Sigmoid(5) if fine else Straight(), Hard(limit=2.0))
+    formula = FakeQuantize(Sigmoid(5) if fine else Straight(), Hard(limit=2.0))
     q = grid.fit(x)
     assert torch.equal(formula(x, q, grid), grid.round(x, q))
     made = slope(lambda u: formula(u, q, grid), x)

@@ -122,7 +122,7 @@ def test_groups_of_a_tensor_with_one_scale_are_refused():
         (MSE, "shrink", (0.0, 1.1)),
         (MSE, "norm", (0.0, inf, nan)),
         (MovingAverage, "momentum", (-0.1, 1.0)),
-        (RMS, "reach", (0.0, inf)),
+        (RMS, "clip_at", (0.0, inf)),
         (Entropy, "bins", (0, True)),
         (Entropy, "stride", (0, -8)),
     ],

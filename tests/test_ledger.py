@@ -131,9 +131,9 @@ def test_a_dry_run_tells_what_each_job_would_do_and_does_nothing(qexp, capsys) -
 
 def test_an_estimate_is_of_the_runs_that_are_nearest() -> None:
     past = [
-        dry_run.Past({"bits": "3", "model": "large"}, 90.0),
-        dry_run.Past({"bits": "3", "model": "small"}, 5.0),
-        dry_run.Past({"bits": "4", "model": "small"}, 7.0),
+        dry_run.FinishedRun({"bits": "3", "model": "large"}, 90.0),
+        dry_run.FinishedRun({"bits": "3", "model": "small"}, 5.0),
+        dry_run.FinishedRun({"bits": "4", "model": "small"}, 7.0),
     ]
     assert dry_run.estimate({"bits": "2", "model": "small"}, past) == 6.0
     assert dry_run.estimate({"bits": "2", "model": "large"}, past) == 90.0

@@ -12,7 +12,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from torch import Tensor
 
 from qexp.common.errors import UserError
-from qexp.config.instantiate import build
+from qexp.config.instantiate import instantiate
 from qexp.models.llama2c import Llama2C, sentencepiece_tokenizer
 
 TEXT = "Once upon a time there was a little girl. She said: I am here, and I like to play!\n"
@@ -135,7 +135,7 @@ def test_a_trained_checkpoint_knows_its_stories(name, loss, monkeypatch):
     """Nats per token over the first 40 stories of the training text, each behind a BOS."""
     folder = data_dir()
     monkeypatch.setenv("QEXP_DATA_DIR", str(folder))
-    source = build(OmegaConf.load(CONF / "model" / f"{name}.yaml"))
+    source = instantiate(OmegaConf.load(CONF / "model" / f"{name}.yaml"))
     model, tokenizer, _ = source.load()
     text = (folder / "tinystories" / "tinystories_sample_2MiB.txt").read_text(encoding="utf-8")
     reference = SentencePieceProcessor(model_file=str(source.files()[1]))
@@ -154,7 +154,7 @@ def test_a_trained_checkpoint_knows_its_stories(name, loss, monkeypatch):
 @pytest.mark.skipif(data_dir() is None, reason="needs QEXP_DATA_DIR")
 def test_stories260k_writes_the_story_of_its_own_test(monkeypatch):
     monkeypatch.setenv("QEXP_DATA_DIR", str(data_dir()))
-    model, tokenizer, _ = build(OmegaConf.load(CONF / "model" / "stories260k.yaml")).load()
+    model, tokenizer, _ = instantiate(OmegaConf.load(CONF / "model" / "stories260k.yaml")).load()
     ids = torch.tensor([[1]])
     with torch.no_grad():
         for _ in range(30):

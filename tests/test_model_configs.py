@@ -6,8 +6,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from qexp.common.errors import UserError
-from qexp.config.instantiate import build
-from qexp.models.base import Source
+from qexp.config.instantiate import instantiate
+from qexp.models.base import ModelSource
 from qexp.models.hub import Hub
 
 NAMES = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
@@ -23,8 +23,8 @@ def node(name: str, *overrides: str) -> DictConfig:
 def test_every_model_can_be_chosen(name, monkeypatch):
     monkeypatch.setenv("QEXP_DATA_DIR", "data")
     overrides = [f"model.{OPEN[name]}"] if name in OPEN else []
-    source = build(node(name, *overrides))
-    assert isinstance(source, Source)
+    source = instantiate(node(name, *overrides))
+    assert isinstance(source, ModelSource)
     assert source.dtype == "float32"
     if isinstance(source, Hub):
         assert source.id.count("/") == 1 and source.revision == "main"
@@ -34,10 +34,10 @@ def test_a_model_without_its_data_folder_says_which_variable(monkeypatch):
     monkeypatch.delenv("QEXP_DATA_DIR", raising=False)
     for name in ("stories260k", "small_gpt2"):
         with pytest.raises(UserError, match="QEXP_DATA_DIR"):
-            build(node(name)).files()
+            instantiate(node(name)).files()
 
 
 @pytest.mark.parametrize("name", ["gpt2", "smollm2", "tiny_llama"])
 def test_a_wrong_dtype_is_refused_before_anything_is_loaded(name):
     with pytest.raises(UserError, match=r"model\.dtype: 'int8'"):
-        build(node(name, "model.dtype=int8"))
+        instantiate(node(name, "model.dtype=int8"))

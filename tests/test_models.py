@@ -12,7 +12,7 @@ from huggingface_hub.utils import httpx
 from omegaconf import OmegaConf
 
 from qexp.common.errors import UserError
-from qexp.config.instantiate import build
+from qexp.config.instantiate import instantiate
 from qexp.models.base import Loaded
 from qexp.models.hub import Hub, _reachable
 from qexp.models.local import Local
@@ -77,7 +77,7 @@ def test_dtype_is_that_of_every_weight(dtype, tmp_path):
 def test_a_random_fingerprint_follows_the_weights(family):
     def fingerprint(**fields: object) -> dict[str, str]:
         node = OmegaConf.load(CONF / "model" / f"tiny_{family}.yaml")
-        return build(OmegaConf.merge(node, {"seed": 0, **fields})).fingerprint()
+        return instantiate(OmegaConf.merge(node, {"seed": 0, **fields})).fingerprint()
 
     assert fingerprint() == fingerprint()
     assert fingerprint() != fingerprint(seed=1)

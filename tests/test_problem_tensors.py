@@ -16,11 +16,11 @@ from qexp.config import location
 from qexp.grid import IntGrid
 from qexp.grid.outlier_error import Errors, Moments, decompose
 from qexp.quantizers.placement import AllOps, LinearInputs
-from qexp.quantizers.scheme import Quantized
+from qexp.quantizers.scheme import QuantizedActivations
 from qexp.runs import resolvers
 
 GRID = IntGrid(6, per_tensor=True)
-KIND = Quantized(LinearInputs(), GRID)
+KIND = QuantizedActivations(LinearInputs(), GRID)
 
 
 def moments_of(x: torch.Tensor, parts: int = 1) -> Moments:
@@ -88,7 +88,7 @@ def test_the_spoiled_tensor_is_named():
     task = task_of("opt")
     with torch.no_grad():
         task.blocks[1].fc1.bias[5] = 500.0
-    rows = survey(task, batches("opt"), Quantized(AllOps(), GRID))
+    rows = survey(task, batches("opt"), QuantizedActivations(AllOps(), GRID))
     found = [row.name for row in problems(rows)]
     names = ("fc1.output", "fc2.input")
     assert set(found[:2]) == {f"model.decoder.layers.1.{name}" for name in names}

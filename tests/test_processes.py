@@ -47,13 +47,13 @@ def test_alone_this_process_is_the_first(monkeypatch):
 def test_another_count_than_was_started_is_refused(monkeypatch):
     as_one_of(monkeypatch, 0, 4)
     said = r"^trainer\.devices=2: 4 processes were started on 1 machine.*trainer\.devices=4"
-    with pytest.raises(UserError, match=said), launch.together(None, 2):
+    with pytest.raises(UserError, match=said), launch.processes(None, 2):
         pass
 
 
 def test_only_the_command_starts_others(tmp_path):
     for folder in (None, tmp_path):
-        with pytest.raises(UserError, match="torchrun"), launch.together(folder, 2):
+        with pytest.raises(UserError, match="torchrun"), launch.processes(folder, 2):
             pass
 
 
@@ -64,7 +64,7 @@ def test_a_process_that_ends_too_early_ends_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     before, threads = dict(os.environ), torch.get_num_threads()
     said = r"^trainer\.devices=3: process 2 ended before training began"
-    with pytest.raises(UserError, match=said), launch.together(tmp_path, 3):
+    with pytest.raises(UserError, match=said), launch.processes(tmp_path, 3):
         pass
     assert dict(os.environ) == before and torch.get_num_threads() == threads
 
@@ -80,15 +80,15 @@ def test_a_process_that_dies_in_training_is_said_to_have_done_so(tmp_path, monke
     other.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(other))
     said = r"^trainer\.devices=2: 1 of the other processes ended .*exit code 7"
-    with pytest.raises(UserError, match=said), launch.together(tmp_path, 2):
+    with pytest.raises(UserError, match=said), launch.processes(tmp_path, 2):
         raise RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
-    with pytest.raises(KeyError, match="its own"), launch.together(tmp_path, 2):
+    with pytest.raises(KeyError, match="its own"), launch.processes(tmp_path, 2):
         raise KeyError("its own")  # of which the other may die as well
 
 
 def test_a_process_alone_is_placed_and_leaves_no_trace(tmp_path):
     before = dict(os.environ)
-    with launch.together(None, 1):
+    with launch.processes(None, 1):
         assert os.environ["WORLD_SIZE"] == "1"
         assert ranks.rank() == 0
     assert dict(os.environ) == before
@@ -100,7 +100,7 @@ def test_a_process_called_by_nobody_is_done(monkeypatch):
     as_one_of(monkeypatch, 1)
     monkeypatch.setenv(launch.CALL, str(theirs.detach()))
     own.close()
-    with pytest.raises(ranks.Done), launch.together(None, 2):
+    with pytest.raises(ranks.Done), launch.processes(None, 2):
         pass
 
 

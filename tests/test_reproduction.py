@@ -10,7 +10,7 @@ from stub import SMALL, qexp  # noqa: F401
 from qexp.commands import reproduce
 from qexp.common.errors import UserError
 from qexp.config import location
-from qexp.config.instantiate import build
+from qexp.config.instantiate import instantiate
 from qexp.report import published
 from qexp.report.pivot import Spread
 from qexp.report.published import Paper, Place, Row
@@ -135,7 +135,7 @@ def test_every_job_composes_and_none_is_another(name) -> None:
             for row in table.wanted(column):
                 words = [f"experiment=paper/{name}", *table.jobs(row, column)[0]]
                 cfg = compose("config", words)
-                build(cfg.model)  # no key of another kind of model is left
+                instantiate(cfg.model)  # no key of another kind of model is left
                 assert metric in [node.name for node in cfg.eval.values()]
                 seen.add(signature(cfg))
             assert len(seen) == len(table.wanted(column))

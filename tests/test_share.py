@@ -39,7 +39,7 @@ def test_visible_gpus_are_shared_and_none_is_a_mistake(monkeypatch: pytest.Monke
     assert cfg.hydra.launcher.n_jobs == 6
     monkeypatch.setenv(gpu_pool.VISIBLE, "")
     with pytest.raises(UserError, match="no GPU"):
-        gpu_pool.slots(1)
+        gpu_pool.gpu_slots(1)
 
 
 def _worker(folder: Path, seen: "multiprocessing.Queue", leave: "multiprocessing.Event") -> None:
@@ -65,10 +65,10 @@ def test_each_process_has_a_gpu_and_leaves_it_when_it_ends(
         patch.setattr(gpu_pool.time, "sleep", lambda _: pytest.fail("would wait"))
         patch.setattr(gpu_pool.tempfile, "tempdir", str(tmp_path))
         with pytest.raises(pytest.fail.Exception):
-            gpu_pool.take(["0", "1"], 2)
+            gpu_pool.free_gpu(["0", "1"], 2)
         workers[0].kill()
         workers[0].join(60)
-        assert gpu_pool.take(["0", "1"], 2) in ("0", "1")
+        assert gpu_pool.free_gpu(["0", "1"], 2) in ("0", "1")
     for worker, each in zip(workers[1:], leave[1:], strict=True):
         each.set()
         worker.join(60)

@@ -107,6 +107,6 @@ def test_entries_that_go_before_they_are_used_end_the_run():
             for entry in kept():
                 entry.path.unlink()
             with pytest.raises(UserError, match=r"model\.layers\.1: its Hessians went"):
-                source.each(block, lambda names, hessian: None)
+                source.for_each_group(block, lambda names, hessian: None)
             break
-        source.each(block, lambda names, hessian: None)
+        source.for_each_group(block, lambda names, hessian: None)

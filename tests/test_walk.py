@@ -127,7 +127,7 @@ def test_sequences_that_do_not_fit_the_memory_run_in_parts(monkeypatch):
     expected = block_outputs(task_of("llama"), joined("llama"))
     monkeypatch.setattr("qexp.walk.blocks._free", lambda device: 200_000)
     for block, outputs in zip(walk(task_of("llama"), [joined("llama")]), expected, strict=True):
-        assert len(block.pieces) > 1
+        assert len(block.chunks) > 1
         torch.testing.assert_close(torch.cat(list(block.outputs())), outputs)
 
 

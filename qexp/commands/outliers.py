@@ -17,12 +17,12 @@ from qexp.common.errors import UserError
 from qexp.common.files import atomic
 from qexp.common.progress import bar
 from qexp.config import messages
-from qexp.config.instantiate import build
+from qexp.config.instantiate import instantiate
 from qexp.config.location import conf
 from qexp.grid.outlier_error import Errors, Moments, decompose
-from qexp.models.base import Source
+from qexp.models.base import ModelSource
 from qexp.models.device import as_task
-from qexp.quantizers.scheme import Activations, Quantized
+from qexp.quantizers.scheme import Activations, QuantizedActivations
 from qexp.report.figure import Picture, figure
 from qexp.report.plots import COLOURS, GREY
 from qexp.runs import resolvers
@@ -68,7 +68,7 @@ class Row:
 
 
 @torch.no_grad()
-def survey(task: Task, batches: Sequence[Batch], kind: Quantized) -> list[Row]:
+def survey(task: Task, batches: Sequence[Batch], kind: QuantizedActivations) -> list[Row]:
     """Every tensor of the placement, in order of execution: one pass for the ranges, one for the
     errors, a sequence at a time."""
     sites = kind.placement.sites(task)
@@ -193,12 +193,12 @@ def measured(overrides: Sequence[str]) -> list[Row]:
     cfg: DictConfig = compose(
         "config", [*overrides, *([] if chosen else ["activation=int8_tensor"])]
     )
-    kind: Activations = build(cfg.activation)
-    if not isinstance(kind, Quantized) or kind.dynamic or not kind.grid.per_tensor:
+    kind: Activations = instantiate(cfg.activation)
+    if not isinstance(kind, QuantizedActivations) or kind.dynamic or not kind.grid.per_tensor:
         raise UserError("activation: outliers stretch static ranges; choose activation=int8_tensor")
-    source: Source = build(cfg.model)
+    source: ModelSource = instantiate(cfg.model)
     task = as_task(source, source.load(), cfg)  # without quantizers that an earlier run left
-    return survey(task, build(cfg.calibration)(task), kind)
+    return survey(task, instantiate(cfg.calibration)(task), kind)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -221,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             }
         print(write(folder, found))
     except (HydraException, OmegaConfBaseException) as error:
-        print(f"outliers.py: {messages.sentence(error)}", file=sys.stderr)
+        print(f"outliers.py: {messages.message_for(error)}", file=sys.stderr)
         return 1
     except UserError as error:
         print(f"outliers.py: {error}", file=sys.stderr)

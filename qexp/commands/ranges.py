@@ -13,9 +13,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qexp.common.errors import UserError
-from qexp.config.instantiate import build
+from qexp.config.instantiate import instantiate
 from qexp.models.device import as_task
-from qexp.models.from_run import Run
+from qexp.models.from_run import FromRun
 from qexp.quantizers.scheme import quantize_activations
 from qexp.report.figure import Picture, figure
 from qexp.report.plots import COLOURS
@@ -61,11 +61,11 @@ def watch(task: Task, batches: Sequence[Batch]) -> dict[str, Seen]:
 def sides(folder: str) -> tuple[dict[str, Seen], dict[str, Seen]]:
     """The sites of a run on its own calibration data: what the same quantizers, with ranges of
     their own, would do to the float model, and what is in the model that the run left."""
-    cfg, source = results.config(folder), Run(folder)
-    kinds = build(cfg.method).activations
+    cfg, source = results.config(folder), FromRun(folder)
+    kinds = instantiate(cfg.method).activations
     origin = source.origin()
     before = as_task(origin, origin.load(), cfg)
-    batches: list[Batch] = build(cfg.calibration)(before)
+    batches: list[Batch] = instantiate(cfg.calibration)(before)
     quantize_activations(before, kinds, lambda: batches)
     if not before.quantizers:
         raise UserError(

@@ -136,7 +136,7 @@ def _judge(paper: Paper, row: str, column: str, measured: Measured, changed: str
     off = "" if math.isnan(share) else f"{share:+.1%}"
     folders = ", ".join(str(run.folder) for run in setting.runs)
     return [
-        *(row, column, tables.number(published), tables.spread(setting, at)),
+        *(row, column, tables.number(wanted), tables.spread(setting, at)),
         *(off, verdict, folders),
     ]
 
@@ -162,7 +162,7 @@ def measure(
 
 def plans(name: str, paper: Paper, columns: Sequence[str], extra: Sequence[str]) -> str:
     """The jobs of some columns, which of them stand on disk, and what the others would take."""
-    past = dry_run.finished(OUTPUTS)
+    past = dry_run.finished_runs(OUTPUTS)
     found = [
         dry_run.plan(*composed([f"experiment=paper/{name}", *job, *extra]), f"{column} {row}", past)
         for column in columns
@@ -179,14 +179,14 @@ def composed(words: Sequence[str]) -> tuple[DictConfig, Path]:
             cfg = compose("config", list(words))
             return cfg, OUTPUTS / signature.signature(cfg)
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(messages.sentence(error)) from error
+        raise UserError(messages.message_for(error)) from error
 
 
 def sampled(setting: Setting) -> str:
     """Corpora of which a run read a local sample instead of what the hub has."""
-    from qexp.data.catalog import FACTS
+    from qexp.data.catalog import CATALOG
 
-    parts = [(corpus, part) for corpus, facts in FACTS.items() for part in facts.parts.values()]
+    parts = [(corpus, part) for corpus, facts in CATALOG.items() for part in facts.parts.values()]
     samples = {part.local: c for c, part in parts if part.local_share != part.hub_share}
     files = [name for run in setting.runs for name in run.provenance.get("inputs", {})]
     found = {

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 Build = Callable[[], dict[str, Tensor]]
 
-_told: set[Path] = set()  # folders that could not be written
+_warned: set[Path] = set()  # folders that could not be written
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Cache:
             return found
         if ranks.rank():  # the first process may wait for this one in the midst of the same entry
             return plain(build())
-        with _alone(path):
+        with _exclusive(path):
             if (found := _read(path, whole, quiet=True)) is not None:  # made while we waited
                 return found
             built = plain(build())
@@ -62,7 +62,7 @@ class Cache:
 
     def alone(self, kind: str, key: Mapping[str, Any]) -> AbstractContextManager[None]:
         """While it is held no other process can hold it: between `find` and `put`."""
-        return _alone(self._place(kind, key)[0])
+        return _exclusive(self._place(kind, key)[0])
 
     def find(self, kind: str, key: Mapping[str, Any]) -> dict[str, Tensor] | None:
         """The entry of `key`, which must name its code (`sources`), or None."""
@@ -84,13 +84,13 @@ class Cache:
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[None]:
+def _exclusive(path: Path) -> Iterator[None]:
     lock = FileLock(path.with_suffix(LOCK))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except (OSError, NotImplementedError) as error:
-        _without(path.parent.parent, error)
+        _warn_once(path.parent.parent, error)
         yield
         return
     try:
@@ -99,10 +99,10 @@ def _alone(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def _without(folder: Path, error: Exception) -> None:
+def _warn_once(folder: Path, error: Exception) -> None:
     """Said once a process: one full disk is not many news."""
-    if folder not in _told:
-        _told.add(folder)
+    if folder not in _warned:
+        _warned.add(folder)
         log.warning("cache %s cannot be written (%s): going on without it", folder, error)
 
 
@@ -142,7 +142,7 @@ def _write(path: Path, whole: str, tensors: dict[str, Tensor]) -> bool:
         with atomic(path) as temporary:
             save_file(tensors, temporary, {"key": whole, "checksum": checksum(tensors)})
     except (OSError, SafetensorError, UserError) as error:
-        _without(path.parent.parent, error)
+        _warn_once(path.parent.parent, error)
         return False
     return True
 

@@ -24,21 +24,21 @@ class FieldError(ValueError):
 # which its fields are; None, where that is not known, makes the UserError a FieldError.
 
 
-def known(where: str | None, settings: object, **words: Iterable[str]) -> None:
+def check_choice(where: str | None, settings: object, **words: Iterable[str]) -> None:
     """UserError unless each of these fields is one of its words."""
     for key, choices in words.items():
         if (value := getattr(settings, key)) not in choices:
             raise _wrong(where, f"{key}={value} is unknown: give {' or '.join(choices)}.")
 
 
-def switches(where: str | None, settings: object, *keys: str) -> None:
+def check_bool(where: str | None, settings: object, *keys: str) -> None:
     """UserError unless each of these fields is true or false."""
     for key in keys:
         if type(value := getattr(settings, key)) is not bool:
             raise _wrong(where, f"{key}={value}: give true or false.")
 
 
-def whole(where: str | None, settings: object, **least: int) -> None:
+def check_int(where: str | None, settings: object, **least: int) -> None:
     """UserError unless each of these fields is a whole number, and not below its least."""
     for key, low in least.items():
         value = getattr(settings, key)
@@ -46,23 +46,23 @@ def whole(where: str | None, settings: object, **least: int) -> None:
             raise _wrong(where, f"{key}={value}: give a whole number, {low} or more.")
 
 
-def real(where: str | None, settings: object, **least: int) -> None:
+def check_number(where: str | None, settings: object, **least: int) -> None:
     """UserError unless each of these fields is a number, and not below its least."""
     for key, low in least.items():
-        within(where, settings, f"a number, {low} or more", partial(le, low), key)
+        check_range(where, settings, f"a number, {low} or more", partial(le, low), key)
 
 
-def finite(where: str | None, settings: object, *keys: str) -> None:
+def check_finite(where: str | None, settings: object, *keys: str) -> None:
     """UserError unless each of these fields is a finite number, 0 or more."""
-    within(where, settings, "a finite number, 0 or more", lambda x: 0 <= x < inf, *keys)
+    check_range(where, settings, "a finite number, 0 or more", lambda x: 0 <= x < inf, *keys)
 
 
-def positive(where: str | None, settings: object, *keys: str) -> None:
+def check_positive(where: str | None, settings: object, *keys: str) -> None:
     """UserError unless each of these fields is a finite number above 0."""
-    within(where, settings, "a finite number above 0", lambda x: 0 < x < inf, *keys)
+    check_range(where, settings, "a finite number above 0", lambda x: 0 < x < inf, *keys)
 
 
-def within(
+def check_range(
     where: str | None, settings: object, right: str, inside: Callable[[Any], bool], *keys: str
 ) -> None:
     """UserError unless each of these fields is a number `inside`; `right` says which those are."""

@@ -6,12 +6,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from qexp.common.errors import UserError
 
-OWN = {"_target_": "qexp.config.grid_choice.no_grid"}
+BUILT_IN = {"_target_": "qexp.config.grid_choice.no_grid"}
 
 
 def no_grid() -> NoReturn:
-    """What `weight=own` gives to whoever reads a grid: a UserError."""
-    raise UserError("weight=own: a grid is needed here; choose one, for example weight=int.")
+    """What `weight=built_in` gives to whoever reads a grid: a UserError."""
+    raise UserError("weight=built_in: a grid is needed here; choose one, for example weight=int.")
 
 
 def check(cfg: DictConfig) -> None:
@@ -19,7 +19,7 @@ def check(cfg: DictConfig) -> None:
     with one result."""
     weight = OmegaConf.to_container(cfg.weight, resolve=True)
     steps = [OmegaConf.to_container(cfg[key], resolve=True) for key in ("method", "transform")]
-    if "solver" not in cfg.method or weight == OWN or _holds(steps, weight):
+    if "solver" not in cfg.method or weight == BUILT_IN or _holds(steps, weight):
         return
     solver = cfg.method.solver._target_.rpartition(".")[2]
     raise UserError(

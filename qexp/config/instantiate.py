@@ -3,12 +3,12 @@
 from typing import Any
 
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import instantiate as hydra_instantiate
 
 from qexp.common.errors import FieldError, UserError
 
 
-def build(node: Any, **fields: Any) -> Any:
+def instantiate(node: Any, **fields: Any) -> Any:
     """The object of a node with a `_target_`; `fields` are handed to it beside the node's own.
 
     Every object of the project is built here, so that Hydra's rules for instantiation (1.4 wants a
@@ -16,7 +16,7 @@ def build(node: Any, **fields: Any) -> Any:
     ValueError or TypeError about its fields) arrives as a UserError that names the config key.
     """
     try:
-        return instantiate(node, _convert_="all", **fields)
+        return hydra_instantiate(node, _convert_="all", **fields)
     except InstantiationException as error:
         cause: BaseException | None = error
         while isinstance(cause, InstantiationException):  # nested nodes wrap once a level

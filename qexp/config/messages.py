@@ -22,7 +22,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f"choose from {', '.join(names)}" if names else "there is nothing to choose from"
 
 
-def sentence(error: CompositionError) -> str:
+def message_for(error: CompositionError) -> str:
     """The configuration key or choice that is wrong, and the nearest one that is right."""
     raised = re.match(r"UserError raised while resolving interpolation: (.*)", str(error))
     if raised is not None:  # a resolver's own sentence; OmegaConf keeps the text alone
@@ -49,7 +49,7 @@ def sentence(error: CompositionError) -> str:
     return " ".join(line.strip() for line in said.splitlines() if line.strip())
 
 
-def plugin(error: BaseException) -> str | None:
+def missing_plugin(error: BaseException) -> str | None:
     """The sentence for a launcher or sweeper that is not installed."""
     unknown = re.search(r"hydra_plugins\.hydra_(\w+)_(launcher|sweeper)\b", str(error))
     if unknown is None or "plugin class" not in str(error):

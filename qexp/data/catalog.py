@@ -11,7 +11,7 @@ FIRST, LAST = (0.0, 0.5), (0.5, 1.0)
 
 
 @dataclass(frozen=True)
-class Part:
+class SplitInfo:
     """One split: a local file, a split or shard of the hub, and the fraction of each it takes."""
 
     local: str | None
@@ -23,12 +23,12 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Facts:
+class CorpusInfo:
     """A corpus. `revision` is a commit where one is known, else a branch. `example`: the text
     and label of a labelled record."""
 
     hub: str
-    parts: dict[str, Part]
+    parts: dict[str, SplitInfo]
     config: str | None = None
     revision: str = "main"
     record: Callable[[dict[str, Any]], str] = field(default=lambda record: record["text"])
@@ -69,19 +69,19 @@ def _books(text: str) -> list[str]:
     return [book.partition("\n")[2] for book in books]
 
 
-def _wikitext(pattern: str, instead: str = "") -> dict[str, Part]:
+def _wikitext(pattern: str, instead: str = "") -> dict[str, SplitInfo]:
     return {
-        "train": Part(pattern.format("train"), "train", instead=instead),
-        "validation": Part(pattern.format("valid"), "validation"),
-        "test": Part(pattern.format("test"), "test"),
+        "train": SplitInfo(pattern.format("train"), "train", instead=instead),
+        "validation": SplitInfo(pattern.format("valid"), "validation"),
+        "test": SplitInfo(pattern.format("test"), "test"),
     }
 
 
-def _halves(local: str | None, hub: str) -> dict[str, Part]:
+def _halves(local: str | None, hub: str) -> dict[str, SplitInfo]:
     """A corpus with one file: its first documents to calibrate on, its last to be measured."""
     return {
-        "train": Part(local, hub, local_share=FIRST, hub_share=FIRST),
-        "test": Part(local, hub, local_share=LAST, hub_share=LAST),
+        "train": SplitInfo(local, hub, local_share=FIRST, hub_share=FIRST),
+        "test": SplitInfo(local, hub, local_share=LAST, hub_share=LAST),
     }
 
 
@@ -97,8 +97,8 @@ WIKITEXT_COMMIT = "b08601e04326c79dfdd32d625aee71d232d685c3"
 C4_COMMIT = "607bd4c8450a42878aa9ddc051a65a055450ef87"
 C4_SAMPLE = "c4/c4-sample.00000-of-00001.json.gz"
 
-FACTS: dict[str, Facts] = {
-    "wikitext2": Facts(
+CATALOG: dict[str, CorpusInfo] = {
+    "wikitext2": CorpusInfo(
         "Salesforce/wikitext",
         _wikitext(
             "wikitext2/wiki.{}.raw",
@@ -109,7 +109,7 @@ FACTS: dict[str, Facts] = {
         rows=_wiki_rows,
         text=_wiki_text,
     ),
-    "wikitext2_tokens": Facts(  # rare words are <unk>
+    "wikitext2_tokens": CorpusInfo(  # rare words are <unk>
         "Salesforce/wikitext",
         _wikitext("wikitext2/wiki.{}.tokens"),
         "wikitext-2-v1",
@@ -117,36 +117,36 @@ FACTS: dict[str, Facts] = {
         rows=_wiki_rows,
         text=_wiki_text,
     ),
-    "ptb": Facts(
+    "ptb": CorpusInfo(
         "ptb-text-only/ptb_text_only",
         {
-            "train": Part("ptb/ptb.train.txt", "train", "penn_treebank/train/*.parquet"),
-            "validation": Part(
+            "train": SplitInfo("ptb/ptb.train.txt", "train", "penn_treebank/train/*.parquet"),
+            "validation": SplitInfo(
                 "ptb/ptb.valid.txt", "validation", "penn_treebank/validation/*.parquet"
             ),
-            "test": Part("ptb/ptb.test.txt", "test", "penn_treebank/test/*.parquet"),
+            "test": SplitInfo("ptb/ptb.test.txt", "test", "penn_treebank/test/*.parquet"),
         },
         revision="refs/convert/parquet",  # the repository itself is a script
         record=lambda record: record["sentence"],
         rows=_ptb_rows,
         text=_ptb_text,
     ),
-    "c4": Facts(  # the local sample is one file: its halves stand for the two shards
+    "c4": CorpusInfo(  # the local sample is one file: its halves stand for the two shards
         "allenai/c4",
         {
-            "train": Part(
+            "train": SplitInfo(
                 C4_SAMPLE, "train", "en/c4-train.00000-of-01024.json.gz", local_share=FIRST
             ),
-            "validation": Part(
+            "validation": SplitInfo(
                 C4_SAMPLE, "validation", "en/c4-validation.00000-of-00008.json.gz", local_share=LAST
             ),
         },
         revision=C4_COMMIT,
     ),
-    "openwebtext": Facts(
+    "openwebtext": CorpusInfo(
         "Skylion007/openwebtext", _halves("openwebtext/owt_sample.jsonl", "train"), take=1000
     ),
-    "lambada": Facts(
+    "lambada": CorpusInfo(
         "EleutherAI/lambada_openai",
         _halves("lambada/lambada_openai_test.jsonl", "test"),
         "default",
@@ -154,44 +154,47 @@ FACTS: dict[str, Facts] = {
             record["text"] if "text" in record else f"{record['context']} {record['continuation']}"
         ),
     ),
-    "cbt": Facts(
+    "cbt": CorpusInfo(
         "cam-cst/cbt",
         _halves("cbt/cbt_test.txt", "test"),
         "raw",
         record=lambda record: record["content"],
         rows=_books,
     ),
-    "tinystories": Facts(  # the local file is the head of the training text: its tail is held out
+    # The local file is the head of the training text; its tail is held out.
+    "tinystories": CorpusInfo(
         "roneneldan/TinyStories",
         {
-            "train": Part("tinystories/tinystories_sample_2MiB.txt", "train", None, (0.0, 0.9)),
-            "validation": Part(
+            "train": SplitInfo(
+                "tinystories/tinystories_sample_2MiB.txt", "train", None, (0.0, 0.9)
+            ),
+            "validation": SplitInfo(
                 "tinystories/tinystories_sample_2MiB.txt", "validation", None, (0.9, 1.0)
             ),
         },
         rows=_stories,
         take=20000,
     ),
-    "pileval": Facts(
+    "pileval": CorpusInfo(
         "mit-han-lab/pile-val-backup",
-        {**_halves(None, "validation"), "validation": Part(None, "validation")},
+        {**_halves(None, "validation"), "validation": SplitInfo(None, "validation")},
     ),
-    "sst2": Facts(  # the hub's test split has no labels
+    "sst2": CorpusInfo(  # the hub's test split has no labels
         "nyu-mll/glue",
         {
-            "train": Part("glue/sst2_tsv/train_full.tsv", "train"),
-            "validation": Part("glue/sst2_tsv/dev.tsv", "validation"),
-            "test": Part("glue/sst2_tsv/test-labeled.tsv", "test"),
+            "train": SplitInfo("glue/sst2_tsv/train_full.tsv", "train"),
+            "validation": SplitInfo("glue/sst2_tsv/dev.tsv", "validation"),
+            "test": SplitInfo("glue/sst2_tsv/test-labeled.tsv", "test"),
         },
         "sst2",
         record=lambda record: record["sentence"].strip(),
         example=_sentence,
     ),
-    "rte": Facts(
+    "rte": CorpusInfo(
         "nyu-mll/glue",
         {
-            "train": Part("glue/glue_rte_train.jsonl", "train"),
-            "validation": Part("glue/glue_rte_validation.jsonl", "validation"),
+            "train": SplitInfo("glue/glue_rte_train.jsonl", "train"),
+            "validation": SplitInfo("glue/glue_rte_validation.jsonl", "validation"),
         },
         "rte",
         record=lambda record: f"{record['sentence1']} {record['sentence2']}",

@@ -9,7 +9,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from qexp.common.cache import Cache, checksum
-from qexp.common.errors import FieldError, UserError, whole
+from qexp.common.errors import FieldError, UserError, check_int
 from qexp.data.recipe import Batch, Recipe
 from qexp.data.tokens import check_length
 from qexp.task import Task
@@ -35,9 +35,9 @@ class Generated(Recipe):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        whole(None, self, sequences=1, length=2, together=1, seed=0)
+        check_int(None, self, sequences=1, length=2, together=1, seed=0)
         if self.top_k is not None:
-            whole(None, self, top_k=1)
+            check_int(None, self, top_k=1)
         if not self.greedy or not all(type(each) is int and each >= 1 for each in self.greedy):
             raise FieldError(f"greedy={self.greedy}: give lengths of 1 or more, at least one.")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from qexp.common.errors import UserError
 from qexp.common.files import data_folder
-from qexp.data.catalog import FACTS, Facts, Part
+from qexp.data.catalog import CATALOG, CorpusInfo, SplitInfo
 from qexp.data.corpus import Corpus, Example, check_split, digest, share
 from qexp.data.readers import read_records, read_text
 
@@ -19,7 +19,7 @@ SOURCES = ("auto", "local", "hub")
 
 
 @dataclass(frozen=True)
-class Known(Corpus):
+class StandardCorpus(Corpus):
     """A corpus of the table of facts.
 
     `source`: `local` = files in `folder` (null: the folder that QEXP_DATA_DIR names), `hub` = the
@@ -35,8 +35,8 @@ class Known(Corpus):
     hub: str | None = None
 
     def __post_init__(self) -> None:
-        if self.name not in FACTS:
-            raise UserError(f"data.name: {self.name!r} is none of {', '.join(FACTS)}")
+        if self.name not in CATALOG:
+            raise UserError(f"data.name: {self.name!r} is none of {', '.join(CATALOG)}")
         if self.source not in SOURCES:
             raise UserError(f"data.source: {self.source!r} is none of {', '.join(SOURCES)}")
 
@@ -44,12 +44,12 @@ class Known(Corpus):
         return self._rows(split, labelled=False)
 
     def examples(self, split: str) -> list[Example]:
-        if FACTS[self.name].example is None:
+        if CATALOG[self.name].example is None:
             raise UserError(f"data={self.name}: has no labelled rows; choose data=sst2")
         return self._rows(split, labelled=True)
 
     def fingerprint(self, split: str) -> str:
-        labels = [] if FACTS[self.name].example is None else map(str, self.examples(split))
+        labels = [] if CATALOG[self.name].example is None else map(str, self.examples(split))
         return digest([*self.documents(split), self.text(split), *labels])
 
     def _rows(self, split: str, labelled: bool) -> list[Any]:
@@ -69,25 +69,25 @@ class Known(Corpus):
         return share(rows, part.hub_share)
 
     def text(self, split: str) -> str:
-        return FACTS[self.name].text(self.documents(split))
+        return CATALOG[self.name].text(self.documents(split))
 
     def files(self, split: str) -> list[Path]:
         path = self._local(self._part(split)[1])
         return [path] if path else []
 
-    def _part(self, split: str) -> tuple[Facts, Part]:
-        facts = FACTS[self.name]
+    def _part(self, split: str) -> tuple[CorpusInfo, SplitInfo]:
+        facts = CATALOG[self.name]
         check_split(self, split, tuple(facts.parts))
         return facts, facts.parts[split]
 
-    def _local(self, part: Part) -> Path | None:
+    def _local(self, part: SplitInfo) -> Path | None:
         folder = data_folder(self.folder)
         if self.source == "hub" or folder is None or part.local is None:
             return None
         path = folder / part.local
         return path if path.is_file() else None
 
-    def _missing(self, split: str, part: Part, why: str) -> str:
+    def _missing(self, split: str, part: SplitInfo, why: str) -> str:
         place = f"{data_folder(self.folder) or '$QEXP_DATA_DIR'}/{part.local}"
         put = f"put the {split} text at {place}" if part.local else "the hub must be reachable"
         options = "; or ".join(filter(None, [put, part.instead]))
@@ -96,7 +96,7 @@ class Known(Corpus):
 
 @lru_cache(maxsize=4)
 def _file_rows(name: str, path: Path, mtime_ns: int, labelled: bool) -> list[Any]:
-    facts = FACTS[name]
+    facts = CATALOG[name]
     if path.name.endswith((".jsonl", ".json.gz", ".tsv")):
         return [_read(facts, labelled)(record) for record in read_records(path)]
     return facts.rows(read_text(path))
@@ -106,7 +106,7 @@ def _file_rows(name: str, path: Path, mtime_ns: int, labelled: bool) -> list[Any
 def _hub_rows(name: str, hub: str, split: str, labelled: bool) -> list[Any]:
     from datasets import load_dataset  # seconds to import, and local files never need it
 
-    facts, part = FACTS[name], FACTS[name].parts[split]
+    facts, part = CATALOG[name], CATALOG[name].parts[split]
     log.info("data=%s: reading the %s split of %s from the hub", name, part.hub, hub)
     streaming = facts.take is not None
     dataset = load_dataset(
@@ -121,5 +121,5 @@ def _hub_rows(name: str, hub: str, split: str, labelled: bool) -> list[Any]:
     return [_read(facts, labelled)(record) for record in rows]
 
 
-def _read(facts: Facts, labelled: bool) -> Callable[[dict[str, Any]], Any]:
+def _read(facts: CorpusInfo, labelled: bool) -> Callable[[dict[str, Any]], Any]:
     return facts.example if labelled and facts.example is not None else facts.record

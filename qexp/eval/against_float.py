@@ -15,7 +15,7 @@ from qexp import task as tasks
 from qexp.common.cache import Cache, sources
 from qexp.common.errors import UserError
 from qexp.eval import token_losses
-from qexp.eval.base import Evaluator, Informed, Start
+from qexp.eval.base import Evaluator, FloatModel, WithReference
 from qexp.eval.token_losses import Window, check_causal, states
 from qexp.eval.windowed import Windowed, ratio
 from qexp.task import CausalLM, Task
@@ -41,7 +41,7 @@ class AgainstFloat(Evaluator):
     def __call__(self, task: Task) -> dict[str, float]:
         raise UserError(f"eval {self.name}: compares two models; run it through `qexp`")
 
-    def before(self, start: Start) -> Evaluator:
+    def measure_float(self, start: FloatModel) -> Evaluator:
         task = start.task()
         windows = self._windows(task)
 
@@ -57,7 +57,7 @@ class AgainstFloat(Evaluator):
         }
         hidden = Cache().get("hidden", key, build)["hidden"]
         head = copy.deepcopy(task.model.get_submodule(task.arch.head))
-        return Informed(self, lambda task: self._compare(task, windows, hidden, head))
+        return WithReference(self, lambda task: self._compare(task, windows, hidden, head))
 
     def definition(self) -> dict[str, Any]:
         return {"kind": "AgainstFloat", "protocol": self.protocol.definition()}

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from qexp.task import Task
 
 
-class Start(NamedTuple):
+class FloatModel(NamedTuple):
     """A run before anything in its model is changed."""
 
     model: Mapping[str, str]  # what the float model's numbers depend on, for keys of caches
@@ -27,7 +27,7 @@ class Evaluator(ABC):
     def check(self, task: Task) -> None:  # noqa: B027 (optional)
         """UserError, before any work, for a model of which it can say nothing."""
 
-    def before(self, start: Start) -> "Evaluator":
+    def measure_float(self, start: FloatModel) -> "Evaluator":
         """What to call once the model is quantized. Who compares with the float model measures it
         here, through the cache, so that a sweep does it once."""
         return self
@@ -47,7 +47,7 @@ class Evaluator(ABC):
 
 
 @dataclass(frozen=True)
-class Informed(Evaluator):
+class WithReference(Evaluator):
     """An evaluator that has seen the float model: `measure` knows what was seen."""
 
     plain: Evaluator

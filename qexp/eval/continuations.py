@@ -16,7 +16,7 @@ from qexp.common.files import atomic
 from qexp.common.progress import bar
 from qexp.data.corpus import Corpus
 from qexp.data.tokens import encode_now
-from qexp.eval.base import Evaluator, Informed, Start
+from qexp.eval.base import Evaluator, FloatModel, WithReference
 from qexp.eval.windowed import ratio
 from qexp.task import CausalLM, Task
 
@@ -50,7 +50,7 @@ class Continuations(Evaluator):
                 f"eval {self.name}: only a causal language model with a tokenizer continues a text"
             )
 
-    def before(self, start: Start) -> Evaluator:
+    def measure_float(self, start: FloatModel) -> Evaluator:
         task = start.task()
         self.check(task)
         tokenizer = task.tokenizer
@@ -82,7 +82,7 @@ class Continuations(Evaluator):
                 "prompts": float(len(prompts)),
             }
 
-        return Informed(self, measure)
+        return WithReference(self, measure)
 
     def definition(self) -> dict[str, Any]:
         settings: dict[str, Any] = {"kind": "Continuations", "length": self.length}

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qexp.grid.clipping import Clamp, Rounding
-from qexp.grid.observers import Histogram, Stream
+from qexp.grid.observers import HistogramObserver, Observer
 from qexp.grid.scale import Scale, cut
 
 Interval = tuple[Float[Tensor, "rows 1"], Float[Tensor, "rows 1"]]
@@ -23,9 +23,9 @@ class Range(ABC):
     ) -> Interval:
         """The lowest and the highest value of each row that the grid should reach."""
 
-    def stream(self) -> Stream:
+    def observer(self) -> Observer:
         """What has to be gathered of values that come one tensor at a time."""
-        return Histogram()
+        return HistogramObserver()
 
 
 class Grid(ABC):
@@ -48,16 +48,16 @@ class Grid(ABC):
     @property
     def rowwise(self) -> bool:
         """Whether the values of a row depend on that row alone."""
-        return not (self.per_tensor or self.second)
+        return not (self.per_tensor or self.second_level)
 
     @property
     @abstractmethod
-    def second(self) -> "dict[str, Grid]":
+    def second_level(self) -> "dict[str, Grid]":
         """The grids of its own "scales" and "zeros", where they are quantized in turn."""
 
     @property
     @abstractmethod
-    def ends(self) -> tuple[float, float]:
+    def bounds(self) -> tuple[float, float]:
         """The least and the greatest x / scale + zero that is not clipped."""
 
     @property
@@ -72,10 +72,10 @@ class Grid(ABC):
         if self.per_tensor:
             x = x.reshape(1, -1)
             counts = None if counts is None else counts.reshape(1, -1)
-        return self.span(*self.range(x, self, counts))
+        return self.scale_for(*self.range(x, self, counts))
 
     @abstractmethod
-    def span(self, low: Float[Tensor, "rows 1"], high: Float[Tensor, "rows 1"]) -> Scale:
+    def scale_for(self, low: Float[Tensor, "rows 1"], high: Float[Tensor, "rows 1"]) -> Scale:
         """The scale with which the grid reaches from `low` to `high`."""
 
     @abstractmethod
@@ -106,7 +106,7 @@ class Grid(ABC):
     def check(self, rows: int, columns: int) -> None:
         """UserError when a [rows, columns] matrix cannot be cut as the settings say."""
         self.groups(columns)
-        for name, grid in self.second.items():
+        for name, grid in self.second_level.items():
             cut(rows, grid.group_size, f"weight.{name}.group_size", "outputs")
 
     def groups(self, columns: int) -> int:
@@ -118,7 +118,7 @@ class Grid(ABC):
         groups = self.groups(columns)
         scales = 1 if self.per_tensor else rows * groups
         each = {"scales": float(torch.finfo(self.stored_dtype).bits), "zeros": self.zero_bits}
-        each |= {name: grid.cost(groups, rows) for name, grid in self.second.items()}
+        each |= {name: grid.cost(groups, rows) for name, grid in self.second_level.items()}
         return self.bits + scales * sum(each.values()) / (rows * columns)
 
     @property
@@ -136,7 +136,7 @@ class Grid(ABC):
         """Fit every group of a matrix: scales and zeros [rows, groups]."""
         rows, columns = x.shape
         groups = self.groups(columns)
-        if self.second:  # their groups run along the rows of one group of columns
+        if self.second_level:  # their groups run along the rows of one group of columns
             return Scale.join([self.fit(part) for part in x.chunk(groups, 1)])
         q = self.fit(x.reshape(rows * groups, columns // groups))
         return q.map(lambda part: part.expand(rows * groups, 1).reshape(rows, groups))
@@ -148,7 +148,7 @@ class Grid(ABC):
         q = self.scales_of(x).map(lambda part: part.reshape(-1, 1))
         return self.round(x.reshape(len(q.scale), -1), q, rounding).reshape(x.shape)
 
-    def stored(self, scale: Float[Tensor, "*rows each"]) -> Float[Tensor, "*rows each"]:
+    def as_stored(self, scale: Float[Tensor, "*rows each"]) -> Float[Tensor, "*rows each"]:
         """The scale as storage keeps it; rounding must use that one, or reloading changes values.
 
         A scale that underflows to zero there becomes the smallest that does not. Gradients pass

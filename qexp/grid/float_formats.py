@@ -68,7 +68,7 @@ class LevelGrid(Grid):
         return 8 if self.kind in ("e4m3", "e5m2") else 4
 
     @property
-    def ends(self) -> tuple[float, float]:
+    def bounds(self) -> tuple[float, float]:
         return levels(self.kind)[0], levels(self.kind)[-1]
 
     @property
@@ -76,12 +76,12 @@ class LevelGrid(Grid):
         return False
 
     @property
-    def second(self) -> dict[str, Grid]:
+    def second_level(self) -> dict[str, Grid]:
         return {}
 
-    def span(self, low: Float[Tensor, "rows 1"], high: Float[Tensor, "rows 1"]) -> Scale:
+    def scale_for(self, low: Float[Tensor, "rows 1"], high: Float[Tensor, "rows 1"]) -> Scale:
         reach = torch.maximum(low.abs(), high.abs()).float()
-        scale = self.stored(torch.where(reach == 0, 1.0, reach / levels(self.kind)[-1]))
+        scale = self.as_stored(torch.where(reach == 0, 1.0, reach / levels(self.kind)[-1]))
         return Scale(scale, torch.zeros_like(scale))
 
     def encode(

@@ -47,7 +47,7 @@ class IntGrid(Grid):
             raise UserError(
                 f"scale_dtype={self.scale_dtype} is unknown: give {' or '.join(DTYPES)}."
             )
-        if self.per_tensor and self.second:
+        if self.per_tensor and self.second_level:
             raise UserError("weight.scales, weight.zeros need weight.per_tensor=false.")
         if self.per_tensor and self.group_size is not None:
             raise UserError(
@@ -56,7 +56,7 @@ class IntGrid(Grid):
             )
 
     @property
-    def second(self) -> dict[str, Grid]:
+    def second_level(self) -> dict[str, Grid]:
         named = {"scales": self.scales, "zeros": None if self.symmetric else self.zeros}
         return {name: grid for name, grid in named.items() if grid is not None}
 
@@ -66,7 +66,7 @@ class IntGrid(Grid):
         return 2**self.bits - 1
 
     @property
-    def ends(self) -> tuple[float, float]:
+    def bounds(self) -> tuple[float, float]:
         return 0.0, float(self.top)
 
     @property
@@ -79,7 +79,7 @@ class IntGrid(Grid):
             return 0
         return torch.finfo(self.stored_dtype).bits if self.real_zero else self.bits
 
-    def span(self, low: Float[Tensor, "rows 1"], high: Float[Tensor, "rows 1"]) -> Scale:
+    def scale_for(self, low: Float[Tensor, "rows 1"], high: Float[Tensor, "rows 1"]) -> Scale:
         low, high = low.float(), high.float()
         if self.symmetric:
             high = torch.maximum(low.abs(), high.abs())
@@ -94,7 +94,7 @@ class IntGrid(Grid):
         width = (high - low) / self.top
         if self.real_zero:  # a zero point beyond its dtype would be infinite
             width = torch.maximum(width, low.abs() / torch.finfo(self.stored_dtype).max)
-        scale = width if self.scales is not None else self.stored(width)
+        scale = width if self.scales is not None else self.as_stored(width)
         if self.symmetric:
             zero = torch.full_like(scale, 2 ** (self.bits - 1))
         elif self.real_zero:
@@ -102,11 +102,13 @@ class IntGrid(Grid):
             zero = zero if self.zeros is not None else zero.to(self.stored_dtype).float()
         else:
             zero = (-low / scale).round().clamp(0, self.top)
-        if not self.second:
+        if not self.second_level:
             return Scale(scale, zero)
         # As in SpQR, zeros come from the scale before its own rounding.
         raw = {"scales": scale, "zeros": zero}
-        coded = raw | {n: g(raw[n].reshape(1, -1)).reshape(-1, 1) for n, g in self.second.items()}
+        coded = raw | {
+            n: g(raw[n].reshape(1, -1)).reshape(-1, 1) for n, g in self.second_level.items()
+        }
         return Scale(positive(coded["scales"]), coded["zeros"], (scale, zero))
 
     def encode(

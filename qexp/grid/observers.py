@@ -13,7 +13,7 @@ from qexp.common.errors import UserError
 BINS = 2**16
 
 
-class Stream(ABC):
+class Observer(ABC):
     @abstractmethod
     def add(self, x: Float[Tensor, "..."]) -> None:
         """One more tensor. Raises UserError when a value is not finite."""
@@ -26,7 +26,7 @@ class Stream(ABC):
         """
 
 
-class Ends(Stream):
+class MinMaxObserver(Observer):
     """The lowest and the highest value: of all tensors, or with a `momentum` below 1 their moving
     average, to which the newest tensor adds the share 1 - momentum."""
 
@@ -47,11 +47,11 @@ class Ends(Stream):
         return torch.tensor([[self.low, self.high]]), None
 
 
-class Histogram(Stream):
+class HistogramObserver(Observer):
     """How often values of each size occur. The ends are exact; between them are bins."""
 
     def __init__(self) -> None:
-        self.low, self.high, self.reach = torch.inf, -torch.inf, 0.0
+        self.low, self.high, self.max_abs = torch.inf, -torch.inf, 0.0
         self.counts = torch.zeros(BINS, dtype=torch.float64)
 
     def add(self, x: Float[Tensor, "..."]) -> None:
@@ -59,25 +59,25 @@ class Histogram(Stream):
         self.low, self.high = min(self.low, low), max(self.high, high)
         self._widen(max(abs(low), abs(high)))
         x = x.detach().float().cpu()
-        self.counts += torch.histc(x, BINS, -self.reach, self.reach).double()
+        self.counts += torch.histc(x, BINS, -self.max_abs, self.max_abs).double()
 
     def values(self) -> tuple[Float[Tensor, "1 size"], Float[Tensor, "1 size"]]:
         _refuse_nothing(self.low, self.high)
         used = self.counts.nonzero().flatten()
-        width = 2 * self.reach / BINS
-        centers = (-self.reach + (used + 0.5) * width).clamp(self.low, self.high).float()
+        width = 2 * self.max_abs / BINS
+        centers = (-self.max_abs + (used + 0.5) * width).clamp(self.low, self.high).float()
         # The outermost bins stand for the ends themselves.
         centers[0], centers[-1] = self.low, self.high
         return centers[None], self.counts[used][None].float()
 
     def _widen(self, magnitude: float) -> None:
-        if not self.reach:
-            self.reach = max(magnitude, torch.finfo(torch.float32).tiny)
-        while magnitude > self.reach:
+        if not self.max_abs:
+            self.max_abs = max(magnitude, torch.finfo(torch.float32).tiny)
+        while magnitude > self.max_abs:
             merged = self.counts.reshape(-1, 2).sum(1)
             self.counts = torch.zeros_like(self.counts)
             self.counts[BINS // 4 : BINS // 4 + len(merged)] = merged
-            self.reach *= 2
+            self.max_abs *= 2
 
 
 def _ends(x: Tensor) -> tuple[float, float]:

@@ -101,5 +101,5 @@ def decompose(x: Float[Tensor, "..."], moments: Moments, grid: Grid, k: float) -
 
 
 def _span(grid: Grid, low: float, high: float, x: Tensor) -> Scale:
-    q = grid.span(x.new_tensor([[low]]), x.new_tensor([[high]]))
+    q = grid.scale_for(x.new_tensor([[low]]), x.new_tensor([[high]]))
     return q.map(lambda part: part.reshape(1))

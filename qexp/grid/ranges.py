@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from qexp.common.errors import positive, whole, within
+from qexp.common.errors import check_int, check_positive, check_range
 from qexp.grid.base import Grid, Interval, Range
-from qexp.grid.observers import Ends, Stream
+from qexp.grid.observers import MinMaxObserver, Observer
 
 EMPTY = 1e-4  # how often a value occurs where none was seen
 
@@ -35,8 +35,8 @@ class MinMax(Range):
         low = _seen(x, counts, torch.inf).amin(1, keepdim=True)
         return low, _seen(x, counts, -torch.inf).amax(1, keepdim=True)
 
-    def stream(self) -> Stream:
-        return Ends()
+    def observer(self) -> Observer:
+        return MinMaxObserver()
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class MovingAverage(Range):
     momentum: float = 0.9
 
     def __post_init__(self) -> None:
-        within("range", self, "a number from 0 to below 1", lambda x: 0 <= x < 1, "momentum")
+        check_range("range", self, "a number from 0 to below 1", lambda x: 0 <= x < 1, "momentum")
 
     def __call__(
         self,
@@ -57,8 +57,8 @@ class MovingAverage(Range):
     ) -> Interval:
         return MinMax()(x, grid, counts)
 
-    def stream(self) -> Stream:
-        return Ends(self.momentum)
+    def observer(self) -> Observer:
+        return MinMaxObserver(self.momentum)
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Percentile(Range):
 
     def __post_init__(self) -> None:
         right = "a number of per cent, above 50 and at most 100 (99.9, not 0.999)"
-        within("range", self, right, lambda x: 50 < x <= 100, "share")
+        check_range("range", self, right, lambda x: 50 < x <= 100, "share")
 
     def __call__(
         self,
@@ -103,9 +103,9 @@ class MSE(Range):
     shrink: float = 0.8
 
     def __post_init__(self) -> None:
-        whole("range", self, steps=1)
-        within("range", self, "a number above 0 and at most 1", lambda x: 0 < x <= 1, "shrink")
-        positive("range", self, "norm")
+        check_int("range", self, steps=1)
+        check_range("range", self, "a number above 0 and at most 1", lambda x: 0 < x <= 1, "shrink")
+        check_positive("range", self, "norm")
 
     def __call__(
         self,
@@ -118,7 +118,7 @@ class MSE(Range):
         best_low, best_high = low, high
         for step in range(int(self.shrink * self.steps)):
             keep = 1 - step / self.steps
-            q = grid.span(low * keep, high * keep)
+            q = grid.scale_for(low * keep, high * keep)
             error = (grid.round(x, q) - x).abs().pow(self.norm)
             error = (error if counts is None else error * counts).sum(1, keepdim=True)
             better = error < best
@@ -132,10 +132,10 @@ class MSE(Range):
 class RMS(Range):
     """As many root mean squares to both sides of 0 (QuIP's 2.4, for weights made normal)."""
 
-    reach: float = 2.4
+    clip_at: float = 2.4
 
     def __post_init__(self) -> None:
-        positive("range", self, "reach")
+        check_positive("range", self, "reach")
 
     def __call__(
         self,
@@ -145,7 +145,7 @@ class RMS(Range):
     ) -> Interval:
         weight = torch.ones_like(x) if counts is None else counts
         mean = (x.square() * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
-        high = self.reach * mean.sqrt()
+        high = self.clip_at * mean.sqrt()
         return -high, high
 
 
@@ -163,7 +163,7 @@ class Entropy(Range):
     stride: int = 8
 
     def __post_init__(self) -> None:
-        whole("range", self, bins=1, stride=1)
+        check_int("range", self, bins=1, stride=1)
 
     def __call__(
         self,
@@ -192,7 +192,7 @@ class Entropy(Range):
             inside = (centers >= -end) & (centers <= end)
             if int(inside.sum()) <= 2**grid.bits and step:
                 break
-            q = grid.span(low.clamp(min=-end)[None], high.clamp(max=end)[None])
+            q = grid.scale_for(low.clamp(min=-end)[None], high.clamp(max=end)[None])
             divergence = _divergence(mass, inside, grid.encode(centers[None], q)[0].long())
             if divergence < best:
                 best, kept = divergence, end

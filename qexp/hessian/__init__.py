@@ -1,7 +1,7 @@
 """In which loss a rounding error counts: three sources of a layer's Hessian."""
 
+from qexp.hessian.base import CacheableHessian as CacheableHessian
 from qexp.hessian.base import Hessian as Hessian
-from qexp.hessian.base import Shareable as Shareable
 from qexp.hessian.float_weights import AtFloatWeights as AtFloatWeights
 from qexp.hessian.layerwise import Layerwise as Layerwise
 from qexp.hessian.layerwise import second_moment as second_moment

@@ -14,7 +14,7 @@ from torch import Tensor
 from qexp.walk import Block
 
 # Called with linears that have one Hessian in common, and that Hessian.
-Solve = Callable[[tuple[str, ...], Float[Tensor, "columns columns"]], None]
+OnHessian = Callable[[tuple[str, ...], Float[Tensor, "columns columns"]], None]
 
 # A block's index, and its Hessians by the names of the linears that share one, with blanks between.
 Measured = tuple[int, dict[str, Tensor]]
@@ -23,11 +23,11 @@ Measured = tuple[int, dict[str, Tensor]]
 class Hessian(ABC):
     @property
     @abstractmethod
-    def span(self) -> int:
+    def blocks_per_pass(self) -> int:
         """How many blocks are measured together: work can be taken up again at multiples of it."""
 
     @property
-    def ahead(self) -> bool:
+    def is_precomputed(self) -> bool:
         """Whether `prepare` measures everything, so that no block has to be run."""
         return False
 
@@ -36,7 +36,7 @@ class Hessian(ABC):
         anything is rounded (also by a run that goes on where another was killed)."""
 
     @abstractmethod
-    def each(self, block: Block, solve: Solve) -> None:
+    def for_each_group(self, block: Block, solve: OnHessian) -> None:
         """Hand every linear of the block to `solve`, once, with its Hessian as soon as that is
         known. May leave the block advanced (see `Block.advance`)."""
 
@@ -49,12 +49,12 @@ class Hessian(ABC):
         def keep(names: tuple[str, ...], hessian: Tensor) -> None:
             found.update(dict.fromkeys(names, hessian))
 
-        self.each(block, keep)
+        self.for_each_group(block, keep)
         block.left = None  # nothing was settled: the caller has yet to change the block
         return found
 
 
-class Shareable(Hessian):
+class CacheableHessian(Hessian):
     """Hessians that can all be measured before anything is rounded.
 
     memory: GiB of them that are held until they are used; the others wait in the cache on disk.
@@ -63,7 +63,7 @@ class Shareable(Hessian):
     memory: float
 
     @abstractmethod
-    def measured(self, first: Block, wanted: Collection[int]) -> Iterator[Measured]:
+    def measure(self, first: Block, wanted: Collection[int]) -> Iterator[Measured]:
         """Those of some blocks, in order, at the weights as they stand."""
 
     @property

@@ -11,7 +11,7 @@ from torch import Tensor
 from qexp import task
 from qexp.common.cache import Cache, sources
 from qexp.common.errors import UserError
-from qexp.hessian.base import Hessian, Shareable, Solve
+from qexp.hessian.base import CacheableHessian, Hessian, OnHessian
 from qexp.walk import Block, capture
 from qexp.walk import blocks as walking
 
@@ -26,18 +26,18 @@ class AtFloatWeights(Hessian):
     wants them while another measures waits for it.
     """
 
-    source: Shareable
+    hessian: CacheableHessian
 
     @property
-    def span(self) -> int:
+    def blocks_per_pass(self) -> int:
         return 1
 
     @property
-    def ahead(self) -> bool:
+    def is_precomputed(self) -> bool:
         return True
 
     def prepare(self, first: Block) -> None:
-        cache, missing, room = Cache(), [], self.source.memory * 2**30
+        cache, missing, room = Cache(), [], self.hessian.memory * 2**30
 
         def hold(index: int, own: Mapping[str, Tensor], kept: bool) -> None:
             nonlocal room
@@ -53,11 +53,11 @@ class AtFloatWeights(Hessian):
                     missing.append(index)
                 else:
                     hold(index, own, kept=True)
-            for index, own in self.source.measured(first, missing) if missing else ():
+            for index, own in self.hessian.measure(first, missing) if missing else ():
                 kept = cache.put(KIND, self._key(first, index), own)
                 hold(index, own, kept)
 
-    def each(self, block: Block, solve: Solve) -> None:
+    def for_each_group(self, block: Block, solve: OnHessian) -> None:
         prefix = _prefix(block, block.index)
         held = [name for name in block.notes if name.startswith(prefix)]
         own = {name.removeprefix(prefix): block.notes.pop(name) for name in held}
@@ -75,16 +75,16 @@ class AtFloatWeights(Hessian):
     def _key(self, block: Block, index: int) -> dict[str, Any]:
         """Everything that the Hessians of a block at float weights depend on."""
         return {
-            "hessian": type(self.source).__name__,
-            **self.source.identity(block),
+            "hessian": type(self.hessian).__name__,
+            **self.hessian.identity(block),
             "content": block.origin,
             "block": index,
             "device": block.task.device.type,
-            "code": sources(*_code(self.source)),
+            "code": sources(*_code(self.hessian)),
         }
 
 
-def _code(source: Shareable) -> list[ModuleType]:
+def _code(source: CacheableHessian) -> list[ModuleType]:
     """Every module that Hessians at float weights are made by."""
     classes = [sys.modules[kind.__module__] for kind in type(source).__mro__]
     own = [module for module in classes if module.__name__.partition(".")[0] == "qexp"]

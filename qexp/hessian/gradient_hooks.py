@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 # (name of a linear, its inputs, the gradients at its outputs)
-Take = Callable[[str, Tensor, Tensor], None]
+OnGradient = Callable[[str, Tensor, Tensor], None]
 
 
 @contextmanager
@@ -23,7 +23,7 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def watching(linears: dict[str, nn.Module], take: Take) -> Iterator[None]:
+def watching(linears: dict[str, nn.Module], take: OnGradient) -> Iterator[None]:
     """Call `take(name, inputs, gradients at the outputs)` as backward passes each linear."""
     handles = []
     for name, linear in linears.items():

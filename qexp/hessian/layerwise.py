@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qexp.common.errors import real
-from qexp.hessian.base import Measured, Shareable, Solve
+from qexp.common.errors import check_number
+from qexp.hessian.base import CacheableHessian, Measured, OnHessian
 from qexp.walk import Block
 from qexp.walk.blocks import Visit
 
@@ -50,7 +50,7 @@ def second_moment(chunks: Iterable[Float[Tensor, "..."]]) -> Float[Tensor, "colu
 
 
 @dataclass(frozen=True)
-class Layerwise(Shareable):
+class Layerwise(CacheableHessian):
     """2/N Σ x xᵀ over the tokens that reach the layer: the squared error of its output (OBQ, GPTQ).
 
     sequential: a group's Hessian is taken after the groups before it were rounded ("true
@@ -61,13 +61,13 @@ class Layerwise(Shareable):
     memory: float = 8.0
 
     def __post_init__(self) -> None:
-        real("method.hessian", self, memory=0)
+        check_number("method.hessian", self, memory=0)
 
     @property
-    def span(self) -> int:
+    def blocks_per_pass(self) -> int:
         return 1
 
-    def each(self, block: Block, solve: Solve) -> None:
+    def for_each_group(self, block: Block, solve: OnHessian) -> None:
         if self.sequential:
             block.advance(lambda names, inputs: solve(names, second_moment(inputs)))
             return
@@ -76,7 +76,7 @@ class Layerwise(Shareable):
         for names, hessian in found:
             solve(names, hessian)
 
-    def measured(self, first: Block, wanted: Collection[int]) -> Iterator[Measured]:
+    def measure(self, first: Block, wanted: Collection[int]) -> Iterator[Measured]:
         for block in first.onward():
             if block.index in wanted:
                 found: dict[str, Tensor] = {}

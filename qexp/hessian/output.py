@@ -17,11 +17,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from qexp.common.errors import UserError, known, real, whole
+from qexp.common.errors import UserError, check_choice, check_int, check_number
 from qexp.common.progress import bar
 from qexp.grid.scale import DTYPES
 from qexp.hessian import gradient_hooks, layerwise
-from qexp.hessian.base import Measured, Shareable, Solve
+from qexp.hessian.base import CacheableHessian, Measured, OnHessian
 from qexp.hessian.float_weights import AtFloatWeights
 from qexp.hessian.gradient_hooks import frozen, watching
 from qexp.hessian.layerwise import add_symmetric, mirrored
@@ -34,7 +34,7 @@ LABELS = ("data", "sampled")
 
 
 @dataclass(frozen=True)
-class FromGradients(Shareable):
+class FromGradients(CacheableHessian):
     """What Hessians from gradients share: when gradients are taken, and how.
 
     schedule: `per_block` takes them again at each block, with the blocks before it quantized (the
@@ -59,9 +59,9 @@ class FromGradients(Shareable):
     memory: float = 8.0
 
     def __post_init__(self) -> None:
-        known("method.hessian", self, schedule=SCHEDULES, dtype=DTYPES, labels=LABELS)
-        whole("method.hessian", self, k=1, sequences=1)
-        real("method.hessian", self, memory=0, loss_scale=0)
+        check_choice("method.hessian", self, schedule=SCHEDULES, dtype=DTYPES, labels=LABELS)
+        check_int("method.hessian", self, k=1, sequences=1)
+        check_number("method.hessian", self, memory=0, loss_scale=0)
         if not 0 < self.loss_scale < inf:
             raise UserError(
                 f"method.hessian.loss_scale={self.loss_scale}: give a finite number above 0."
@@ -74,28 +74,30 @@ class FromGradients(Shareable):
         """A and B of AᵀB, the symmetric matrix that one sequence adds to the Hessian."""
 
     @property
-    def span(self) -> int:
+    def blocks_per_pass(self) -> int:
         return self.k if self.schedule == "every_k" else 1
 
     @property
-    def ahead(self) -> bool:
+    def is_precomputed(self) -> bool:
         return self.schedule == "one_pass"
 
     def prepare(self, first: Block) -> None:
-        if self.ahead:
+        if self.is_precomputed:
             AtFloatWeights(self).prepare(first)
 
-    def each(self, block: Block, solve: Solve) -> None:
-        if self.ahead:
-            AtFloatWeights(self).each(block, solve)
+    def for_each_group(self, block: Block, solve: OnHessian) -> None:
+        if self.is_precomputed:
+            AtFloatWeights(self).for_each_group(block, solve)
             return
-        if block.index % self.span == 0:
-            covered = range(block.index, min(block.index + self.span, len(block.task.blocks)))
-            block.notes.update(self._measure(block, covered))
+        if block.index % self.blocks_per_pass == 0:
+            covered = range(
+                block.index, min(block.index + self.blocks_per_pass, len(block.task.blocks))
+            )
+            block.notes.update(self._gradient_hessians(block, covered))
         for name in block.linears:
             solve((name,), block.notes.pop(f"{block.name}.{name}"))
 
-    def measured(self, first: Block, wanted: Collection[int]) -> Iterator[Measured]:
+    def measure(self, first: Block, wanted: Collection[int]) -> Iterator[Measured]:
         """One pass for as many blocks as `memory` holds."""
         count = len(first.task.blocks)
         size = sum(4 * linear.in_features**2 for linear in first.linears.values())
@@ -103,7 +105,7 @@ class FromGradients(Shareable):
         for start in range(0, count, span):
             covered = range(start, min(start + span, count))
             inside = [index for index in covered if index in wanted]
-            found = self._measure(first, covered) if inside else {}
+            found = self._gradient_hessians(first, covered) if inside else {}
             for index in inside:
                 prefix = f"{first.task.arch.blocks}.{index}."
                 yield index, {name: found[prefix + name] for name in first.linears}
@@ -118,7 +120,7 @@ class FromGradients(Shareable):
             fields.pop(irrelevant)
         return fields
 
-    def _measure(self, block: Block, covered: range) -> dict[str, Float[Tensor, "_ _"]]:
+    def _gradient_hessians(self, block: Block, covered: range) -> dict[str, Float[Tensor, "_ _"]]:
         """Hessians of the linears of some blocks, this one the first or before them."""
         task = block.task
         found: dict[str, Tensor] = {}

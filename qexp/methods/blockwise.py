@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from qexp.common.errors import UserError, whole
+from qexp.common.errors import UserError, check_int
 from qexp.common.progress import bar
-from qexp.hessian import AtFloatWeights, Hessian, Shareable
+from qexp.hessian import AtFloatWeights, CacheableHessian, Hessian
 from qexp.methods.journal import Finished, Journal
 from qexp.methods.write_back import write
 from qexp.quantizers.scheme import Activations, quantize_activations
@@ -59,14 +59,14 @@ class Blockwise(Step):
     """
 
     solver: Solver
-    hessian: Shareable
+    hessian: CacheableHessian
     propagate: bool = True
     chunk: int | None = None
     activations: tuple[Activations, ...] | list[Activations] = ()
 
     def __post_init__(self) -> None:
         if self.chunk is not None:
-            whole("method", self, chunk=1)
+            check_int("method", self, chunk=1)
 
     @torch.no_grad()
     def __call__(self, task: Task, batches: Batches) -> list[Record]:
@@ -74,13 +74,13 @@ class Blockwise(Step):
         records: list[Record] = []
         journal: Journal | None = None
         for block in walk(task, batches(), self.chunk):
-            if self.source.ahead:
+            if self.effective_hessian.is_precomputed:
                 block.left = block.inputs  # nobody looks at what comes out
             if journal is None:
                 journal = Journal({"model": block.origin, "method": repr(self)})
                 finished = self._finished(journal, len(task.blocks))
                 if len(finished) < len(task.blocks):
-                    self.source.prepare(block)
+                    self.effective_hessian.prepare(block)
             if block.index < len(finished):
                 finished[block.index].restore(task)
                 records += finished[block.index].records
@@ -105,13 +105,17 @@ class Blockwise(Step):
             if (block := journal.read(index)) is None:
                 break
             found.append(block)
-        found = found[: len(found) // self.source.span * self.source.span]
+        found = found[
+            : len(found)
+            // self.effective_hessian.blocks_per_pass
+            * self.effective_hessian.blocks_per_pass
+        ]
         if found:
             log.info("taken up again at block %d of %d", len(found), blocks)
         return found
 
     @property
-    def source(self) -> Hessian:
+    def effective_hessian(self) -> Hessian:
         """What hands out Hessians."""
         return self.hessian if self.propagate else AtFloatWeights(self.hessian)
 
@@ -124,7 +128,7 @@ class Blockwise(Step):
                 full = [f"{block.name}.{name}" for name in stack]
                 records.extend(self._write(full, [linears[name] for name in stack], hessian))
 
-        self.source.each(block, solve)
+        self.effective_hessian.for_each_group(block, solve)
         return records
 
     def _write(
@@ -153,14 +157,14 @@ class Blockwise(Step):
             ) from reason
         seconds = time.perf_counter() - start
         nearest = self.solver.baseline(weight, hessian).weight
-        records, row, slack = [], 0, self.solver.slack
+        records, row, tolerance = [], 0, self.solver.tolerance
         for name, linear in zip(names, linears, strict=True):
             rows = slice(row, row := row + linear.out_features)
             whole = len(linears) == 1
             packed = solution.packed if whole else solution.packed.rows(rows.start, rows.stop)
             own = solution._replace(weight=solution.weight[rows], bits=packed.bits(), packed=packed)
             share = seconds * linear.out_features / len(weight)
-            records.append(write(name, linear, own, nearest[rows], hessian, share, slack))
+            records.append(write(name, linear, own, nearest[rows], hessian, share, tolerance))
         return records
 
 

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from qexp.common.errors import UserError, whole
+from qexp.common.errors import UserError, check_int
 from qexp.common.files import write_rows
 from qexp.common.progress import bar
 from qexp.data.recipe import Recipe
@@ -17,14 +17,14 @@ from qexp.grid import Grid
 from qexp.methods.finetune import FineTune, origin_of, record
 from qexp.methods.journal import Finished, Journal
 from qexp.packed.coded import Coded
-from qexp.quantizers.fake_quantize import Formula
-from qexp.quantizers.parametrization import fake, put
-from qexp.quantizers.scale_rules import ScaleRule, suits
+from qexp.quantizers.fake_quantize import FakeQuantize
+from qexp.quantizers.parametrization import attach_weight_quantizer, weight_quantizer
+from qexp.quantizers.scale_rules import ScaleRule, check_scale_rule
 from qexp.quantizers.scheme import Activations
 from qexp.runs.results import BLOCKS
 from qexp.step import Record, Step
 from qexp.task import Batch, Batches, Task
-from qexp.training.code_statistics import Movement
+from qexp.training.code_statistics import CodeStatistics
 from qexp.training.optimizer import AdamW
 from qexp.walk import Block, walk
 
@@ -37,7 +37,7 @@ class BlockPhase:
     """
 
     weight: Grid
-    formula: Formula
+    formula: FakeQuantize
     scale: ScaleRule
     optimizer: AdamW
     epochs: int = 2
@@ -45,8 +45,8 @@ class BlockPhase:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        whole(None, self, epochs=1, sequences=1, seed=0)
-        suits(self.scale, self.weight)
+        check_int(None, self, epochs=1, sequences=1, seed=0)
+        check_scale_rule(self.scale, self.weight)
 
     def __call__(self, task: Task, batches: Sequence[Batch], journal: Journal) -> list[Record]:
         """Blocks that the journal holds are taken from there."""
@@ -86,8 +86,10 @@ class BlockPhase:
     def _train(self, block: Block, targets: Sequence[Tensor]) -> list[dict[str, float | int | str]]:
         """What is told of each epoch."""
         for linear in block.linears.values():
-            put(linear, self.scale, self.weight, self.formula)
-            fake(linear).train()  # the walk is in evaluation mode, where clamping is hard
+            attach_weight_quantizer(linear, self.scale, self.weight, self.formula)
+            weight_quantizer(
+                linear
+            ).train()  # the walk is in evaluation mode, where clamping is hard
         steps = self.epochs * len(targets)
         parameters = self._parameters(block)
         optimizer = self.optimizer.optimizer(parameters)
@@ -96,16 +98,16 @@ class BlockPhase:
         order: list[int] = []
         log: list[dict[str, float | int | str]] = []
         losses: list[Tensor] = []
-        movement = Movement(block.linears)
-        movement()
+        statistics = CodeStatistics(block.linears)
+        statistics()
         for step in bar(range(steps), block.name):
             order = order or torch.randperm(len(targets), generator=generator).tolist()
-            piece = order.pop()
+            chunk = order.pop()
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * self.optimizer.factor(step, steps)
             with torch.enable_grad():
-                output = block.replay(piece, block.inputs[piece].detach())
-                loss = (output.float() - targets[piece].float()).square().mean()
+                output = block.replay(chunk, block.inputs[chunk].detach())
+                loss = (output.float() - targets[chunk].float()).square().mean()
                 if not loss.isfinite():
                     raise UserError(
                         f"{block.name}: step {step} of its training: the loss is not finite; lower "
@@ -119,19 +121,19 @@ class BlockPhase:
             losses.append(loss.detach())
             if not order:
                 mean = float(torch.stack(losses).mean())
-                epoch, moved = (step + 1) // len(targets), movement()
+                epoch, moved = (step + 1) // len(targets), statistics()
                 log.append({"epoch": epoch, "name": "", "loss": mean, **moved.whole})
                 for name, numbers in moved.tensors.items():
                     log.append({"epoch": epoch, "name": name, **numbers})
                 losses.clear()
         for linear in block.linears.values():
-            fake(linear).eval()
+            weight_quantizer(linear).eval()
         for parameter in block.module.parameters():
             parameter.grad = None
         return log
 
     def _parameters(self, block: Block) -> Mapping[str, list[torch.nn.Parameter]]:
-        fakes = [fake(linear) for linear in block.linears.values()]
+        fakes = [weight_quantizer(linear) for linear in block.linears.values()]
         moves = {p: p.requires_grad for made in fakes for p in made.parameters()}
         own = {id(p) for p in moves}
         named = [(name, p) for made in fakes for name, p in made.named_parameters() if moves[p]]

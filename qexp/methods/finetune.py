@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qexp.common import hashes
 from qexp.common.cache import checksum
-from qexp.common.errors import FieldError, UserError, whole
+from qexp.common.errors import FieldError, UserError, check_int
 from qexp.data.recipe import Recipe
 from qexp.gradients import ClampGradient, RoundingGradient
 from qexp.grid import Grid
@@ -23,17 +23,17 @@ from qexp.methods.blockwise import finite
 from qexp.methods.write_back import error
 from qexp.packed.coded import Coded
 from qexp.quantizers.activation import FakeQuant
-from qexp.quantizers.fake_quantize import Formula
-from qexp.quantizers.parametrization import bake, behind, put
-from qexp.quantizers.scale_rules import KnownCodes, ScaleRule, suits
+from qexp.quantizers.fake_quantize import FakeQuantize
+from qexp.quantizers.parametrization import attach_weight_quantizer, bake, float_weight
+from qexp.quantizers.scale_rules import KnownCodes, ScaleRule, check_scale_rule
 from qexp.quantizers.scheme import Activations, quantize_activations
 from qexp.step import Record, Step
 from qexp.task import Batch, Batches, Task
-from qexp.training.code_statistics import Movement
+from qexp.training.code_statistics import CodeStatistics
 from qexp.training.losses import Objective, Penalty
-from qexp.training.module import Course
+from qexp.training.module import TrainingSetup
 from qexp.training.optimizer import AdamW
-from qexp.training.trainable import Trained
+from qexp.training.trainable import TrainableParameters
 from qexp.training.trainer import Trainer
 
 
@@ -52,7 +52,7 @@ class FineTune(Step):
     rounding: RoundingGradient
     clamp: ClampGradient
     scale: ScaleRule
-    trained: Trained
+    trained: TrainableParameters
     loss: Objective
     optimizer: AdamW
     trainer: Trainer
@@ -64,14 +64,14 @@ class FineTune(Step):
     activations: tuple[Activations, ...] | list[Activations] = ()
 
     def __post_init__(self) -> None:
-        whole(None, self, seed=0)
+        check_int(None, self, seed=0)
         if self.trainer.patience is not None and self.validation is None:
             raise FieldError(
                 f"validation=null: trainer.patience={self.trainer.patience} waits for a better "
                 "validation; give data for it (+calibration@method.validation=first), or null."
             )
         if self.weight is not None:
-            suits(self.scale, self.weight)
+            check_scale_rule(self.scale, self.weight)
 
     def __call__(self, task: Task, batches: Batches) -> list[Record]:
         return self.tune(task, batches, {})
@@ -117,8 +117,8 @@ class FineTune(Step):
                 finally:
                     task.train()
 
-            movement = Movement(linears, dict(task.quantizers.items()), look)
-            course = Course(
+            statistics = CodeStatistics(linears, dict(task.quantizers.items()), look)
+            setup = TrainingSetup(
                 task,
                 penalized,
                 self.trained.parameters(task),
@@ -126,17 +126,17 @@ class FineTune(Step):
                 self.optimizer,
                 () if self.validation is None else self.validation(task),
                 plain,
-                movement,
+                statistics,
                 seed=self.seed,
                 identity=hashlib.sha256(identity.encode()).hexdigest()[:8],
                 folder=task.folder,
-                notes=[movement.notes] if watch is None else [movement.notes, watch.notes],
+                notes=[statistics.notes] if watch is None else [statistics.notes, watch.notes],
                 reaches_all=self.loss.reaches_all,
             )
-            self.trainer.fit(course)
+            self.trainer.fit(setup)
             for quantizer in task.quantizers.values():
                 assert isinstance(quantizer, FakeQuant)
-                quantizer.freeze()
+                quantizer.make_constant()
             seconds = (time.perf_counter() - start) / max(len(linears), 1)
             if self.weight is None:
                 return []
@@ -149,16 +149,16 @@ class FineTune(Step):
         starts: Mapping[str, Coded] = MappingProxyType({}),
     ) -> None:
         """Round these weights, and whatever activation quantizers there are, so that they train."""
-        formula = Formula(self.rounding, self.clamp)
-        own = replace(formula, rounding=self.activation_rounding or self.rounding)
+        fake_quantize = FakeQuantize(self.rounding, self.clamp)
+        own = replace(fake_quantize, rounding=self.activation_rounding or self.rounding)
         self.trained.prepare(linears.values())
         for name, linear in linears.items():
             assert self.weight is not None
             rule = KnownCodes(starts[name]) if name in starts else self.scale
-            put(linear, rule, self.weight, formula)
+            attach_weight_quantizer(linear, rule, self.weight, fake_quantize)
         for quantizer in task.quantizers.values():
             assert isinstance(quantizer, FakeQuant)
-            quantizer.learn(own, self.trained.offsets)
+            quantizer.make_trainable(own, self.trained.offsets)
 
     def check(self, task: Task) -> None:
         """UserError, before any work, for what cannot be trained."""
@@ -194,7 +194,7 @@ def origin_of(task: Task, batches: Sequence[Batch]) -> str:
 def record(name: str, linear: nn.Linear, grid: Grid, seconds: float) -> Record:
     """Bake a trained weight. Errors are shares of that weight, what rounding to nearest would leave
     beside what its trained scales leave: what training started from is no measure any more."""
-    weight = behind(linear).float()
+    weight = float_weight(linear).float()
     packed = bake(linear)
     finite(name, linear)
     scale = max(error(weight, None), torch.finfo(torch.float32).tiny)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qexp.common.errors import known
+from qexp.common.errors import check_choice
 from qexp.data.recipe import Recipe
 from qexp.methods.finetune import FineTune
 from qexp.quantizers.channel_scale import Alpha
@@ -24,7 +24,7 @@ class EndToEnd(Step):
     sites: str = "norms"
 
     def __post_init__(self) -> None:
-        known("method", self, sites=SITES)
+        check_choice("method", self, sites=SITES)
 
     @property
     def activations(self) -> Sequence[Activations]:
@@ -40,7 +40,7 @@ class EndToEnd(Step):
             return self.training(task, batches)
         finally:
             for channels in sites:
-                channels.settle()
+                channels.bake()
 
     def install(self, task: Task) -> list[Channels]:
         """Let the sites of all blocks follow an alpha each."""

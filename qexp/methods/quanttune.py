@@ -12,7 +12,7 @@ from qexp.common import hashes, tokenizer_hash
 from qexp.common.cache import Cache, checksum
 from qexp.data.recipe import Recipe
 from qexp.methods.finetune import FineTune
-from qexp.models.state_diff import edits, marks, put
+from qexp.models.state_diff import apply_diff, checksums, state_diff
 from qexp.quantizers.scheme import Activations
 from qexp.step import Record, Step
 from qexp.task import Batches, Task
@@ -43,11 +43,11 @@ class QuantTune(Step):
         once = cache(batches)
 
         def build() -> dict[str, Tensor]:
-            before = marks(task.model)
+            before = checksums(task.model)
             self.training(task, once)
-            return edits(task.model, before, ())
+            return state_diff(task.model, before, ())
 
-        put(task.model, Cache().get("tuned", self._key(task, once), build))
+        apply_diff(task.model, Cache().get("tuned", self._key(task, once), build))
         return self.quantization(task, once)
 
     def _key(self, task: Task, batches: Batches) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def write(
     baseline: Float[Tensor, "rows columns"],
     hessian: Float[Tensor, "columns columns"] | None,
     seconds: float,
-    slack: float = 1e-3,
+    tolerance: float = 1e-3,
 ) -> Record:
     """Put a solution into its layer, after checking that it is one.
 
@@ -44,7 +44,7 @@ def write(
     scale = max(error(weight, hessian), torch.finfo(torch.float32).tiny)
     before = error(baseline - weight, hessian) / scale
     after = error(solution.weight - weight, hessian) / scale
-    if after > before * (1 + slack) + 1e-7:
+    if after > before * (1 + tolerance) + 1e-7:
         raise RuntimeError(
             f"{name}: the calibrated error {after:.3g} exceeds the {before:.3g} of rounding to "
             "nearest: calibration data or damping do not fit this layer (raise method.solver.damp)"

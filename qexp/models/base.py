@@ -36,7 +36,7 @@ class Loaded(NamedTuple):
     finish: Callable[[Task], None] = lambda task: None
 
 
-class Source(ABC):
+class ModelSource(ABC):
     """A model that can be loaded, and what identifies it. Fields are the keys of conf/model/."""
 
     dtype: str
@@ -54,12 +54,12 @@ class Source(ABC):
     def files(self) -> list[Path]:
         """The local files that loading reads; a run recorded with others is stale."""
 
-    def origin(self) -> "Source":
+    def origin(self) -> "ModelSource":
         """The source of the model before anything in it was quantized."""
         return self
 
 
-def check(source: Source) -> None:
+def check(source: ModelSource) -> None:
     """UserError unless `dtype` and `objective` are known: called as a source is built."""
     if source.dtype not in DTYPES:
         raise UserError(f"model.dtype: {source.dtype!r} is none of {', '.join(DTYPES)}")

@@ -13,7 +13,7 @@ from filelock import FileLock
 from qexp.common.cache_entries import default_folder
 from qexp.common.files import atomic_folder
 from qexp.common.hashes import sha256
-from qexp.models.base import Loaded, Source
+from qexp.models.base import Loaded, ModelSource
 from qexp.models.pretrained import pretrained, tokenizer_of
 
 log = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 SUMS = "sha256.json"
 
 
-def kept(source: Source, convert: Callable[[], Loaded]) -> Loaded:
+def kept(source: ModelSource, convert: Callable[[], Loaded]) -> Loaded:
     """What `convert` gives, from the second time on read from a folder (4 bytes a weight).
 
     The folder's name holds what the model depends on; its files are checked by sha256, and a folder

@@ -8,7 +8,7 @@ from torch import nn
 
 from qexp.common import ranks
 from qexp.common.errors import UserError
-from qexp.models.base import Loaded, Source
+from qexp.models.base import Loaded, ModelSource
 from qexp.task import TASKS, Task
 
 
@@ -59,7 +59,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def as_task(source: Source, loaded: Loaded, cfg: DictConfig) -> Task:
+def as_task(source: ModelSource, loaded: Loaded, cfg: DictConfig) -> Task:
     """The loaded model on its device."""
     task = TASKS[source.objective](loaded.model, loaded.tokenizer).eval()
     place(task, cfg.device, cfg.offload)

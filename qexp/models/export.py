@@ -5,7 +5,7 @@ from pathlib import Path
 
 from qexp.common.errors import UserError
 from qexp.common.files import atomic_folder
-from qexp.models.from_run import Run
+from qexp.models.from_run import FromRun
 from qexp.models.linearize import published
 from qexp.packed import weights_file
 
@@ -29,7 +29,7 @@ def export(run: Path, out: Path) -> None:
     _, others = weights_file.load(run)
     if any(name.startswith("quantizers.") for name in others):
         raise UserError(f"{run}: its activations are quantized, which no model folder can say")
-    loaded = Run(str(run)).load()
+    loaded = FromRun(str(run)).load()
     with atomic_folder(out) as folder:
         loaded.model.save_pretrained(folder, state_dict=published(loaded.model))
         if loaded.tokenizer is not None:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from qexp.common.hashes import sha256
-from qexp.config.instantiate import build
-from qexp.models.base import Loaded, Source
-from qexp.models.state_diff import put
+from qexp.config.instantiate import instantiate
+from qexp.models.base import Loaded, ModelSource
+from qexp.models.state_diff import apply_diff
 from qexp.packed import weights_file
 from qexp.quantizers.scheme import attach
 from qexp.runs import results
@@ -17,7 +17,7 @@ from qexp.task import Task
 
 
 @dataclass(frozen=True)
-class Run(Source):
+class FromRun(ModelSource):
     """The float model that the run started from, with the weights, whatever else the run changed,
     and the activation quantizers that it ended with."""
 
@@ -35,12 +35,12 @@ class Run(Source):
         config = results.config(self.folder)
         loaded = self._origin().load()
         packed, others = weights_file.load(Path(self.folder))
-        put(loaded.model, _under("model.", others))
+        apply_diff(loaded.model, _under("model.", others))
         for name, form in packed.items():
             weight = loaded.model.get_submodule(name).weight
             assert isinstance(weight, torch.nn.Parameter)
             weight.data = form.dequantize().to(weight)
-        kinds = build(config.method).activations
+        kinds = instantiate(config.method).activations
 
         def finish(task: Task) -> None:
             attach(task, kinds)
@@ -58,12 +58,12 @@ class Run(Source):
         own = [folder / weights_file.FILE, folder / ".hydra" / "config.yaml"]
         return [*self._origin().files(), *own]
 
-    def origin(self) -> Source:
+    def origin(self) -> ModelSource:
         return self._origin().origin()
 
-    def _origin(self) -> Source:
-        source = build(results.config(self.folder).model)
-        assert isinstance(source, Source)
+    def _origin(self) -> ModelSource:
+        source = instantiate(results.config(self.folder).model)
+        assert isinstance(source, ModelSource)
         return source
 
 

@@ -9,7 +9,7 @@ from transformers import AutoConfig, GgufConfig, PreTrainedModel
 
 from qexp.common.errors import UserError
 from qexp.common.hashes import sha256
-from qexp.models.base import Loaded, Source, check, ready
+from qexp.models.base import Loaded, ModelSource, check, ready
 from qexp.models.converted import kept
 from qexp.models.pretrained import first_line, pretrained, tokenizer_of
 
@@ -17,7 +17,7 @@ FLAGS = ("is_quantized", "quantization_method", "hf_quantizer")
 
 
 @dataclass(frozen=True)
-class GGUF(Source):
+class GGUF(ModelSource):
     """A .gguf file of an architecture that transformers can read, with the tokenizer inside it.
 
     The weights sit on the file's own grid already (Q4_1: 4 bits in blocks of 32 columns), so

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from transformers.utils import cached_file
 
 from qexp.common.errors import UserError
-from qexp.models.base import Loaded, Source, check, ready
+from qexp.models.base import Loaded, ModelSource, check, ready
 from qexp.models.pretrained import (
     Head,
     first_line,
@@ -25,7 +25,7 @@ from qexp.models.pretrained import (
 
 
 @dataclass(frozen=True)
-class Hub(Source):
+class Hub(ModelSource):
     """Any hub id, at a branch, tag or commit.
 
     Gated models need `HF_TOKEN`; `HF_HOME` moves the cache, `HF_HUB_OFFLINE=1` uses nothing else.

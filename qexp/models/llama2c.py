@@ -20,13 +20,13 @@ from qexp.common.errors import UserError
 from qexp.common.files import locate
 from qexp.common.hashes import sha256
 from qexp.grid.scale import DTYPES
-from qexp.models.base import Loaded, Source, check, ready
+from qexp.models.base import Loaded, ModelSource, check, ready
 
 HEADER = struct.Struct("<7i")
 
 
 @dataclass(frozen=True)
-class Llama2C(Source):
+class Llama2C(ModelSource):
     """`path` is the .bin, `tokenizer` the sentencepiece model it was trained with, both looked for
     in the folder QEXP_DATA_DIR too.
 

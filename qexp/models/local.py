@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 
 from qexp.common.errors import UserError
 from qexp.common.hashes import sha256
-from qexp.models.base import Loaded, Source, check, ready
+from qexp.models.base import Loaded, ModelSource, check, ready
 from qexp.models.gguf import GGUF
 from qexp.models.pretrained import (
     Head,
@@ -25,7 +25,7 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "s
 
 
 @dataclass(frozen=True)
-class Local(Source):
+class Local(ModelSource):
     """`path` is a folder with config.json, weights and tokenizer, or a .gguf file."""
 
     path: str

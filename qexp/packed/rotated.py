@@ -61,12 +61,12 @@ class Rotated(Packed):
 
     inner: Coded
     seed: int
-    stretch: Float[Tensor, " columns"]
+    column_scale: Float[Tensor, " columns"]
 
     def dequantize(self) -> Float[Tensor, "rows columns"]:
         outputs, inputs = rotations(*self.shape, self.seed)
         turned = outputs.undo(inputs.undo(self.inner.dequantize()).T).T
-        return (turned / self.stretch.double()).float().contiguous()
+        return (turned / self.column_scale.double()).float().contiguous()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -74,14 +74,16 @@ class Rotated(Packed):
 
     def size(self) -> int:
         seed = 64
-        return self.inner.size() + 8 * self.stretch.element_size() * len(self.stretch) + seed
+        return (
+            self.inner.size() + 8 * self.column_scale.element_size() * len(self.column_scale) + seed
+        )
 
     def rows(self, start: int, stop: int) -> "Rotated":
         raise ValueError("rows that were rotated together cannot be cut apart")
 
     def stored(self) -> dict[str, Tensor]:
         seed = torch.tensor([self.seed])
-        return self.inner.stored() | {"stretch": self.stretch, "seed": seed}
+        return self.inner.stored() | {"stretch": self.column_scale, "seed": seed}
 
     def layout(self) -> dict[str, Any]:
         return self.inner.layout()

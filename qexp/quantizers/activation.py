@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qexp.grid import Grid, Scale
-from qexp.grid.observers import Stream
-from qexp.quantizers.fake_quantize import Formula, gain, placed
+from qexp.grid.observers import Observer
+from qexp.quantizers.fake_quantize import FakeQuantize, as_stored, lsq_gradient_scale
 
 
 class FakeQuant(nn.Module):
@@ -27,44 +27,44 @@ class FakeQuant(nn.Module):
     def __init__(self, grid: Grid, dynamic: bool) -> None:
         super().__init__()
         self.grid, self.dynamic = grid, dynamic
-        self.seen: Stream | None = None
-        self.on = False
-        self.formula, self.reach = Formula(), 1.0
+        self.observer: Observer | None = None
+        self.enabled = False
+        self.fake_quantize, self.highest_code = FakeQuantize(), 1.0
         self.register_buffer("scale", torch.ones(0, 1))
         self.register_buffer("zero", torch.zeros(0, 1))
 
-    def observe(self) -> None:
+    def start_observing(self) -> None:
         if not self.dynamic:
-            self.seen = self.grid.range.stream()
+            self.observer = self.grid.range.observer()
 
-    def settle(self) -> None:
+    def fix_range(self) -> None:
         """Fit what was observed and start to round."""
-        if self.seen is not None:
+        if self.observer is not None:
             device = self.scale.device
-            q = self.grid.fit(*self.seen.values())
+            q = self.grid.fit(*self.observer.values())
             self.scale, self.zero = q.scale.to(device), q.zero.to(device)
-            self.seen = None
-        self.on = True
+            self.observer = None
+        self.enabled = True
 
-    def learn(self, formula: Formula, offset: bool) -> None:
+    def make_trainable(self, fake_quantize: FakeQuantize, offset: bool) -> None:
         """Train a static scale, with its zero point where there is one and `offset` says so."""
-        self.formula = formula
+        self.fake_quantize = fake_quantize
         if not self.dynamic:
-            self.reach = max(self.grid.ends[1] - float(self.zero.mean()), 1.0)
+            self.highest_code = max(self.grid.bounds[1] - float(self.zero.mean()), 1.0)
             self._keep(nn.Parameter(self.scale), self.zero)
             if offset and self.grid.has_zero:
                 self._keep(self.scale, nn.Parameter(self.zero))
 
-    def freeze(self) -> None:
+    def make_constant(self) -> None:
         """What was learned, as storage keeps it, for good."""
-        q = placed(self.scale.detach(), self.zero.detach(), self.grid)
+        q = as_stored(self.scale.detach(), self.zero.detach(), self.grid)
         self._keep(q.scale, q.zero)
-        self.formula = Formula()
+        self.fake_quantize = FakeQuantize()
 
     def place(self) -> Scale:
         """Where the static grid lies, as storage would keep it."""
         if self.scale.requires_grad or self.zero.requires_grad:
-            return placed(self.scale, self.zero, self.grid)
+            return as_stored(self.scale, self.zero, self.grid)
         return Scale(self.scale, self.zero)
 
     def _keep(self, scale: Tensor, zero: Tensor) -> None:
@@ -76,21 +76,25 @@ class FakeQuant(nn.Module):
                 self.register_buffer(name, tensor)
 
     def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        if self.seen is not None:
-            self.seen.add(x)
-        if not self.on:
+        if self.observer is not None:
+            self.observer.add(x)
+        if not self.enabled:
             return x
         if self.dynamic:
             rows = x.reshape(-1, x.shape[-1])
             q = self.grid.scales_of(rows.detach().float())
-            return self.formula.rows(rows, q, self.grid, training=self.training).reshape(x.shape)
+            return self.fake_quantize.rows(rows, q, self.grid, training=self.training).reshape(
+                x.shape
+            )
         q = self.place()
-        return self.formula(x, q, self.grid, gain(x.numel(), self.reach), self.training)
+        return self.fake_quantize(
+            x, q, self.grid, lsq_gradient_scale(x.numel(), self.highest_code), self.training
+        )
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
         # A fresh quantizer has no scales yet; take the shapes that the file brings.
         for name in ("scale", "zero"):
             if prefix + name in state and not isinstance(getattr(self, name), nn.Parameter):
                 setattr(self, name, torch.empty_like(state[prefix + name]))
-        self.on = True
+        self.enabled = True
         super()._load_from_state_dict(state, prefix, *rest)

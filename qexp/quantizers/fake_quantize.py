@@ -13,11 +13,11 @@ from qexp.gradients import ClampGradient, Hard, RoundingGradient, Straight
 from qexp.grid import Grid, Scale
 from qexp.grid.clipping import inside
 
-PIECE = 2**17  # values
+CHUNK = 2**17  # values
 
 
 @dataclass(frozen=True)
-class Formula:
+class FakeQuantize:
     """`grid.round` forward; backward what autograd makes of it with these surrogates, computed
     from x and the scale alone, so that nothing but the input is kept between the two.
 
@@ -33,13 +33,13 @@ class Formula:
         x: Float[Tensor, "*shape"],
         q: Scale,
         grid: Grid,
-        gain: float = 1.0,
+        gradient_scale: float = 1.0,
         training: bool = True,
     ) -> Float[Tensor, "*shape"]:
         """`x` on the grid, in its own dtype, computed in float32. `gain` multiplies the gradients
         of scale and zero (LSQ's 1/√(N q_p)). Outside of training, clamping is hard."""
         clamp = self.clamp if training else Hard()
-        y: Tensor = _Fused.apply(x, q.scale, q.zero, grid, self.rounding, clamp, gain)
+        y: Tensor = _Fused.apply(x, q.scale, q.zero, grid, self.rounding, clamp, gradient_scale)
         return y
 
     def rows(
@@ -47,32 +47,32 @@ class Formula:
         x: Float[Tensor, "rows columns"],
         q: Scale,
         grid: Grid,
-        gain: float = 1.0,
+        gradient_scale: float = 1.0,
         training: bool = True,
     ) -> Float[Tensor, "rows columns"]:
         """A matrix whose scales are [rows, groups], as `Grid.scales_of` gives them."""
         groups = x.reshape(q.scale.numel(), -1)
         flat = q.map(lambda part: part.reshape(-1, 1))
-        return self(groups, flat, grid, gain, training).reshape(x.shape)
+        return self(groups, flat, grid, gradient_scale, training).reshape(x.shape)
 
 
-def gain(count: int, reach: float) -> float:
+def lsq_gradient_scale(count: int, reach: float) -> float:
     """LSQ's factor of a scale's gradient, 1/√(N q_p): so many values share it, and codes lie up to
     `reach` above zero."""
     return 1 / math.sqrt(count * reach)
 
 
-def placed(
+def as_stored(
     scale: Float[Tensor, "*rows groups"], zero: Float[Tensor, "*rows groups"], grid: Grid
 ) -> Scale:
     """A scale that trains, as storage would keep it; gradients pass straight through."""
-    low, high = grid.ends
+    low, high = grid.bounds
     whole = grid.has_zero and grid.zero_bits == grid.bits
     if whole:
         kept = zero.detach().round().clamp(low, high)
     else:
         kept = zero.detach().to(grid.stored_dtype).to(zero.dtype) if grid.has_zero else zero
-    return Scale(_as(grid.stored(scale.detach()), scale), _as(kept, zero))
+    return Scale(_as(grid.as_stored(scale.detach()), scale), _as(kept, zero))
 
 
 def _as(value: Tensor, trained: Tensor) -> Tensor:
@@ -90,14 +90,14 @@ class _Fused(torch.autograd.Function):
         grid: Grid,
         rounding: RoundingGradient,
         clamp: ClampGradient,
-        gain: float,
+        gradient_scale: float,
     ) -> Tensor:
         ctx.save_for_backward(x, scale, zero)
-        ctx.settings = grid, rounding, clamp, gain
+        ctx.settings = grid, rounding, clamp, gradient_scale
         rows = x.reshape(-1, x.shape[-1])
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         made = y.view(rows.shape)
-        for part in _pieces(rows):
+        for part in _chunks(rows):
             q = Scale(_of(scale, part), _of(zero, part))
             made[part] = grid.round(rows[part].float(), q, torch.round, clamp.value)
         return y
@@ -111,7 +111,7 @@ class _Fused(torch.autograd.Function):
             torch.zeros_like(t) if needed else None
             for t, needed in zip((scale, zero), ctx.needs_input_grad[1:3], strict=True)
         ]
-        for part in _pieces(rows):
+        for part in _chunks(rows):
             q = Scale(_of(scale, part), _of(zero, part))
             own = [None if total is None else _of(total, part) for total in sums]
             change[part] = _back(rows[part].float(), upstream[part].float(), q, own, *ctx.settings)
@@ -126,10 +126,10 @@ def _back(
     grid: Grid,
     rounding: RoundingGradient,
     clamp: ClampGradient,
-    gain: float,
+    gradient_scale: float,
 ) -> Tensor:
     """The gradient of x; those of scale and zero are added to `sums`."""
-    low, high = grid.ends
+    low, high = grid.bounds
     v = (x / q.scale).add_(q.zero)
     h, codes = g, low == 0  # whose cells have equal width
     c = clamp.value(v, low, high) if codes else v
@@ -145,17 +145,17 @@ def _back(
         y = grid.decode(c.round_(), q) if codes else grid.round(x, q, torch.round, clamp.value)
         moved = y.mul_(g).addcmul_(h, x, value=-1)
         moved = moved if moves is None else moved.mul_(moves)
-        sums[0] += gain * moved.sum_to_size(q.scale.shape) / q.scale
+        sums[0] += gradient_scale * moved.sum_to_size(q.scale.shape) / q.scale
     if sums[1] is not None:
         moved = (h - g) if moves is None else (h - g).mul_(moves)
-        sums[1] += gain * moved.sum_to_size(q.zero.shape) * q.scale
+        sums[1] += gradient_scale * moved.sum_to_size(q.zero.shape) * q.scale
     return h
 
 
-def _pieces(rows: Tensor) -> Iterator[slice]:
+def _chunks(rows: Tensor) -> Iterator[slice]:
     """Rows that a processor's cache holds with all that is computed of them, enough of them that
     the cores share the work; on a GPU all."""
-    size = len(rows) if rows.is_cuda else max(PIECE // rows.shape[1], 1)
+    size = len(rows) if rows.is_cuda else max(CHUNK // rows.shape[1], 1)
     for start in range(0, len(rows), size):
         yield slice(start, start + size)
 

@@ -79,10 +79,10 @@ class AllOps(Placement):
     def sites(self, task: Task) -> list[Site]:
         arch, model = task.arch, task.model
         # A second quantizer behind another would change nothing, until training parts their ranges.
-        sums, read = set(_sums(arch)), {group.source for group in arch.groups}
+        sums, read = set(_sums(arch)), {group.producer for group in arch.groups}
         groups = arch.groups
         if arch.post_norm:  # what its norms and its entry hand on is the stream, rounded already
-            groups = tuple(group for group in groups[1:] if group.source not in arch.norms)
+            groups = tuple(group for group in groups[1:] if group.producer not in arch.norms)
         sites = _linear_inputs(task, groups)
         sites.append(Site("embeddings", _input(task.blocks[0]), task.blocks[0]))
         for index, block in enumerate(task.blocks):
@@ -112,7 +112,7 @@ def _sums(arch: Arch) -> tuple[str, ...]:
     What the first one reads, and with a parallel residual each, is what entered the block."""
     if arch.post_norm:
         return arch.norms
-    read = [group.source for group in arch.groups if group.source in arch.norms]
+    read = [group.producer for group in arch.groups if group.producer in arch.norms]
     return () if arch.parallel else tuple(str(norm) for norm in read[1:])
 
 

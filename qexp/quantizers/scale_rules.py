@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qexp.common.errors import FieldError, UserError, known, switches
+from qexp.common.errors import FieldError, UserError, check_bool, check_choice
 from qexp.grid import Grid, Scale
 from qexp.packed.coded import Coded
-from qexp.quantizers.fake_quantize import Formula
+from qexp.quantizers.fake_quantize import FakeQuantize
 from qexp.quantizers.weight import FakeWeight, Frozen, Rounded
 
 
@@ -22,7 +22,7 @@ class ScaleRule(ABC):
 
     @abstractmethod
     def __call__(
-        self, weight: Float[Tensor, "rows columns"], grid: Grid, formula: Formula
+        self, weight: Float[Tensor, "rows columns"], grid: Grid, fake_quantize: FakeQuantize
     ) -> FakeWeight: ...
 
 
@@ -31,9 +31,9 @@ class Dynamic(ScaleRule):
     """Fitted to the weights by the grid's range at every step, and taken for constants."""
 
     def __call__(
-        self, weight: Float[Tensor, "rows columns"], grid: Grid, formula: Formula
+        self, weight: Float[Tensor, "rows columns"], grid: Grid, fake_quantize: FakeQuantize
     ) -> FakeWeight:
-        return Rounded(grid, formula, None, False)
+        return Rounded(grid, fake_quantize, None, False)
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class Static(ScaleRule):
     """Fitted by the grid's range once, before training."""
 
     def __call__(
-        self, weight: Float[Tensor, "rows columns"], grid: Grid, formula: Formula
+        self, weight: Float[Tensor, "rows columns"], grid: Grid, fake_quantize: FakeQuantize
     ) -> FakeWeight:
         _single(grid)
-        made = Rounded(grid, formula, grid.scales_of(weight.detach().float()), False)
+        made = Rounded(grid, fake_quantize, grid.scales_of(weight.detach().float()), False)
         return made.requires_grad_(False)
 
 
@@ -59,21 +59,21 @@ class LSQ(ScaleRule):
     offset: bool = False
 
     def __post_init__(self) -> None:
-        known(None, self, init=("lsq", "range"))
-        switches(None, self, "offset")
+        check_choice(None, self, init=("lsq", "range"))
+        check_bool(None, self, "offset")
 
     def __call__(
-        self, weight: Float[Tensor, "rows columns"], grid: Grid, formula: Formula
+        self, weight: Float[Tensor, "rows columns"], grid: Grid, fake_quantize: FakeQuantize
     ) -> FakeWeight:
         _single(grid)
         q = grid.scales_of(weight.detach().float())
         if self.init == "lsq":
-            zero = torch.full_like(q.zero, 2 ** (grid.bits - 1) if grid.ends[0] == 0 else 0)
+            zero = torch.full_like(q.zero, 2 ** (grid.bits - 1) if grid.bounds[0] == 0 else 0)
             groups = weight.detach().float().abs().reshape(*q.scale.shape, -1)
             mean = groups.mean() if grid.per_tensor else groups.mean(-1)
-            scale = 2 * mean / math.sqrt(max(grid.ends[1] - float(zero.mean()), 1.0))
+            scale = 2 * mean / math.sqrt(max(grid.bounds[1] - float(zero.mean()), 1.0))
             q = Scale(scale.expand_as(q.scale).clamp(min=torch.finfo(torch.float32).tiny), zero)
-        return Rounded(grid, formula, q, self.offset and grid.has_zero)
+        return Rounded(grid, fake_quantize, q, self.offset and grid.has_zero)
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,10 @@ class FixedCodes(ScaleRule):
     offset: bool = False
 
     def __post_init__(self) -> None:
-        switches(None, self, "offset")
+        check_bool(None, self, "offset")
 
     def __call__(
-        self, weight: Float[Tensor, "rows columns"], grid: Grid, formula: Formula
+        self, weight: Float[Tensor, "rows columns"], grid: Grid, fake_quantize: FakeQuantize
     ) -> FakeWeight:
         _single(grid)
         weight = weight.detach().float()
@@ -102,12 +102,12 @@ class KnownCodes(ScaleRule):
     offset: bool = False
 
     def __call__(
-        self, weight: Float[Tensor, "rows columns"], grid: Grid, formula: Formula
+        self, weight: Float[Tensor, "rows columns"], grid: Grid, fake_quantize: FakeQuantize
     ) -> FakeWeight:
         return Frozen(self.start, self.offset and grid.has_zero)
 
 
-def suits(rule: ScaleRule, grid: Grid) -> None:
+def check_scale_rule(rule: ScaleRule, grid: Grid) -> None:
     """FieldError where zero points are to train that the grid has not."""
     if rule.offset and not grid.has_zero:
         raise FieldError(
@@ -117,7 +117,7 @@ def suits(rule: ScaleRule, grid: Grid) -> None:
 
 
 def _single(grid: Grid) -> None:
-    if grid.second:
+    if grid.second_level:
         raise UserError(
             "weight.scales, weight.zeros: scales that train are not quantized in turn; set them to "
             "null, or choose method/scale=dynamic."

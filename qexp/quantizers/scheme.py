@@ -27,7 +27,7 @@ class Activations(ABC):
 
 
 @dataclass(frozen=True)
-class Float(Activations):
+class FloatActivations(Activations):
     """Activations as they are."""
 
     def put(self, task: Task) -> dict[str, FakeQuant]:
@@ -38,7 +38,7 @@ class Float(Activations):
 
 
 @dataclass(frozen=True)
-class Quantized(Activations):
+class QuantizedActivations(Activations):
     """A quantizer at every site of `placement`.
 
     dynamic: scales from each tensor as it comes; otherwise fitted once, on calibration batches.
@@ -71,8 +71,8 @@ def quantize_activations(task: Task, kinds: Sequence[Activations], batches: Batc
     quantizers = attach(task, kinds)
     if any(not quantizer.dynamic for quantizer in quantizers):
         for quantizer in quantizers:
-            quantizer.observe()
+            quantizer.start_observing()
         for part in bar(singly(batches()), "activation ranges"):
             task.loss(part)
     for quantizer in quantizers:
-        quantizer.settle()
+        quantizer.fix_range()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from qexp.grid import Grid, Scale
 from qexp.packed.coded import Coded
-from qexp.quantizers.fake_quantize import Formula, gain, placed
+from qexp.quantizers.fake_quantize import FakeQuantize, as_stored, lsq_gradient_scale
 
 
 class FakeWeight(nn.Module, ABC):
@@ -29,15 +29,17 @@ class FakeWeight(nn.Module, ABC):
 class Rounded(FakeWeight):
     """Rounded to nearest by the project's formula, scales fitted at every use or trained."""
 
-    def __init__(self, grid: Grid, formula: Formula, q: Scale | None, offset: bool) -> None:
+    def __init__(
+        self, grid: Grid, fake_quantize: FakeQuantize, q: Scale | None, offset: bool
+    ) -> None:
         super().__init__()
-        self.grid, self.formula = grid, formula
+        self.grid, self.fake_quantize = grid, fake_quantize
         self.scale = self.zero = None
-        self.reach = 1.0
+        self.highest_code = 1.0
         if q is not None:
             kept = slice(1 if grid.per_tensor else None)
             scale, zero = (part[kept, kept].detach().clone() for part in (q.scale, q.zero))
-            self.reach = max(grid.ends[1] - float(zero.mean()), 1.0)
+            self.highest_code = max(grid.bounds[1] - float(zero.mean()), 1.0)
             self.scale = nn.Parameter(scale)
             self.zero = nn.Parameter(zero, requires_grad=offset)
 
@@ -45,13 +47,15 @@ class Rounded(FakeWeight):
         if self.scale is None or self.zero is None:
             return self.grid.scales_of(weight.detach().float())
         shape = (weight.shape[0], self.grid.groups(weight.shape[1]))
-        return placed(self.scale, self.zero, self.grid).map(lambda part: part.expand(shape))
+        return as_stored(self.scale, self.zero, self.grid).map(lambda part: part.expand(shape))
 
     def forward(self, weight: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
         share = (
-            1.0 if self.scale is None else gain(weight.numel() // self.scale.numel(), self.reach)
+            1.0
+            if self.scale is None
+            else lsq_gradient_scale(weight.numel() // self.scale.numel(), self.highest_code)
         )
-        return self.formula.rows(weight, self.scales(weight), self.grid, share, self.training)
+        return self.fake_quantize.rows(weight, self.scales(weight), self.grid, share, self.training)
 
     @torch.no_grad()
     def coded(self, weight: Float[Tensor, "rows columns"]) -> Coded:
@@ -76,7 +80,7 @@ class Frozen(FakeWeight):
     def scales(self, weight: Float[Tensor, "rows columns"]) -> Scale:
         grid = self.start.grid
         shape = (weight.shape[0], grid.groups(weight.shape[1]))
-        return placed(self.scale, self.zero, grid).map(lambda part: part.expand(shape))
+        return as_stored(self.scale, self.zero, grid).map(lambda part: part.expand(shape))
 
     def forward(self, weight: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
         q = self.scales(weight).map(lambda part: part.reshape(-1, 1))
@@ -85,6 +89,6 @@ class Frozen(FakeWeight):
 
     @torch.no_grad()
     def coded(self, weight: Float[Tensor, "rows columns"]) -> Coded:
-        q = placed(self.scale, self.zero, self.start.grid)
+        q = as_stored(self.scale, self.zero, self.start.grid)
         zero = q.zero if self.start.grid.has_zero else None
         return Coded(self.start.grid, self.codes.int(), q.scale, zero)

@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from qexp.common.files import atomic
-from qexp.config.instantiate import build
+from qexp.config.instantiate import instantiate
 from qexp.runs import finished, results
 
 Log = Callable[[Mapping[str, float]], None]
@@ -102,7 +102,8 @@ def opened(cfg: DictConfig, folder: Path, group: str | None = None) -> Iterator[
     nodes = cfg.get("logger") or {}
     with ExitStack() as stack:
         logs = [
-            stack.enter_context(build(node).open(config, folder, group)) for node in nodes.values()
+            stack.enter_context(instantiate(node).open(config, folder, group))
+            for node in nodes.values()
         ]
 
         def log(metrics: Mapping[str, float]) -> None:

@@ -7,13 +7,13 @@ packages in version 0.2; delete this table after one release.
 from typing import Any
 
 MOVED = {
-    "qexp.activations.Float": "qexp.quantizers.scheme.Float",
-    "qexp.activations.Quantized": "qexp.quantizers.scheme.Quantized",
+    "qexp.activations.Float": "qexp.quantizers.scheme.FloatActivations",
+    "qexp.activations.Quantized": "qexp.quantizers.scheme.QuantizedActivations",
     "qexp.augmentation.Augmented": "qexp.training.augmentation.Augmented",
     "qexp.data.calibration.NoCalibration": "qexp.data.recipe.NoCalibration",
-    "qexp.data.known.Known": "qexp.data.standard.Known",
+    "qexp.data.known.Known": "qexp.data.standard.StandardCorpus",
     "qexp.eval.against.AgainstFloat": "qexp.eval.against_float.AgainstFloat",
-    "qexp.fused.Formula": "qexp.quantizers.fake_quantize.Formula",
+    "qexp.fused.Formula": "qexp.quantizers.fake_quantize.FakeQuantize",
     "qexp.learned.Dynamic": "qexp.quantizers.scale_rules.Dynamic",
     "qexp.learned.FixedCodes": "qexp.quantizers.scale_rules.FixedCodes",
     "qexp.learned.LSQ": "qexp.quantizers.scale_rules.LSQ",
@@ -28,7 +28,7 @@ MOVED = {
     "qexp.methods.efficient.BlockPhase": "qexp.methods.efficient_qat.BlockPhase",
     "qexp.methods.efficient.EfficientQAT": "qexp.methods.efficient_qat.EfficientQAT",
     "qexp.methods.nothing.Nothing": "qexp.step.Nothing",
-    "qexp.models.run.Run": "qexp.models.from_run.Run",
+    "qexp.models.run.Run": "qexp.models.from_run.FromRun",
     "qexp.optimizer.AdamW": "qexp.training.optimizer.AdamW",
     "qexp.own.no_grid": "qexp.config.grid_choice.no_grid",
     "qexp.penalties.Deviation": "qexp.training.penalties.Deviation",
@@ -46,22 +46,21 @@ MOVED = {
     "qexp.ranges.RMS": "qexp.grid.ranges.RMS",
     "qexp.search.Resume": "qexp.sweeps.search.Resume",
     "qexp.share.GpuPool": "qexp.sweeps.gpu_pool.GpuPool",
-    "qexp.solvers.billm.BiLLM": "qexp.solvers.BiLLM",
-    "qexp.solvers.gptq.GPTQ": "qexp.solvers.GPTQ",
-    "qexp.solvers.spqr.SpQR": "qexp.solvers.SpQR",
-    "qexp.trained.Trained": "qexp.training.trainable.Trained",
+    "qexp.trained.Trained": "qexp.training.trainable.TrainableParameters",
     "qexp.training.Trainer": "qexp.training.trainer.Trainer",
     "qexp.transforms.end_to_end.EndToEnd": "qexp.methods.quadapter.EndToEnd",
 }
+# class → its fields that have another name now
+RENAMED_FIELDS = {"qexp.grid.ranges.RMS": {"reach": "clip_at"}}
 
 
 def renamed(tree: Any) -> Any:
-    """A configuration (dicts, lists, values) with today's name at every `_target_`."""
+    """A configuration (dicts, lists, values) with today's names of classes and fields."""
     if isinstance(tree, list):
         return [renamed(each) for each in tree]
     if not isinstance(tree, dict):
         return tree
-    return {
-        key: MOVED.get(str(value), value) if key == "_target_" else renamed(value)
-        for key, value in tree.items()
-    }
+    target = MOVED.get(str(tree.get("_target_")), tree.get("_target_"))
+    fields = RENAMED_FIELDS.get(str(target), {})
+    made = {fields.get(key, key): renamed(value) for key, value in tree.items()}
+    return made | {"_target_": target} if "_target_" in tree else made

@@ -48,6 +48,6 @@ class Solver(ABC):
         """Rounding to nearest on the same grid: what the result must not be worse than."""
 
     @property
-    def slack(self) -> float:
+    def tolerance(self) -> float:
         """By which share the calibrated error may exceed the baseline's all the same."""
         return 1e-3

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from qexp.common.errors import UserError, known, real, whole
+from qexp.common.errors import UserError, check_choice, check_int, check_number
 from qexp.grid.scale import DTYPES
 from qexp.packed.binary import Binary, Halves
 from qexp.solvers.base import Solution, Solver
@@ -51,11 +51,11 @@ class BiLLM(Solver):
     feedback: str = "columns"
 
     def __post_init__(self) -> None:
-        real("method.solver", self, damp=0)
-        whole("method.solver", self, block=2, most_salient=1)
-        known("method.solver", self, salient_metric=METRICS, scale_dtype=DTYPES)
-        known("method.solver", self, search=("importance", "weight"))
-        known("method.solver", self, feedback=("columns", "block", "none"))
+        check_number("method.solver", self, damp=0)
+        check_int("method.solver", self, block=2, most_salient=1)
+        check_choice("method.solver", self, salient_metric=METRICS, scale_dtype=DTYPES)
+        check_choice("method.solver", self, search=("importance", "weight"))
+        check_choice("method.solver", self, feedback=("columns", "block", "none"))
 
     def check(self, rows: int, columns: int) -> None:
         if columns < 2:
@@ -70,7 +70,7 @@ class BiLLM(Solver):
         return Binarize(self.block, self.scale_dtype)
 
     @property
-    def slack(self) -> float:
+    def tolerance(self) -> float:
         """Errors inside a block are not compensated, so that a small layer may do worse than plain
         binarization; twice its error is what a broken calibration looks like."""
         return 1.0

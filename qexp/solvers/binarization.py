@@ -36,11 +36,11 @@ def salient_columns(searched: Float[Tensor, "rows size"], most: int) -> int:
         for index, count in enumerate(counts):
             for part in (columns[:count], columns[count:]):
                 if len(part):
-                    errors[index] += twice_binarized(part)
+                    errors[index] += residual_binarization(part)
     return counts[int(errors.argmin())]
 
 
-def twice_binarized(columns: Float[Tensor, "size rows"]) -> Float[Tensor, ""]:
+def residual_binarization(columns: Float[Tensor, "size rows"]) -> Float[Tensor, ""]:
     """Square error of binarizing each row (here: column) and then its residual."""
     away = columns - columns.mean(0)
     reach = away.abs().mean(0)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from qexp.common.errors import real, whole
+from qexp.common.errors import check_int, check_number
 from qexp.grid import Grid, Scale
 from qexp.packed.coded import Coded
 from qexp.solvers.base import Solution
@@ -36,8 +36,8 @@ class GPTQ(OnGrid):
     block: int = 128
 
     def __post_init__(self) -> None:
-        real("method.solver", self, damp=0)
-        whole("method.solver", self, fit_every=1, block=1)
+        check_number("method.solver", self, damp=0)
+        check_int("method.solver", self, fit_every=1, block=1)
 
     def __call__(
         self,

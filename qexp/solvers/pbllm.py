@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qexp.common.errors import UserError, known, real, whole
+from qexp.common.errors import UserError, check_choice, check_int, check_number
 from qexp.grid import IntGrid, Scale
 from qexp.grid.scale import DTYPES
 from qexp.packed.binary import Binary, Halves
@@ -46,11 +46,11 @@ class PBLLM(Solver):
     feedback: bool = True
 
     def __post_init__(self) -> None:
-        real("method.solver", self, salient=0, damp=0)
+        check_number("method.solver", self, salient=0, damp=0)
         if self.salient >= 1:
             raise UserError(f"method.solver.salient={self.salient}: give a share below 1.")
-        whole("method.solver", self, block=1)
-        known("method.solver", self, salient_metric=METRICS, scale_dtype=DTYPES)
+        check_int("method.solver", self, block=1)
+        check_choice("method.solver", self, salient_metric=METRICS, scale_dtype=DTYPES)
 
     def check(self, rows: int, columns: int) -> None:
         self.grid.check(rows, columns)

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qexp.common.errors import real, whole
+from qexp.common.errors import check_int, check_number
 from qexp.grid import Grid, Scale
 from qexp.packed.coded import Coded
 from qexp.packed.rotated import Rotated, rotations
@@ -44,8 +44,8 @@ class QuIP(OnGrid):
     block: int = 128
 
     def __post_init__(self) -> None:
-        real("method.solver", self, damp=0)
-        whole("method.solver", self, greedy=0, block=1)
+        check_number("method.solver", self, damp=0)
+        check_int("method.solver", self, greedy=0, block=1)
 
     @property
     def rowwise(self) -> bool:
@@ -63,10 +63,10 @@ class QuIP(OnGrid):
         rows, columns = weight.shape
         dead = hessian.diagonal() == 0
         weight = weight.float().masked_fill(dead, 0)
-        stretch = self._stretch(weight, hessian).masked_fill_(dead, 1)
+        column_scale = self._stretch(weight, hessian).masked_fill_(dead, 1)
         outputs, inputs = rotations(rows, columns, self.seed)
-        turned = outputs.apply(inputs.apply(weight * stretch.float()).T).T.float().contiguous()
-        scaled = hessian / stretch.float() / stretch.float()[:, None]
+        turned = outputs.apply(inputs.apply(weight * column_scale.float()).T).T.float().contiguous()
+        scaled = hessian / column_scale.float() / column_scale.float()[:, None]
         scaled = inputs.apply(inputs.apply(scaled).T).float()
         scaled = (scaled + scaled.T) / 2
         solver = (
@@ -77,7 +77,7 @@ class QuIP(OnGrid):
         inner = solver(turned, scaled)
         assert isinstance(inner.packed, Coded)
         coded = self._descended(inner.packed, turned, scaled)
-        packed = Rotated(coded, self.seed, stretch)
+        packed = Rotated(coded, self.seed, column_scale)
         return Solution(packed.dequantize(), packed.bits(), packed, inner.damp)
 
     def _descended(

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from qexp.common.errors import known, real, whole
+from qexp.common.errors import check_choice, check_int, check_number
 from qexp.grid import IntGrid, Scale
 from qexp.grid.scale import DTYPES
 from qexp.packed.coded import Coded
@@ -49,9 +49,9 @@ class SpQR(OnGrid):
     block: int = 128
 
     def __post_init__(self) -> None:
-        real("method.solver", self, threshold=0, damp=0)
-        whole("method.solver", self, block=1)
-        known("method.solver", self, outlier_dtype=DTYPES)
+        check_number("method.solver", self, threshold=0, damp=0)
+        check_int("method.solver", self, block=1)
+        check_choice("method.solver", self, outlier_dtype=DTYPES)
 
     @property
     def rowwise(self) -> bool:
@@ -124,14 +124,14 @@ def gains_alone(
 
     low, lowest = values.min(1, keepdim=True)
     high, highest = values.max(1, keepdim=True)
-    whole = errors(grid.span(low, high))
+    whole = errors(grid.scale_for(low, high))
     gains = whole.clone()
     total = whole.sum(1, keepdim=True)
     inner_low = values.scatter(1, lowest, inf).amin(1, keepdim=True)
     inner_high = values.scatter(1, highest, -inf).amax(1, keepdim=True)
     for index, q in (
-        (lowest, grid.span(inner_low, high)),
-        (highest, grid.span(low, inner_high)),
+        (lowest, grid.scale_for(inner_low, high)),
+        (highest, grid.scale_for(low, inner_high)),
     ):
         left = errors(q).scatter_(1, index, 0).sum(1, keepdim=True)
         gains.scatter_(1, index, total - left)

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from qexp.config.location import conf
 from qexp.sweeps import ledger
-from qexp.sweeps.failures import TRACE, guarded, say
+from qexp.sweeps.failures import TRACE, run_reporting_errors, say
 from qexp.sweeps.job import Objective, job
 
 
@@ -26,9 +26,9 @@ def main(work: Callable[[DictConfig], Objective] | None = None) -> None:
     sys.argv = ["dry_run=true" if word == "--dry-run" else word for word in sys.argv]
     app = hydra.main(version_base="1.3", config_path=str(conf()), config_name="config")
     try:
-        code = guarded(app(work or job))
+        code = run_reporting_errors(app(work or job))
         if ledger.postponed and code in (0, 1):
-            code = max(code, guarded(app(work or job)))
+            code = max(code, run_reporting_errors(app(work or job)))
     finally:
         if asked is None:
             os.environ.pop("HYDRA_FULL_ERROR")

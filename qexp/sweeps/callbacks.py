@@ -14,7 +14,7 @@ from qexp.common import ranks
 from qexp.common.errors import UserError
 from qexp.config import messages
 from qexp.sweeps import dry_run
-from qexp.sweeps.ledger import VARIABLE, Sweep, named, planned
+from qexp.sweeps.ledger import VARIABLE, Sweep, plan_of, sweep_of
 
 RETRIES = (None, "failed")
 
@@ -28,9 +28,9 @@ class Ledger(Callback):
                 "torchrun: its processes are for one run and this is a sweep; leave torchrun out, "
                 "since a run starts its processes itself (trainer=ddp), or give hydra.mode=RUN"
             )
-        with heard():
-            jobs = planned(config)
-            sweep = named(config)
+        with errors_exit():
+            jobs = plan_of(config)
+            sweep = sweep_of(config)
             if config.dry_run:
                 self._list(config, jobs, sweep)
             if config.retry not in RETRIES:
@@ -40,20 +40,20 @@ class Ledger(Callback):
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         if config.dry_run:
-            with heard():
+            with errors_exit():
                 self._list(config, [list(config.hydra.overrides.task)], None)
 
     def _list(self, config: DictConfig, jobs: list[list[str]] | None, sweep: Sweep | None) -> None:
-        print(dry_run.listing(config, jobs, sweep))
+        print(dry_run.format_plan(config, jobs, sweep))
         raise SystemExit(0)
 
 
 @contextmanager
-def heard() -> Iterator[None]:
+def errors_exit() -> Iterator[None]:
     """Hydra makes warnings of what a callback raises: a user's mistake leaves as SystemExit."""
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:
-        raise SystemExit(messages.sentence(error)) from error
+        raise SystemExit(messages.message_for(error)) from error
     except UserError as error:
         raise SystemExit(str(error)) from error

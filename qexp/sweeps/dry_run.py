@@ -22,7 +22,7 @@ WORK = ("method._target_", "transform._target_")  # runs that differ in these te
 
 
 @dataclass(frozen=True)
-class Past:
+class FinishedRun:
     """A finished run: its settings by dotted key, and its seconds."""
 
     settings: dict[str, Any]
@@ -30,7 +30,7 @@ class Past:
 
 
 @dataclass(frozen=True)
-class Plan:
+class JobPlan:
     """What becomes of a job, and its seconds where it is to run and something like it has run."""
 
     folder: Path
@@ -43,7 +43,9 @@ class Plan:
         return f"{os.path.relpath(self.folder)}  {self.name}: {self.state}{about}"
 
 
-def listing(config: DictConfig, jobs: Sequence[Sequence[str]] | None, sweep: Sweep | None) -> str:
+def format_plan(
+    config: DictConfig, jobs: Sequence[Sequence[str]] | None, sweep: Sweep | None
+) -> str:
     """A line per job: its state, an estimate where it is to run, its folder and overrides.
 
     jobs: None for a search, of which only what was tried is known.
@@ -72,14 +74,14 @@ def plan(
     cfg: DictConfig,
     folder: Path,
     name: str,
-    past: Sequence[Past],
+    past: Sequence[FinishedRun],
     entry: Entry | None = None,
     retry: str | None = None,
-) -> Plan:
+) -> JobPlan:
     """What becomes of one job. `entry`: what a sweep's record knows of it."""
     state = _state(cfg, folder, entry or Entry([]), retry)
     to_run = state.startswith("to run")
-    return Plan(folder, name, state, estimate(_settings(cfg), past) if to_run else None)
+    return JobPlan(folder, name, state, estimate(_settings(cfg), past) if to_run else None)
 
 
 def composed(config: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, Path]:
@@ -93,14 +95,14 @@ def composed(config: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, 
     return cfg, Path(cfg.hydra.sweep.dir) / cfg.hydra.sweep.subdir
 
 
-def finished_runs(top: Path) -> list[Past]:
+def finished_runs(top: Path) -> list[FinishedRun]:
     """The newest finished runs at any depth; unreadable ones are left out."""
     paths = sorted(top.rglob(results.METRICS), key=os.path.getmtime, reverse=True)[:RECENT]
     found, _ = finished.collect(path.parent for path in paths)
-    return [Past(_hashable(run.leaves), run.seconds) for run in found]
+    return [FinishedRun(_hashable(run.leaves), run.seconds) for run in found]
 
 
-def estimate(settings: dict[str, Any], past: Sequence[Past]) -> float | None:
+def estimate(settings: dict[str, Any], past: Sequence[FinishedRun]) -> float | None:
     """The median of the runs that differ in the fewest keys; None without any that does the same
     kind of work."""
     alike = [run for run in past if all(run.settings.get(k) == settings.get(k) for k in WORK)]
@@ -134,7 +136,7 @@ def _state(cfg: DictConfig, folder: Path, entry: Entry, retry: str | None) -> st
     return f"to run ({reason})" if stood else "to run"
 
 
-def total(plans: Sequence[Plan], known: int) -> str:
+def total(plans: Sequence[JobPlan], known: int) -> str:
     """How many jobs are to run, and about how long; `known`: finished runs that were looked at."""
     running = sum(each.state.startswith("to run") for each in plans)
     parts = [f"{len(plans)} job{'s' if len(plans) != 1 else ''}: {running} to run"]

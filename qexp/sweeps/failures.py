@@ -14,10 +14,10 @@ from qexp.config import messages
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG)
 TRACE = "QEXP_TRACE"  # tells the workers of a launcher what HYDRA_FULL_ERROR was
-TOLD = "told when it happened"
+REPORTED = "told when it happened"
 
 
-def guarded(work: Callable[[], object]) -> int:
+def run_reporting_errors(work: Callable[[], object]) -> int:
     """The exit code of what is done; what went wrong is told on stderr."""
     try:
         work()
@@ -30,10 +30,10 @@ def guarded(work: Callable[[], object]) -> int:
             return 1
         return stop.code or 0
     except Exception as error:
-        if not told(error):
-            if traced(error):
+        if not already_reported(error):
+            if needs_traceback(error):
                 traceback.print_exception(error)
-            say(sentence(error))
+            say(message_for(error))
         return 1
     return 0
 
@@ -43,25 +43,25 @@ def say(text: str) -> None:
     print(f"qexp: {text}", file=sys.stderr)
 
 
-def told(error: BaseException) -> bool:
-    return TOLD in getattr(error, "__notes__", ())
+def already_reported(error: BaseException) -> bool:
+    return REPORTED in getattr(error, "__notes__", ())
 
 
-def traced(error: BaseException) -> bool:
+def needs_traceback(error: BaseException) -> bool:
     """Whether to show where it happened: always for a fault of the program."""
     expected = isinstance(error, UserError | HydraException | OmegaConfBaseException)
     disk = isinstance(error, OSError) and error.errno in DISK  # Hydra's own files, W&B's, caches
-    missing = messages.plugin(error) is not None
+    missing = messages.missing_plugin(error) is not None
     return not (expected or disk or missing) or os.environ.get(TRACE) == "1"
 
 
-def sentence(error: Exception) -> str:
+def message_for(error: Exception) -> str:
     """What went wrong, for the user."""
     if isinstance(error, HydraException | OmegaConfBaseException):
-        return messages.sentence(error)
+        return messages.message_for(error)
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.errno in DISK:
         where = error.filename or "the run's folder or a cache"
         return f"{where}: {error.strerror}; free space or choose another folder"
-    return messages.plugin(error) or f"{type(error).__name__}: {error}"
+    return messages.missing_plugin(error) or f"{type(error).__name__}: {error}"

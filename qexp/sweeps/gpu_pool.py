@@ -45,7 +45,7 @@ def gpus() -> list[str]:
     return [str(index) for index in range(sum(line.startswith("GPU ") for line in lines))]
 
 
-def slots(per_gpu: int) -> int:
+def gpu_slots(per_gpu: int) -> int:
     """How many jobs run at once with so many on each GPU (`${gpu_slots:…}`). UserError for none."""
     if not (found := len(gpus()) * per_gpu):
         raise UserError("hydra/launcher=gpu_pool: this machine shows no GPU; take cpu_pool")
@@ -64,16 +64,16 @@ class GpuPool(Callback):
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         if not _taken:
-            _taken.append(take(gpus(), self.per_gpu))
+            _taken.append(free_gpu(gpus(), self.per_gpu))
             os.environ[VISIBLE] = _taken[0]
 
 
 def register() -> None:
     """Make `${gpu_slots:K}` known to OmegaConf; calling it again changes nothing."""
-    OmegaConf.register_new_resolver("gpu_slots", slots, replace=True)
+    OmegaConf.register_new_resolver("gpu_slots", gpu_slots, replace=True)
 
 
-def take(names: list[str], per_gpu: int) -> str:
+def free_gpu(names: list[str], per_gpu: int) -> str:
     """The GPU of the first free slot, emptiest GPUs first; waits while there is none."""
     folder = Path(tempfile.gettempdir()) / f"qexp-gpus-{os.getuid()}"
     while True:

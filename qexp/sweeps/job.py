@@ -21,7 +21,7 @@ from qexp.config import messages
 from qexp.runs import resolvers, results
 from qexp.runs.provenance import stamp
 from qexp.sweeps import gpu_pool, ledger
-from qexp.sweeps.failures import TOLD, sentence, traced
+from qexp.sweeps.failures import REPORTED, message_for, needs_traceback
 from qexp.sweeps.ledger import Entry, Sweep
 
 log = logging.getLogger(__name__)
@@ -61,26 +61,26 @@ def job(cfg: DictConfig) -> Objective:
                 ledger.postponed.add(folder)
                 return None
             if sweep is not None and results.stale(folder) is not None:
-                sweep.enter(entry := ledger.begun(entry, sweep, folder))
+                sweep.enter(entry := ledger.started(entry, sweep, folder))
             metrics, answered = _run(cfg, folder, sweep)
             (folder / FAILURE).unlink(missing_ok=True)
             if sweep is not None:
                 _finish(sweep, entry, folder, answered, time.perf_counter() - start)
     except NotStarted as error:
-        error.add_note(TOLD)
+        error.add_note(REPORTED)
         raise
     except Exception as error:
-        reason = sentence(error)
-        log.error("failed: %s", reason, exc_info=traced(error))
+        reason = message_for(error)
+        log.error("failed: %s", reason, exc_info=needs_traceback(error))
         with contextlib.suppress(OSError, UserError):  # the disk may be what is full
             if sweep is not None:
-                begun = ledger.begun(entry, sweep, folder)
+                begun = ledger.started(entry, sweep, folder)
                 seconds = time.perf_counter() - start
                 sweep.enter(replace(begun, status="failed", reason=reason, seconds=seconds))
             results.write_json(folder / FAILURE, {"reason": reason, "overrides": overrides})
         if sweep is None:
             raise SystemExit(1) from error  # told already
-        error.add_note(TOLD)
+        error.add_note(REPORTED)
         raise
     log.info("%s: %s", os.path.relpath(folder), headline(metrics))
     return optimized(cfg.optimize, metrics)
@@ -93,7 +93,9 @@ def _join(cfg: DictConfig, folder: Path) -> None:
     try:
         worker.join(cfg, folder)
     except Exception as error:
-        log.error("process %d: %s", ranks.rank() + 1, sentence(error), exc_info=traced(error))
+        log.error(
+            "process %d: %s", ranks.rank() + 1, message_for(error), exc_info=needs_traceback(error)
+        )
         with locked(folder, 30.0):  # torchrun ends all with this one: let the first have its say
             raise SystemExit(1) from error
 

@@ -94,24 +94,24 @@ def current() -> Sweep | None:
     return Sweep(Path(folder), launch) if folder else None
 
 
-def named(config: DictConfig) -> Sweep:
+def sweep_of(config: DictConfig) -> Sweep:
     """The record of a command: of what it sets and what it sweeps, in whatever order. A second
     launch of this process is the first one's."""
-    name = _digest(signed(_asked(config)))
+    name = _digest(signed(_requested_overrides(config)))
     folder = Path(config.hydra.sweep.dir).absolute() / FOLDER / name
     if (known := current()) is not None and known.folder == folder:
         return known
     return Sweep(folder, f"{datetime.now(UTC):%Y%m%d-%H%M%S-%f}-{platform.node()}-{os.getpid()}")
 
 
-def planned(config: DictConfig) -> list[list[str]] | None:
+def plan_of(config: DictConfig) -> list[list[str]] | None:
     """The overrides of each job; None for a search, whose jobs come one by one."""
     if not config.hydra.sweeper._target_.endswith("BasicSweeper"):
         return None
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-    parsed = parser.parse_overrides(_asked(config))
+    parsed = parser.parse_overrides(_requested_overrides(config))
     [jobs] = BasicSweeper.split_arguments(parsed, None)
     return jobs
 
@@ -138,14 +138,14 @@ def signed(overrides: Sequence[str]) -> list[str]:
     return sorted(each for each in overrides if _key(each) not in UNSIGNED)
 
 
-def begun(entry: Entry, sweep: Sweep, folder: Path) -> Entry:
+def started(entry: Entry, sweep: Sweep, folder: Path) -> Entry:
     """The entry of a job that begins now."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     fresh = Entry(entry.overrides, entry.number, "running", str(folder))
     return replace(fresh, started=now, launch=sweep.launch, code=hashes.code())
 
 
-def _asked(config: DictConfig) -> list[str]:
+def _requested_overrides(config: DictConfig) -> list[str]:
     """What the configuration sweeps, then what the command line says."""
     params = OmegaConf.select(config, "hydra.sweeper.params") or {}
     return [f"{key}={value}" for key, value in params.items()] + list(config.hydra.overrides.task)

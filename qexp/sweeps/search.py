@@ -10,7 +10,7 @@ from qexp.common import hashes
 from qexp.common.errors import UserError
 from qexp.common.files import locked
 from qexp.sweeps import ledger
-from qexp.sweeps.callbacks import heard
+from qexp.sweeps.callbacks import errors_exit
 
 REQUEUED = "requeued"  # trials of a study that are counted by their second try
 
@@ -22,8 +22,8 @@ class Resume(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         if config.dry_run:
             return
-        with heard():
-            node, sweep = config.hydra.sweeper, ledger.named(config)
+        with errors_exit():
+            node, sweep = config.hydra.sweeper, ledger.sweep_of(config)
             name = node.study_name or f"{sweep.name}-{hashes.code()}"
             study = opened(node, name, Path(config.hydra.sweep.dir))
             take_up(study, sweep, retry=config.retry == "failed")

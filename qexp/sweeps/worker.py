@@ -32,6 +32,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from qexp.sweeps.failures import guarded
+    from qexp.sweeps.failures import run_reporting_errors
 
-    sys.exit(guarded(main))
+    sys.exit(run_reporting_errors(main))

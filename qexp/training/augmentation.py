@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qexp.common.errors import UserError, switches, whole
+from qexp.common.errors import UserError, check_bool, check_int
 from qexp.task import Batch, Task
 from qexp.training.losses import Objective
 
@@ -23,8 +23,8 @@ class Augmented(Objective):
     teacher = False
 
     def __post_init__(self) -> None:
-        whole(None, self, shift=0)
-        switches(None, self, "flip")
+        check_int(None, self, shift=0)
+        check_bool(None, self, "flip")
 
     def check(self, task: Task) -> None:
         if task.objective != "image_classification":

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from qexp.task import Batch
 
 
-class Rows(Dataset[Batch]):
+class SeededBatches(Dataset[Batch]):
     """Batches of some sequences of a whole, in an order that depends on the seed alone, dealt out
     one by one to `ranks` processes."""
 
@@ -56,5 +56,5 @@ def restore_random(states: list[Tensor], device: torch.device) -> None:
         torch.get_device_module(device).set_rng_state(states[1].cpu(), device)
 
 
-def _stack(batches: Sequence[Batch]) -> Batch:
+def stack(batches: Sequence[Batch]) -> Batch:
     return {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}

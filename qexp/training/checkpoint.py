@@ -16,20 +16,20 @@ log = logging.getLogger(__name__)
 LAST, BEST = "last.ckpt", "best.ckpt"
 
 
-class Left(NamedTuple):
+class Checkpoints(NamedTuple):
     """What a run that was killed has left: its last checkpoint, and its best where it validates."""
 
     last: dict[str, Any]
     best: dict[str, Any] | None
 
 
-def _left(kept: Path) -> Left | None:
+def find_checkpoints(kept: Path) -> Checkpoints | None:
     """None where there is nothing; what cannot be read is told of and taken away."""
     if not (kept / LAST).exists():
         return None
     try:
-        best = _read(kept / BEST) if (kept / BEST).exists() else None
-        return Left(_read(kept / LAST), best)
+        best = _load(kept / BEST) if (kept / BEST).exists() else None
+        return Checkpoints(_load(kept / LAST), best)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as reason:
         said = str(reason).partition("\n")[0]
         log.warning("%s: cannot be read (%s); training begins anew", kept, said)
@@ -38,7 +38,7 @@ def _left(kept: Path) -> Left | None:
         return None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _load(path: Path) -> dict[str, Any]:
     """A checkpoint, of whose tensors only what is used is read."""
     kept: dict[str, Any] = torch.load(path, weights_only=False, mmap=True)
     return kept

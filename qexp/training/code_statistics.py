@@ -10,18 +10,18 @@ from torch import Tensor, nn
 
 from qexp.grid.clipping import inside
 from qexp.quantizers.activation import FakeQuant
-from qexp.quantizers.parametrization import behind, fake
+from qexp.quantizers.parametrization import float_weight, weight_quantizer
 from qexp.quantizers.weight import FakeWeight, Rounded
 
 
-class Moved(NamedTuple):
+class Snapshot(NamedTuple):
     """Numbers of the whole model, and of each tensor by its name."""
 
     whole: Mapping[str, float] = MappingProxyType({})
     tensors: Mapping[str, Mapping[str, float]] = MappingProxyType({})
 
 
-class Movement:
+class CodeStatistics:
     """Codes and scales of weights, and ranges of activations, from one call to the next.
 
     clipped: weights beyond the ends of their grid. flipped: weights whose code is another one than
@@ -37,7 +37,9 @@ class Movement:
         quantizers: Mapping[str, nn.Module] = MappingProxyType({}),
         probe: Callable[[], object] = lambda: None,
     ) -> None:
-        self.weights = {name: (fake(linear), linear) for name, linear in linears.items()}
+        self.weights = {
+            name: (weight_quantizer(linear), linear) for name, linear in linears.items()
+        }
         self.ranges = {
             name: quantizer
             for name, quantizer in quantizers.items()
@@ -47,12 +49,12 @@ class Movement:
         self.notes: dict[str, Any] = {"codes": {}, "moves": {}, "starts": {}}
 
     @torch.no_grad()
-    def __call__(self) -> Moved:
+    def __call__(self) -> Snapshot:
         """The shares since the last call; the first one only looks."""
         whole: dict[str, float] = {}
         weights, sizes = {}, {}
         for name, (rounded, linear) in self.weights.items():
-            weights[name] = self._weight(name, rounded, behind(linear))
+            weights[name] = self._weight(name, rounded, float_weight(linear))
             size = linear.in_features * linear.out_features
             sizes[name] = size if isinstance(rounded, Rounded) else 0
         if total := sum(sizes.values()):
@@ -74,7 +76,7 @@ class Movement:
             if tensors:
                 ratios = torch.tensor([each["scale"] for each in tensors.values()])
                 whole[key] = float(ratios.double().log().mean().exp())
-        return Moved(whole, weights | ranges)
+        return Snapshot(whole, weights | ranges)
 
     def _weight(
         self, name: str, rounded: FakeWeight, weight: Float[Tensor, "rows columns"]
@@ -88,7 +90,7 @@ class Movement:
         groups = weight.reshape(len(flat.scale), -1)
         v = groups / flat.scale + flat.zero
         size = weight.numel()
-        clipped = size - _count(inside(v, *rounded.grid.ends))
+        clipped = size - _count(inside(v, *rounded.grid.bounds))
         codes = rounded.grid.encode(groups, flat)
         # a checkpoint brings them back on the CPU
         move = (codes - before.get(name, codes).to(codes.device)).sign_()
@@ -109,7 +111,7 @@ class Movement:
                 q = quantizer.place()
                 v = args[0].float() / q.scale + q.zero
                 kept, total = seen.get(name, (0, 0))
-                kept += _count(inside(v, *quantizer.grid.ends))
+                kept += _count(inside(v, *quantizer.grid.bounds))
                 seen[name] = kept, total + v.numel()
 
             return quantizer.register_forward_pre_hook(count)

@@ -7,7 +7,7 @@ from torch import Tensor, distributed, nn
 
 from qexp.common.errors import UserError
 from qexp.task import Batch, Task
-from qexp.training.fsdp import alone, full
+from qexp.training.fsdp import full_tensor, is_single_process
 
 ADVICE = "lower method.optimizer's rates or its clip, or train in trainer.precision=32-true."
 
@@ -16,19 +16,19 @@ class Diverged(UserError):
     """A fault that all processes that train together meet at the same step."""
 
 
-def agreed(fault: Diverged, own: bool) -> Diverged:
+def same_on_all_ranks(fault: Diverged, own: bool) -> Diverged:
     """In every process the fault of the first whose `own` it is."""
-    if alone():
+    if is_single_process():
         return fault
     said: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(said, (own, str(fault)))
     return Diverged(next(text for its, text in said if its))
 
 
-def loss(task: Task, batch: Batch, step: int, what: str = "loss") -> Diverged:
+def diagnose_loss(task: Task, batch: Batch, step: int, what: str = "loss") -> Diverged:
     """The first layer whose weights, else whose outputs, are not finite."""
     for name, parameter in task.model.named_parameters():
-        if not full(parameter.detach()).isfinite().all():
+        if not full_tensor(parameter.detach()).isfinite().all():
             return Diverged(f"training: step {step}: {name} is no longer finite: {ADVICE}")
     first: list[str] = []
     handles = [
@@ -44,12 +44,12 @@ def loss(task: Task, batch: Batch, step: int, what: str = "loss") -> Diverged:
     return Diverged(f"training: step {step}: the {what} is not finite; {where}: {ADVICE}")
 
 
-def gradient(task: Task, step: int) -> Diverged:
+def diagnose_gradient(task: Task, step: int) -> Diverged:
     """The layer nearest to the loss whose gradient is not finite: there it began. Where each is,
     and their norm is not, the one with the largest: steep surrogates multiply from layer to layer.
     """
     found = [
-        (name.removeprefix("model."), full(parameter.grad))
+        (name.removeprefix("model."), full_tensor(parameter.grad))
         for name, parameter in task.named_parameters()
         if parameter.grad is not None
     ]

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 WHOLE = StateDictOptions(full_state_dict=True)
 
 
-class Sharded(DDPStrategy):
+class FullySharded(DDPStrategy):
     """Fully sharded data-parallel (2304.11277) by torch's `fully_shard`: a process holds its rows
     of every parameter, and all of a block's only while that block computes.
 
@@ -48,7 +48,7 @@ class Sharded(DDPStrategy):
 
     def on_train_end(self) -> None:
         """The model as it came, with the trained values."""
-        with whole(self.model):
+        with unsharded(self.model):
             for parameter, trained in self._parameters().items():
                 parameter.data = trained.detach().clone()
         self._unwrap()
@@ -85,7 +85,7 @@ class Sharded(DDPStrategy):
 
 
 @contextmanager
-def whole(module: nn.Module) -> Iterator[None]:
+def unsharded(module: nn.Module) -> Iterator[None]:
     """All parameters at hand, in every process."""
     shards = [each for each in module.modules() if isinstance(each, FSDPModule)]
     for each in shards:
@@ -97,19 +97,19 @@ def whole(module: nn.Module) -> Iterator[None]:
             each.reshard()
 
 
-def full(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor of which every process may hold a part."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def alone() -> bool:
+def is_single_process() -> bool:
     """Whether no other process trains with this one."""
     return not distributed.is_initialized() or distributed.get_world_size() == 1
 
 
-def averaged(tensor: Tensor) -> Tensor:
+def mean_over_ranks(tensor: Tensor) -> Tensor:
     """The mean over the processes that train together; the tensor itself where there is one."""
-    if alone():
+    if is_single_process():
         return tensor
     total = tensor.detach().clone()
     distributed.all_reduce(total)

@@ -40,7 +40,7 @@ class _Told(LightningEnvironment):
 
 
 @contextmanager
-def together(folder: Path | None, count: int) -> Iterator[None]:
+def processes(folder: Path | None, count: int) -> Iterator[None]:
     """`count` processes on this machine, each with its share of the threads, as long as the context
     lasts; those that `torchrun` did not start are started. UserError if there are others than
     `count`, or if one of them ends before all are there."""

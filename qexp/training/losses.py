@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from qexp.common.errors import finite
+from qexp.common.errors import check_finite
 from qexp.task import Batch, Task
 
 
@@ -56,7 +56,7 @@ class FromTeacher(Objective):
     hidden = False  # whether hidden states are compared
 
     def __post_init__(self) -> None:
-        finite(None, self, "task")
+        check_finite(None, self, "task")
 
     def __call__(
         self, task: Task, teacher: PreTrainedModel | None, batch: Batch

@@ -20,16 +20,16 @@ from qexp.common.files import write_rows
 from qexp.runs.results import TENSORS, TRAINING
 from qexp.task import Batch, Task, trimmed
 from qexp.training import divergence
-from qexp.training.batches import Rows, _stack, random_state, restore_random
-from qexp.training.code_statistics import Moved
-from qexp.training.fsdp import full, whole
+from qexp.training.batches import SeededBatches, random_state, restore_random, stack
+from qexp.training.code_statistics import Snapshot
+from qexp.training.fsdp import full_tensor, unsharded
 from qexp.training.optimizer import AdamW
 
 Loss = Callable[[Batch], Float[Tensor, ""]]
 
 
 @dataclass
-class Course:
+class TrainingSetup:
     """What is trained on what: `parameters` by kind, `loss` of a batch, and the batches.
 
     measure: numbers for the logs at the end of each leg. identity: what the result depends on, so
@@ -44,7 +44,7 @@ class Course:
     optimizer: AdamW = field(default_factory=AdamW)
     validation: Sequence[Batch] = ()
     validation_loss: Loss | None = None
-    measure: Callable[[], Moved] = Moved
+    measure: Callable[[], Snapshot] = Snapshot
     seed: int = 0
     identity: str = ""
     folder: Path | None = None
@@ -53,7 +53,7 @@ class Course:
 
 
 @dataclass(frozen=True)
-class Pace:
+class Schedule:
     """Steps in all, steps of a leg, batches of a step, sequences of a batch."""
 
     steps: int
@@ -62,25 +62,25 @@ class Pace:
     sequences: int
 
 
-class Training(L.LightningModule):
+class TrainingModule(L.LightningModule):
     """A course under way."""
 
     strict_loading = False  # checkpoints hold what trains, nothing else
     forwards = ("training_step", "validation_step", "measure")  # what computes with the model
 
-    def __init__(self, course: Course, pace: Pace, folder: Path) -> None:
+    def __init__(self, setup: TrainingSetup, schedule: Schedule, folder: Path) -> None:
         super().__init__()
-        self.task = course.task
-        self.course, self.pace, self.folder = course, pace, folder
+        self.task = setup.task
+        self.training_setup, self.schedule, self.folder = setup, schedule, folder
         self.lines: list[dict[str, float]] = []
         self.tensors: list[dict[str, float | str]] = []
         self.losses: list[Tensor] = []
         self.random: list[Tensor] = []
-        kinds = {id(p): kind for kind, group in course.parameters.items() for p in group}
+        kinds = {id(p): kind for kind, group in setup.parameters.items() for p in group}
         self.kinds = {name: kinds[id(p)] for name, p in self.named_parameters() if id(p) in kinds}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        return {name: full(p.detach()) for name, p in self._chosen()}
+        return {name: full_tensor(p.detach()) for name, p in self._chosen()}
 
     def _chosen(self, kind: str | None = None) -> Iterator[tuple[str, nn.Parameter]]:
         """What trains, by name: a strategy may have put others in the parameters' places."""
@@ -89,22 +89,24 @@ class Training(L.LightningModule):
                 yield name, parameter
 
     def configure_optimizers(self) -> Any:
-        parameters = {kind: [p for _, p in self._chosen(kind)] for kind in self.course.parameters}
-        optimizer = self.course.optimizer.optimizer(parameters)
-        rule, steps = self.course.optimizer, self.pace.steps
+        parameters = {
+            kind: [p for _, p in self._chosen(kind)] for kind in self.training_setup.parameters
+        }
+        optimizer = self.training_setup.optimizer.optimizer(parameters)
+        rule, steps = self.training_setup.optimizer, self.schedule.steps
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda at: rule.factor(at, steps))
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        pace, leg = self.pace, self.global_step // self.pace.every
-        steps = min(pace.every, pace.steps - leg * pace.every)
+        schedule, interval = self.schedule, self.global_step // self.schedule.every
+        steps = min(schedule.every, schedule.steps - interval * schedule.every)
         ranks = self.trainer.world_size
-        count = pace.accumulate * ranks
-        rows = Rows(
-            _stack(self.course.batches),
-            pace.sequences,
-            self.course.seed,
-            leg * pace.every * count,
+        count = schedule.accumulate * ranks
+        rows = SeededBatches(
+            stack(self.training_setup.batches),
+            schedule.sequences,
+            self.training_setup.seed,
+            interval * schedule.every * count,
             max(steps, 0) * count,
             self.trainer.global_rank,
             ranks,
@@ -113,9 +115,9 @@ class Training(L.LightningModule):
 
     def val_dataloader(self) -> list[DataLoader[Batch]]:
         """All of it in every process, so that the loss is that of one."""
-        if not self.course.validation:
+        if not self.training_setup.validation:
             return []
-        whole, rows = _stack(self.course.validation), self.pace.sequences
+        whole, rows = stack(self.training_setup.validation), self.schedule.sequences
         parts = [
             {key: value[start : start + rows] for key, value in whole.items()}
             for start in range(0, len(next(iter(whole.values()))), rows)
@@ -123,32 +125,34 @@ class Training(L.LightningModule):
         return [DataLoader(parts, batch_size=None, generator=torch.Generator())]  # type: ignore[arg-type]
 
     def training_step(self, batch: Batch, index: int) -> Float[Tensor, ""]:
-        loss = self.course.loss(trimmed(batch))
+        loss = self.training_setup.loss(trimmed(batch))
         finite = bool(loss.isfinite())
         if self.trainer.strategy.reduce(torch.tensor(float(not finite)).to(loss), reduce_op="sum"):
-            raise divergence.agreed(divergence.loss(self.task, batch, self.global_step), not finite)
+            raise divergence.same_on_all_ranks(
+                divergence.diagnose_loss(self.task, batch, self.global_step), not finite
+            )
         self.losses.append(loss.detach())
         return loss
 
     def validation_step(self, batch: Batch, index: int) -> None:
-        loss = (self.course.validation_loss or self.course.loss)(trimmed(batch))
+        loss = (self.training_setup.validation_loss or self.training_setup.loss)(trimmed(batch))
         if not loss.isfinite():
-            raise divergence.loss(self.task, batch, self.global_step, "validation loss")
+            raise divergence.diagnose_loss(self.task, batch, self.global_step, "validation loss")
         rows = len(next(iter(batch.values())))
         self.log("validation", loss, batch_size=rows, on_epoch=True, sync_dist=True)
 
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         chosen = [p for _, p in self._chosen()]
-        norm = full(nn.utils.get_total_norm([p.grad for p in chosen if p.grad is not None]))
-        limit = self.course.optimizer.clip
+        norm = full_tensor(nn.utils.get_total_norm([p.grad for p in chosen if p.grad is not None]))
+        limit = self.training_setup.optimizer.clip
         if not norm.isfinite():
-            raise divergence.gradient(self.task, self.global_step)
+            raise divergence.diagnose_gradient(self.task, self.global_step)
         if limit is not None and norm > limit:
             nn.utils.clip_grads_with_norm_(chosen, limit, norm)
 
-    def measure(self) -> Moved:
-        with whole(self), self.trainer.precision_plugin.forward_context():
-            return self.course.measure()
+    def measure(self) -> Snapshot:
+        with unsharded(self), self.trainer.precision_plugin.forward_context():
+            return self.training_setup.measure()
 
     def on_train_start(self) -> None:
         self.measure()  # what it measures, it measures from here
@@ -174,12 +178,12 @@ class Training(L.LightningModule):
                 write_rows(self.folder / TENSORS, self.tensors)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        kept = {"lines": self.lines, "tensors": self.tensors, "notes": self.course.notes}
-        ended = self.trainer.should_stop or self.global_step >= self.pace.steps
+        kept = {"lines": self.lines, "tensors": self.tensors, "notes": self.training_setup.notes}
+        ended = self.trainer.should_stop or self.global_step >= self.schedule.steps
         checkpoint["course"] = {**kept, "random": random_state(self.device), "ended": ended}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         kept = checkpoint["course"]
         self.lines, self.tensors, self.random = kept["lines"], kept["tensors"], kept["random"]
-        for notes, before in zip(self.course.notes, kept["notes"], strict=True):
+        for notes, before in zip(self.training_setup.notes, kept["notes"], strict=True):
             notes.update(before)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from qexp.common.errors import FieldError, finite, positive, switches, within
-from qexp.training.fsdp import full
+from qexp.common.errors import FieldError, check_bool, check_finite, check_positive, check_range
+from qexp.training.fsdp import full_tensor
 
 KINDS = ("weights", "scales", "offsets", "channels")
 
@@ -38,11 +38,11 @@ class AdamW:
     clip: float | None = 1.0  # largest norm of all gradients together
 
     def __post_init__(self) -> None:
-        finite(None, self, *KINDS, "weight_decay")
-        switches(None, self, "relative")
-        within(None, self, "a number from 0 to 1", lambda x: 0 <= x <= 1, "warmup", "floor")
+        check_finite(None, self, *KINDS, "weight_decay")
+        check_bool(None, self, "relative")
+        check_range(None, self, "a number from 0 to 1", lambda x: 0 <= x <= 1, "warmup", "floor")
         if self.clip is not None:
-            positive(None, self, "clip")
+            check_positive(None, self, "clip")
         fine = (type(beta) in (int, float) and 0 <= beta < 1 for beta in self.betas)
         if len(self.betas) != 2 or not all(fine):
             raise FieldError(f"betas={self.betas}: give two numbers from 0 to below 1.")
@@ -53,7 +53,7 @@ class AdamW:
             rate, members = getattr(self, kind), list(parameters.get(kind, ()))
             if kind == "scales" and self.relative:
                 for scale in members:
-                    unit = float(full(scale.detach()).abs().mean())
+                    unit = float(full_tensor(scale.detach()).abs().mean())
                     groups.append({"params": [scale], "lr": rate * unit, "weight_decay": 0.0})
             elif members:
                 decay = self.weight_decay if kind == "weights" else 0.0

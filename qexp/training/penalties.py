@@ -15,12 +15,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from qexp.common.errors import FieldError, UserError, finite, within
+from qexp.common.errors import FieldError, UserError, check_finite, check_range
 from qexp.grid import IntGrid
 from qexp.grid.outlier_error import Moments, decompose
 from qexp.quantizers.placement import Placement, Site
 from qexp.task import Task
-from qexp.training.fsdp import averaged
+from qexp.training.fsdp import mean_over_ranks
 from qexp.training.losses import Penalty, Watch
 
 RANKED = IntGrid(8, per_tensor=True)  # on which tensors are compared with one another
@@ -126,9 +126,9 @@ class Outliers(Penalty):
     def __post_init__(self) -> None:
         if (self.share is None) == (self.weight is None):
             raise FieldError("share and weight: give one of them, and null for the other.")
-        finite(None, self, "share" if self.weight is None else "weight")
-        within(None, self, "a number above 0 and at most 1", lambda x: 0 < x <= 1, "worst")
-        within(None, self, "a number from 0 to below 1", lambda x: 0 <= x < 1, "momentum")
+        check_finite(None, self, "share" if self.weight is None else "weight")
+        check_range(None, self, "a number above 0 and at most 1", lambda x: 0 < x <= 1, "worst")
+        check_range(None, self, "a number from 0 to below 1", lambda x: 0 <= x < 1, "momentum")
 
     @contextmanager
     def watch(self, task: Task) -> Iterator[Watch]:
@@ -184,12 +184,16 @@ class Watching(Watch):
         if not torch.is_grad_enabled():  # validation: the loss is what is compared
             return loss.new_zeros(())
         if self.statistics:  # the same in every process, whatever batches each has
-            rows = averaged(torch.stack([torch.stack(pair) for pair in self.statistics.values()]))
+            rows = mean_over_ranks(
+                torch.stack([torch.stack(pair) for pair in self.statistics.values()])
+            )
             pairs = ((mean, deviation) for mean, deviation in rows.unbind())
             self.memory["statistics"] = dict(zip(self.statistics, pairs, strict=True))
         if self.shares:
             count = math.ceil(self.penalty.worst * len(self.shares))
-            found = averaged(torch.tensor(list(self.shares.values()), device=loss.device)).tolist()
+            found = mean_over_ranks(
+                torch.tensor(list(self.shares.values()), device=loss.device)
+            ).tolist()
             shares = dict(zip(self.shares, found, strict=True))
             ranked = sorted(shares, key=shares.__getitem__, reverse=True)
             self.memory["kept"], self.shares = ranked[:count], {}
@@ -203,7 +207,9 @@ class Watching(Watch):
             return float(self.penalty.weight)
         assert self.penalty.share is not None
         if "weight" not in self.memory:
-            whole, own = averaged(torch.stack([loss.detach().float(), value.detach().float()]))
+            whole, own = mean_over_ranks(
+                torch.stack([loss.detach().float(), value.detach().float()])
+            )
             if own > 0:
                 self.memory["weight"] = float(self.penalty.share * whole / own)
         return float(self.memory.get("weight", 0.0))

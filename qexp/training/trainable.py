@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from qexp.common.errors import positive, switches, whole
+from qexp.common.errors import check_bool, check_int, check_positive
 from qexp.quantizers.activation import FakeQuant
 from qexp.quantizers.channel_scale import Alpha
 from qexp.quantizers.weight import FakeWeight
@@ -31,7 +31,7 @@ class LowRank(nn.Module):
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainableParameters:
     """What moves; the rest is frozen. Scales and zero points move only where the scale rule made
     them trainable.
 
@@ -51,9 +51,9 @@ class Trained:
     alpha: float = 16.0
 
     def __post_init__(self) -> None:
-        switches(None, self, *(each.name for each in fields(self) if each.type is bool))
-        whole(None, self, rank=0)
-        positive(None, self, "alpha")
+        check_bool(None, self, *(each.name for each in fields(self) if each.type is bool))
+        check_int(None, self, rank=0)
+        check_positive(None, self, "alpha")
 
     def prepare(self, linears: Iterable[nn.Linear]) -> None:
         """Before the weights are rounded."""

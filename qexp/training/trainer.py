@@ -16,13 +16,13 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.strategies import DDPStrategy
 
 from qexp.common import progress, ranks
-from qexp.common.errors import UserError, known, switches, whole
+from qexp.common.errors import UserError, check_bool, check_choice, check_int
 from qexp.runs.results import CHECKPOINTS
 from qexp.task import Task
 from qexp.training import launch
-from qexp.training.checkpoint import BEST, LAST, Checkpoint, _left
-from qexp.training.fsdp import Sharded
-from qexp.training.module import Course, Pace, Training
+from qexp.training.checkpoint import BEST, LAST, Checkpoint, find_checkpoints
+from qexp.training.fsdp import FullySharded
+from qexp.training.module import Schedule, TrainingModule, TrainingSetup
 
 log = logging.getLogger(__name__)
 STRATEGIES = ("auto", "ddp", "fsdp")
@@ -53,39 +53,39 @@ class Trainer:
     devices: int = 1
 
     def __post_init__(self) -> None:
-        whole("trainer", self, steps=1, sequences=1, accumulate=1, every=1, devices=1)
+        check_int("trainer", self, steps=1, sequences=1, accumulate=1, every=1, devices=1)
         if self.patience is not None:
-            whole("trainer", self, patience=1)
-        switches("trainer", self, "recompute")
-        known("trainer", self, precision=PRECISIONS, strategy=STRATEGIES)
+            check_int("trainer", self, patience=1)
+        check_bool("trainer", self, "recompute")
+        check_choice("trainer", self, precision=PRECISIONS, strategy=STRATEGIES)
 
-    def fit(self, course: Course) -> list[dict[str, float]]:
+    def fit(self, setup: TrainingSetup) -> list[dict[str, float]]:
         """Train; the log's lines. Leaves the best (else the last) weights in the model, in the
         modes and on the device that it had. Raises ranks.Done in a process that is not the first.
 
         Checkpoints stay in the course's folder until the run has written its results
         (`Task.written`): one that is killed before goes on from them."""
-        if not any(course.parameters.values()):
+        if not any(setup.parameters.values()):
             raise UserError("method.trained: nothing is left to train; choose another set.")
-        task, device = course.task, course.task.device
+        task, device = setup.task, setup.task.device
         with ExitStack() as stack:
             scratch = stack.enter_context(tempfile.TemporaryDirectory())
-            folder = Path(scratch) if course.folder is None else course.folder
+            folder = Path(scratch) if setup.folder is None else setup.folder
             stack.enter_context(_quiet())
             stack.enter_context(_mode(task, self.recompute))
-            kept = folder / f"{CHECKPOINTS}{course.identity}"
-            pace = Pace(self.steps, self.every, self.accumulate, self.sequences)
-            module = Training(course, pace, folder)
-            left = _left(kept)
+            kept = folder / f"{CHECKPOINTS}{setup.identity}"
+            schedule = Schedule(self.steps, self.every, self.accumulate, self.sequences)
+            module = TrainingModule(setup, schedule, folder)
+            left = find_checkpoints(kept)
             if left is not None:
                 log.info("training goes on from %s", kept / LAST)
             if left is None or not left.last["course"]["ended"]:
                 self._check(device)
-                stack.enter_context(launch.together(course.folder, self.devices))
+                stack.enter_context(launch.processes(setup.folder, self.devices))
                 self._fit(module, kept, None if left is None else kept / LAST)
                 if ranks.rank():
                     raise ranks.Done
-                left = _left(kept)
+                left = find_checkpoints(kept)
             assert left is not None
             module.lines = left.last["course"]["lines"]
             # what does not train is as it was
@@ -107,13 +107,13 @@ class Trainer:
                 "one each; give device=auto."
             )
 
-    def _fit(self, module: Training, kept: Path, resumed: Path | None) -> None:
+    def _fit(self, module: TrainingModule, kept: Path, resumed: Path | None) -> None:
         """Train, from a checkpoint if there is one, and leave others in `kept`."""
-        course, device = module.course, module.task.device
+        setup, device = module.training_setup, module.task.device
         # Not `save_last`, which Lightning writes only where it also saves by the monitor.
         # It comes second, so that it knows what `best` made of the same leg.
         callbacks: list[Callback] = []
-        if course.validation:
+        if setup.validation:
             callbacks.append(Checkpoint(kept / BEST, monitor="validation"))
         callbacks.append(Checkpoint(kept / LAST))
         if self.patience is not None:
@@ -130,7 +130,7 @@ class Trainer:
             accelerator="cpu" if cpu else "gpu",
             devices=self.devices if cpu or self.devices > 1 else [device.index or 0],
             num_nodes=ranks.nodes(),
-            strategy=self._strategy(course),
+            strategy=self._strategy(setup),
             plugins=launch.cluster(),
             precision=self.precision,  # type: ignore[arg-type]
             accumulate_grad_batches=self.accumulate,
@@ -146,12 +146,12 @@ class Trainer:
         with _interruptible(trainer):
             trainer.fit(module, ckpt_path=resumed, weights_only=False)
 
-    def _strategy(self, course: Course) -> str | DDPStrategy:
+    def _strategy(self, setup: TrainingSetup) -> str | DDPStrategy:
         if self.strategy == "fsdp":
-            return Sharded()
+            return FullySharded()
         if self.strategy == "auto" and self.devices == 1:
             return "auto"
-        return DDPStrategy(find_unused_parameters=not course.reaches_all)
+        return DDPStrategy(find_unused_parameters=not setup.reaches_all)
 
 
 @contextmanager

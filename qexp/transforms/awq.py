@@ -7,14 +7,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from qexp.common.errors import known, switches, whole
+from qexp.common.errors import check_bool, check_choice, check_int
 from qexp.grid import Grid
 from qexp.hessian import second_moment
-from qexp.quantizers.scheme import Float as FloatActivations
+from qexp.quantizers.scheme import FloatActivations
 from qexp.step import Record, Step
 from qexp.task import Batches, Task
 from qexp.transforms.channels import SITES
-from qexp.transforms.scale_search import Change, Watched, first, rescale, resident
+from qexp.transforms.scale_search import (
+    ScaleShift,
+    SiteStatistics,
+    first,
+    on_device,
+    search_and_fold,
+)
 from qexp.transforms.smooth import check
 from qexp.walk import Block, walk
 
@@ -38,24 +44,26 @@ class AWQ(Step):
 
     def __post_init__(self) -> None:
         check(self)
-        known("transform", self, sites=SITES)
-        whole("transform", self, points=1)
-        switches("transform", self, "clip")
+        check_choice("transform", self, sites=SITES)
+        check_int("transform", self, points=1)
+        check_bool("transform", self, "clip")
 
     @torch.no_grad()
     def __call__(self, task: Task, batches: Batches) -> list[Record]:
         data = first(batches(), self.sequences)
         weight_only = FloatActivations()
-        rescale(task, data, self.sites, self._propose, self.grid, weight_only, self.points > 1)
+        search_and_fold(
+            task, data, self.sites, self._propose, self.grid, weight_only, self.points > 1
+        )
         if self.clip:
             for block in walk(task, data):
                 self._clip(block)
         return []
 
-    def _propose(self, watched: Watched) -> list[Change]:
+    def _propose(self, site: SiteStatistics) -> list[ScaleShift]:
         powers = (step / self.points for step in range(self.points))
-        scales = (watched.mean.pow(power).clamp(min=1e-4) for power in powers)
-        return [Change(scale / (scale.max() * scale.min()).sqrt()) for scale in scales]
+        scales = (site.mean.pow(power).clamp(min=1e-4) for power in powers)
+        return [ScaleShift(scale / (scale.max() * scale.min()).sqrt()) for scale in scales]
 
     def _clip(self, block: Block) -> None:
         moments: dict[str, Tensor] = {}
@@ -64,9 +72,9 @@ class AWQ(Step):
             moments.update(dict.fromkeys(names, second_moment(inputs)))
 
         block.advance(visit)  # the next block receives what unclipped weights make
-        sources = {group.source for group in block.groups}
+        sources = {group.producer for group in block.groups}
         attention = set(block.groups[0].linears) - sources  # the first group is the attention's
-        with resident(block):
+        with on_device(block):
             for name, linear in block.linears.items():
                 if name not in attention:
                     linear.weight.data = clipped(linear, moments[name], self.grid)

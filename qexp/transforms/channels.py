@@ -37,7 +37,7 @@ class Channels:
     """
 
     name: str
-    source: nn.Module
+    producer: nn.Module
     linears: tuple[nn.Linear, ...]
     offset: float = 0.0
     heads: int = 1
@@ -65,7 +65,7 @@ class Channels:
         if not (scale.isfinite().all() and (scale > 0).all()):
             raise RuntimeError(f"{self.name}: a channel scale is not a positive number")
         self.shift_into(shift)
-        for name, parameter in self.source.named_parameters(recurse=False):
+        for name, parameter in self.producer.named_parameters(recurse=False):
             parameter.data = self._made(name, _wide(parameter), scale, shift).to(parameter)
         self.multiply(scale)
 
@@ -98,10 +98,10 @@ class Channels:
         for module, name, change in self._followers(scale, None):
             parametrize.register_parametrization(module, name, change)
 
-    def settle(self) -> None:
+    def bake(self) -> None:
         """What follows a scale keeps the values that it has now; what was made plain already (a
         rounded weight) is left alone."""
-        for module in (self.source, *self.linears):
+        for module in (self.producer, *self.linears):
             for name in ("weight", "bias"):
                 if parametrize.is_parametrized(module, name):
                     parametrize.remove_parametrizations(module, name, leave_parametrized=True)
@@ -116,8 +116,8 @@ class Channels:
             yield linear, "weight", _Read(self, scale)
         # By name: a parameter that another site follows already is none of the module's own.
         for name in ("weight", "bias"):
-            if getattr(self.source, name, None) is not None:
-                yield self.source, name, _Made(self, name, scale, shift)
+            if getattr(self.producer, name, None) is not None:
+                yield self.producer, name, _Made(self, name, scale, shift)
 
     def _made(self, name: str, value: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
         # In float32 at least, so that a half-precision model is judged by what will be folded.
@@ -198,8 +198,8 @@ def channels_of(task: Task, index: int, sites: str, key: str = "transform.sites"
 def _groups(arch: Arch, sites: str, key: str) -> list[Group]:
     if sites not in SITES:
         raise UserError(f"{key}={sites} is unknown: give one of {', '.join(SITES)}.")
-    norms = [group for group in arch.groups if group.source in arch.norms]
-    found = [group for group in arch.groups if group.source is not None]
+    norms = [group for group in arch.groups if group.producer in arch.norms]
+    found = [group for group in arch.groups if group.producer is not None]
     if arch.post_norm:
         found = [group for group in found if group not in norms]
         norms = []
@@ -215,23 +215,23 @@ def _groups(arch: Arch, sites: str, key: str) -> list[Group]:
 
 def _channels(task: Task, index: int, group: Group) -> Channels:
     arch, block = task.arch, task.blocks[index]
-    assert group.source is not None
-    source = block.get_submodule(group.source)
+    assert group.producer is not None
+    producer = block.get_submodule(group.producer)
     linears = [m for m in map(block.get_submodule, group.linears) if isinstance(m, nn.Linear)]
-    norm = group.source in arch.norms
+    norm = group.producer in arch.norms
     heads = repeats = 1
-    if isinstance(source, nn.Linear) and source.out_features != linears[0].in_features:
+    if isinstance(producer, nn.Linear) and producer.out_features != linears[0].in_features:
         heads = task.model.config.get_text_config().num_key_value_heads
-        repeats = linears[0].in_features // source.out_features
+        repeats = linears[0].in_features // producer.out_features
     return Channels(
-        name=f"{arch.blocks}.{index}.{group.source}",
-        source=source,
+        name=f"{arch.blocks}.{index}.{group.producer}",
+        producer=producer,
         linears=tuple(linears),
         offset=1.0 if norm and arch.unit_offset else 0.0,
         heads=heads,
         repeats=repeats,
         # A gated MLP multiplies its up projection, and a shift does not pass a product.
-        shiftable=getattr(source, "bias", None) is not None
+        shiftable=getattr(producer, "bias", None) is not None
         and (norm or group.linears[0] == arch.writers[0]),
     )
 

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qexp.common.errors import known, whole
+from qexp.common.errors import check_choice, check_int
 from qexp.step import Record, Step
 from qexp.task import Batches, Task
 from qexp.transforms.channels import SITES, Channels, channels_of
@@ -21,8 +21,8 @@ class Equalize(Step):
     rounds: int = 10
 
     def __post_init__(self) -> None:
-        known("transform", self, sites=SITES)
-        whole("transform", self, rounds=1)
+        check_choice("transform", self, sites=SITES)
+        check_int("transform", self, rounds=1)
 
     @torch.no_grad()
     def __call__(self, task: Task, batches: Batches) -> list[Record]:
@@ -39,7 +39,7 @@ class Equalize(Step):
 def reach(channels: Channels) -> Float[Tensor, " channels"]:
     """How far each channel of a source reaches: the largest weight of a linear's row; for a norm,
     whose results have mean b and deviation w, |b| + 3 |w|."""
-    parameters = dict(channels.source.named_parameters(recurse=False))
+    parameters = dict(channels.producer.named_parameters(recurse=False))
     weight = parameters["weight"].float()
     if weight.ndim == 2:
         return weight.abs().amax(1)

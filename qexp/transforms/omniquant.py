@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from qexp.common.errors import UserError, finite, known, switches, whole
+from qexp.common.errors import UserError, check_bool, check_choice, check_finite, check_int
 from qexp.gradients import Straight
 from qexp.grid import Grid
 from qexp.grid.ranges import MinMax
@@ -17,8 +17,8 @@ from qexp.step import Record, Step
 from qexp.task import Batches, Task
 from qexp.transforms.channels import SITES, channels_of
 from qexp.transforms.query_key import QueryKey, query_keys
-from qexp.transforms.reconstruction import Match, quantized
-from qexp.transforms.scale_search import Watched, first, resident, watch
+from qexp.transforms.reconstruction import Reconstruction, quantized
+from qexp.transforms.scale_search import SiteStatistics, collect_statistics, first, on_device
 from qexp.transforms.smooth import check, smoothed
 from qexp.walk import Block, walk
 
@@ -45,7 +45,7 @@ class Clipping(nn.Module):
 
     def forward(self, weight: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
         groups = weight.float().reshape(len(self.low), -1)
-        q = self.grid.span(*self.ends(groups))
+        q = self.grid.scale_for(*self.ends(groups))
         return self.grid.round(groups, q, Straight()).reshape(weight.shape)
 
     @torch.no_grad()
@@ -58,12 +58,12 @@ class Clipping(nn.Module):
 class Shape(nn.Module):
     """A learned scale exp(theta) of some channels, and a learned shift."""
 
-    def __init__(self, watched: Watched, shift: bool) -> None:
+    def __init__(self, site: SiteStatistics, shift: bool) -> None:
         super().__init__()
-        self.channels = watched.channels
-        low, high = watched.ends
+        self.channels = site.channels
+        low, high = site.ends
         self.shift = None
-        reach = watched.largest
+        reach = site.largest
         if shift and self.channels.shiftable:
             self.shift = nn.Parameter((low + high) / 2)
             reach = (high - low) / 2
@@ -115,16 +115,18 @@ class OmniQuant(Step):
     def __post_init__(self) -> None:
         check(self)
         if self.sites is not None:
-            known("transform", self, sites=SITES)
-        whole("transform", self, epochs=1, batch=1, seed=0)
-        switches("transform", self, "shift", "query_key", "augmented")
-        finite("transform", self, "clip_rate", "scale_rate")  # at 0 nothing is learned of these
+            check_choice("transform", self, sites=SITES)
+        check_int("transform", self, epochs=1, batch=1, seed=0)
+        check_bool("transform", self, "shift", "query_key", "augmented")
+        check_finite(
+            "transform", self, "clip_rate", "scale_rate"
+        )  # at 0 nothing is learned of these
         if not isinstance(self.grid.range, MinMax):
             raise UserError(
                 f"weight.range={self.grid.range}: transform=omniquant learns ends that only "
                 "min-max finds again; give weight/range=minmax."
             )
-        if self.grid.second:
+        if self.grid.second_level:
             raise UserError(
                 "transform=omniquant: clipping is not learned for scales that are quantized in "
                 "turn; set weight.scales and weight.zeros to null."
@@ -137,15 +139,15 @@ class OmniQuant(Step):
         for block in walk(task, first(batches(), self.sequences), self.batch):
             inputs = inputs or block.inputs
             sites = [] if self.sites is None else channels_of(task, block.index, self.sites)
-            found = watch(block, sites, replay=False)
-            with resident(block):
+            found = collect_statistics(block, sites, replay=False)
+            with on_device(block):
                 inputs = self._block(block, found, inputs, generator)
         return []
 
     def _block(
         self,
         block: Block,
-        found: list[Watched],
+        found: list[SiteStatistics],
         inputs: list[Tensor],
         generator: torch.Generator,
     ) -> list[Tensor]:
@@ -154,8 +156,8 @@ class OmniQuant(Step):
         targets = [block.left]
         if self.augmented:
             targets.append([block.replay(n, x).to(x.device) for n, x in enumerate(inputs)])
-        match = Match(block, inputs, targets)
-        learned: list[Shape | QueryKey] = [Shape(watched, self.shift) for watched in found]
+        reconstruction = Reconstruction(block, inputs, targets)
+        learned: list[Shape | QueryKey] = [Shape(site, self.shift) for site in found]
         if found and self.query_key:
             learned += query_keys(block.task, block.index)
         clips = {name: Clipping(self.grid, linear.weight) for name, linear in block.linears.items()}
@@ -171,9 +173,11 @@ class OmniQuant(Step):
             for shape in learned:
                 stack.enter_context(shape.live())
             stack.enter_context(quantized(block, dict(clips), self.activation))
-            before = match.total()
-            match.descend(optimizer, self.epochs * len(inputs), generator)
-            log.info("%s: error %.4g, to begin with %.4g", block.name, match.total(), before)
+            before = reconstruction.total()
+            reconstruction.fit(optimizer, self.epochs * len(inputs), generator)
+            log.info(
+                "%s: error %.4g, to begin with %.4g", block.name, reconstruction.total(), before
+            )
             outputs = [block.replay(n, x).to(x.device) for n, x in enumerate(inputs)]
         for shape in learned:
             shape.fold()

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 
 import torch
 
-from qexp.common.errors import known, switches, whole
+from qexp.common.errors import check_bool, check_choice, check_int
 from qexp.grid import Grid
 from qexp.quantizers.scheme import Activations
 from qexp.step import Record, Step
 from qexp.task import Batches, Task
 from qexp.transforms.channels import SITES
-from qexp.transforms.scale_search import Change, Watched, first, rescale
+from qexp.transforms.scale_search import ScaleShift, SiteStatistics, first, search_and_fold
 from qexp.transforms.smooth import check
 
 
@@ -33,22 +33,24 @@ class OutlierSuppression(Step):
 
     def __post_init__(self) -> None:
         check(self)
-        known("transform", self, sites=SITES)
-        whole("transform", self, points=1)
-        switches("transform", self, "shift")
+        check_choice("transform", self, sites=SITES)
+        check_int("transform", self, points=1)
+        check_bool("transform", self, "shift")
 
     def __call__(self, task: Task, batches: Batches) -> list[Record]:
-        def propose(watched: Watched) -> list[Change]:
-            low, high = watched.ends
+        def propose(site: SiteStatistics) -> list[ScaleShift]:
+            low, high = site.ends
             middle = (low + high) / 2
-            shift = middle if self.shift and watched.channels.shiftable else None
+            shift = middle if self.shift and site.channels.shiftable else None
             reach = (high - low) / 2 if shift is not None else torch.maximum(-low, high)
             thresholds = (reach.max() * step / self.points for step in range(self.points, 0, -1))
             return [
-                Change((reach / threshold.clamp(min=1e-12)).clamp(min=1), shift)
+                ScaleShift((reach / threshold.clamp(min=1e-12)).clamp(min=1), shift)
                 for threshold in thresholds
             ]
 
         data = first(batches(), self.sequences)
-        rescale(task, data, self.sites, propose, self.grid, self.activation, self.points > 1)
+        search_and_fold(
+            task, data, self.sites, propose, self.grid, self.activation, self.points > 1
+        )
         return []

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qexp.common.errors import known, positive, whole
+from qexp.common.errors import check_choice, check_int, check_positive
 from qexp.gradients import Straight
 from qexp.grid import Grid
 from qexp.quantizers.channel_scale import Alpha
@@ -16,8 +16,8 @@ from qexp.quantizers.scheme import Activations
 from qexp.step import Record, Step
 from qexp.task import Batches, Task
 from qexp.transforms.channels import SITES, Channels, channels_of
-from qexp.transforms.reconstruction import Match, quantized
-from qexp.transforms.scale_search import Watched, first, resident, watch
+from qexp.transforms.reconstruction import Reconstruction, quantized
+from qexp.transforms.scale_search import SiteStatistics, collect_statistics, first, on_device
 from qexp.transforms.smooth import check, smoothed
 from qexp.walk import Block, walk
 
@@ -50,9 +50,9 @@ class Quadapter(Step):
 
     def __post_init__(self) -> None:
         check(self)
-        known("transform", self, sites=SITES, init=("ones", "smooth"))
-        whole("transform", self, steps=0, batch=1, seed=0)
-        positive("transform", self, "rate")
+        check_choice("transform", self, sites=SITES, init=("ones", "smooth"))
+        check_int("transform", self, steps=0, batch=1, seed=0)
+        check_positive("transform", self, "rate")
 
     def __call__(self, task: Task, batches: Batches) -> list[Record]:
         for block in walk(task, first(batches(), self.sequences), self.batch):
@@ -65,17 +65,19 @@ class Quadapter(Step):
         seed and the block's place alone."""
         generator = torch.Generator().manual_seed(self.seed + block.index)
         sites = channels_of(block.task, block.index, self.sites)
-        found = watch(block, sites, replay=False)  # settles what the block makes in float
-        with resident(block):
-            starts = [self._start(watched) for watched in found]
+        found = collect_statistics(
+            block, sites, replay=False
+        )  # settles what the block makes in float
+        with on_device(block):
+            starts = [self._start(site) for site in found]
             for channels, scale in self._learn(block, sites, starts, generator):
                 channels.fold(scale)
 
-    def _start(self, watched: Watched) -> Float[Tensor, " channels"]:
+    def _start(self, site: SiteStatistics) -> Float[Tensor, " channels"]:
         """theta to begin with."""
         if self.init == "ones":
-            return torch.zeros_like(watched.largest)
-        return -smoothed(watched.largest, watched.channels.weights(), 0.5).log()
+            return torch.zeros_like(site.largest)
+        return -smoothed(site.largest, site.channels.weights(), 0.5).log()
 
     def _learn(
         self,
@@ -85,7 +87,7 @@ class Quadapter(Step):
         generator: torch.Generator,
     ) -> list[tuple[Channels, Float[Tensor, " _"]]]:
         assert block.left is not None
-        match = Match(block, block.inputs, [block.left])
+        reconstruction = Reconstruction(block, block.inputs, [block.left])
         alphas = [Alpha(torch.zeros_like(start)) for start in starts]
         rules = {
             name: lambda weight: self.grid(weight.float(), Straight()) for name in block.linears
@@ -94,12 +96,12 @@ class Quadapter(Step):
             for channels, alpha in zip(sites, alphas, strict=True):
                 stack.enter_context(channels.live(alpha))
             stack.enter_context(quantized(block, rules, self.activation))
-            plain = match.total()
+            plain = reconstruction.total()
             for alpha, start in zip(alphas, starts, strict=True):
                 alpha.theta.copy_(start)
             optimizer = torch.optim.Adam([alpha.theta for alpha in alphas], lr=self.rate)
-            match.descend(optimizer, self.steps, generator)
-            learned = match.total()
+            reconstruction.fit(optimizer, self.steps, generator)
+            learned = reconstruction.total()
         log.info("%s: error %.4g, with alpha = 1 %.4g", block.name, learned, plain)
         return (
             list(zip(sites, [a().detach() for a in alphas], strict=True)) if learned < plain else []

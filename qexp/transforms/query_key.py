@@ -23,7 +23,7 @@ class QueryKey(nn.Module):
     ) -> None:
         super().__init__()
         self.queries, self.keys, self.repeats, self.rotary = queries, keys, repeats, rotary
-        rows = keys.source.get_parameter("weight")
+        rows = keys.producer.get_parameter("weight")
         self.theta = nn.Parameter(rows.new_zeros(heads, len(rows) // heads // (1 + rotary)).float())
 
     def forward(self, repeats: int) -> Float[Tensor, " rows"]:

@@ -46,7 +46,7 @@ class _Passed(nn.Module):
 
 
 @dataclass(frozen=True)
-class Match:
+class Reconstruction:
     """What a block receives, and what it should make of that, piece by piece; several `targets`
     count alike."""
 
@@ -54,10 +54,10 @@ class Match:
     inputs: Sequence[Tensor]
     targets: Sequence[Sequence[Tensor]]
 
-    def error(self, piece: int) -> Float[Tensor, ""]:
+    def error(self, chunk: int) -> Float[Tensor, ""]:
         """Squares summed over channels, their mean over tokens."""
-        output = self.block.replay(piece, self.inputs[piece])
-        wanted = [each[piece].to(output.device).float() for each in self.targets]
+        output = self.block.replay(chunk, self.inputs[chunk])
+        wanted = [each[chunk].to(output.device).float() for each in self.targets]
         errors = [(output.float() - target).square().sum(-1).mean() for target in wanted]
         return torch.stack(errors).sum()
 
@@ -66,9 +66,7 @@ class Match:
         """The mean error over all pieces, as the block stands."""
         return sum(float(self.error(n)) for n in range(len(self.inputs))) / len(self.inputs)
 
-    def descend(
-        self, optimizer: torch.optim.Optimizer, steps: int, generator: torch.Generator
-    ) -> None:
+    def fit(self, optimizer: torch.optim.Optimizer, steps: int, generator: torch.Generator) -> None:
         """Train what the optimizer holds, a piece a step, in a new order every time round."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         order: list[int] = []

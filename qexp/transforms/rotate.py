@@ -54,7 +54,7 @@ class Rotate(Step):
         for block in task.blocks:
             for group in arch.groups:
                 for name in group.linears:
-                    if group.source in arch.norms:
+                    if group.producer in arch.norms:
                         _turn(block.get_parameter(f"{name}.weight"), q, -1)
                     if name in arch.writers:
                         for parameter in block.get_submodule(name).parameters():
@@ -102,7 +102,7 @@ def _empty_norms(task: Task) -> None:
     final = task.model.get_submodule(arch.norm)
     sites.append(Channels(arch.norm, final, (head,), float(arch.unit_offset)))
     for channels in sites:
-        parameters = dict(channels.source.named_parameters(recurse=False))
+        parameters = dict(channels.producer.named_parameters(recurse=False))
         channels.shift_into(parameters["bias"].data if "bias" in parameters else None)
         channels.multiply(parameters["weight"].data + channels.offset)
         # A fold would divide, and a channel whose weight is 0 must become one of weight 1.

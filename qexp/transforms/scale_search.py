@@ -18,7 +18,7 @@ from qexp.walk import Block, walk
 from qexp.walk.capture import Call
 
 
-class Change(NamedTuple):
+class ScaleShift(NamedTuple):
     """A scale and a shift to fold."""
 
     scale: Float[Tensor, " channels"]
@@ -26,7 +26,7 @@ class Change(NamedTuple):
 
 
 @dataclass
-class Watched:
+class SiteStatistics:
     """The input of the linears of one group, column by column, over all calibration tokens.
 
     module: the smallest one that holds the linears (attention, MLP, or the linear itself), with
@@ -63,7 +63,9 @@ class Watched:
     def ends(self) -> tuple[Float[Tensor, " channels"], Float[Tensor, " channels"]]:
         return -self.channels.gather(-self.low), self.channels.gather(self.high)
 
-    def best(self, changes: Sequence[Change], grid: Grid, activation: Activations) -> Change:
+    def best(
+        self, changes: Sequence[ScaleShift], grid: Grid, activation: Activations
+    ) -> ScaleShift:
         """The change after which rounding weights and inputs moves the module's output least; the
         only one without looking."""
         if len(changes) == 1:
@@ -71,7 +73,7 @@ class Watched:
         errors = [self._error(change, grid, activation) for change in changes]
         return changes[errors.index(min(errors))]
 
-    def _error(self, change: Change, grid: Grid, activation: Activations) -> float:
+    def _error(self, change: ScaleShift, grid: Grid, activation: Activations) -> float:
         error = 0.0
         with _rounded(self.channels, change, grid, activation):
             for (args, kwargs), output in zip(self.calls, self.outputs, strict=True):
@@ -81,11 +83,11 @@ class Watched:
 
 
 @torch.no_grad()
-def rescale(
+def search_and_fold(
     task: Task,
     batches: Sequence[Batch],
     sites: str,
-    propose: Callable[[Watched], list[Change]],
+    propose: Callable[[SiteStatistics], list[ScaleShift]],
     grid: Grid,
     activation: Activations,
     searched: bool,
@@ -93,17 +95,19 @@ def rescale(
     """Walk the blocks and fold, at each site, the best change that `propose` names. searched: it
     may name several."""
     for block in walk(task, batches):
-        found = watch(block, channels_of(task, block.index, sites), searched)
-        with resident(block):
-            for watched in found:
-                change = watched.best(propose(watched), grid, activation)
-                watched.channels.fold(change.scale, change.shift)
+        found = collect_statistics(block, channels_of(task, block.index, sites), searched)
+        with on_device(block):
+            for site in found:
+                change = site.best(propose(site), grid, activation)
+                site.channels.fold(change.scale, change.shift)
 
 
-def watch(block: Block, sites: Iterable[Channels], replay: bool) -> list[Watched]:
+def collect_statistics(
+    block: Block, sites: Iterable[Channels], replay: bool
+) -> list[SiteStatistics]:
     """Run the block once and tell of each site. What comes out is what the next block receives:
     the caller changes no function. replay: keep what `Watched.best` needs."""
-    found = [Watched(channels, _holder(block, channels)) for channels in sites]
+    found = [SiteStatistics(channels, _holder(block, channels)) for channels in sites]
     with ExitStack() as hooks:
         for each in found:
             hooks.enter_context(_listening(each, replay))
@@ -112,7 +116,7 @@ def watch(block: Block, sites: Iterable[Channels], replay: bool) -> list[Watched
 
 
 @contextmanager
-def resident(block: Block) -> Iterator[None]:
+def on_device(block: Block) -> Iterator[None]:
     """The block lies on the task's device, where its parts can run alone."""
     home = next(block.module.parameters()).device
     block.module.to(block.task.device)
@@ -129,7 +133,7 @@ def first(batches: Iterable[Batch], sequences: int | None) -> list[Batch]:
 
 def _holder(block: Block, channels: Channels) -> nn.Module:
     """A linear that reads another is judged by itself; those behind a norm by what they are for."""
-    if len(channels.linears) == 1 and isinstance(channels.source, nn.Linear):
+    if len(channels.linears) == 1 and isinstance(channels.producer, nn.Linear):
         return channels.linears[0]
     names = {module: name for name, module in block.module.named_modules()}
     path = names[channels.linears[0]].rpartition(".")[0]
@@ -137,17 +141,17 @@ def _holder(block: Block, channels: Channels) -> nn.Module:
 
 
 @contextmanager
-def _listening(watched: Watched, replay: bool) -> Iterator[None]:
+def _listening(site: SiteStatistics, replay: bool) -> Iterator[None]:
     def input_hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        watched.add(args[0])
+        site.add(args[0])
 
     def output_hook(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        watched.calls.append(Call(args, kwargs))
-        watched.outputs.append(_first(output))
+        site.calls.append(Call(args, kwargs))
+        site.outputs.append(_first(output))
 
-    handles = [watched.channels.linears[0].register_forward_pre_hook(input_hook)]
+    handles = [site.channels.linears[0].register_forward_pre_hook(input_hook)]
     if replay:
-        handles.append(watched.module.register_forward_hook(output_hook, with_kwargs=True))
+        handles.append(site.module.register_forward_hook(output_hook, with_kwargs=True))
     try:
         yield
     finally:
@@ -157,7 +161,7 @@ def _listening(watched: Watched, replay: bool) -> Iterator[None]:
 
 @contextmanager
 def _rounded(
-    channels: Channels, change: Change, grid: Grid, activation: Activations
+    channels: Channels, change: ScaleShift, grid: Grid, activation: Activations
 ) -> Iterator[None]:
     """The linears as folding and rounding will leave them, Q_w(W s) and b + W z, reading
     Q_a((x - z) / s) of the x that the module's recorded calls hold."""

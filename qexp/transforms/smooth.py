@@ -7,13 +7,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qexp.common.errors import UserError, known, whole
+from qexp.common.errors import UserError, check_choice, check_int
 from qexp.grid import Grid
 from qexp.quantizers.scheme import Activations
 from qexp.step import Record, Step
 from qexp.task import Batches, Task
 from qexp.transforms.channels import SITES
-from qexp.transforms.scale_search import Change, Watched, first, rescale
+from qexp.transforms.scale_search import ScaleShift, SiteStatistics, first, search_and_fold
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Smooth(Step):
 
     def __post_init__(self) -> None:
         check(self)
-        known("transform", self, sites=SITES)
+        check_choice("transform", self, sites=SITES)
         fine = (type(each) in (int, float) and 0 <= each <= 1 for each in self.alphas)
         if not self.alphas or not all(fine):
             raise UserError(
@@ -46,13 +46,13 @@ class Smooth(Step):
         return self.alpha if isinstance(self.alpha, list) else [self.alpha]
 
     def __call__(self, task: Task, batches: Batches) -> list[Record]:
-        def propose(watched: Watched) -> list[Change]:
-            largest, weights = watched.largest, watched.channels.weights()
-            return [Change(smoothed(largest, weights, alpha)) for alpha in self.alphas]
+        def propose(site: SiteStatistics) -> list[ScaleShift]:
+            largest, weights = site.largest, site.channels.weights()
+            return [ScaleShift(smoothed(largest, weights, alpha)) for alpha in self.alphas]
 
         data = first(batches(), self.sequences)
         several = len(self.alphas) > 1
-        rescale(task, data, self.sites, propose, self.grid, self.activation, several)
+        search_and_fold(task, data, self.sites, propose, self.grid, self.activation, several)
         return []
 
 
@@ -72,4 +72,4 @@ def check(settings: Any) -> None:
             "choose one for weights, for example weight=int."
         )
     if settings.sequences is not None:
-        whole("transform", settings, sequences=1)
+        check_int("transform", settings, sequences=1)

@@ -21,7 +21,15 @@ from qexp.common.cache import checksum
 from qexp.common.errors import UserError
 from qexp.common.progress import bar
 from qexp.task import Batch, Task
-from qexp.walk.capture import Piece, entering, passing, record, returns_tuple, rows, split
+from qexp.walk.capture import (
+    Chunk,
+    bypass_blocks,
+    capture_calls,
+    replace_input,
+    returns_tuple,
+    rows,
+    split,
+)
 
 # Called with the names of linears that share an input and with that input, once all of it is
 # known, as chunks [..., columns].
@@ -38,7 +46,7 @@ class Block:
     name: str
     module: nn.Module
     groups: tuple[Group, ...]
-    pieces: list[Piece]
+    chunks: list[Chunk]
     task: Task
     returns_tuple: bool
     notes: dict[str, Tensor]  # shared by the blocks of one walk: what was measured ahead
@@ -57,11 +65,11 @@ class Block:
 
     @property
     def inputs(self) -> list[Tensor]:
-        return [piece.hidden for piece in self.pieces]
+        return [chunk.hidden for chunk in self.chunks]
 
     def outputs(self) -> Iterator[Tensor]:
         """Replay this block, as it stands, on the inputs that reach it."""
-        return (self._run(piece) for piece in self.pieces)
+        return (self._run(chunk) for chunk in self.chunks)
 
     def observe(self, visit: Visit) -> None:
         """Show each group its input, in execution order; what `visit` does to the weights is felt
@@ -76,16 +84,16 @@ class Block:
     def onward(self) -> Iterator["Block"]:
         """This block and those after it, as the walk that it belongs to will come to them if
         nothing is changed."""
-        pieces = [replace(piece) for piece in self.pieces]
-        return _visited(replace(self, pieces=pieces, left=None))
+        chunks = [replace(chunk) for chunk in self.chunks]
+        return _visited(replace(self, chunks=chunks, left=None))
 
-    def replay(self, piece: int, hidden: Tensor) -> Tensor:
+    def replay(self, chunk: int, hidden: Tensor) -> Tensor:
         """`hidden` through the block with the other arguments of one piece, with gradients.
 
         The block must be on the task's device: the hooks of an offloaded block would move it away
         before the backward pass.
         """
-        args, kwargs = self.pieces[piece].calls[self.index]
+        args, kwargs = self.chunks[chunk].calls[self.index]
         output = self.module.forward(hidden.to(self.task.device), *args, **kwargs)
         return output[0] if self.returns_tuple else output
 
@@ -94,28 +102,28 @@ class Block:
         from this block's inputs on. Where gradients are enabled, the inputs require them, so that
         backward reaches every later layer and ends here."""
         earlier = self.task.blocks[: self.index]
-        for piece in self.pieces:
-            parts = zip(split(piece.batch, sequences), piece.hidden.split(sequences), strict=True)
+        for chunk in self.chunks:
+            parts = zip(split(chunk.batch, sequences), chunk.hidden.split(sequences), strict=True)
             for batch, hidden in parts:
                 entry = hidden.detach().requires_grad_(torch.is_grad_enabled())
-                with passing(earlier, self.returns_tuple), entering(self.module, entry):
+                with bypass_blocks(earlier, self.returns_tuple), replace_input(self.module, entry):
                     yield self.task.loss(batch), len(hidden)
 
     def _visit(self, visit: Visit) -> list[Tensor]:
-        if len(self.pieces) > 1:
+        if len(self.chunks) > 1:
             for group in self.groups:
                 visit(group.linears, self._inputs_of(group))
             return []
         with ExitStack() as hooks:
             for group in self.groups:
                 hooks.enter_context(self._showing(group, visit))
-            return [self._run(self.pieces[0])]
+            return [self._run(self.chunks[0])]
 
     def _inputs_of(self, group: Group) -> Iterator[Tensor]:
         seen: list[Tensor] = []
-        for piece in self.pieces:
+        for chunk in self.chunks:
             with self._showing(group, lambda _, inputs: seen.extend(inputs)):
-                self._run(piece)
+                self._run(chunk)
             yield seen.pop()
 
     @contextmanager
@@ -130,10 +138,10 @@ class Block:
             handle.remove()
 
     @torch.no_grad()  # a generator's own no_grad does not reach what its caller calls
-    def _run(self, piece: Piece) -> Tensor:
-        args, kwargs = piece.calls[self.index]
-        output = self.module(piece.hidden.to(self.task.device), *args, **kwargs)
-        return (output[0] if self.returns_tuple else output).to(piece.hidden.device)
+    def _run(self, chunk: Chunk) -> Tensor:
+        args, kwargs = chunk.calls[self.index]
+        output = self.module(chunk.hidden.to(self.task.device), *args, **kwargs)
+        return (output[0] if self.returns_tuple else output).to(chunk.hidden.device)
 
 
 @torch.no_grad()
@@ -151,25 +159,25 @@ def walk(task: Task, batches: Sequence[Batch], chunk: int | None = None) -> Iter
             "choose a recipe, for example calibration=first"
         )
     tuples = returns_tuple(task, parts[0])
-    pieces = [record(task, part, tuples) for part in parts]
+    chunks = [capture_calls(task, part, tuples) for part in parts]
     config = sha256(task.model.config.to_json_string().encode()).hexdigest()
     origin = config + "".join(map(checksum, [dict(task.model.state_dict()), *batches]))
     arch, module = task.arch, task.blocks[0]
-    first = Block(0, f"{arch.blocks}.0", module, arch.groups, pieces, task, tuples, {}, origin)
+    first = Block(0, f"{arch.blocks}.0", module, arch.groups, chunks, task, tuples, {}, origin)
     yield from _visited(first)
 
 
 def _visited(block: Block) -> Iterator[Block]:
     """From this block on: each is fed what the one before it left, in the same pieces."""
-    task, pieces = block.task, block.pieces
+    task, chunks = block.task, block.chunks
     for index, module in enumerate(bar(task.blocks[block.index :], "blocks"), block.index):
         block = replace(
             block, index=index, name=f"{task.arch.blocks}.{index}", module=module, left=None
         )
         yield block
         if index + 1 < len(task.blocks):
-            for piece, output in zip(pieces, block.left or block.outputs(), strict=True):
-                piece.hidden = output
+            for chunk, output in zip(chunks, block.left or block.outputs(), strict=True):
+                chunk.hidden = output
 
 
 def _fitting(task: Task, batch: Batch) -> int:

@@ -18,7 +18,7 @@ class Call(NamedTuple):
 
 
 @dataclass
-class Piece:
+class Chunk:
     """Sequences that run together: their batch, the current block's input, each block's call."""
 
     batch: Batch
@@ -37,12 +37,12 @@ def rows(batch: Batch) -> int:
     return len(next(iter(batch.values())))
 
 
-def record(task: Task, batch: Batch, returns_tuple: bool) -> Piece:
+def capture_calls(task: Task, batch: Batch, returns_tuple: bool) -> Chunk:
     calls: list[tuple[Tensor, Call]] = []
-    with passing(task.blocks, returns_tuple, calls):
+    with bypass_blocks(task.blocks, returns_tuple, calls):
         task.encode(batch)
     hidden = calls[0][0].to(next(task.blocks[0].parameters()).device)
-    return Piece(batch, hidden, [call for _, call in calls])
+    return Chunk(batch, hidden, [call for _, call in calls])
 
 
 class _Enough(Exception):
@@ -65,7 +65,7 @@ def returns_tuple(task: Task, batch: Batch) -> bool:
 
 
 @contextmanager
-def passing(
+def bypass_blocks(
     blocks: Iterable[nn.Module],
     returns_tuple: bool,
     seen: list[tuple[Tensor, Call]] | None = None,
@@ -87,7 +87,7 @@ def passing(
 
 
 @contextmanager
-def entering(block: nn.Module, hidden: Tensor) -> Iterator[None]:
+def replace_input(block: nn.Module, hidden: Tensor) -> Iterator[None]:
     """The block reads `hidden` whatever it is called with."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

@@ -11,11 +11,11 @@ from conftest import CONF
 from omegaconf import OmegaConf
 
 from qexp.common.errors import UserError
-from qexp.config.instantiate import build
-from qexp.data.catalog import FACTS
+from qexp.config.instantiate import instantiate
+from qexp.data.catalog import CATALOG
 from qexp.data.corpus import Corpus
 from qexp.data.python_docs import LONG, PythonDocs
-from qexp.data.standard import Known
+from qexp.data.standard import StandardCorpus
 from qexp.data.synthetic import Synthetic
 
 RAW = " \n = A page = \n \n Some words , with a line\u2028separator . \n Café @-@ \n \n"
@@ -34,9 +34,9 @@ CHOICES = sorted({path.stem for path in (CONF / "data").glob("*.yaml")} - OTHERS
 SHARED = Path(os.environ.get("QEXP_DATA_DIR") or CONF.parents[1] / "shared" / "data")
 
 
-def known(name: str, /, **fields: object) -> Known:
+def known(name: str, /, **fields: object) -> StandardCorpus:
     node = OmegaConf.load(CONF / "data" / f"{name}.yaml")
-    return build(OmegaConf.merge(node, fields))
+    return instantiate(OmegaConf.merge(node, fields))
 
 
 def layout(folder: Path, config: str | None, rows: dict[str, list[dict]], where: dict) -> Path:
@@ -69,7 +69,7 @@ def own_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_wikitext_rows_are_those_of_the_hub(tmp_path: Path) -> None:
     (tmp_path / "local" / "wikitext2").mkdir(parents=True)
     (tmp_path / "local" / "wikitext2" / "wiki.test.raw").write_text(RAW, encoding="utf-8")
-    config = FACTS["wikitext2"].config
+    config = CATALOG["wikitext2"].config
     hub = layout(
         tmp_path / "hub",
         config,
@@ -99,7 +99,7 @@ def test_ptb_rows_are_those_of_the_hub(tmp_path: Path) -> None:
 
 def test_c4_reads_one_shard_of_the_hub(tmp_path: Path) -> None:
     records = [{"text": f"document {i}", "url": "u"} for i in range(5)]
-    where = {split: FACTS["c4"].parts[split].shard for split in ("train", "validation")}
+    where = {split: CATALOG["c4"].parts[split].shard for split in ("train", "validation")}
     hub = layout(tmp_path / "hub", None, {"train": records[:2], "validation": records[2:]}, where)
     corpus = known("c4", source="hub", hub=str(hub))
     assert corpus.documents("validation") == ["document 2", "document 3", "document 4"]
@@ -109,7 +109,7 @@ def test_c4_reads_one_shard_of_the_hub(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["openwebtext", "lambada", "cbt", "tinystories"])
 def test_single_files_are_divided_alike_from_files_and_hub(name: str, tmp_path: Path) -> None:
     texts = [f"Document {i} has a sentence." for i in range(20)]
-    facts = FACTS[name]
+    facts = CATALOG[name]
     part = facts.parts["train"]
     assert part.local is not None
     path = tmp_path / "local" / part.local
@@ -179,9 +179,9 @@ def test_every_choice_gives_text_that_does_not_overlap(choice: str) -> None:
     node = OmegaConf.create(
         {"seed": 0, "data": OmegaConf.load(CONF / "data" / f"{choice}.yaml")}
     ).data
-    corpus = build(node)
+    corpus = instantiate(node)
     assert isinstance(corpus, Corpus) and corpus.name == choice
-    if isinstance(corpus, Known):
+    if isinstance(corpus, StandardCorpus):
         corpus = known(choice, folder=str(SHARED))
         if not corpus.files(corpus.evaluation_split):
             pytest.skip("no local files")

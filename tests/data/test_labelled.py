@@ -14,10 +14,10 @@ from PIL import Image
 from test_corpora import layout
 
 from qexp.common.errors import UserError
-from qexp.config.instantiate import build
+from qexp.config.instantiate import instantiate
 from qexp.data.calibration import Calibration
 from qexp.data.images import Images
-from qexp.data.standard import Known
+from qexp.data.standard import StandardCorpus
 from qexp.data.synthetic import Synthetic
 from qexp.eval.accuracy import Accuracy
 from qexp.task import TASKS, Task, trimmed
@@ -31,13 +31,15 @@ def classifier(kind: str = "bert", **fields: object) -> Task:
     return TASKS["sequence_classification"](*loaded[:2]).eval()
 
 
-def sst2(folder: Path) -> Known:
+def sst2(folder: Path) -> StandardCorpus:
     rows = 'sentence\tlabel\na "quoted film \t1\ndull \t0\nlong , long , and dull \t0\n'
     for name in ("train_full", "dev"):
         path = folder / "glue" / "sst2_tsv" / f"{name}.tsv"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(rows)
-    return build(OmegaConf.merge(OmegaConf.load(CONF / "data/sst2.yaml"), {"folder": str(folder)}))
+    return instantiate(
+        OmegaConf.merge(OmegaConf.load(CONF / "data/sst2.yaml"), {"folder": str(folder)})
+    )
 
 
 def test_sentences_with_their_labels(tmp_path):
@@ -62,7 +64,7 @@ def test_pairs_stand_in_one_sequence(tmp_path):
     path.parent.mkdir()
     path.write_text('{"sentence1": "It rains.", "sentence2": "Wet.", "label": 0, "idx": 0}\n')
     node = OmegaConf.merge(OmegaConf.load(CONF / "data/rte.yaml"), {"folder": str(tmp_path)})
-    [batch] = Calibration(build(node), split="validation", sequences=1)(classifier())
+    [batch] = Calibration(instantiate(node), split="validation", sequences=1)(classifier())
     assert bytes(batch["input_ids"][0].tolist()) and batch["input_ids"].shape == (1, 13)
 
 
@@ -145,7 +147,7 @@ def test_rows_of_the_hub_are_those_of_files(tmp_path, monkeypatch):
         Images("mine", "train", "test", hub=folder, image="img").total("train")
     rows = [{"sentence": text, "label": at, "idx": 0} for at, text in enumerate(("dull ", "fine"))]
     hub = layout(tmp_path / "hub", "sst2", {"train": rows}, {"train": "sst2/train-0.parquet"})
-    corpus = Known("sst2", "train", "validation", source="hub", hub=str(hub))
+    corpus = StandardCorpus("sst2", "train", "validation", source="hub", hub=str(hub))
     assert [tuple(row) for row in corpus.examples("train")] == [
         ("dull", None, 0),
         ("fine", None, 1),
@@ -200,7 +202,9 @@ def test_accuracy_needs_classes():
 def test_the_real_sets(monkeypatch):
     monkeypatch.setenv("QEXP_DATA_DIR", str(data_dir()))
     sst2, cifar, mnist = (
-        build(OmegaConf.load(CONF / "data" / f"{name}.yaml")) if name == "sst2" else _images(name)
+        instantiate(OmegaConf.load(CONF / "data" / f"{name}.yaml"))
+        if name == "sst2"
+        else _images(name)
         for name in ("sst2", "cifar10", "mnist")
     )
     assert (len(sst2.examples("train")), len(sst2.examples("validation"))) == (67349, 872)
@@ -214,7 +218,7 @@ def _images(name: str) -> Images:
     whole = OmegaConf.load(CONF / "data" / "images.yaml")
     own = OmegaConf.load(CONF / "data" / f"{name}.yaml")
     del own.defaults
-    return build(OmegaConf.merge(whole, own))
+    return instantiate(OmegaConf.merge(whole, own))
 
 
 def test_images_are_shifted_and_mirrored_in_training_alone():

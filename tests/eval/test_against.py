@@ -10,7 +10,7 @@ from protocols import full_losses, llama, protocol
 
 from qexp.common.errors import UserError
 from qexp.eval.against_float import AgainstFloat, changes, compare, percentile, summary
-from qexp.eval.base import Start, digest
+from qexp.eval.base import FloatModel, digest
 from qexp.eval.windowed import Windowed
 from qexp.task import CausalLM
 
@@ -34,13 +34,13 @@ def changed(scale: float) -> CausalLM:
     return task
 
 
-def start(task: CausalLM, folder: Path) -> Start:
-    return Start({"weights": "w"}, lambda: task, folder)
+def start(task: CausalLM, folder: Path) -> FloatModel:
+    return FloatModel({"weights": "w"}, lambda: task, folder)
 
 
 def test_the_same_model_is_at_no_distance(tmp_path: Path) -> None:
     task = llama()
-    found = against().before(start(task, tmp_path))(task)
+    found = against().measure_float(start(task, tmp_path))(task)
     assert found["agreement"] == 1 and found["windows"] == 6 and found["tokens"] == 6 * 31
     for key in ("kl", "right_to_wrong", "wrong_to_right", "loss_change", "loss_change_p99"):
         assert found[key] == found[f"{key}_stderr"] == 0
@@ -48,7 +48,7 @@ def test_the_same_model_is_at_no_distance(tmp_path: Path) -> None:
 
 def test_against_a_hand_computation(tmp_path: Path) -> None:
     plain, other = llama(), changed(0.05)
-    found = against().before(start(plain, tmp_path))(other)
+    found = against().measure_float(start(plain, tmp_path))(other)
     windows = [w.tokens for part in against().protocol.passages(plain) for w in part.windows]
     kl, same, lost, won, change = [], [], [], [], []
     with torch.no_grad():
@@ -76,7 +76,7 @@ def test_against_a_hand_computation(tmp_path: Path) -> None:
 
 
 def test_more_change_is_more_distance(tmp_path: Path) -> None:
-    measure = against().before(start(llama(), tmp_path))
+    measure = against().measure_float(start(llama(), tmp_path))
     found = [measure(changed(scale)) for scale in (0.005, 0.02, 0.08)]
     assert found[0]["kl"] < found[1]["kl"] < found[2]["kl"]
     assert found[0]["agreement"] > found[2]["agreement"]
@@ -84,17 +84,17 @@ def test_more_change_is_more_distance(tmp_path: Path) -> None:
 
 def test_the_float_model_runs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, other = llama(), changed(0.05)
-    once = against().before(start(plain, tmp_path))(other)
+    once = against().measure_float(start(plain, tmp_path))(other)
     monkeypatch.setattr(plain, "hidden", lambda ids: pytest.fail("measured twice"))
-    assert against().before(start(plain, tmp_path))(other) == once
+    assert against().measure_float(start(plain, tmp_path))(other) == once
     with pytest.raises(pytest.fail.Exception):
-        Start({"weights": "v"}, lambda: plain, tmp_path)
-        against().before(Start({"weights": "v"}, lambda: plain, tmp_path))
+        FloatModel({"weights": "v"}, lambda: plain, tmp_path)
+        against().measure_float(FloatModel({"weights": "v"}, lambda: plain, tmp_path))
 
 
 def test_later_changes_of_the_head_do_not_reach_the_reference(tmp_path: Path) -> None:
     task = llama()
-    measure = against().before(start(task, tmp_path))
+    measure = against().measure_float(start(task, tmp_path))
     task.model.lm_head.weight.data *= 2
     assert measure(task)["kl"] > 1e-4
 
@@ -146,7 +146,7 @@ def test_it_is_defined_by_its_protocol() -> None:
 
 def test_nan_and_a_missing_float_model_are_errors(tmp_path: Path) -> None:
     task = llama()
-    measure = against().before(start(task, tmp_path))
+    measure = against().measure_float(start(task, tmp_path))
     next(task.blocks.parameters()).data[0, 0] = math.nan
     with pytest.raises(UserError, match=r"against_float.*NaN"):
         measure(task)

@@ -34,7 +34,7 @@ def greedy(task: CausalLM, prompt: str, length: int) -> list[int]:
 
 def test_the_same_model_goes_on_the_same(tmp_path: Path) -> None:
     task = llama()
-    found = continuations().before(start(task, tmp_path))(task)
+    found = continuations().measure_float(start(task, tmp_path))(task)
     assert found["identical"] == 1 and found["prompts"] == 3
     text = (tmp_path / FILE).read_text()
     assert text.count("## ") == 3 and text.count("**float**") == text.count("**quantized**") == 3
@@ -44,7 +44,7 @@ def test_the_same_model_goes_on_the_same(tmp_path: Path) -> None:
 def test_texts_part_where_the_tokens_do(tmp_path: Path) -> None:
     plain, other = llama(), changed(0.1)
     prompt = "the cat sat on"
-    found = continuations(prompts=[prompt]).before(start(plain, tmp_path))(other)
+    found = continuations(prompts=[prompt]).measure_float(start(plain, tmp_path))(other)
     a, b = greedy(plain, prompt, 12), greedy(other, prompt, 12)
     agreed = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(a))
     assert agreed < 12 and found["agreed_tokens"] == agreed and found["identical"] == 0
@@ -54,14 +54,16 @@ def test_texts_part_where_the_tokens_do(tmp_path: Path) -> None:
 
 def test_the_float_texts_are_made_once(tmp_path: Path) -> None:
     plain, other = llama(), changed(0.1)
-    once = continuations().before(start(plain, tmp_path))(other)
+    once = continuations().measure_float(start(plain, tmp_path))(other)
     plain.model.generate = lambda **_: pytest.fail("measured twice")
-    assert continuations().before(start(plain, tmp_path))(other) == pytest.approx(once, nan_ok=True)
+    assert continuations().measure_float(start(plain, tmp_path))(other) == pytest.approx(
+        once, nan_ok=True
+    )
 
 
 def test_wrong_input_is_named(tmp_path: Path) -> None:
     task = llama()
     with pytest.raises(UserError, match="too few"):
-        continuations(prompt_tokens=10**6).before(start(task, tmp_path))
+        continuations(prompt_tokens=10**6).measure_float(start(task, tmp_path))
     with pytest.raises(UserError, match="two models"):
         continuations()(task)

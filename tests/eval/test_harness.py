@@ -12,7 +12,7 @@ from protocols import llama, protocol
 
 from qexp.commands import bench
 from qexp.common.errors import UserError
-from qexp.eval.base import Start, digest
+from qexp.eval.base import FloatModel, digest
 from qexp.eval.harness import Harness, local_rows
 from qexp.task import CausalLM
 
@@ -73,9 +73,9 @@ def _adapter(ours: Harness, task: CausalLM) -> object:
 
 
 def test_wikitext_is_the_projects_word_perplexity(folder: Path) -> None:
-    from qexp.data.standard import Known
+    from qexp.data.standard import StandardCorpus
 
-    corpus = Known("wikitext2", "validation", "test", "local", str(folder))
+    corpus = StandardCorpus("wikitext2", "validation", "test", "local", str(folder))
     task = llama()
     word = protocol("lm_eval_word", corpus)(task)
     found = harness(folder, "wikitext").outcome(task).numbers
@@ -154,12 +154,12 @@ def test_a_group_is_its_members_and_their_mean(tmp_path: Path) -> None:
     for name in members:
         place = tmp_path / f"tasks/blimp/{name.removeprefix('blimp_')}.jsonl"
         place.write_text(text)
-    start = Start({"model": "llama"}, llama, tmp_path)
+    start = FloatModel({"model": "llama"}, llama, tmp_path)
     other = llama()
     for parameter in other.blocks.parameters():
         parameter.data = torch.randn_like(parameter)
     suite = harness(tmp_path, "blimp")
-    numbers = suite.before(start)(other)
+    numbers = suite.measure_float(start)(other)
     items = {f"{name}/acc": torch.tensor([float(at)]) for at, name in enumerate(members)}
     cached = dict(reversed(items.items()))
     assert torch.equal(
@@ -237,14 +237,14 @@ def test_without_the_harness_one_sentence(folder: Path, monkeypatch: pytest.Monk
 def test_flips_against_the_float_model(folder: Path, tmp_path: Path) -> None:
     asked = harness(folder, "piqa", "hellaswag")
     plain = llama()
-    start = Start({"weights": "w"}, lambda: plain, tmp_path)
-    same = asked.before(start)(plain)
+    start = FloatModel({"weights": "w"}, lambda: plain, tmp_path)
+    same = asked.measure_float(start)(plain)
     assert same["piqa/acc_right_to_wrong"] == same["hellaswag/acc_norm_wrong_to_right"] == 0
     other = llama()
     for parameter in other.blocks.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
-    cached = Start({"weights": "w"}, lambda: pytest.fail("measured twice"), tmp_path)
-    found = asked.before(cached)(other)
+    cached = FloatModel({"weights": "w"}, lambda: pytest.fail("measured twice"), tmp_path)
+    found = asked.measure_float(cached)(other)
     for task in ("piqa", "hellaswag"):
         net = found[f"{task}/acc_wrong_to_right"] - found[f"{task}/acc_right_to_wrong"]
         assert found[f"{task}/acc"] - same[f"{task}/acc"] == pytest.approx(net)

@@ -8,7 +8,7 @@ from conftest import CONF, DECODERS
 from hydra import compose, initialize_config_dir
 from protocols import llama
 
-from qexp.config.instantiate import build
+from qexp.config.instantiate import instantiate
 from qexp.eval.harness.scoring import Request, Tree, batches, score, trees
 from qexp.runs import resolvers
 
@@ -121,7 +121,7 @@ def test_quantizers_see_the_same_tokens(placed: list[str]) -> None:
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         cfg = compose("config", ["model=tiny_llama", "method=none", *small, *placed])
     task, requests = llama(), drawn(3, 3)
-    build(cfg.method)(task, lambda: build(cfg.calibration)(task))
+    instantiate(cfg.method)(task, lambda: instantiate(cfg.calibration)(task))
     plain, together = (score(model, requests, 16, "x") for model in (llama(), task))
     alone = [score(task, [request], 1, "x")[0] for request in requests]
     gains = torch.tensor([[a.loglikelihood for a in part] for part in (plain, together, alone)])

@@ -9,7 +9,7 @@ from conftest import CONF, tiny
 from omegaconf import OmegaConf
 
 from qexp.common.errors import UserError
-from qexp.config.instantiate import build
+from qexp.config.instantiate import instantiate
 from qexp.data.synthetic import Synthetic
 from qexp.eval.base import digest
 from qexp.eval.loss import MeanLoss
@@ -28,7 +28,7 @@ def evaluator(**fields: object) -> MeanLoss:
     )
     [node] = whole.eval.values()
     node.batches.update({"sequences": 6, "length": 24})
-    return build(OmegaConf.merge(node, fields))
+    return instantiate(OmegaConf.merge(node, fields))
 
 
 def task_of(family: str) -> Task:

@@ -16,16 +16,16 @@ from qexp.methods.efficient_qat import BlockPhase, EfficientQAT
 from qexp.methods.finetune import record
 from qexp.methods.journal import Journal
 from qexp.quantizers.activation import FakeQuant
-from qexp.quantizers.fake_quantize import Formula
-from qexp.quantizers.parametrization import fake
+from qexp.quantizers.fake_quantize import FakeQuantize
+from qexp.quantizers.parametrization import weight_quantizer
 from qexp.quantizers.placement import AllOps
 from qexp.quantizers.scale_rules import LSQ, Dynamic, FixedCodes
-from qexp.quantizers.scheme import Quantized
+from qexp.quantizers.scheme import QuantizedActivations
 from qexp.solvers.rtn import RTN
 from qexp.task import Task
 from qexp.training.losses import CrossEntropy, Penalty, Watch
 from qexp.training.optimizer import AdamW
-from qexp.training.trainable import Trained
+from qexp.training.trainable import TrainableParameters
 from qexp.training.trainer import Trainer
 from qexp.walk import Block
 
@@ -75,7 +75,7 @@ def test_fixed_codes_are_those_of_rounding_to_nearest():
     task, data = task_of(), batches("llama")
     floats = {name: linear.weight.detach().clone() for name, linear in task.linears().items()}
     grid = IntGrid(3, group_size=16)
-    trained = Trained(weights=False, norms=False)
+    trained = TrainableParameters(weights=False, norms=False)
     method = replace(METHOD, weight=grid, scale=FixedCodes(), trained=trained)
     records = replace(method, optimizer=AdamW(scales=1e-2))(task, lambda: data)
     for made in records:
@@ -87,10 +87,10 @@ def test_fixed_codes_are_those_of_rounding_to_nearest():
 @pytest.mark.parametrize(
     ("trained", "moves"),
     [
-        (Trained(weights=False, scales=False, ranges=False), "norm"),
-        (Trained(weights=False, norms=False, scales=False), "quantizers"),
-        (Trained(weights=False, norms=False, ranges=False), "nothing of its own"),
-        (Trained(norms=False, scales=False, ranges=False), "embed_tokens|lm_head"),
+        (TrainableParameters(weights=False, scales=False, ranges=False), "norm"),
+        (TrainableParameters(weights=False, norms=False, scales=False), "quantizers"),
+        (TrainableParameters(weights=False, norms=False, ranges=False), "nothing of its own"),
+        (TrainableParameters(norms=False, scales=False, ranges=False), "embed_tokens|lm_head"),
     ],
     ids=str,
 )
@@ -125,7 +125,9 @@ def test_families_train(family):
         for linear in task.linears().values():
             assert linear.weight.isfinite().all()
     grid = IntGrid(6, per_tensor=True)
-    records = replace(METHOD, activations=[Quantized(AllOps(), grid)])(task, lambda: data)
+    records = replace(METHOD, activations=[QuantizedActivations(AllOps(), grid)])(
+        task, lambda: data
+    )
     assert len(records) == len(task.linears())
 
 
@@ -162,10 +164,10 @@ def test_activations_may_have_a_rounding_of_their_own():
     for own in (None, Straight()):
         task = task_of()
         quantizer = FakeQuant(IntGrid(4, per_tensor=True), dynamic=False)
-        quantizer.observe()
+        quantizer.start_observing()
         x = torch.linspace(0.1, 0.9, 7)[None]
         quantizer(x)
-        quantizer.settle()
+        quantizer.fix_range()
         task.quantizers["one"] = quantizer
         method = replace(METHOD, rounding=Sigmoid(40, "raw"), activation_rounding=own)
         method.install(task, {})
@@ -219,7 +221,7 @@ def test_lsq_starts_where_the_paper_does():
     method.install(task_of(), {"one": linear})
     weight = linear.parametrizations.weight.original
     expected = 2 * weight.abs().mean(1, keepdim=True) / math.sqrt(7)
-    torch.testing.assert_close(fake(linear).scale, expected)
+    torch.testing.assert_close(weight_quantizer(linear).scale, expected)
 
 
 @pytest.mark.parametrize("group", [None, 8])
@@ -228,25 +230,25 @@ def test_steps_of_weights_have_lsq_s_share_of_the_gradient(group):
     linear = nn.Linear(32, 6, bias=False)
     grid = IntGrid(4, symmetric=True, group_size=group)
     replace(METHOD, weight=grid, scale=LSQ("range")).install(task_of(), {"one": linear})
-    fake(linear).scale.data *= 0.6  # so that some are clipped
+    weight_quantizer(linear).scale.data *= 0.6  # so that some are clipped
     upstream = torch.randn(6, 32, generator=torch.Generator().manual_seed(2))
     (linear.weight * upstream).sum().backward()
-    scale = fake(linear).scale.detach()
+    scale = weight_quantizer(linear).scale.detach()
     shape = (*scale.shape, -1)
     v = linear.parametrizations.weight.original.detach().view(shape) / scale[..., None]
     slope = torch.where((v > -8) & (v < 7), v.round() - v, v.clamp(-8, 7))
     count = group or 32
     expected = (upstream.view(shape) * slope).sum(-1) / math.sqrt(count * 7)
-    torch.testing.assert_close(fake(linear).scale.grad, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(weight_quantizer(linear).scale.grad, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_ranges_of_activations_have_lsq_s_share_of_the_gradient():
     """N is all values of the tensor; codes lie up to 15 above a zero point of 0."""
     quantizer = FakeQuant(IntGrid(4, per_tensor=True), dynamic=False)
-    quantizer.observe()
+    quantizer.start_observing()
     quantizer(torch.linspace(0, 3, 50)[None])
-    quantizer.settle()
-    quantizer.learn(Formula(), False)
+    quantizer.fix_range()
+    quantizer.make_trainable(FakeQuantize(), False)
     x = torch.linspace(0, 5, 33)[None, None]
     quantizer(x).sum().backward()
     v = x / quantizer.scale.detach()
@@ -263,7 +265,7 @@ def test_blocks_trained_one_by_one_are_nearer_to_the_float_model():
     def distance(rate: float) -> float:
         exact, task = task_of(), task_of()
         optimizer = AdamW(rate, rate, rate)
-        phase = BlockPhase(grid, Formula(), LSQ("range", offset=True), optimizer, epochs=20)
+        phase = BlockPhase(grid, FakeQuantize(), LSQ("range", offset=True), optimizer, epochs=20)
         made = phase(task, data, Journal({"rate": rate}))
         assert len(made) == len(task.linears())
         for one, (name, linear) in zip(made, task.linears().items(), strict=True):
@@ -281,7 +283,10 @@ def test_the_clamp_of_blocks_trained_one_by_one_acts():
     for clamp in (Hard(), Soft("silu")):
         task = task_of()
         phase = BlockPhase(
-            IntGrid(2, group_size=16), Formula(clamp=clamp), LSQ("range"), AdamW(1e-3, 1e-3, 1e-3)
+            IntGrid(2, group_size=16),
+            FakeQuantize(clamp=clamp),
+            LSQ("range"),
+            AdamW(1e-3, 1e-3, 1e-3),
         )
         phase(task, data, Journal({"clamp": str(clamp)}))
         made.append(weights(task))
@@ -292,8 +297,10 @@ def test_the_clamp_of_blocks_trained_one_by_one_acts():
 def test_efficient_qat_goes_on_where_it_was_killed(tmp_path, monkeypatch, death):
     """At its third block, or in the last leg of its end phase, with the numbers of a whole run."""
     data, grid = batches("llama"), IntGrid(3, group_size=16, scale_dtype="float16")
-    phase = BlockPhase(grid, Formula(), LSQ("range", offset=True), AdamW(1e-3, 1e-3, 1e-3))
-    end = replace(METHOD, weight=grid, scale=FixedCodes(), trained=Trained(False, False))
+    phase = BlockPhase(grid, FakeQuantize(), LSQ("range", offset=True), AdamW(1e-3, 1e-3, 1e-3))
+    end = replace(
+        METHOD, weight=grid, scale=FixedCodes(), trained=TrainableParameters(False, False)
+    )
     method, trained = EfficientQAT(phase, end), []
 
     def run(name: str) -> Task:

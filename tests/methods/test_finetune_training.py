@@ -17,9 +17,9 @@ from training import GRID, METHOD, SMOKE, STATIC, Same, same, task_of, weights
 from qexp.common.errors import UserError
 from qexp.task import Task
 from qexp.training import divergence, losses
-from qexp.training.batches import Rows, random_state, restore_random
+from qexp.training.batches import SeededBatches, random_state, restore_random
 from qexp.training.losses import CrossEntropy
-from qexp.training.module import Course
+from qexp.training.module import TrainingSetup
 from qexp.training.optimizer import AdamW
 from qexp.training.trainer import Trainer
 
@@ -154,7 +154,7 @@ def test_a_checkpoint_cut_short_is_told_of_and_training_begins_anew(tmp_path, mo
 
 def test_a_validation_that_is_not_finite_stops_the_run(tmp_path):
     task, data = task_of(), batches("llama")
-    course = Course(
+    course = TrainingSetup(
         task,
         task.loss,
         {"weights": list(task.parameters())},
@@ -271,14 +271,14 @@ def test_bfloat16_trains_float_weights():
 
 def test_rows_are_passes_in_an_order_of_the_seed():
     whole = {"input_ids": torch.arange(5)[:, None]}
-    rows = Rows(whole, 2, 3, 0, 10)
+    rows = SeededBatches(whole, 2, 3, 0, 10)
     drawn = torch.cat([rows[index]["input_ids"] for index in range(10)]).flatten()
     for start in range(0, 20, 5):
         assert sorted(drawn[start : start + 5].tolist()) == [0, 1, 2, 3, 4]
-    later = Rows(whole, 2, 3, 4, 6)
+    later = SeededBatches(whole, 2, 3, 4, 6)
     assert torch.equal(torch.cat([later[i]["input_ids"] for i in range(6)]).flatten(), drawn[8:])
     assert [len(r["input_ids"]) for r in rows] == [2] * 10
-    dealt = [Rows(whole, 2, 3, 4, 6, rank, 2) for rank in (0, 1)]
+    dealt = [SeededBatches(whole, 2, 3, 4, 6, rank, 2) for rank in (0, 1)]
     for index in range(6):
         mine = dealt[index % 2][index // 2]["input_ids"]
         assert torch.equal(mine, later[index]["input_ids"])
@@ -304,10 +304,12 @@ def test_two_processes_train_as_one(tmp_path, strategy):
         chosen = "auto" if devices == 1 else strategy
         trainer = Trainer(4, 2, each, every=2, strategy=chosen, devices=devices)
         parameters = {"weights": list(task.parameters())}
-        course = Course(task, task.loss, parameters, data[:1], AdamW(1e-3), data[1:], folder=folder)
+        course = TrainingSetup(
+            task, task.loss, parameters, data[:1], AdamW(1e-3), data[1:], folder=folder
+        )
 
         def work(
-            task: Task = task, trainer: Trainer = trainer, course: Course = course
+            task: Task = task, trainer: Trainer = trainer, course: TrainingSetup = course
         ) -> dict[str, Tensor]:
             trainer.fit(course)
             return weights(task)
@@ -326,7 +328,7 @@ def test_a_norm_beyond_float32_names_the_largest_gradient():
     for parameter in task.parameters():
         parameter.grad = torch.ones_like(parameter)
     task.blocks[1].mlp.up_proj.weight.grad.fill_(1e30)
-    said = str(divergence.gradient(task, 3))
+    said = str(divergence.diagnose_gradient(task, 3))
     assert "step 3" in said and "1e+30" in said and "layers.1.mlp.up_proj.weight" in said
 
 

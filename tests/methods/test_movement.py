@@ -6,10 +6,10 @@ from torch import nn
 
 from qexp.grid import IntGrid
 from qexp.quantizers.activation import FakeQuant
-from qexp.quantizers.fake_quantize import Formula
-from qexp.quantizers.parametrization import behind, fake, put
+from qexp.quantizers.fake_quantize import FakeQuantize
+from qexp.quantizers.parametrization import attach_weight_quantizer, float_weight, weight_quantizer
 from qexp.quantizers.scale_rules import FixedCodes, Static
-from qexp.training.code_statistics import Movement
+from qexp.training.code_statistics import CodeStatistics
 
 
 @pytest.mark.parametrize("bits", [4, 10])
@@ -19,8 +19,8 @@ def test_shares_of_codes_that_move_turn_back_and_are_clipped(bits):
     top = 2**bits - 1
     linear = nn.Linear(4, 1, bias=False)
     linear.weight.data = torch.tensor([[0.0, 1.0, 2.0, top]])
-    put(linear, Static(), IntGrid(bits), Formula())
-    watch, weight = Movement({"it": linear}), behind(linear)
+    attach_weight_quantizer(linear, Static(), IntGrid(bits), FakeQuantize())
+    watch, weight = CodeStatistics({"it": linear}), float_weight(linear)
     found = []
     for change in ([0, 0, 0, 0], [1, -1, 0.4, 0], [0, 0, 0, 0], [-1, -1, 1, 2.0]):
         weight += torch.tensor([change])
@@ -34,10 +34,10 @@ def test_shares_of_codes_that_move_turn_back_and_are_clipped(bits):
 @torch.no_grad()
 def test_fixed_codes_have_the_trajectory_of_their_scales():
     linear = nn.Linear(8, 2, bias=False)
-    put(linear, FixedCodes(), IntGrid(3), Formula())
-    watch = Movement({"it": linear})
+    attach_weight_quantizer(linear, FixedCodes(), IntGrid(3), FakeQuantize())
+    watch = CodeStatistics({"it": linear})
     assert dict(watch().whole) == {"scale": 1}
-    fake(linear).scale[0] *= 4
+    weight_quantizer(linear).scale[0] *= 4
     assert watch().whole["scale"] == pytest.approx(2)  # the geometric mean of 4 and 1
 
 
@@ -45,13 +45,13 @@ def test_fixed_codes_have_the_trajectory_of_their_scales():
 def test_ranges_of_activations_have_theirs():
     """By hand: codes 0 to 15 of steps of 1, later of 1/2, and values that lie beyond."""
     quantizer = FakeQuant(IntGrid(4, per_tensor=True), dynamic=False)
-    quantizer.observe()
+    quantizer.start_observing()
     quantizer(torch.arange(16.0)[None])
-    quantizer.settle()
-    quantizer.learn(Formula(), False)
+    quantizer.fix_range()
+    quantizer.make_trainable(FakeQuantize(), False)
     dynamic = FakeQuant(IntGrid(8), dynamic=True)
     x = torch.tensor([[1.0, 7.0, 8.0, 20.0]])
-    watch = Movement({}, {"at": quantizer, "token": dynamic}, lambda: quantizer(x))
+    watch = CodeStatistics({}, {"at": quantizer, "token": dynamic}, lambda: quantizer(x))
     assert dict(watch().whole) == {"clipped_activations": 0.25, "scale_activations": 1}
     quantizer.scale /= 2
     moved = watch()

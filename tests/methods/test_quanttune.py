@@ -14,7 +14,7 @@ from runs import _configured, run  # noqa: F401 (an autouse fixture)
 from training import METHOD, SMOKE, same, task_of, weights
 
 from qexp.common.errors import FieldError, UserError
-from qexp.config.instantiate import build
+from qexp.config.instantiate import instantiate
 from qexp.methods.finetune import FineTune
 from qexp.quantizers.placement import AllOps, LinearInputs
 from qexp.quantizers.scheme import quantize_activations
@@ -192,7 +192,7 @@ def test_a_run_trains_once_for_all_calibrators_and_reloads(tmp_path, monkeypatch
 def test_ranges_are_those_of_the_tuned_model(tmp_path, monkeypatch):
     monkeypatch.setenv("QEXP_CACHE_DIR", str(tmp_path / "cache"))
     cfg = compose("config", [*SMALL, "model=tiny_llama", "method@method.quantization=none"])
-    method, data, task = build(cfg.method), batches("llama"), task_of()
+    method, data, task = instantiate(cfg.method), batches("llama"), task_of()
     assert method(task, lambda: data) == []
     tuned = task_of()
     tuned.model.load_state_dict(task.model.state_dict())

@@ -16,7 +16,7 @@ from qexp.quantizers.scale_rules import LSQ
 from qexp.training import losses
 from qexp.training.losses import CrossEntropy, LogitKL
 from qexp.training.optimizer import AdamW
-from qexp.training.trainable import Trained
+from qexp.training.trainable import TrainableParameters
 
 FORKED = replace(SMOKE, strategy="fsdp", devices=2)
 
@@ -72,11 +72,11 @@ def test_what_both_processes_met_is_said_once():
             {
                 "weight": IntGrid(4),
                 "scale": LSQ("range", offset=True),
-                "trained": Trained(offsets=True),
+                "trained": TrainableParameters(offsets=True),
             },
         ),
         slow("gpt2", {"trainer": replace(SMOKE, recompute=True, accumulate=2)}),
-        slow("bert", {"trained": Trained(weights=False, rank=2), "loss": LogitKL()}),
+        slow("bert", {"trained": TrainableParameters(weights=False, rank=2), "loss": LogitKL()}),
     ],
 )
 def test_shards_of_one_process_change_nothing(monkeypatch, family, changes):

@@ -7,7 +7,7 @@ from hydra import compose
 from runs import _configured, run  # noqa: F401 (the first an autouse fixture)
 
 from qexp.common.errors import UserError
-from qexp.config.instantiate import build
+from qexp.config.instantiate import instantiate
 
 GENERATED = "+calibration@method.train=generated"
 
@@ -57,13 +57,13 @@ def test_what_cannot_be_is_refused_before_any_model_is_loaded(wrong, chosen):
     cfg = compose("config", [*method, *chosen, wrong])
     key = re.escape(wrong.partition("=")[0])
     with pytest.raises(UserError, match=rf"^{key}=[^:]*[: ].*(give|choose) [^:]+\.$"):
-        build(cfg.method)
+        instantiate(cfg.method)
 
 
 def test_patience_needs_something_to_wait_for():
     cfg = compose("config", ["method=lsq", "trainer.patience=2"])
     with pytest.raises(UserError, match=r"^method\.validation=null: trainer\.patience=2 "):
-        build(cfg.method)
+        instantiate(cfg.method)
 
 
 @pytest.mark.parametrize("seed", ["-1", "abc", "1.5", str(2**32)])

@@ -13,19 +13,26 @@ from qexp.grid import IntGrid
 from qexp.methods.finetune import FineTune
 from qexp.quantizers.placement import LinearInputs
 from qexp.quantizers.scale_rules import LSQ
-from qexp.quantizers.scheme import Quantized
+from qexp.quantizers.scheme import QuantizedActivations
 from qexp.task import TASKS, Task
 from qexp.training.losses import CrossEntropy
 from qexp.training.optimizer import AdamW
-from qexp.training.trainable import Trained
+from qexp.training.trainable import TrainableParameters
 from qexp.training.trainer import Trainer
 
 GRID = IntGrid(4, symmetric=True)
 SMOKE = Trainer(steps=6, sequences=2, every=2)
 METHOD = FineTune(
-    GRID, Straight(), Hard(), LSQ(), Trained(), CrossEntropy(), AdamW(weights=1e-3), SMOKE
+    GRID,
+    Straight(),
+    Hard(),
+    LSQ(),
+    TrainableParameters(),
+    CrossEntropy(),
+    AdamW(weights=1e-3),
+    SMOKE,
 )
-STATIC = Quantized(LinearInputs(), IntGrid(6, per_tensor=True))
+STATIC = QuantizedActivations(LinearInputs(), IntGrid(6, per_tensor=True))
 
 
 @dataclass(frozen=True)

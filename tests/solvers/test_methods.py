@@ -13,7 +13,7 @@ from test_walk import joined, task_of
 from qexp import pipeline
 from qexp.common.errors import UserError
 from qexp.config import grid_choice, messages
-from qexp.config.instantiate import build
+from qexp.config.instantiate import instantiate
 from qexp.methods.blockwise import Blockwise
 from qexp.packed import weights_file
 
@@ -29,7 +29,7 @@ METHODS = {
 
 
 def method(name: str):
-    return build(compose("config", [f"method={name.split()[0]}", *METHODS[name]]).method)
+    return instantiate(compose("config", [f"method={name.split()[0]}", *METHODS[name]]).method)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "bert", "vit"])
@@ -87,7 +87,7 @@ def test_solves_every_linear_and_comes_back(family: str, name: str, tmp_path) ->
 def test_what_cannot_be_is_refused_before_any_model_is_loaded(name: str, wrong: str) -> None:
     cfg = compose("config", [f"method={name}", f"method.{wrong}"])
     with pytest.raises(UserError) as refusal:
-        build(cfg.method)
+        instantiate(cfg.method)
     key = re.escape(wrong.partition("=")[0])
     said = str(refusal.value)
     assert re.fullmatch(rf"method\.{key}=\S+ ?[a-z ]*: give [^.]+\.", said), said
@@ -96,18 +96,18 @@ def test_what_cannot_be_is_refused_before_any_model_is_loaded(name: str, wrong: 
 def test_a_grid_that_nothing_reads_is_refused() -> None:
     for name in ("billm", "pbllm", "oac_binary"):
         cfg = compose("config", [f"method={name}"])
-        assert cfg.weight == grid_choice.OWN
+        assert cfg.weight == grid_choice.BUILT_IN
         grid_choice.check(cfg)
         with pytest.raises(HydraException) as refusal:
             compose("config", [f"method={name}", "weight.bits=3"])
-        said = messages.sentence(refusal.value)
+        said = messages.message_for(refusal.value)
         assert said.startswith("weight.bits: ") and "weight has no settings" in said
         with pytest.raises(UserError, match=r"weight: (BiLLM|PBLLM) rounds to values of its own"):
             grid_choice.check(compose("config", [f"method={name}", "weight=nf4"]))
-    with pytest.raises(UserError, match="weight=own: a grid is needed"):
-        build(compose("config", ["method=gptq", "weight=own"]).method)
-    with pytest.raises(UserError, match="weight=own: a grid is needed"):
-        build(compose("config", ["method=billm", "transform=awq"]).transform)
+    with pytest.raises(UserError, match="weight=built_in: a grid is needed"):
+        instantiate(compose("config", ["method=gptq", "weight=built_in"]).method)
+    with pytest.raises(UserError, match="weight=built_in: a grid is needed"):
+        instantiate(compose("config", ["method=billm", "transform=awq"]).transform)
 
 
 @pytest.mark.parametrize(
@@ -132,8 +132,8 @@ def test_a_grid_that_something_reads_is_not(overrides: list[str]) -> None:
 
 def test_the_second_level_follows_the_weights_settings() -> None:
     cfg = compose("config", ["method=spqr", "weight.bits=2", "weight.scale_dtype=bfloat16"])
-    grid = build(cfg.method).solver.grid
+    grid = instantiate(cfg.method).solver.grid
     assert grid.bits == 2 and grid.scales.bits == 3
     assert grid.scale_dtype == grid.zeros.scale_dtype == "bfloat16"
-    plain = build(compose("config", ["method=spqr", "weight=int"]).method).solver.grid
-    assert not plain.second
+    plain = instantiate(compose("config", ["method=spqr", "weight=int"]).method).solver.grid
+    assert not plain.second_level

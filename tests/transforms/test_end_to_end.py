@@ -10,11 +10,11 @@ from test_pipeline import PPL, _configured, run  # noqa: F401 (an autouse fixtur
 from test_walk import joined, task_of
 
 from qexp.common.errors import UserError
-from qexp.config.instantiate import build
+from qexp.config.instantiate import instantiate
 from qexp.grid import IntGrid
 from qexp.quantizers.channel_scale import Alpha
-from qexp.quantizers.fake_quantize import Formula
-from qexp.quantizers.parametrization import bake, put
+from qexp.quantizers.fake_quantize import FakeQuantize
+from qexp.quantizers.parametrization import attach_weight_quantizer, bake
 from qexp.quantizers.scale_rules import Dynamic
 from qexp.quantizers.scheme import quantize_activations
 
@@ -47,13 +47,13 @@ def test_what_was_live_is_what_stays(family, weights):
     close(logits(task, batch), expected, 1e-4)
     if weights:
         for linear in task.linears().values():
-            put(linear, Dynamic(), GRID, Formula())
+            attach_weight_quantizer(linear, Dynamic(), GRID, FakeQuantize())
     live = logits(task, batch)
     if weights:
         for linear in task.linears().values():
             bake(linear)
     for channels in sites:
-        channels.settle()
+        channels.bake()
     assert set(task.state_dict()) == names
     torch.testing.assert_close(logits(task, batch), live)
 
@@ -65,7 +65,7 @@ def test_alpha_of_one_is_the_plain_quantizer(family):
     alphas(every(tasks[0], ALL), 0.0)
     for task in tasks:
         for linear in task.linears().values():
-            put(linear, Dynamic(), GRID, Formula())
+            attach_weight_quantizer(linear, Dynamic(), GRID, FakeQuantize())
         quantize_activations(task, [TENSOR], lambda: [batch])
     assert torch.equal(logits(tasks[0], batch), logits(tasks[1], batch))
 
@@ -86,7 +86,7 @@ def test_both_phases_run_and_reload_to_the_same_number(tmp_path, family, sites):
 def test_only_scales_and_ranges_move(tmp_path):
 
     cfg = compose("config", [*PHASE2, "data=synthetic", "method.training.optimizer.channels=0.05"])
-    step = build(cfg.method)
+    step = instantiate(cfg.method)
     task, batch = planted("opt", 20), joined("opt")
     before = {name: tensor.clone() for name, tensor in task.state_dict().items()}
     step(task, lambda: [batch])
@@ -111,7 +111,7 @@ def test_training_lowers_the_loss_that_outliers_cost():
     plain = planted("llama", 20)
     quantize_activations(plain, [TENSOR], lambda: [batch])
     overrides = ["trainer.steps=40", "method.training.optimizer.channels=0.05"]
-    step = build(compose("config", [*PHASE2, *overrides]).method)
+    step = instantiate(compose("config", [*PHASE2, *overrides]).method)
     trained = planted("llama", 20)
     step(trained, lambda: [batch])
     with torch.no_grad():

@@ -10,18 +10,18 @@ from qexp.common.errors import UserError
 from qexp.grid import IntGrid
 from qexp.methods.blockwise import Direct
 from qexp.quantizers.placement import LinearInputs
-from qexp.quantizers.scheme import Float, Quantized, quantize_activations
+from qexp.quantizers.scheme import FloatActivations, QuantizedActivations, quantize_activations
 from qexp.solvers.rtn import RTN
 from qexp.transforms.awq import AWQ, clipped
 from qexp.transforms.channels import channels_of
 from qexp.transforms.equalize import Equalize, reach
 from qexp.transforms.os_plus import OutlierSuppression
-from qexp.transforms.scale_search import Change, watch
+from qexp.transforms.scale_search import ScaleShift, collect_statistics
 from qexp.transforms.smooth import Smooth
 from qexp.walk import walk
 
 GRID = IntGrid(4, group_size=32)
-TENSOR = Quantized(LinearInputs(), IntGrid(8, per_tensor=True))
+TENSOR = QuantizedActivations(LinearInputs(), IntGrid(8, per_tensor=True))
 FIXED = [
     Smooth(GRID, TENSOR),
     Smooth(GRID, TENSOR, alpha=[0.25, 0.75], sites=ALL),
@@ -137,9 +137,9 @@ def test_a_change_is_judged_by_what_folding_and_rounding_will_make_of_it():
     for channels in channels_of(task, 0, NORMS):
         channels.fold(torch.ones(64), -30.0 * (torch.arange(64) % 9 == 0))
     block = next(walk(task, [batch]))
-    for watched in watch(block, channels_of(task, 0, NORMS), replay=True):
+    for watched in collect_statistics(block, channels_of(task, 0, NORMS), replay=True):
         low, high = watched.ends
-        change = Change(((high - low) / 4).clamp(min=1), (low + high) / 2)
+        change = ScaleShift(((high - low) / 4).clamp(min=1), (low + high) / 2)
         judged = watched._error(change, GRID, TENSOR)
         kept = {name: p.clone() for name, p in block.module.named_parameters()}
         watched.channels.fold(*change)
@@ -168,6 +168,6 @@ def test_a_change_is_judged_by_what_folding_and_rounding_will_make_of_it():
 def test_scales_do_nothing_to_a_model_on_no_grid():
     task, batch = planted("opt"), joined("opt")
     expected = logits(task, batch)
-    Smooth(GRID, Float())(task, lambda: [batch])
-    quantize_activations(task, [Float()], lambda: pytest.fail("nothing to calibrate"))
+    Smooth(GRID, FloatActivations())(task, lambda: [batch])
+    quantize_activations(task, [FloatActivations()], lambda: pytest.fail("nothing to calibrate"))
     close(logits(task, batch), expected, 1e-4)

@@ -12,11 +12,11 @@ from test_walk import joined, task_of
 from qexp.common.errors import UserError
 from qexp.grid import IntGrid
 from qexp.methods.blockwise import Direct
-from qexp.quantizers.scheme import Float
+from qexp.quantizers.scheme import FloatActivations
 from qexp.solvers.rtn import RTN
 from qexp.transforms.omniquant import Clipping, OmniQuant
 from qexp.transforms.query_key import query_keys
-from qexp.transforms.reconstruction import Match
+from qexp.transforms.reconstruction import Reconstruction
 from qexp.walk import walk
 
 GRID = IntGrid(3, group_size=32)
@@ -60,7 +60,7 @@ def test_scales_and_shifts_alone_change_no_logit(family):
 @pytest.mark.parametrize("sites", [None, NORMS, ALL])
 def test_rounding_costs_less_after(family, sites):
     batch = joined(family)
-    activation, size = (Float(), 1) if sites is None else (TENSOR, 50)
+    activation, size = (FloatActivations(), 1) if sites is None else (TENSOR, 50)
     expected = logits(planted(family, size), batch)
     errors = []
     for steps in ([], [OmniQuant(GRID, activation, sites, epochs=20)]):
@@ -80,19 +80,21 @@ def test_a_scale_between_queries_and_keys_changes_no_logit(family):
     assert len(found) == (0 if fused_or_normed else len(task.blocks))
     for pair in found:
         pair.theta.data = torch.randn_like(pair.theta)
-        before = pair.queries.source.weight.detach().clone()
+        before = pair.queries.producer.weight.detach().clone()
         with pair.live():
             close(logits(task, batch), expected, 1e-4)
-            live = pair.queries.source.weight.detach().clone()
+            live = pair.queries.producer.weight.detach().clone()
         pair.fold()
-        assert torch.equal(pair.queries.source.weight, live) and not torch.equal(before, live)
+        assert torch.equal(pair.queries.producer.weight, live) and not torch.equal(before, live)
     close(logits(task, batch), expected, 1e-4)
 
 
 def test_a_grid_that_rows_share_feels_the_queries_scale():
     task, batch = task_of("llama"), joined("llama")
     before = task.blocks[0].self_attn.k_proj.weight.detach().clone()
-    step = OmniQuant(IntGrid(4, per_tensor=True), Float(), NORMS, epochs=2, clip_rate=0.0)
+    step = OmniQuant(
+        IntGrid(4, per_tensor=True), FloatActivations(), NORMS, epochs=2, clip_rate=0.0
+    )
     step(task, lambda: [batch])
     other = task_of("llama")
     replace(step, query_key=False)(other, lambda: [batch])
@@ -105,16 +107,17 @@ def test_targets_add_up():
     block = next(iter(walk(task_of("opt"), [joined("opt")], 2)))
     targets = [list(block.outputs()), block.inputs]
     whole, *parts = (
-        Match(block, block.inputs, each).error(0) for each in (targets, targets[:1], targets[1:])
+        Reconstruction(block, block.inputs, each).error(0)
+        for each in (targets, targets[:1], targets[1:])
     )
     assert float(parts[0]) == pytest.approx(0, abs=1e-8) and float(whole) > 0
     torch.testing.assert_close(whole, parts[0] + parts[1])
     plain, augmented = task_of("opt"), task_of("opt")
     for task, both in ((plain, False), (augmented, True)):
-        OmniQuant(GRID, Float(), epochs=2, augmented=both)(task, lambda: [joined("opt")])
+        OmniQuant(GRID, FloatActivations(), epochs=2, augmented=both)(task, lambda: [joined("opt")])
     assert not torch.equal(plain.blocks[-1].fc1.weight, augmented.blocks[-1].fc1.weight)
 
 
 def test_two_levels_of_scales_are_refused():
     with pytest.raises(UserError, match=r"weight\.scales"):
-        OmniQuant(IntGrid(3, group_size=16, scales=IntGrid(3, group_size=4)), Float())
+        OmniQuant(IntGrid(3, group_size=16, scales=IntGrid(3, group_size=4)), FloatActivations())

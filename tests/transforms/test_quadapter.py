@@ -13,11 +13,11 @@ from qexp.common.errors import UserError
 from qexp.gradients import Straight
 from qexp.grid import IntGrid
 from qexp.methods.blockwise import Direct
-from qexp.quantizers.scheme import Float
+from qexp.quantizers.scheme import FloatActivations
 from qexp.solvers.rtn import RTN
 from qexp.transforms.channels import channels_of
 from qexp.transforms.quadapter import Quadapter
-from qexp.transforms.reconstruction import Match, quantized, run
+from qexp.transforms.reconstruction import Reconstruction, quantized, run
 from qexp.walk import walk
 
 GRID = IntGrid(8, symmetric=True, per_tensor=True)
@@ -114,7 +114,7 @@ def test_a_steep_loss_does_not_overflow_in_the_scales_dtype():
 def test_a_block_that_gains_nothing_keeps_alpha_at_one():
     task, batch = task_of("llama"), joined("llama")
     before = {name: tensor.clone() for name, tensor in task.state_dict().items()}
-    Quadapter(IntGrid(16), Float(), steps=5, batch=4, rate=3.0)(task, lambda: [batch])
+    Quadapter(IntGrid(16), FloatActivations(), steps=5, batch=4, rate=3.0)(task, lambda: [batch])
     for name, tensor in task.state_dict().items():
         assert torch.equal(tensor, before[name])
 
@@ -132,7 +132,7 @@ def test_the_error_of_every_block_falls_and_weights_need_no_gradient():
             targets = list(block.outputs())
             names = dict.fromkeys(block.linears, lambda w: GRID(w.float(), Straight()))
             with quantized(block, names, TENSOR):
-                errors.append(Match(block, block.inputs, [targets]).total())
+                errors.append(Reconstruction(block, block.inputs, [targets]).total())
         rules[step is None] = errors
     assert all(a < b for a, b in zip(rules[False], rules[True], strict=True))
 

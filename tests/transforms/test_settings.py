@@ -7,8 +7,8 @@ import pytest
 from hydra import compose
 from runs import _configured  # noqa: F401 (an autouse fixture)
 
-from qexp.common.errors import UserError, switches
-from qexp.config.instantiate import build
+from qexp.common.errors import UserError, check_bool
+from qexp.config.instantiate import instantiate
 from qexp.transforms.smooth import check
 
 ON_GRIDS = ("smooth", "awq", "os_plus", "quadapter", "omniquant")
@@ -44,7 +44,7 @@ ON_GRIDS = ("smooth", "awq", "os_plus", "quadapter", "omniquant")
 def test_what_cannot_be_is_refused_before_any_model_is_loaded(name, wrong):
     cfg = compose("config", [f"transform={name}", f"transform.{wrong}"])
     with pytest.raises(UserError, match=rf"^transform\.{wrong.partition('=')[0]}=[^.]+") as refusal:
-        build(cfg.transform)
+        instantiate(cfg.transform)
     assert re.search(r"give [^:;]+\.$", str(refusal.value))
 
 
@@ -53,7 +53,7 @@ def test_no_grid_and_no_switch_are_refused():
     with pytest.raises(UserError, match=r"^transform\.grid=None: .*weight=int"):
         check(SimpleNamespace(grid=None, sequences=None))
     with pytest.raises(UserError, match=r"^transform\.clip=yes: give true or false"):
-        switches("transform", SimpleNamespace(clip="yes"), "clip")
+        check_bool("transform", SimpleNamespace(clip="yes"), "clip")
 
 
 @pytest.mark.parametrize(
@@ -67,17 +67,17 @@ def test_no_grid_and_no_switch_are_refused():
     ids=" ".join,
 )
 def test_what_lies_at_an_end_is_taken(words):
-    build(compose("config", [f"transform={words[0]}", *words[1:]]).transform)
+    instantiate(compose("config", [f"transform={words[0]}", *words[1:]]).transform)
 
 
 @pytest.mark.parametrize("other", ["weight/range=mse", "weight/range=percentile", "method=quip"])
 def test_learned_clipping_needs_min_max(other):
     cfg = compose("config", ["transform=omniquant", other])
     with pytest.raises(UserError, match=r"^weight\.range=.*weight/range=minmax"):
-        build(cfg.transform)
+        instantiate(cfg.transform)
 
 
 def test_the_second_phases_sites_have_a_key_of_their_own():
     cfg = compose("config", ["method=quadapter", "method.sites=all"])
     with pytest.raises(UserError, match=r"^method\.sites=all is unknown"):
-        build(cfg.method)
+        instantiate(cfg.method)

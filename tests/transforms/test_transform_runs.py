@@ -46,17 +46,17 @@ def test_encoders_reload_too(tmp_path):
 
 def test_edits_are_what_changed_and_nothing_else():
     model, fresh = tiny("gpt2").model, tiny("gpt2").model
-    before = state_diff.marks(model)
-    assert state_diff.edits(model, before, ()) == {}
+    before = state_diff.checksums(model)
+    assert state_diff.state_diff(model, before, ()) == {}
     head, block = model.lm_head, model.transformer.h[0]
     assert head.weight is model.transformer.wte.weight
     head.weight = torch.nn.Parameter(head.weight.detach() * 2)
     head.bias = torch.nn.Parameter(torch.ones(len(head.weight)))
     block.ln_1.bias.data += 1
     block.mlp.c_fc.weight.data *= 2  # coded, hence stored elsewhere
-    changed = state_diff.edits(model, before, ["transformer.h.0.mlp.c_fc"])
+    changed = state_diff.state_diff(model, before, ["transformer.h.0.mlp.c_fc"])
     assert set(changed) == {"lm_head.weight", "lm_head.bias", "transformer.h.0.ln_1.bias"}
-    state_diff.put(fresh, changed)
+    state_diff.apply_diff(fresh, changed)
     assert torch.equal(fresh.lm_head.weight, head.weight)
     assert torch.equal(fresh.transformer.wte.weight, model.transformer.wte.weight)
     assert torch.equal(fresh.lm_head(torch.eye(64)), head(torch.eye(64)))
@@ -64,11 +64,11 @@ def test_edits_are_what_changed_and_nothing_else():
 
 def test_a_shared_tensor_that_changed_stays_shared():
     model, fresh = tiny("gpt2").model, tiny("gpt2").model
-    before = state_diff.marks(model)
+    before = state_diff.checksums(model)
     model.lm_head.weight.data *= 2
-    changed = state_diff.edits(model, before, ())
+    changed = state_diff.state_diff(model, before, ())
     assert set(changed) == {"transformer.wte.weight"}
-    state_diff.put(fresh, changed)
+    state_diff.apply_diff(fresh, changed)
     assert fresh.lm_head.weight is fresh.transformer.wte.weight
     assert torch.equal(fresh.lm_head.weight, model.lm_head.weight)
 

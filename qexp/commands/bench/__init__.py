@@ -16,7 +16,7 @@ from qexp.commands.bench.training import qat, quadapter
 from qexp.commands.bench.zeroshot import zeroshot
 from qexp.config.location import conf
 from qexp.runs import resolvers
-from qexp.sweeps.failures import guarded
+from qexp.sweeps.failures import run_reporting_errors
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name, *overrides = sys.argv[1:] if arguments is None else arguments
     if name not in BENCHES:
         raise SystemExit(f"bench.py: {name} is unknown: give one of {', '.join(BENCHES)}")
-    if code := guarded(lambda: _measure(name, overrides)):
+    if code := run_reporting_errors(lambda: _measure(name, overrides)):
         raise SystemExit(code)
 
 

@@ -4,14 +4,14 @@ import torch
 from omegaconf import DictConfig
 
 from qexp.commands.bench.timing import loaded, show, spent
-from qexp.config.instantiate import build
+from qexp.config.instantiate import instantiate
 from qexp.methods.quanttune import QuantTune
 
 
 def penalty(cfg: DictConfig) -> None:
     """Steps in turn, so that both meet the same machine; the fastest of each."""
     task, batches = loaded(cfg)
-    method = build(cfg.method)
+    method = instantiate(cfg.method)
     if not isinstance(method, QuantTune):
         raise SystemExit("bench.py penalty: give method=quanttune")
     training, measured = method.training, method.training.penalty

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from omegaconf import DictConfig
 
 from qexp.common.cache_entries import default_folder
-from qexp.config.instantiate import build
+from qexp.config.instantiate import instantiate
 from qexp.sweeps import app
 
 HESSIANS = {"gptq": "activation", "spqr": "activation", "oac_one_pass": "output"}
@@ -22,7 +22,7 @@ INPUTS = ("models", "converted")  # the model is on disk in either case
 def sharing(cfg: DictConfig) -> None:
     """Processor seconds of whole jobs. The first on each Hessian finds none of it in either cache
     and is run once."""
-    build(cfg.model).load()  # imported, fetched and converted before the clock runs
+    instantiate(cfg.model).load()  # imported, fetched and converted before the clock runs
     models, words = default_folder(), sys.argv[2:]
     before, after = 0.0, 0.0
     seen: set[str] = set()

@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from qexp.commands.bench.timing import loaded, show, timed
-from qexp.config.instantiate import build
+from qexp.config.instantiate import instantiate
 from qexp.config.location import conf
 from qexp.hessian import second_moment
 from qexp.hessian.output import through_tokens
@@ -33,7 +33,7 @@ def blockwise(cfg: DictConfig) -> None:
 
     stages = {"forward": timed(forward)}
     stages["Hessians"] = timed(hessians) - stages["forward"]
-    method: Step = build(cfg.method)
+    method: Step = instantiate(cfg.method)
     start = time.perf_counter()
     records = method(task, lambda: batches)
     total = time.perf_counter() - start
@@ -55,7 +55,7 @@ def oac(cfg: DictConfig) -> None:
         print(f"{shape[0]} x {shape[1]}: {order} at {tokens} tokens")
     with initialize_config_dir(version_base="1.3", config_dir=str(conf())):
         methods = {
-            name: build(compose("config", [f"method={name}"]).method)
+            name: instantiate(compose("config", [f"method={name}"]).method)
             for name in ("spqr", "oac_one_pass")
         }
     stages = {"SpQR job": timed(lambda: methods["spqr"](task, lambda: batches))}

@@ -9,8 +9,8 @@ from tempfile import TemporaryDirectory
 import torch
 from omegaconf import DictConfig
 
-from qexp.config.instantiate import build
-from qexp.models.base import Source
+from qexp.config.instantiate import instantiate
+from qexp.models.base import ModelSource
 from qexp.models.device import as_task
 from qexp.runs.provenance import peak_rss
 from qexp.task import Batch, Task
@@ -19,9 +19,9 @@ from qexp.task import Batch, Task
 def loaded(cfg: DictConfig) -> tuple[Task, list[Batch]]:
     """The model on its device and its calibration batches. What is done with them from here on
     finds an empty cache, which goes with the process."""
-    source: Source = build(cfg.model)
+    source: ModelSource = instantiate(cfg.model)
     task = as_task(source, source.load(), cfg)
-    batches: list[Batch] = build(cfg.calibration)(task)
+    batches: list[Batch] = instantiate(cfg.calibration)(task)
     folder = TemporaryDirectory()
     atexit.register(folder.cleanup)
     os.environ["QEXP_CACHE_DIR"] = folder.name

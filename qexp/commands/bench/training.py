@@ -8,14 +8,14 @@ from omegaconf import DictConfig
 from torch import nn
 
 from qexp.commands.bench.timing import loaded, peak, show, spent
-from qexp.config.instantiate import build
+from qexp.config.instantiate import instantiate
 from qexp.methods.finetune import FineTune
 from qexp.methods.quadapter import EndToEnd
 from qexp.quantizers.activation import FakeQuant
 from qexp.quantizers.parametrization import bake
 from qexp.quantizers.scheme import quantize_activations
 from qexp.task import Batch, Task
-from qexp.training.trainable import Trained
+from qexp.training.trainable import TrainableParameters
 from qexp.transforms.quadapter import Quadapter
 from qexp.transforms.scale_search import first
 from qexp.walk import walk
@@ -26,7 +26,7 @@ Parameters = Mapping[str, list[nn.Parameter]]
 def qat(cfg: DictConfig) -> None:
     """A step of quantization-aware training against one of the float model: time and memory."""
     task, batches = loaded(cfg)
-    method = build(cfg.method)
+    method = instantiate(cfg.method)
     assert isinstance(method, FineTune)
     seconds, memory = {}, {}
     task.requires_grad_()
@@ -62,7 +62,7 @@ def step(task: Task, method: FineTune, whole: Batch, parameters: Parameters) -> 
 def quadapter(cfg: DictConfig) -> None:
     """Phase 1 on the first block, a step of phase 2, and a step that trains weights and ranges."""
     task, batches = loaded(cfg)
-    transform, method = build(cfg.transform), build(cfg.method)
+    transform, method = instantiate(cfg.transform), instantiate(cfg.method)
     if not (isinstance(transform, Quadapter) and isinstance(method, EndToEnd)):
         raise SystemExit("bench.py quadapter: give transform=quadapter method=quadapter")
     training = method.training
@@ -81,11 +81,11 @@ def quadapter(cfg: DictConfig) -> None:
     for linear in task.linears().values():
         bake(linear)
     for channels in sites:
-        channels.settle()
+        channels.bake()
     for quantizer in task.quantizers.values():
         assert isinstance(quantizer, FakeQuant)
-        quantizer.freeze()
-    plain = replace(training, trained=Trained(offsets=training.trained.offsets))
+        quantizer.make_constant()
+    plain = replace(training, trained=TrainableParameters(offsets=training.trained.offsets))
     plain.install(task, task.linears())
     parameters = plain.trained.parameters(task)
     seconds["QAT, step"], memory["QAT"] = step(task, plain, batches[0], parameters)

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from qexp.commands.bench.timing import loaded, spent
-from qexp.config.instantiate import build
+from qexp.config.instantiate import instantiate
 from qexp.eval.harness import Harness
 from qexp.eval.harness.evaluator import Outcome
 from qexp.task import Task
@@ -32,7 +32,7 @@ def zeroshot(cfg: DictConfig) -> None:
     else is in `eval` is measured after them: lm_eval_word beside the task `wikitext`."""
     task, _ = loaded(cfg)
     print(f"| {' | '.join(HEADS)} |\n|---|{'--:|' * (len(HEADS) - 2)}---|")
-    evaluators = [build(node) for node in cfg.eval.values()]
+    evaluators = [instantiate(node) for node in cfg.eval.values()]
     suites = [each for each in evaluators if isinstance(each, Harness)]
     ours_first = False
     for suite in suites:

@@ -22,7 +22,7 @@ from qexp.common.cache import Cache, sources
 from qexp.common.errors import UserError
 from qexp.data.standard import SOURCES
 from qexp.eval.against_float import changes
-from qexp.eval.base import Evaluator, Informed, Start
+from qexp.eval.base import Evaluator, FloatModel, WithReference
 from qexp.task import CausalLM, Task
 
 
@@ -81,7 +81,7 @@ class Harness(Evaluator):
     def __call__(self, task: Task) -> dict[str, float]:
         return self.outcome(task).numbers
 
-    def before(self, start: Start) -> Evaluator:
+    def measure_float(self, start: FloatModel) -> Evaluator:
         if not self.against_float:
             return self
 
@@ -101,7 +101,7 @@ class Harness(Evaluator):
                     numbers |= {f"{name}_{key}": value for key, value in moved.items()}
             return numbers
 
-        return Informed(self, measure)
+        return WithReference(self, measure)
 
     def outcome(self, task: Task) -> Outcome:
         """What the harness says of the model."""
