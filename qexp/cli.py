@@ -1,22 +1,29 @@
-"""The command `qexp`: one run, or a sweep with -m; and what is no run (`qexp cache`)."""
+"""The command `qexp`: a command of `qexp.commands` by its name, else the Hydra application."""
 
 import sys
+from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 
 from qexp.sweeps import app
 from qexp.sweeps.failures import run_reporting_errors
 
-# module whose `main` takes the rest of the line
+# name → module, whose `main(arguments)` returns an exit code or None
 COMMANDS = {
-    "cache": "qexp.commands.cache",
-    "diff": "qexp.commands.diff",
-    "wandb-sweep": "qexp.commands.wandb_sweep",
+    path.stem.replace("_", "-"): f"qexp.commands.{path.stem}"
+    for path in sorted((Path(__file__).parent / "commands").glob("[a-z]*"))
 }
 
 
 def main() -> None:
-    """The console script: a command by its name, everything else is the Hydra application."""
+    """The console script."""
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in COMMANDS:
-        sys.exit(run_reporting_errors(lambda: import_module(COMMANDS[name]).main(sys.argv[2:])))
+        sys.exit(command(name, sys.argv[2:]))
     app.main()
+
+
+def command(name: str, arguments: Sequence[str] | None = None) -> int:
+    """The exit code of `qexp NAME`; `arguments` are those of this process by default."""
+    given = sys.argv[1:] if arguments is None else arguments
+    return run_reporting_errors(lambda: import_module(COMMANDS[name]).main(given))

@@ -1,5 +1,5 @@
-"""What jobs cost: `python scripts/bench.py blockwise method=gptq model=smollm2`."""
+"""Seconds and memory of a job by stage: `python scripts/bench.py blockwise model=smollm2`."""
 
-from qexp.commands.bench import main
+from qexp.cli import command
 
-main()
+raise SystemExit(command("bench"))

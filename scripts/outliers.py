@@ -1,5 +1,5 @@
-"""What outliers cost, tensor by tensor: `python scripts/outliers.py OUT model=minilm data=sst2`."""
+"""Error of outliers, tensor by tensor: `python scripts/outliers.py OUT model=minilm data=sst2`."""
 
-from qexp.commands.outliers import main
+from qexp.cli import command
 
-raise SystemExit(main())
+raise SystemExit(command("outliers"))

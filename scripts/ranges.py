@@ -1,5 +1,5 @@
-"""What a run did to activations, drawn: `python scripts/ranges.py outputs/1a2b3c4d`."""
+"""Channel ranges of activations in a run: `python scripts/ranges.py outputs/1a2b3c4d`."""
 
-from qexp.commands.ranges import main
+from qexp.cli import command
 
-raise SystemExit(main())
+raise SystemExit(command("ranges"))

@@ -1,5 +1,5 @@
 """Table and plot of the runs in some folders: `python scripts/report.py outputs --out here`."""
 
-from qexp.commands.report import main
+from qexp.cli import command
 
-raise SystemExit(main())
+raise SystemExit(command("report"))

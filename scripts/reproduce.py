@@ -1,5 +1,5 @@
 """Published tables again: `python scripts/reproduce.py gptq_opt --columns smollm2`."""
 
-from qexp.commands.reproduce import main
+from qexp.cli import command
 
-raise SystemExit(main())
+raise SystemExit(command("reproduce"))

@@ -1,5 +1,5 @@
 """Train a float model, keep its folder: `python scripts/train.py NAME experiment=small_gpt2`."""
 
-from qexp.commands.train import main
+from qexp.cli import command
 
-main()
+raise SystemExit(command("train"))

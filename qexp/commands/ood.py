@@ -52,29 +52,24 @@ def table(runs: Sequence[Run]) -> pivot.Table:
     return pivot.pivot(settings, rows or ["method"])
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line of `scripts/protocol.py`; the value is the exit code."""
-    parser = argparse.ArgumentParser(prog="protocol", description=__doc__)
+def main(arguments: Sequence[str]) -> None:
+    """The command line of `qexp ood`."""
+    parser = argparse.ArgumentParser(prog="qexp ood", description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders of them")
     parser.add_argument("--out", type=Path, help="where to write; the first folder by default")
     chosen = parser.parse_args(arguments)
-    try:
-        runs, notes = collect(chosen.folders)
-        for note in notes:
-            print(note, file=sys.stderr)
-        if not runs:
-            raise UserError(f"{chosen.folders[0]}: no finished run stands there; run qexp first")
-        made = table(runs)
-        text = f"{tables.markdown(tables.lay(made, {}))}\n\n{LEGEND} {tables.LEGEND}\n"
-        out = chosen.out or chosen.folders[0]
-        for name, content in (("md", text), ("csv", tables.spreadsheet(made, {}))):
-            with atomic(out / f"protocol.{name}") as path:
-                path.write_text(content, encoding="utf-8")
-        print(text)
-    except UserError as error:
-        print(f"protocol: {error}", file=sys.stderr)
-        return 1
-    return 0
+    runs, notes = collect(chosen.folders)
+    for note in notes:
+        print(note, file=sys.stderr)
+    if not runs:
+        raise UserError(f"{chosen.folders[0]}: no finished run stands there; run qexp first")
+    made = table(runs)
+    text = f"{tables.markdown(tables.lay(made, {}))}\n\n{LEGEND} {tables.LEGEND}\n"
+    out = chosen.out or chosen.folders[0]
+    for name, content in (("md", text), ("csv", tables.spreadsheet(made, {}))):
+        with atomic(out / f"ood.{name}") as path:
+            path.write_text(content, encoding="utf-8")
+    print(text)
 
 
 def _with_ratios(run: Run, floats: dict[tuple[str, Column], list[float]]) -> Run:

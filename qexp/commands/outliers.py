@@ -1,7 +1,6 @@
 """Which activations outliers cost most: a table and a figure of a model's tensors."""
 
 import csv
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,14 +8,11 @@ from pathlib import Path
 
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
 from qexp.common.errors import UserError
 from qexp.common.files import atomic
 from qexp.common.progress import bar
-from qexp.config import messages
 from qexp.config.instantiate import instantiate
 from qexp.config.location import conf
 from qexp.grid.outlier_error import Errors, Moments, decompose
@@ -201,29 +197,17 @@ def measured(overrides: Sequence[str]) -> list[Row]:
     return survey(task, instantiate(cfg.calibration)(task), kind)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """`outliers.py FOLDER [key=value …] [-- key=value …]`: a model, then what it became."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if not given or "=" in given[0] or given[0].startswith("-"):
-        print("outliers.py: the first argument is the folder to write to", file=sys.stderr)
-        return 2
-    folder, rest = Path(given[0]), given[1:]
+def main(arguments: Sequence[str]) -> None:
+    """`qexp outliers FOLDER [key=value …] [-- key=value …]`: a model, then what it became."""
+    if not arguments or "=" in arguments[0] or arguments[0].startswith("-"):
+        raise UserError("outliers: the first argument is the folder to write to")
+    folder, rest = Path(arguments[0]), list(arguments[1:])
     resolvers.register()
     both = [rest]
     if "--" in rest:
         cut = rest.index("--")
         both = [rest[:cut], rest[cut + 1 :]]
-    try:
-        with initialize_config_dir(version_base="1.3", config_dir=str(conf())):
-            labels = ("before", "after") if len(both) > 1 else ("ranges",)
-            found = {
-                label: measured(overrides) for label, overrides in zip(labels, both, strict=True)
-            }
-        print(write(folder, found))
-    except (HydraException, OmegaConfBaseException) as error:
-        print(f"outliers.py: {messages.message_for(error)}", file=sys.stderr)
-        return 1
-    except UserError as error:
-        print(f"outliers.py: {error}", file=sys.stderr)
-        return 1
-    return 0
+    labels = ("before", "after") if len(both) > 1 else ("ranges",)
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf())):
+        found = {label: measured(overrides) for label, overrides in zip(labels, both, strict=True)}
+    print(write(folder, found))

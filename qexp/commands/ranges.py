@@ -1,7 +1,6 @@
 """What a run did to activations: the ranges of channels at one site, the error at every site."""
 
 import argparse
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -108,30 +107,25 @@ def draw(before: Mapping[str, Seen], after: Mapping[str, Seen], site: str) -> Pi
     return picture
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line of `scripts/ranges.py`; the value is the exit code."""
-    parser = argparse.ArgumentParser(prog="ranges", description=__doc__)
+def main(arguments: Sequence[str]) -> None:
+    """The command line of `qexp ranges`."""
+    parser = argparse.ArgumentParser(prog="qexp ranges", description=__doc__)
     parser.add_argument("run", help="the folder of a run with quantized activations")
     parser.add_argument("--site", help="whose channels; the one whose error fell most by default")
     parser.add_argument("--out", type=Path, help="a .png; ranges.png in the run's folder")
     chosen = parser.parse_args(arguments)
-    try:
-        before, after = sides(chosen.run)
-        falls = {name: before[name].error - after[name].error for name in before if name in after}
-        site = chosen.site or max(falls, key=falls.__getitem__)
-        if site not in falls:
-            raise UserError(f"--site {site}: there is no such site; known are {', '.join(falls)}")
-        for side, seen in zip(SIDES, (before, after), strict=True):
-            found = seen[site]
-            low, high = float(found.low.min()), float(found.high.max())
-            print(f"{site}, {side}: {low:.4g} to {high:.4g}, error {found.error:.3g}")
-        out = chosen.out or Path(chosen.run) / "ranges.png"
-        draw(before, after, site).png(out)
-        print(out)
-    except UserError as error:
-        print(f"ranges: {error}", file=sys.stderr)
-        return 1
-    return 0
+    before, after = sides(chosen.run)
+    falls = {name: before[name].error - after[name].error for name in before if name in after}
+    site = chosen.site or max(falls, key=falls.__getitem__)
+    if site not in falls:
+        raise UserError(f"--site {site}: there is no such site; known are {', '.join(falls)}")
+    for side, seen in zip(SIDES, (before, after), strict=True):
+        found = seen[site]
+        low, high = float(found.low.min()), float(found.high.max())
+        print(f"{site}, {side}: {low:.4g} to {high:.4g}, error {found.error:.3g}")
+    out = chosen.out or Path(chosen.run) / "ranges.png"
+    draw(before, after, site).png(out)
+    print(out)
 
 
 @contextmanager

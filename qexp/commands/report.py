@@ -49,9 +49,9 @@ def write(
     return markdown
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line of `scripts/report.py`; the value is the exit code."""
-    parser = argparse.ArgumentParser(prog="report", description=__doc__)
+def main(arguments: Sequence[str]) -> None:
+    """The command line of `qexp report`."""
+    parser = argparse.ArgumentParser(prog="qexp report", description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders of them")
     parser.add_argument("--out", type=Path, help="where to write; the first folder by default")
     parser.add_argument("--rows", help="config keys, by commas; all that differ by default")
@@ -61,29 +61,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--baseline", help="what others are compared with: method=rtn")
     parser.add_argument("--x", default="weight/bits", help="metric or config key of the x axis")
     chosen = parser.parse_args(arguments)
-    try:
-        runs, notes = collect(chosen.folders)
-        for note in notes:
-            print(note, file=sys.stderr)
-        if not runs:
-            names = ", ".join(str(folder) for folder in chosen.folders)
-            raise UserError(f"{names}: no finished run stands there; run `qexp` first")
-        for option in ("rows", "columns", "over"):
-            _known(runs, option, _words(getattr(chosen, option)))
-        settings = group(runs, _words(chosen.over) or SEED)
-        table = pivot(settings, _words(chosen.rows) or None, _words(chosen.columns))
-        table = select(table, _words(chosen.metrics))
-        legend, baselines = [tables.LEGEND], {}
-        if chosen.baseline:
-            baselines = counterparts(settings, _pairs(chosen.baseline))
-            legend.append(tables.AGAINST.format(baseline=chosen.baseline))
-        out = chosen.out or chosen.folders[0]
-        print(write(table, baselines, legend, out, notes, chosen.x))
-        print("\n" + ", ".join([str(out / FILES[0]), *FILES[1:]]))
-    except UserError as error:
-        print(f"report: {error}", file=sys.stderr)
-        return 1
-    return 0
+    runs, notes = collect(chosen.folders)
+    for note in notes:
+        print(note, file=sys.stderr)
+    if not runs:
+        names = ", ".join(str(folder) for folder in chosen.folders)
+        raise UserError(f"{names}: no finished run stands there; run `qexp` first")
+    for option in ("rows", "columns", "over"):
+        _known(runs, option, _words(getattr(chosen, option)))
+    settings = group(runs, _words(chosen.over) or SEED)
+    table = pivot(settings, _words(chosen.rows) or None, _words(chosen.columns))
+    table = select(table, _words(chosen.metrics))
+    legend, baselines = [tables.LEGEND], {}
+    if chosen.baseline:
+        baselines = counterparts(settings, _pairs(chosen.baseline))
+        legend.append(tables.AGAINST.format(baseline=chosen.baseline))
+    out = chosen.out or chosen.folders[0]
+    print(write(table, baselines, legend, out, notes, chosen.x))
+    print("\n" + ", ".join([str(out / FILES[0]), *FILES[1:]]))
 
 
 def select(table: Table, patterns: Sequence[str]) -> Table:

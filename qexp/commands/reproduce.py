@@ -40,9 +40,9 @@ class Measured:
         return found[0] if len(found) == 1 else Column(metric, "")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line of `scripts/reproduce.py`: 0 where everything that was asked was reached."""
-    parser = argparse.ArgumentParser(prog="reproduce", description=__doc__)
+def main(arguments: Sequence[str]) -> int:
+    """The command line of `qexp reproduce`; 0 where every row and order was reached."""
+    parser = argparse.ArgumentParser(prog="qexp reproduce", description=__doc__)
     parser.add_argument("ids", nargs="*", help=f"of {', '.join(ids())}; or key=value for all jobs")
     parser.add_argument("--columns", help="by commas; the paper's own models by default")
     parser.add_argument("--show", action="store_true", help="run nothing: what stands on disk")
@@ -50,30 +50,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     extra = [word for word in chosen.ids if "=" in word]
     code = 0
-    try:
-        for name in [word for word in chosen.ids if "=" not in word] or ids():
-            paper = load(name)
-            if chosen.columns:
-                columns = chosen.columns.split(",")
-            else:
-                columns = [key for key, place in paper.columns.items() if not place.replaced]
-            for column in columns:
-                if column not in paper.columns:
-                    raise UserError(
-                        f"--columns {column}: {messages.nearest(column, paper.columns)}"
-                    )
-            if not chosen.ids:
-                print(f"{name}: {paper.title}; columns {', '.join(paper.columns)}")
-                continue
-            if chosen.dry_run:
-                print(plans(name, paper, columns, extra))
-                continue
-            text, well = report(name, paper, columns, extra, chosen.show)
-            print(text)
-            code = code or int(not well)
-    except UserError as error:
-        print(f"reproduce: {error}", file=sys.stderr)
-        return 1
+    for name in [word for word in chosen.ids if "=" not in word] or ids():
+        paper = load(name)
+        if chosen.columns:
+            columns = chosen.columns.split(",")
+        else:
+            columns = [key for key, place in paper.columns.items() if not place.replaced]
+        for column in columns:
+            if column not in paper.columns:
+                raise UserError(f"--columns {column}: {messages.nearest(column, paper.columns)}")
+        if not chosen.ids:
+            print(f"{name}: {paper.title}; columns {', '.join(paper.columns)}")
+            continue
+        if chosen.dry_run:
+            print(plans(name, paper, columns, extra))
+            continue
+        text, well = report(name, paper, columns, extra, chosen.show)
+        print(text)
+        code = code or int(not well)
     return code
 
 

@@ -18,9 +18,12 @@ REPORTED = "told when it happened"
 
 
 def run_reporting_errors(work: Callable[[], object]) -> int:
-    """The exit code of what is done; what went wrong is told on stderr."""
+    """The exit code of `work`: what it returns where that is a number, else 0; 1 after an error.
+
+    An error is reported on stderr: one sentence, after a traceback where it is not the user's.
+    """
     try:
-        work()
+        code = work()
     except KeyboardInterrupt:
         say("interrupted; finished runs are kept, the one under way left no result")
         return 130
@@ -35,7 +38,7 @@ def run_reporting_errors(work: Callable[[], object]) -> int:
                 traceback.print_exception(error)
             say(message_for(error))
         return 1
-    return 0
+    return code if isinstance(code, int) else 0
 
 
 def say(text: str) -> None:

@@ -1,6 +1,5 @@
 """What a job costs, stage by stage, as ratios within one run."""
 
-import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,37 +13,40 @@ from qexp.commands.bench.sharing import sharing
 from qexp.commands.bench.solving import blockwise, oac
 from qexp.commands.bench.training import qat, quadapter
 from qexp.commands.bench.zeroshot import zeroshot
+from qexp.common.errors import UserError
 from qexp.config.location import conf
 from qexp.runs import resolvers
-from qexp.sweeps.failures import run_reporting_errors
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """`bench.py NAME [key=value …]`: the configuration of a run, measured instead of kept."""
-    name, *overrides = sys.argv[1:] if arguments is None else arguments
+def main(arguments: Sequence[str]) -> None:
+    """`qexp bench NAME [key=value …]`: the configuration of a run, measured instead of kept."""
+    name = arguments[0] if arguments else ""
     if name not in BENCHES:
-        raise SystemExit(f"bench.py: {name} is unknown: give one of {', '.join(BENCHES)}")
-    if code := run_reporting_errors(lambda: _measure(name, overrides)):
-        raise SystemExit(code)
-
-
-def _measure(name: str, overrides: Sequence[str]) -> None:
+        raise UserError(f"bench: {name or 'no name'} is unknown: give one of {', '.join(BENCHES)}")
+    overrides = list(arguments[1:])
     resolvers.register()
     with initialize_config_dir(version_base="1.3", config_dir=str(conf())):
-        cfg = compose("config", list(overrides))
+        cfg = compose("config", overrides)
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     print(f"{name}: {' '.join(overrides)}, {torch.get_num_threads()} threads")
-    BENCHES[name](cfg)
+    if name in OF_COMMANDS:
+        OF_COMMANDS[name](cfg, overrides)
+    else:
+        OF_STAGES[name](cfg)
 
 
-BENCHES: dict[str, Callable[[DictConfig], None]] = {
+# Of the stages of a job in this process; of whole commands, which are given the overrides.
+OF_STAGES: dict[str, Callable[[DictConfig], None]] = {
     "blockwise": blockwise,
     "evaluation": evaluation,
     "qat": qat,
     "quadapter": quadapter,
     "penalty": penalty,
     "oac": oac,
-    "overhead": overhead,
-    "sharing": sharing,
     "zeroshot": zeroshot,
 }
+OF_COMMANDS: dict[str, Callable[[DictConfig, list[str]], None]] = {
+    "overhead": overhead,
+    "sharing": sharing,
+}
+BENCHES = (*OF_STAGES, *OF_COMMANDS)

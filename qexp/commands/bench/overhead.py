@@ -14,16 +14,15 @@ from qexp.runs import results
 from qexp.sweeps import app
 
 
-def overhead(cfg: DictConfig) -> None:
+def overhead(cfg: DictConfig, overrides: list[str]) -> None:
     """Seconds of a sweep less those of its jobs' stages, per job; a job before it has imported
     what there is to import. The command itself is run, with the words of this one."""
-    words = sys.argv[2:]
     with TemporaryDirectory() as folder, chdir(folder):
         os.environ["QEXP_CACHE_DIR"] = str(Path(folder) / "cache")
-        sweep([*words, "seed=0"])
+        sweep([*overrides, "seed=0"])
         before = set(Path("outputs").glob("*/metrics.json"))
         busy = process_time()
-        seconds = timed(lambda: sweep([*words, "seed=1,2,3,4"]))
+        seconds = timed(lambda: sweep([*overrides, "seed=1,2,3,4"]))
         busy = process_time() - busy
         made = set(Path("outputs").glob("*/metrics.json")) - before
         stages = sum(results.cost(path.parent)["seconds"] for path in made)

@@ -19,18 +19,23 @@ HESSIANS = {"gptq": "activation", "spqr": "activation", "oac_one_pass": "output"
 INPUTS = ("models", "converted")  # the model is on disk in either case
 
 
-def sharing(cfg: DictConfig) -> None:
+def sharing(cfg: DictConfig, overrides: list[str]) -> None:
     """Processor seconds of whole jobs. The first on each Hessian finds none of it in either cache
     and is run once."""
     instantiate(cfg.model).load()  # imported, fetched and converted before the clock runs
-    models, words = default_folder(), sys.argv[2:]
+    models = default_folder()
     before, after = 0.0, 0.0
     seen: set[str] = set()
     print(f"{'job':<28}{'without cache':>16}{'with cache':>16}")
     with TemporaryDirectory() as folder:
         for method, hessian in HESSIANS.items():
             for bits in (2, 3, 4):
-                own = [*words, f"method={method}", "method.propagate=false", f"weight.bits={bits}"]
+                own = [
+                    *overrides,
+                    f"method={method}",
+                    "method.propagate=false",
+                    f"weight.bits={bits}",
+                ]
                 shared = job(own, Path(folder) / "shared", models)
                 alone = shared
                 if hessian in seen:
