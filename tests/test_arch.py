@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import FAMILIES, batches, tiny
+from helpers.models import FAMILIES, batches, tiny
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BloomConfig
 

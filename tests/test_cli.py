@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from stub import SMALL, qexp  # noqa: F401
+from helpers.stub import SMALL
 
 from qexp.common.errors import UserError
 from qexp.config import location
@@ -22,7 +22,7 @@ def folders() -> list[Path]:
     return sorted(path.parent for path in Path("outputs").glob("*/metrics.json"))
 
 
-def test_a_run_is_its_folder_and_is_answered_from_it(qexp, capsys) -> None:  # noqa: F811
+def test_a_run_is_its_folder_and_is_answered_from_it(qexp, capsys) -> None:
     assert qexp(*SMALL, "weight.bits=3") == 0
     [folder] = folders()
     for name in ("metrics.json", "provenance.json", "layers.csv", "qexp.log", ".hydra/config.yaml"):
@@ -35,7 +35,7 @@ def test_a_run_is_its_folder_and_is_answered_from_it(qexp, capsys) -> None:  # n
     assert "answered from disk" in capsys.readouterr().err
 
 
-def test_a_failing_job_takes_no_other_with_it(qexp, capsys) -> None:  # noqa: F811
+def test_a_failing_job_takes_no_other_with_it(qexp, capsys) -> None:
     assert qexp("-m", *SMALL, "logger=none", "weight.bits=3,11,12,4") == 1
     assert len(folders()) == 2
     said = capsys.readouterr().err
@@ -48,7 +48,7 @@ def test_a_failing_job_takes_no_other_with_it(qexp, capsys) -> None:  # noqa: F8
     assert "3 jobs: 1 ran, 2 answered from disk, 0 failed" in capsys.readouterr().err
 
 
-def test_an_interrupt_ends_a_sweep_with_what_is_finished(qexp, capsys) -> None:  # noqa: F811
+def test_an_interrupt_ends_a_sweep_with_what_is_finished(qexp, capsys) -> None:
     assert qexp("-m", *SMALL, "logger=none", "weight.bits=3,13,4") == 130
     assert len(folders()) == 1
     said = capsys.readouterr().err
@@ -57,7 +57,7 @@ def test_an_interrupt_ends_a_sweep_with_what_is_finished(qexp, capsys) -> None: 
     assert "Traceback" not in said
 
 
-def test_a_success_removes_the_failure_before_it(qexp, monkeypatch) -> None:  # noqa: F811
+def test_a_success_removes_the_failure_before_it(qexp, monkeypatch) -> None:
     assert qexp(*SMALL, "logger=none", "weight.bits=11") == 1
     [failure] = Path("outputs").glob("*/failure.json")
     monkeypatch.setattr("qexp.pipeline.run", lambda cfg, folder: {"a/ppl": 1.0})
@@ -78,7 +78,7 @@ def test_a_success_removes_the_failure_before_it(qexp, monkeypatch) -> None:  # 
         ("weight.bits=11", "weight.bits=11: is not wanted; ask for another"),
     ],
 )
-def test_a_mistake_is_answered_with_one_sentence(wrong, sentence, qexp, capsys) -> None:  # noqa: F811
+def test_a_mistake_is_answered_with_one_sentence(wrong, sentence, qexp, capsys) -> None:
     assert qexp("model=tiny_llama", "calibration=synthetic", wrong) == 1
     said = capsys.readouterr().err.strip()
     assert said.endswith(sentence)
@@ -86,7 +86,7 @@ def test_a_mistake_is_answered_with_one_sentence(wrong, sentence, qexp, capsys) 
     assert not folders()
 
 
-def test_a_trace_is_shown_when_asked_for(qexp, monkeypatch, capsys) -> None:  # noqa: F811
+def test_a_trace_is_shown_when_asked_for(qexp, monkeypatch, capsys) -> None:
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     assert qexp(*SMALL, "weight.bitz=3") == 1
     assert "Traceback" in capsys.readouterr().err
@@ -94,7 +94,7 @@ def test_a_trace_is_shown_when_asked_for(qexp, monkeypatch, capsys) -> None:  # 
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_a_full_disk_under_others_feet_is_one_sentence(qexp, monkeypatch, capsys) -> None:  # noqa: F811
+def test_a_full_disk_under_others_feet_is_one_sentence(qexp, monkeypatch, capsys) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

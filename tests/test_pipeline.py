@@ -1,13 +1,11 @@
 """Whole runs on tiny models: every method, placement and family; saved, reloaded, refused."""
 
 import json
-from functools import partial
 from pathlib import Path
 
 import pytest
-import runs
 import torch
-from runs import _configured  # noqa: F401 (an autouse fixture)
+from helpers.pipeline import PPL, SMALL, run
 from safetensors import safe_open
 
 from qexp import pipeline
@@ -15,18 +13,7 @@ from qexp.common.errors import UserError
 from qexp.packed import weights_file
 from qexp.runs import results
 
-SMALL = [
-    "data=synthetic",
-    "calibration.sequences=6",
-    "calibration.length=64",
-    "eval.held_out.length=64",
-    "eval.held_out.limit=4",
-    "weight.group_size=32",
-]
-PPL = "synthetic_raw_64x4/ppl"
-
-
-run = partial(runs.run, small=SMALL)
+pytestmark = pytest.mark.usefixtures("configured")
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,10 @@
 
 import logging
 import random
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONF, tiny
+from helpers.models import CONF, tiny
 from omegaconf import OmegaConf
 from torch import Tensor
 
@@ -21,10 +20,7 @@ from qexp.data.synthetic import Synthetic
 from qexp.data.tokens import encode
 from qexp.task import TASKS, Task
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("QEXP_CACHE_DIR", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def task_of(family: str) -> Task:

@@ -1,13 +1,13 @@
 """Corpora: the same rows from files and from the hub, splits that do not overlap, clear errors."""
 
-import gzip
 import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONF
+from helpers.corpora import layout
+from helpers.models import CONF
 from omegaconf import OmegaConf
 
 from qexp.common.errors import UserError
@@ -37,25 +37,6 @@ SHARED = Path(os.environ.get("QEXP_DATA_DIR") or CONF.parents[1] / "shared" / "d
 def known(name: str, /, **fields: object) -> StandardCorpus:
     node = OmegaConf.load(CONF / "data" / f"{name}.yaml")
     return instantiate(OmegaConf.merge(node, fields))
-
-
-def layout(folder: Path, config: str | None, rows: dict[str, list[dict]], where: dict) -> Path:
-    """A local folder like a repository of the hub: parquet or json files, and a card."""
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    folder.mkdir()
-    for split, records in rows.items():
-        path = folder / where[split]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".gz":
-            lines = "".join(json.dumps(record) + "\n" for record in records)
-            path.write_bytes(gzip.compress(lines.encode()))
-        else:
-            parquet.write_table(pyarrow.Table.from_pylist(records), path)
-    if config:
-        files = [{"split": split, "path": where[split]} for split in rows]
-        card = {"configs": [{"config_name": config, "data_files": files}]}
-        (folder / "README.md").write_text(f"---\n{json.dumps(card)}\n---\n")
-    return folder
 
 
 @pytest.fixture(autouse=True)

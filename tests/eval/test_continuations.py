@@ -4,17 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from protocols import CORPUS, llama
-from test_against import changed, start
+from helpers.protocols import CORPUS, changed, llama, start
 
 from qexp.common.errors import UserError
 from qexp.eval.continuations import FILE, Continuations
 from qexp.task import CausalLM
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("QEXP_CACHE_DIR", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def continuations(**fields: object) -> Continuations:

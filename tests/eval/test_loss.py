@@ -1,11 +1,10 @@
 """The model's own loss, for models that have no perplexity."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONF, tiny
+from helpers.models import CONF, tiny
 from omegaconf import OmegaConf
 
 from qexp.common.errors import UserError
@@ -15,10 +14,7 @@ from qexp.eval.base import digest
 from qexp.eval.loss import MeanLoss
 from qexp.task import TASKS, Task
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("QEXP_CACHE_DIR", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def evaluator(**fields: object) -> MeanLoss:

@@ -3,28 +3,25 @@
 import math
 import random
 import re
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONF, DECODERS, tiny
-from protocols import CORPUS, full_losses, ids_of, llama, protocol
+from helpers.models import CONF, DECODERS, tiny
+from helpers.protocols import CORPUS, full_losses, ids_of, llama, protocol
 
 from qexp.common.errors import UserError
 from qexp.data.synthetic import Synthetic
 from qexp.eval.base import digest
 from qexp.task import TASKS
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
 PROTOCOLS = sorted(
     path.stem
     for path in (CONF / "eval").glob("*.yaml")
     if "\n  _target_: qexp.eval.perplexity." in path.read_text()
 )
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("QEXP_CACHE_DIR", str(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize("family", DECODERS)

@@ -5,8 +5,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import runs
-from runs import _configured  # noqa: F401 (an autouse fixture)
+from helpers import pipeline
+
+pytestmark = pytest.mark.usefixtures("configured")
+
 
 SMALL = (
     "model=tiny_llama",
@@ -23,7 +25,7 @@ SMALL = (
 PPL = "synthetic_raw_32x4/ppl"
 
 
-run = partial(runs.run, small=SMALL)
+run = partial(pipeline.run, small=SMALL)
 
 
 def lines(folder: Path) -> list[dict[str, float]]:

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from conftest import batches
+from helpers.models import batches, task_of
+from helpers.training import METHOD, SMOKE, STATIC, same, weights
 from torch import Tensor, nn
-from training import METHOD, SMOKE, STATIC, same, task_of, weights
 
 from qexp.gradients import Hard, Sigmoid, Soft, Straight
 from qexp.grid import IntGrid

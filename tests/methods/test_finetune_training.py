@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 
-import pairs
 import pytest
 import torch
-from conftest import batches
+from helpers import pairs
+from helpers.models import batches, task_of
+from helpers.training import GRID, METHOD, SMOKE, STATIC, Same, same, weights
 from torch import Tensor
-from training import GRID, METHOD, SMOKE, STATIC, Same, same, task_of, weights
 
 from qexp.common.errors import UserError
 from qexp.task import Task

@@ -5,13 +5,13 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-import pairs
 import pytest
 import torch
-from conftest import batches
+from helpers import pairs
+from helpers.models import batches, task_of
+from helpers.pipeline import run
+from helpers.training import METHOD, SMOKE, same, weights
 from hydra import compose
-from runs import _configured, run  # noqa: F401 (an autouse fixture)
-from training import METHOD, SMOKE, same, task_of, weights
 
 from qexp.common.errors import FieldError, UserError
 from qexp.config.instantiate import instantiate
@@ -21,6 +21,9 @@ from qexp.quantizers.scheme import quantize_activations
 from qexp.task import Task
 from qexp.training.penalties import Deviation, Form, NoPenalty, Outliers, Span, Watching
 from qexp.training.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("configured")
+
 
 FORM = Deviation(k=2.0)
 PENALTY = Outliers(FORM, LinearInputs())

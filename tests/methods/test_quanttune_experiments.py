@@ -1,12 +1,14 @@
 """The experiments of QuantTune: every job composes, and one of each kind of model runs in small."""
 
 import pytest
+from helpers.experiments import jobs
 from hydra import compose
-from runs import _configured  # noqa: F401 (an autouse fixture)
-from test_training_experiments import jobs
 
 from qexp import pipeline
 from qexp.runs.signature import signature
+
+pytestmark = pytest.mark.usefixtures("configured")
+
 
 MODELS = ("sst2", "cifar10", "smollm2")
 SMALL = (

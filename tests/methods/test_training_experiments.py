@@ -3,13 +3,16 @@
 import json
 
 import pytest
+from helpers.experiments import jobs
 from hydra import compose
-from omegaconf import DictConfig, OmegaConf
-from runs import _configured  # noqa: F401 (an autouse fixture)
+from omegaconf import DictConfig
 
 from qexp import pipeline
 from qexp.runs import results
 from qexp.runs.signature import signature
+
+pytestmark = pytest.mark.usefixtures("configured")
+
 
 EXPERIMENTS = ("contapprox_2x2", "contapprox_apart", "contapprox_temperature", "qat_zoo")
 SMALL = (
@@ -23,17 +26,6 @@ SMALL = (
     "progress=false",
 )
 MEASURE = ("eval=held_out", "eval.held_out.length=32", "eval.held_out.limit=2")
-
-
-def jobs(experiment: str) -> list[list[str]]:
-    """The overrides of the sweep's first job, and of those that differ from it in one choice."""
-    cfg = compose("config", [f"experiment={experiment}"], return_hydra_config=True)
-    params = OmegaConf.to_container(cfg.hydra.sweeper.params)
-    assert cfg.hydra.mode.name == "MULTIRUN" and isinstance(params, dict)
-    values = {key: str(params[key]).split(",") for key in params if key != "seed"}
-    first = {key: choices[0] for key, choices in values.items()}
-    others = [first | {key: each} for key, choices in values.items() for each in choices[1:]]
-    return [[f"{key}={value}" for key, value in job.items()] for job in (first, *others)]
 
 
 def small(experiment: str, *overrides: str, measure: tuple[str, ...] = MEASURE) -> DictConfig:

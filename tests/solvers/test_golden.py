@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import data_dir
+from helpers.models import data_dir
+from helpers.problems import loss
 from safetensors.torch import load_file
-from solvers.problems import loss
 from torch import Tensor
 
 from qexp.grid import IntGrid

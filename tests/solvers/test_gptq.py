@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from reference.obq import obq
-from solvers.problems import SECOND, is_stored_whole, loss, problem
+from helpers.problems import SECOND, is_stored_whole, loss, problem
+from helpers.reference.obq import obq
 from torch import Tensor
 
 from qexp.common.errors import UserError

@@ -4,11 +4,10 @@ import re
 
 import pytest
 import torch
+from helpers.models import joined, task_of
 from hydra import compose
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from runs import _configured  # noqa: F401 (an autouse fixture)
-from test_walk import joined, task_of
 
 from qexp import pipeline
 from qexp.common.errors import UserError
@@ -16,6 +15,9 @@ from qexp.config import grid_choice, messages
 from qexp.config.instantiate import instantiate
 from qexp.methods.blockwise import Blockwise
 from qexp.packed import weights_file
+
+pytestmark = pytest.mark.usefixtures("configured")
+
 
 METHODS = {
     "spqr": ["weight.bits=2", "weight.group_size=32"],

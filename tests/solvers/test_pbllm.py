@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from solvers.problems import is_stored_whole, loss, problem
+from helpers.problems import is_stored_whole, loss, problem
 
 from qexp.common.errors import UserError
 from qexp.grid import IntGrid

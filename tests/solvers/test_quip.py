@@ -5,8 +5,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from reference.ldlq import ldlq
-from solvers.problems import is_stored_whole, loss, problem
+from helpers.problems import is_stored_whole, loss, problem
+from helpers.reference.ldlq import ldlq
 from torch import Tensor
 
 from qexp.grid import IntGrid

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from solvers.problems import TWO_LEVELS, is_stored_whole, loss, problem
+from helpers.problems import TWO_LEVELS, is_stored_whole, loss, problem
 from torch import Tensor
 
 from qexp.common.errors import UserError

@@ -5,36 +5,14 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from conftest import FAMILIES
-from test_walk import joined, task_of
+from helpers.channels import ALL, NORMS, close, every, logits, random_scale
+from helpers.models import FAMILIES, joined, task_of
 
 from qexp.common.errors import UserError
-from qexp.transforms.channels import SITES, channels_of
+from qexp.transforms.channels import channels_of
 
-NORMS, ALL = SITES
 CASES = [(family, ALL) for family in FAMILIES]
 CASES += [(family, NORMS) for family in FAMILIES if family != "bert"]
-
-
-def logits(task, batch) -> torch.Tensor:
-    with torch.no_grad():
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
-        inputs = {k: v.to(task.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
-        return task.model(**inputs).logits
-
-
-def close(one: torch.Tensor, two: torch.Tensor, share: float) -> None:
-    assert float((one - two).norm() / two.norm()) < share
-
-
-def random_scale(channels, seed: int, dtype=torch.float32) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    columns = channels.linears[0].in_features // channels.repeats
-    return torch.randn(columns, generator=generator).exp().to(dtype)
-
-
-def every(task, sites):
-    return [c for index in range(len(task.blocks)) for c in channels_of(task, index, sites)]
 
 
 @pytest.mark.parametrize(("family", "sites"), CASES)

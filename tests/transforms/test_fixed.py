@@ -2,15 +2,13 @@
 
 import pytest
 import torch
-from conftest import FAMILIES
-from test_channels import ALL, NORMS, close, logits
-from test_walk import joined, task_of
+from helpers.channels import ALL, NORMS, TENSOR, close, drift, logits, planted
+from helpers.models import FAMILIES, joined, task_of
 
 from qexp.common.errors import UserError
 from qexp.grid import IntGrid
 from qexp.methods.blockwise import Direct
-from qexp.quantizers.placement import LinearInputs
-from qexp.quantizers.scheme import FloatActivations, QuantizedActivations, quantize_activations
+from qexp.quantizers.scheme import FloatActivations, quantize_activations
 from qexp.solvers.rtn import RTN
 from qexp.transforms.awq import AWQ, clipped
 from qexp.transforms.channels import channels_of
@@ -21,7 +19,6 @@ from qexp.transforms.smooth import Smooth
 from qexp.walk import walk
 
 GRID = IntGrid(4, group_size=32)
-TENSOR = QuantizedActivations(LinearInputs(), IntGrid(8, per_tensor=True))
 FIXED = [
     Smooth(GRID, TENSOR),
     Smooth(GRID, TENSOR, alpha=[0.25, 0.75], sites=ALL),
@@ -29,22 +26,6 @@ FIXED = [
     Equalize(ALL),
     OutlierSuppression(GRID, TENSOR, points=4, sites=ALL),
 ]
-
-
-def planted(family: str, size: float = 50):
-    """Two channels of every norm's output are `size` times what they were, undone by the weights:
-    the function of the tiny model, with activations as large models have them."""
-    task = task_of(family)
-    for index in range(len(task.blocks)):
-        for channels in channels_of(task, index, NORMS):
-            scale = torch.ones(channels.linears[0].in_features)
-            scale[3] = scale[17] = 1 / size
-            channels.fold(scale)
-    return task
-
-
-def drift(task, batch, expected) -> float:
-    return float((logits(task, batch) - expected).square().mean())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -4,10 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import FAMILIES
-from test_channels import ALL, NORMS, close, logits
-from test_fixed import TENSOR, drift, planted
-from test_walk import joined, task_of
+from helpers.channels import ALL, NORMS, TENSOR, close, drift, logits, planted
+from helpers.models import FAMILIES, joined, task_of
 
 from qexp.common.errors import UserError
 from qexp.grid import IntGrid

@@ -4,10 +4,8 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from conftest import FAMILIES
-from test_channels import ALL, NORMS, close, every, logits, random_scale
-from test_fixed import TENSOR, drift, planted
-from test_walk import joined, task_of
+from helpers.channels import ALL, NORMS, TENSOR, close, drift, every, logits, planted, random_scale
+from helpers.models import FAMILIES, joined, task_of
 
 from qexp.common.errors import UserError
 from qexp.gradients import Straight
@@ -17,7 +15,7 @@ from qexp.quantizers.scheme import FloatActivations
 from qexp.solvers.rtn import RTN
 from qexp.transforms.channels import channels_of
 from qexp.transforms.quadapter import Quadapter
-from qexp.transforms.reconstruction import Reconstruction, quantized, run
+from qexp.transforms.reconstruction import Reconstruction, quantized
 from qexp.walk import walk
 
 GRID = IntGrid(8, symmetric=True, per_tensor=True)
@@ -67,11 +65,11 @@ def test_live_with_quantizers_is_folded_with_quantizers(family):
             for channels, scale in zip(sites, scales, strict=True):
                 stack.enter_context(channels.live(lambda scale=scale: scale))
             stack.enter_context(quantized(block, rules, TENSOR))
-            live = run(block, 0, block.inputs[0])
+            live = block.replay(0, block.inputs[0])
         for channels, scale in zip(sites, scales, strict=True):
             channels.fold(scale)
         with quantized(block, rules, TENSOR):
-            assert torch.equal(run(block, 0, block.inputs[0]), live)
+            assert torch.equal(block.replay(0, block.inputs[0]), live)
         break
 
 
@@ -82,9 +80,9 @@ def test_alpha_of_one_is_the_plain_quantizer(family):
     block = next(iter(walk(task, [batch], 2)))
     rules = dict.fromkeys(block.linears, lambda w: GRID(w.float(), Straight()))
     with quantized(block, rules, TENSOR):
-        plain = run(block, 0, block.inputs[0])
+        plain = block.replay(0, block.inputs[0])
         with channels_of(task, 0, ALL)[0].live(lambda: torch.ones(64)):
-            assert torch.equal(run(block, 0, block.inputs[0]), plain)
+            assert torch.equal(block.replay(0, block.inputs[0]), plain)
         for linear in block.linears.values():
             weight = linear.parametrizations.weight.original
             assert torch.equal(linear.weight, GRID(weight))

@@ -2,10 +2,8 @@
 
 import pytest
 import torch
-from conftest import FAMILIES
-from test_channels import close, logits
-from test_fixed import TENSOR, drift, planted
-from test_walk import joined, task_of
+from helpers.channels import TENSOR, close, drift, logits, planted
+from helpers.models import FAMILIES, joined, task_of
 
 from qexp.common.errors import UserError
 from qexp.grid import IntGrid

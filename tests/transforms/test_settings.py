@@ -5,11 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 from hydra import compose
-from runs import _configured  # noqa: F401 (an autouse fixture)
 
 from qexp.common.errors import UserError, check_bool
 from qexp.config.instantiate import instantiate
 from qexp.transforms.smooth import check
+
+pytestmark = pytest.mark.usefixtures("configured")
+
 
 ON_GRIDS = ("smooth", "awq", "os_plus", "quadapter", "omniquant")
 

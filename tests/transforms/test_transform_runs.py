@@ -2,10 +2,13 @@
 
 import pytest
 import torch
-from conftest import tiny
-from test_pipeline import PPL, SMALL, _configured, run  # noqa: F401 (an autouse fixture)
+from helpers.models import tiny
+from helpers.pipeline import PPL, SMALL, run
 
 from qexp.models import state_diff
+
+pytestmark = pytest.mark.usefixtures("configured")
+
 
 SENTENCES = [
     ("transform=smooth", "method=none"),

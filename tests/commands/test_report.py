@@ -1,0 +1,285 @@
+"""What stands in folders, as tables and as a page that a browser opens."""
+
+import csv
+import json
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from helpers.folders import folder
+from helpers.stub import SMALL
+
+from qexp.commands import report
+from qexp.report import plots, tables
+from qexp.report.pivot import group
+from qexp.runs import finished
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+VOID = ("meta", "link", "br", "wbr")
+TITLE = "held_out/ppl [12345678]"
+
+
+@pytest.fixture
+def sweep(tmp_path, monkeypatch) -> Path:
+    """The float model, GPTQ at three bit-widths and a run that failed."""
+    monkeypatch.chdir(tmp_path)
+    for bits in (2, 3, 4):
+        folder(Path("outputs"), "gptq", bits)
+    folder(Path("outputs"), "none")
+    failed = folder(Path("outputs"), "gptq", 11)
+    (failed / "metrics.json").unlink()
+    (failed / "failure.json").write_text('{"reason": "weight.bits=11: is not wanted"}')
+    return Path("outputs")
+
+
+@pytest.fixture
+def seeds(sweep) -> Path:
+    """RTN too, and a second seed of both at 3 and 4 bits; GPTQ is better at 3."""
+    for bits in (3, 4):
+        folder(sweep, "gptq", bits, seed=1)
+        for seed in (0, 1):
+            folder(sweep, "rtn", bits, seed, 40.0 + seed if bits == 3 else None)
+    return sweep
+
+
+class Page(HTMLParser):
+    """What a page refers to, and its tables as text."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.refers: list[str] = []
+        self.open: list[str] = []
+        self.tables: list[list[list[str]]] = []
+        self.titles: list[str] = []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.refers += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href", "action")]
+        self.titles += [value or "" for name, value in attrs if name == "title"]
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+        elif tag == "title":
+            self.titles.append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "title" in self.open:
+            self.titles[-1] += data
+        elif {"td", "th"} & set(self.open):
+            self.tables[-1][-1][-1] += data
+
+
+def test_every_finished_run_is_a_row_and_others_are_named(sweep, capsys) -> None:
+    assert report.main([str(sweep), "--out", "made"]) == 0
+    printed = capsys.readouterr()
+    assert "left out, it did not finish (weight.bits=11: is not wanted" in printed.err
+    lines = Path("made/table.md").read_text().splitlines()
+    assert printed.out.startswith(lines[0])
+    assert len({len(line) for line in lines[:6]}) == 1  # it is read in terminals too
+    assert [line.split("|")[1].strip() for line in lines[2:6]] == ["none", "gptq", "gptq", "gptq"]
+    assert "36.00 ± 0.50" in lines[3] and " 4.50 " in lines[3]
+    assert "left out, it did not finish" in Path("made/report.html").read_text()
+    with Path("made/table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["weight.bits"] for row in rows] == ["", "4", "3", "2"]
+    assert (rows[1][TITLE], rows[1][f"{TITLE} stderr"], rows[1][f"{TITLE} seeds"]) == (
+        "36.0",
+        "0.5",
+        "1",
+    )
+    assert Path("made/bits_vs_ppl.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_and_the_folder_stand_behind_each_number(qexp) -> None:
+    assert qexp("-m", *SMALL, "logger=none", "weight.bits=2,3") == 0
+    assert report.main(["outputs", "--out", "made"]) == 0
+    with Path("made/table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    written = {path: path.read_bytes() for path in Path("outputs").glob("*/metrics.json")}
+    for row in rows:
+        metrics = json.loads(Path(row["folders"], "metrics.json").read_text())
+        assert metrics["held_out/ppl"] == float(row[TITLE])
+        assert row["command"] in Path("made/table.md").read_text()
+    assert qexp(*rows[0]["command"].split()[1:]) == 0  # answered: it is the same run
+    assert written == {path: path.read_bytes() for path in Path("outputs").glob("*/metrics.json")}
+
+
+def test_seeds_share_a_cell_and_the_better_method_is_bold(seeds) -> None:
+    chosen = ["--columns", "weight.bits", "--metrics", "*/ppl", "--baseline", "method=rtn"]
+    assert report.main([str(seeds), "--out", "made", *chosen]) == 0
+    head, _, *lines = Path("made/table.md").read_text().split("\n\n")[0].splitlines()
+    assert f"bits=3: {TITLE}" in head and f"bits=4: {TITLE}" in head
+    [gptq] = [line for line in lines if "gptq" in line]
+    assert "**37.50 ± 0.71 (2)** (Δ -3.00, p 0.0082)" in gptq
+    assert "36.50 ± 0.71 (2)** (Δ 0)" in gptq
+    latex = Path("made/table.tex").read_text()
+    assert r"37.50 $\pm$ 0.71 (2)" in latex and r"held\_out/ppl" in latex
+    assert latex.count("&") == (1 + len(lines)) * (head.count("|") - 2)
+
+
+def test_two_definitions_never_share_a_column(seeds) -> None:
+    path = seeds / "gptq-2-0" / "provenance.json"
+    content = json.loads(path.read_text())
+    content["protocols"]["held_out"]["digest"] = "another0"
+    path.write_text(json.dumps(content))
+    assert report.main([str(seeds), "--out", "made"]) == 0
+    with Path("made/table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    other = TITLE.replace("12345678", "another0")
+    assert sum(row[other] != "nan" for row in rows) == 1
+    assert sum(int(row[f"{TITLE} seeds"]) + int(row[f"{other} seeds"]) for row in rows) == 10
+
+
+def test_the_page_needs_nothing_else_and_says_what_its_marks_are(seeds) -> None:
+    assert report.main([str(seeds), "--out", "made", "--baseline", "method=rtn"]) == 0
+    page = Page(Path("made/report.html"))
+    assert page.open == []
+    assert all(each.startswith(("#", "data:")) for each in page.refers)
+    table, listed = page.tables
+    assert table[0][:3] == ["method", "weight.bits", "bits"]
+    assert ["gptq", "3", "3.50"] in [row[:3] for row in table]
+    assert len(listed) == 1 + 10  # every run
+    assert any("method=gptq seed=1 weight.bits=3" in row[1] for row in listed)
+    points = [title for title in page.titles if "ppl:" in title or "ppl [" in title]
+    assert len(points) == 5 and any("37.50 ± 0.71 (2)\n3.50 bits per weight" in p for p in points)
+    assert all("outputs/" in point and "method=" in point for point in points)
+    assert page.titles.count("model.layers.0.mlp.up_proj: 0.25") == 5
+    assert page.titles.count("<b>: 0.001") == 5  # text, not markup
+
+
+@pytest.mark.skipif(not any(map(shutil.which, BROWSERS)), reason="no browser on this machine")
+def test_a_browser_shows_what_the_mouse_is_over_and_sorts(seeds) -> None:
+    assert report.main([str(seeds), "--out", "made"]) == 0
+    text = Path("made/report.html").read_text()
+    act = """<script>
+    const mark = [...document.querySelectorAll('.mark')].find(m => m.dataset.says.includes('ppl'));
+    mark.dispatchEvent(new MouseEvent('mousemove', {clientX: 5, clientY: 5, bubbles: true}));
+    document.querySelector('th[data-sort="3"]').click();
+    document.body.dataset.wide = document.documentElement.scrollWidth > innerWidth;
+    </script>"""
+    acted = Path("made/acted.html").resolve()
+    acted.write_text(text.replace("</body>", f"{act}</body>"))
+    browser = next(path for path in map(shutil.which, BROWSERS) if path)
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1400,900"]
+    options += [f"--user-data-dir={Path('profile').resolve()}", "--proxy-server=127.0.0.1:9"]
+    done = subprocess.run(
+        [browser, *options, "--dump-dom", acted.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    Path("made/dom.html").write_text(done.stdout.replace("<!DOCTYPE html>", "", 1))
+    assert 'data-wide="false"' in done.stdout  # nothing sticks out
+    tip = done.stdout.partition('<div id="tip"')[2].partition("</div>")[0]
+    assert "display: block" in tip and "held_out/ppl" in tip and "outputs/" in tip
+    ppl = [float(row[3].split()[0]) for row in Page(Path("made/dom.html")).tables[0][1:]]
+    assert ppl == sorted(ppl) and len(set(ppl)) > 2
+
+
+def test_keys_that_few_look_for_share_a_column(tmp_path) -> None:
+    """It says what is unusual, and what tells a row from those that are else labelled like it."""
+    for changed in ("", *"abcdef"):
+        folder(tmp_path, "gptq", **{key: int(key == changed) for key in "abcdef"})
+    folder(tmp_path, "spqr", a=0, b=1)
+    folder(tmp_path, "rtn")
+    assert report.main([str(tmp_path)]) == 0
+    head, _, *lines = (tmp_path / "table.md").read_text().split("\n\n")[0].splitlines()
+    assert head.replace(" ", "").startswith(f"|method|settings|bits|{TITLE.replace(' ', '')}|")
+    said = {tuple(cell.strip() for cell in line.split("|")[1:3]) for line in lines}
+    assert {("rtn", ""), ("spqr", "b=1"), ("gptq", "a=0, b=0, c=0, d=0, e=0, f=1")} < said
+    assert len(said) == 9
+    assert (
+        "of settings with such a key: method.a=0, method.b=0" in (tmp_path / "table.md").read_text()
+    )
+    with (tmp_path / "table.csv").open() as file:
+        assert {row["method.b"] for row in csv.DictReader(file)} == {"0", "1", ""}
+
+
+def test_many_settings_are_drawn_by_method(tmp_path) -> None:
+    """One name for each, and a line through its best; every setting is a mark."""
+    for damp in range(plots.CROWD):
+        for method, bits in (("gptq", 3), ("rtn", 3), ("rtn", 4)):
+            folder(tmp_path, method, bits, ppl=50.1234 - damp - 10 * bits, damp=damp)
+    settings = group(finished.collect([tmp_path])[0])
+    [column] = settings[0].seeded
+    picture = plots.against_bits(settings, [column], say=lambda setting, _: setting.run.command)
+    [axes] = picture.figure.axes
+    assert {note.get_text() for note in axes.texts} == {"gptq", "rtn"}
+    best = [[3.5, 50.1234 - 30 - plots.CROWD + 1], [4.5, 50.1234 - 40 - plots.CROWD + 1]]
+    assert any(line.get_xydata().tolist() == best for line in axes.lines)
+    assert len(set(picture.says.values())) == 3 * plots.CROWD
+
+
+def test_a_folder_counts_once_however_it_is_named(sweep) -> None:
+    found, _ = finished.collect([sweep, *sorted(sweep.glob("[0-9a-f]*")), sweep])
+    assert len(found) == 4
+
+
+def test_a_damaged_run_is_left_out_with_a_note(sweep) -> None:
+    path = sorted(sweep.glob("*/metrics.json"))[0]
+    path.write_text("{")
+    found, notes = finished.collect([sweep])
+    assert len(found) == 3
+    assert any("metrics.json" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--baseline", "method"], "is not key=value"),
+        (["--baseline", "method=awq"], "no run is so; there are gptq, none"),
+        (["--metrics", "*/acc"], "none fits; there are held_out/ppl"),
+        (["--rows", "method"], "add weight.bits"),
+        (["--rows", "method,weigth.bits"], "weigth.bits: no run has this key; perhaps weight.bits"),
+        (["--over", "sead"], "--over sead: no run has this key; perhaps seed"),
+    ],
+)
+def test_a_wish_that_cannot_be_met_is_a_sentence(sweep, capsys, options, said) -> None:
+    assert report.main([str(sweep), "--out", "made", *options]) == 1
+    assert said in capsys.readouterr().err
+    assert not Path("made").exists()
+
+
+def test_no_runs_is_a_sentence(tmp_path, capsys) -> None:
+    assert report.main([str(tmp_path)]) == 1
+    assert "no finished run" in capsys.readouterr().err
+    assert report.main([str(tmp_path / "absent")]) == 1
+    assert "is not a folder" in capsys.readouterr().err
+
+
+def test_any_metric_or_key_may_be_the_x_axis(sweep) -> None:
+    found, _ = finished.collect([sweep])
+    assert {run.value("weight.bits") for run in found} == {2.0, 3.0, 4.0}
+    assert report.main([str(sweep), "--out", "made", "--x", "weight.bits"]) == 0
+    assert "weight.bits\n" in Path("made/report.html").read_text()
+
+
+def test_a_metric_may_be_zero_or_less(sweep) -> None:
+    for path in sweep.glob("*/metrics.json"):
+        change = {"suite/change": 0.0 if "none" in str(path) else -0.1, "suite/change_stderr": 0.1}
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert report.main([str(sweep), "--out", "made", "--metrics", "*/change"]) == 0
+    assert "suite/change" in Path("made/table.md").read_text()
+
+
+def test_an_error_has_the_digits_of_its_number() -> None:
+    pairs = [(11329.0, 9226.64), (52.314, 0.8), (0.5, 0.016), (47.9, 15_000.0), (0.0, 0.0)]
+    said = [f"{tables.number(mean)} ± {tables.number(error, mean)}" for mean, error in pairs]
+    assert said == [
+        "1.13e+04 ± 9.23e+03", "52.31 ± 0.80", "0.5000 ± 0.0160", "47.90 ± 1.50e+04", "0 ± 0.0000",
+    ]  # fmt: skip

@@ -1,0 +1,157 @@
+"""Published tables: what is missing is run, what stands is judged."""
+
+from pathlib import Path
+
+import pytest
+from helpers.stub import SMALL
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from qexp.commands import reproduce
+from qexp.common.errors import UserError
+from qexp.config import location
+from qexp.config.instantiate import instantiate
+from qexp.report import published
+from qexp.report.pivot import Spread
+from qexp.report.published import Paper, Place, Row
+from qexp.runs.signature import signature
+
+IDS = reproduce.ids()
+
+
+def paper(**fields: object) -> Paper:
+    """GPTQ published at 37.1 and RTN at 80, which the stub of a run measures as 37 and 38."""
+    own = Place("held_out/ppl", [*SMALL, "logger=none"])
+    other = Place("held_out/ppl", [*SMALL, "logger=none"], [0, 1], replaced="model")
+    rows = {
+        "gptq": Row(["method=gptq", "weight.bits=3"], {"own": 37.1}),
+        "rtn": Row(["method=rtn", "weight.bits=2"], {"own": 80.0}),
+    }
+    content = {"columns": {"own": own, "other": other}, "rows": rows, "orders": ["gptq < rtn"]}
+    return Paper("A table", "a book", "nothing", 0.01, **{**content, **fields})
+
+
+def verdicts(text: str) -> dict[tuple[str, str], str]:
+    """By row and column, of both tables."""
+    lines = [[cell.strip() for cell in line.split("|")] for line in text.splitlines()]
+    found = {(line[1], line[2]): line[6] for line in lines if len(line) == 9}
+    return found | {(line[1], line[2]): line[3] for line in lines if len(line) == 6}
+
+
+def test_a_number_is_reached_or_not_and_a_stand_in_is_judged_by_order(qexp) -> None:
+    text, well = reproduce.report("gptq_opt", paper(), ["own", "other"], [], False)
+    found = verdicts(text)
+    assert found["gptq", "own"] == "reached"
+    assert found["rtn", "own"] == "not reached"
+    assert found["gptq", "other"] == found["rtn", "other"] == "not comparable: model replaced"
+    assert found["gptq < rtn", "own"] == "holds"
+    assert verdicts(text)["gptq < rtn", "other"] == "holds"
+    assert "2 of 2 seeds" in text and "-52.5%" in text
+    assert not well
+    folders = {path.parent for path in Path("outputs").glob("*/metrics.json")}
+    assert len(folders) == 4 and all(str(folder) in text for folder in folders)
+
+
+def test_what_stands_is_not_run_again_and_show_runs_nothing(qexp, capsys) -> None:
+    text, well = reproduce.report("gptq_opt", paper(), ["other"], [], True)
+    assert verdicts(text)["gptq", "other"] == "not run" and not well
+    assert not list(Path("outputs").glob("*/metrics.json"))
+    first, well = reproduce.report("gptq_opt", paper(), ["other"], [], False)
+    assert well
+    written = {path: path.stat().st_mtime_ns for path in Path("outputs").glob("*/metrics.json")}
+    again, _ = reproduce.report("gptq_opt", paper(), ["other"], [], False)
+    assert again == first
+    assert written == {p: p.stat().st_mtime_ns for p in Path("outputs").glob("*/metrics.json")}
+
+
+def test_a_dry_run_lists_every_job_and_runs_none(qexp) -> None:
+    before = reproduce.plans("gptq_opt", paper(), ["own", "other"], ["save_weights=false"])
+    assert before.splitlines()[-1] == "6 jobs: 6 to run" and "other rtn: to run" in before
+    assert not list(Path("outputs").glob("*/metrics.json"))
+    reproduce.report("gptq_opt", paper(), ["own"], [], False)
+    after = reproduce.plans("gptq_opt", paper(), ["own", "other"], ["save_weights=false"])
+    assert after.count(": answered") == 4  # the first seed of `other` is `own`
+    assert "6 jobs: 2 to run, about" in after and "of 2 finished runs" in after
+
+
+def test_a_job_that_fails_says_why_and_takes_no_other_with_it(qexp) -> None:
+    rows = {**paper().rows, "gptq": Row(["method=gptq", "weight.bits=11"], {"own": 1.0})}
+    text, well = reproduce.report("gptq_opt", paper(rows=rows), ["own"], [], False)
+    assert "weight.bits=11: is not wanted" in verdicts(text)["gptq", "own"]
+    assert verdicts(text)["rtn", "own"] == "not reached"
+    assert verdicts(text)["gptq < rtn", "own"] == "not run" and not well
+
+
+def test_another_model_on_the_command_line_is_not_the_papers(qexp) -> None:
+    text, _ = reproduce.report("gptq_opt", paper(), ["own"], ["data.count=100"], False)
+    assert verdicts(text)["gptq", "own"] == "not comparable: data.count=100 replaced"
+
+
+def test_a_number_far_from_the_published_one_is_not_reached() -> None:
+    table = paper()
+    assert table.verdict("gptq", "own", Spread({"0": 37.4})) == "reached"
+    assert table.verdict("gptq", "own", Spread({"0": 37.6})) == "not reached"
+    assert table.verdict("gptq", "own", Spread({"0": float("nan")})) == "not reached"
+    assert table.verdict("gptq", "own", Spread({})) == "not run"
+
+
+def test_a_table_that_names_what_is_not_there_is_refused() -> None:
+    content = {
+        "title": "a", "source": "b", "inferred": "c", "tolerance": 0.1,
+        "columns": {"own": {"metric": "x/ppl"}},
+        "rows": {"gptq": {"published": {"own": 1}}},
+    }  # fmt: skip
+    assert published.read(OmegaConf.create(content), "it").rows["gptq"].published == {"own": 1.0}
+    for wrong in (
+        {"orders": ["gptq < rtn"]},
+        {"columns": {"own": {"metric": "x/ppl", "orders": ["rtn < gptq"]}}},
+        {"tolerance_": 1},
+        {"rows": {"a": {"published": {"b": 1}}}},
+    ):
+        with pytest.raises(UserError, match=r"experiment/paper/it\.yaml"):
+            published.read(OmegaConf.create({**content, **wrong}), "it")
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_published_numbers_are_in_the_expected_order(name) -> None:
+    table = reproduce.load(name)
+    for column in table.columns:
+        for less, more in table.pairs(column):
+            one, other = (table.rows[row].published.get(column) for row in (less, more))
+            assert one is None or other is None or one < other, (column, less, more)
+    stand_ins = {key for key, place in table.columns.items() if place.replaced and place.judged}
+    assert "smollm2" in stand_ins and all(table.pairs(column) for column in stand_ins)
+    assert not table.columns["tiny"].judged
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_every_job_composes_and_none_is_another(name) -> None:
+    table = reproduce.load(name)
+    first = next(key for key in table.columns)
+    with initialize_config_dir(version_base="1.3", config_dir=str(location.conf())):
+        for column in (first, "smollm2", "tiny"):
+            metric = table.columns[column].metric.removesuffix("/ppl")
+            seen = set()
+            for row in table.wanted(column):
+                words = [f"experiment=paper/{name}", *table.jobs(row, column)[0]]
+                cfg = compose("config", words)
+                instantiate(cfg.model)  # no key of another kind of model is left
+                assert metric in [node.name for node in cfg.eval.values()]
+                seen.add(signature(cfg))
+            assert len(seen) == len(table.wanted(column))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IDS)
+def test_the_tiny_stand_in_runs(name, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert reproduce.main([name, "--columns", "tiny"]) == 0
+    said = capsys.readouterr().out
+    assert "not comparable: model and data replaced" in said and "not run" not in said
+
+
+def test_ids_and_columns_are_listed_and_misspellings_answered(capsys) -> None:
+    assert reproduce.main(["gptq_optt"]) == 1
+    assert "did you mean gptq_opt?" in capsys.readouterr().err
+    assert reproduce.main(["gptq_opt", "--columns", "smolm2"]) == 1
+    assert "did you mean smollm2?" in capsys.readouterr().err

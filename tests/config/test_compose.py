@@ -1,0 +1,102 @@
+"""Every file of conf/ composes into a configuration with a signature."""
+
+import contextlib
+from pathlib import Path
+
+import pytest
+from hydra import compose
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from qexp.config import location, messages
+from qexp.runs.signature import signature
+
+pytestmark = pytest.mark.usefixtures("configured")
+
+
+CONF = location.conf()
+
+
+def choices() -> list[str]:
+    """`group=choice` of every yaml; the group is the folder."""
+    found = []
+    for path in sorted(CONF.rglob("*.yaml")):
+        group = path.parent.relative_to(CONF).as_posix()
+        # from_run needs a finished run, see test_pipeline
+        if group not in (".", "local") and path.stem != "from_run":
+            found.append(f"{group}={path.stem}")
+    return found
+
+
+def holder(group: str, choice: str) -> list[str]:
+    """The choice, for a nested group with the first of its parents that takes it."""
+    top, _, nested = group.partition("/")
+    if not nested or top == "hydra":
+        return [f"{group}={choice}"]
+    if top == "experiment":  # a folder of experiments is no group of its own
+        return [f"{top}={nested}/{choice}"]
+    for path in sorted((CONF / top).glob("*.yaml")):
+        for key in (group,):
+            with contextlib.suppress(HydraException):
+                compose("config", [f"{top}={path.stem}", f"{key}={choice}"])
+                return [f"{top}={path.stem}", f"{key}={choice}"]
+    raise AssertionError(f"no choice of {top} has a place for {group}")
+
+
+@pytest.mark.parametrize("choice", choices())
+def test_a_file_composes(choice, monkeypatch) -> None:
+    monkeypatch.setenv("QEXP_DATA_DIR", "given")
+    group, _, name = choice.partition("=")
+    cfg = compose("config", holder(group, name))
+    for key in OmegaConf.missing_keys(cfg):
+        OmegaConf.update(cfg, key, "given")
+    assert len(signature(cfg)) == 8
+    for key in ("model", "data", "calibration", "weight", "activation", "kv", "method"):
+        assert "_target_" in cfg[key], f"conf/{key} has a choice that names no class"
+
+
+def test_the_choices_of_a_configuration_differ() -> None:
+    first, second = compose("config", ["method=rtn"]), compose("config", ["method=gptq"])
+    assert signature(first) != signature(second)
+    assert signature(compose("config", ["logger=none"])) == signature(compose("config"))
+
+
+@pytest.mark.parametrize("choice", ["stories260k", "small_gpt2", "smollm2"])
+def test_where_the_data_folder_is_does_not_count(choice, monkeypatch) -> None:
+    seen = set()
+    for folder in ("one", "another"):
+        monkeypatch.setenv("QEXP_DATA_DIR", folder)
+        seen.add(signature(compose("config", [f"model={choice}", "data=wikitext2"])))
+    assert len(seen) == 1
+
+
+def test_an_experiment_may_change_any_key(tmp_path: Path) -> None:
+    experiment = tmp_path / "experiment"
+    experiment.mkdir()
+    (experiment / "mine.yaml").write_text("# @package _global_\nseed: 7\nweight:\n  bits: 3\n")
+    cfg = compose("config", [f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine"])
+    assert (cfg.seed, cfg.weight.bits) == (7, 3)
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [("weight.bit=3", "weight.bits"), ("sede=1", "seed"), ("model=smolm2", "smollm2")],
+)
+def test_a_misspelling_is_refused_with_the_nearest_name(override, meant) -> None:
+    with pytest.raises(HydraException) as error:
+        compose("config", [override])
+    assert f"did you mean {meant}?" in messages.message_for(error.value)
+
+
+def test_far_from_everything_all_names_are_listed() -> None:
+    assert messages.nearest("xyz", ["rtn", "gptq"]) == "choose from gptq, rtn"
+
+
+def test_an_environment_variable_that_is_missing_is_named(monkeypatch) -> None:
+    monkeypatch.delenv("QEXP_DATA_DIR", raising=False)
+    with pytest.raises(OmegaConfBaseException) as error:
+        signature(compose("config", ["model=local", "model.path=${oc.env:QEXP_DATA_DIR}/mine"]))
+    assert messages.message_for(error.value).endswith(
+        "set the environment variable QEXP_DATA_DIR, or this key"
+    )

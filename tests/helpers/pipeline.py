@@ -1,0 +1,30 @@
+"""Whole runs inside this process, from overrides to the files of a folder.
+
+They need the fixture `configured`.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra import compose
+from omegaconf import OmegaConf
+
+from qexp import pipeline
+
+SMALL = [
+    "data=synthetic",
+    "calibration.sequences=6",
+    "calibration.length=64",
+    "eval.held_out.length=64",
+    "eval.held_out.limit=4",
+    "weight.group_size=32",
+]
+PPL = "synthetic_raw_64x4/ppl"
+
+
+def run(folder: Path, *overrides: str, small: Sequence[str] = SMALL) -> dict[str, float]:
+    """The metrics; the folder holds what the command leaves. `small`: overrides that come first."""
+    cfg = compose("config", [*small, *overrides])
+    (folder / ".hydra").mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")
+    return pipeline.run(cfg, folder)

@@ -1,0 +1,31 @@
+"""A pipeline that needs no model; the fixture `qexp` runs the command with it."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from qexp.common.errors import UserError
+from qexp.runs import results
+from qexp.runs.provenance import Provenance
+
+SMALL = ("model=tiny_llama", "data=synthetic", "calibration=synthetic")
+
+
+def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
+    """Fails in a different way for some bit-widths, else a perplexity that tells the config."""
+    if (done := results.read(folder)) is not None:
+        return done
+    bits = cfg.weight.bits
+    if bits == 11:
+        raise UserError("weight.bits=11: is not wanted; ask for another")
+    if bits == 12:
+        raise KeyError("a fault of the program")
+    if bits == 13:
+        raise KeyboardInterrupt
+    provenance = Provenance()
+    with provenance.stage("solve"):
+        pass
+    provenance.add(protocols={"held_out": {"digest": "12345678"}})
+    quantized = {} if cfg.method.get("solver") is None else {"weight/bits": bits + 0.5}
+    metrics = {"held_out/ppl": 40.0 - bits + cfg.seed, "held_out/ppl_stderr": 0.5, **quantized}
+    return results.write(folder, metrics, [], provenance)

@@ -1,0 +1,155 @@
+"""Hessians from gradients of the output, against autograd's own weight gradients."""
+
+import pytest
+import torch
+from helpers.hessians import GRID, measured
+from helpers.models import batches, joined, task_of
+
+from qexp.common.errors import UserError
+from qexp.hessian import Layerwise, OutputAdaptive, TokenWeighted
+from qexp.hessian.output import _check_dead as check_dead
+from qexp.hessian.output import through_tokens
+from qexp.methods.blockwise import Blockwise
+from qexp.solvers import GPTQ
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+def gradients(family: str) -> dict[str, list[torch.Tensor]]:
+    """Each linear's weight gradient on each sequence, by autograd."""
+    task = task_of(family).requires_grad_(True)
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in task.linears()}
+    batch = joined(family)
+    for n in range(len(next(iter(batch.values())))):
+        task.zero_grad()
+        task.loss({key: value[n : n + 1] for key, value in batch.items()}).backward()
+        for name, linear in task.linears().items():
+            found[name].append(linear.weight.grad.clone())
+    return found
+
+
+def contribution(source, x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    a, b = source.factors(x, g)
+    return a.T @ b
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "gpt_neox", "gemma3", "bert", "vit"])
+@pytest.mark.parametrize("schedule", ["per_block", "every_k", "one_pass"])
+def test_oac_is_the_sum_of_each_sequences_gram_matrix(family, schedule):
+    source = OutputAdaptive(schedule=schedule, k=2, sequences=1, loss_scale=64.0)
+    hessians = measured(task_of(family), source, batches(family))
+    for name, each in gradients(family).items():
+        expected = 64.0**2 * sum(g.T @ g for g in each)
+        torch.testing.assert_close(hessians[name], expected, rtol=1e-3, atol=1e-5 * expected.max())
+        summed = sum(each)  # the mistake: one gradient of the whole batch
+        assert not torch.allclose(hessians[name], 64.0**2 * summed.T @ summed, rtol=0.05)
+
+
+def test_sequences_at_a_time_change_nothing():
+    results = [
+        measured(task_of("opt"), OutputAdaptive(sequences=n), [joined("opt")]) for n in (1, 2, 4)
+    ]
+    for other in results[1:]:
+        for name, hessian in results[0].items():
+            scale = hessian.abs().max()
+            torch.testing.assert_close(hessian / scale, other[name] / scale, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("tokens", "rows", "columns"), [(7, 9, 12), (4, 40, 30)])
+def test_both_orders_of_multiplication_agree(tokens, rows, columns):
+    x, g = torch.randn(tokens, columns), torch.randn(tokens, rows)
+    assert through_tokens(tokens, rows, columns) == (tokens == 4)
+    gradient = g.T @ x
+    torch.testing.assert_close(
+        contribution(OutputAdaptive(), x, g), gradient.T @ gradient, rtol=1e-3, atol=1e-4
+    )
+
+
+def test_the_order_with_fewer_multiplications_is_taken():
+    assert through_tokens(64, 4096, 4096) and not through_tokens(4096, 64, 64)
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_unit_gradients_give_the_activation_hessian_where_sequences_have_one_token(tokens):
+    task, last = task_of("llama"), "model.layers.2"
+    outputs = []
+    task.blocks[2].register_forward_hook(lambda _, __, out: outputs.append(out))
+
+    def loss(batch: dict) -> torch.Tensor:
+        """Its gradient at each token's output of the last block is one unit vector."""
+        task.encode(batch)
+        return outputs[-1][..., 0].sum() / len(batch["input_ids"])
+
+    task.loss = loss
+    data = [{"input_ids": joined("llama")["input_ids"][:, :tokens]}]
+    count = data[0]["input_ids"].numel()
+    activation = measured(task, Layerwise(), data)[f"{last}.mlp.down_proj"]
+    output, token = (
+        measured(task, source(loss_scale=16.0), data)[f"{last}.mlp.down_proj"] / 16**2 * 2 / count
+        for source in (OutputAdaptive, TokenWeighted)
+    )
+    torch.testing.assert_close(token, activation)
+    if tokens == 1:
+        torch.testing.assert_close(output, activation)
+    else:
+        assert (output - activation).norm() > 0.1 * activation.norm()
+
+
+def test_token_weighted_drops_the_terms_between_tokens():
+    x, g = torch.randn(6, 8), torch.randn(6, 5)
+    expected = sum(g[t].square().sum() * torch.outer(x[t], x[t]) for t in range(6))
+    torch.testing.assert_close(contribution(TokenWeighted(), x, g), expected)
+
+
+def test_the_scale_of_a_hessian_is_free():
+    task, other = task_of("llama"), task_of("llama")
+    for each, scale in ((task, 1.0), (other, 1000.0)):
+        Blockwise(GPTQ(GRID), OutputAdaptive(loss_scale=scale))(each, lambda: [joined("llama")])
+    for a, b in zip(task.linears().values(), other.linears().values(), strict=True):
+        assert torch.isclose(a.weight, b.weight, atol=1e-4).float().mean() > 0.98
+
+
+def test_sampled_labels_are_the_models_own_and_seeded():
+    def hessian(seed: int) -> torch.Tensor:
+        source = OutputAdaptive(labels="sampled", seed=seed)
+        return measured(task_of("llama"), source, [joined("llama")])["model.layers.0.mlp.up_proj"]
+
+    assert torch.equal(hessian(0), hessian(0))
+    assert not torch.allclose(hessian(0), hessian(1))
+    with pytest.raises(UserError, match="sampled"):
+        measured(task_of("vit"), OutputAdaptive(labels="sampled"), [joined("vit")])
+
+
+def test_half_precision_is_close_and_underflow_is_an_error():
+    exact = measured(task_of("llama"), OutputAdaptive(), [joined("llama")])
+    half = measured(task_of("llama"), OutputAdaptive(dtype="bfloat16"), [joined("llama")])
+    for name, hessian in exact.items():
+        assert (half[name] - hessian).norm() < 0.1 * hessian.norm()
+    with pytest.raises(UserError, match="underflowed"):
+        measured(task_of("llama"), OutputAdaptive(loss_scale=1e-30), [joined("llama")])
+
+
+@pytest.mark.parametrize("source", [OutputAdaptive(), TokenWeighted(schedule="one_pass")], ids=str)
+def test_dead_columns_are_those_of_the_activation_hessian(source):
+    def damaged():
+        task = task_of("llama")
+        task.blocks[1].input_layernorm.weight.data[[3, 7]] = 0
+        return task
+
+    data = [joined("llama")]
+    ours, theirs = measured(damaged(), source, data), measured(damaged(), Layerwise(), data)
+    for name, hessian in theirs.items():
+        dead = (hessian.diagonal() == 0).nonzero().flatten().tolist()
+        assert (ours[name].diagonal() == 0).nonzero().flatten().tolist() == dead
+        assert dead == (
+            [3, 7] if name.startswith("model.layers.1.self_attn.") and "o_" not in name else []
+        )
+
+
+def test_only_what_no_token_uses_is_dead():
+    seen, scored = torch.tensor([1, 1, 1, 0]).bool(), torch.tensor([1, 1, 0, 0]).bool()
+    hessian = torch.diag(torch.tensor([3.0, 2.0, 0.0, 0.0]))
+    check_dead("a", hessian, seen, scored)  # the third input: in last tokens alone
+    assert hessian.diagonal().tolist() == [3.0, 2.0, 2.0, 0.0]
+    with pytest.raises(UserError, match="a: 1 inputs with data have no gradient"):
+        check_dead("a", torch.diag(torch.tensor([3.0, 0.0, 0.0, 0.0])), seen, scored)

