@@ -1,6 +1,7 @@
 """One run, from a configuration to the files of its folder."""
 
-import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from omegaconf import DictConfig
 
 from qexp.common import progress, ranks
 from qexp.common.errors import UserError
+from qexp.common.workspace import Workspace
 from qexp.config import grid_choice
 from qexp.config.instantiate import instantiate
 from qexp.data.recipe import Recipe
@@ -25,80 +27,139 @@ from qexp.runs.provenance import Provenance
 from qexp.step import Nothing, Record, Step
 from qexp.task import Batch, Task
 
-log = logging.getLogger(__name__)
+
+@dataclass(frozen=True)
+class Parts:
+    """The objects that a configuration names."""
+
+    source: ModelSource
+    recipe: Recipe
+    steps: list[Step]  # the transform, then the method
+    evaluators: list[Evaluator]
+
+    def files(self) -> list[Path]:
+        """Every local file that the run reads."""
+        found = [*self.source.files(), *self.recipe.files()]
+        for step in self.steps:
+            found += [path for recipe in step.recipes().values() for path in recipe.files()]
+        return found + [path for evaluator in self.evaluators for path in evaluator.files()]
+
+
+def answer(cfg: DictConfig, folder: Path) -> dict[str, float] | None:
+    """The metrics of a finished run of this configuration, or None (reason logged) if it must run.
+
+    Raises UserError like `build`.
+    """
+    if not (folder / results.METRICS).exists():
+        return None
+    needs = [weights_file.FILE] if cfg.save_weights else []
+    return results.read(folder, build(cfg).files(), needs)
 
 
 def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
-    """Load, transform, quantize, evaluate, write. A finished run is answered from its folder.
+    """Build, load, apply, evaluate, write; the metrics.
 
     Raises UserError for what the user can put right; nothing is written then. Raises ranks.Done in
-    a process that is there to train with the first one, which alone evaluates and writes.
+    a process that only trains with the first one, which alone evaluates and writes.
     """
-    if type(cfg.seed) is not int or not 0 <= cfg.seed < 2**32:
-        raise UserError(f"seed={cfg.seed}: give a whole number from 0 to 2**32 - 1.")
+    parts = build(cfg)
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     progress.show(cfg.progress)
-    grid_choice.check(cfg)
-    source: ModelSource = instantiate(cfg.model)
-    recipe: Recipe = instantiate(cfg.calibration)
-    steps: list[Step] = [instantiate(cfg.transform), instantiate(cfg.method)]
-    evaluators = [_evaluator(str(name), node) for name, node in cfg.eval.items()]
-    files = [*source.files(), *recipe.files()]
-    files += [p for step in steps for each in step.recipes().values() for p in each.files()]
-    files += [path for evaluator in evaluators for path in evaluator.files()]
-    needs = [weights_file.FILE] if cfg.save_weights else []
-    if (done := results.read(folder, files, needs)) is not None:
-        return done
-
     provenance = Provenance()
-    provenance.read_files(files)
+    provenance.read_files(parts.files())
     L.seed_everything(cfg.seed, verbose=False)
     with provenance.stage("load"):
-        loaded = source.load()
-        task = as_task(source, loaded, cfg)
-        task.folder = folder
-        loaded.finish(task)
-        _check_quantizers(task, steps)
-        for evaluator in evaluators:
-            evaluator.check(task)
+        task = load(parts, cfg, folder)
         origin = checksums(task.model) if cfg.save_weights else {}
-    provenance.add(model=source.fingerprint(), device=str(task.device), seed=cfg.seed)
+    provenance.add(model=parts.source.fingerprint(), device=str(task.device), seed=cfg.seed)
+    evaluators = measure_float(parts, task, cfg, folder, provenance)
+    records = apply(parts, task, provenance)
+    if ranks.rank():
+        raise ranks.Done
+    metrics = storage(records) | evaluate(evaluators, task, provenance)
+    if cfg.save_weights:
+        save(task, origin, records, folder)
+    written = results.write(folder, metrics, records, provenance)
+    task.workspace.clear()
+    return written
 
-    unquantized = source.origin()
+
+def build(cfg: DictConfig) -> Parts:
+    """Instantiate what the configuration names. UserError for settings that cannot work: whatever
+    needs no model to be seen is seen here."""
+    if type(cfg.seed) is not int or not 0 <= cfg.seed < 2**32:
+        raise UserError(f"seed={cfg.seed}: give a whole number from 0 to 2**32 - 1.")
+    grid_choice.check(cfg)
+    return Parts(
+        instantiate(cfg.model),
+        instantiate(cfg.calibration),
+        [instantiate(cfg.transform), instantiate(cfg.method)],
+        [_evaluator(str(name), node) for name, node in cfg.eval.items()],
+    )
+
+
+def load(parts: Parts, cfg: DictConfig, folder: Path) -> Task:
+    """The model on its device, checked against what is going to be done to it."""
+    loaded = parts.source.load()
+    task = as_task(parts.source, loaded, cfg)
+    task.workspace = Workspace(folder)
+    loaded.finish(task)
+    _check_quantizers(task, parts.steps)
+    for evaluator in parts.evaluators:
+        evaluator.check(task)
+    return task
+
+
+def measure_float(
+    parts: Parts, task: Task, cfg: DictConfig, folder: Path, provenance: Provenance
+) -> list[Evaluator]:
+    """The evaluators, of which those that compare with the float model have measured it."""
+    if ranks.rank():
+        return parts.evaluators
+    unquantized = parts.source.origin()
 
     @cache
     def float_task() -> Task:
-        same = unquantized is source
-        return task if same else as_task(unquantized, unquantized.load(), cfg)
+        if unquantized is parts.source:
+            return task
+        return as_task(unquantized, unquantized.load(), cfg)
 
-    start = FloatModel(unquantized.fingerprint() | {"device": task.device.type}, float_task, folder)
-    if not ranks.rank():
-        with provenance.stage("measure the float model"), isolate_rng():
-            evaluators = [evaluator.measure_float(start) for evaluator in evaluators]
+    identity = unquantized.fingerprint() | {"device": task.device.type}
+    start = FloatModel(identity, float_task, folder)
+    with provenance.stage("measure the float model"), isolate_rng():
+        return [evaluator.measure_float(start) for evaluator in parts.evaluators]
+
+
+def apply(parts: Parts, task: Task, provenance: Provenance) -> list[Record]:
+    """Transform and quantize; a record of each quantized linear."""
 
     def batches() -> list[Batch]:
-        provenance.add(calibration=recipe.definition())
-        return recipe(task)
+        provenance.add(calibration=parts.recipe.definition())
+        return parts.recipe(task)
 
-    for step in steps:
+    for step in parts.steps:
         provenance.add(training={k: each.definition() for k, each in step.recipes().items()})
     with provenance.stage("quantize"):
-        records = [record for step in steps for record in step(task, batches)]
-    if ranks.rank():
-        raise ranks.Done
-    metrics = storage(records)
+        return [record for step in parts.steps for record in step(task, batches)]
+
+
+def evaluate(
+    evaluators: Sequence[Evaluator], task: Task, provenance: Provenance
+) -> dict[str, float]:
+    """The metrics of every evaluator, and in the provenance the definition of each."""
+    metrics: dict[str, float] = {}
     for evaluator in evaluators:
         with provenance.stage(f"evaluate {evaluator.name}"):
             numbers = evaluator(task)
         metrics |= {f"{evaluator.name}/{key}": value for key, value in numbers.items()}
         definition = evaluator.definition()
-        entry = {"digest": digest(definition), "definition": definition}
+        entry = {
+            "digest": digest(definition),
+            "definition": definition,
+            "higher_is_better": sorted(evaluator.higher_is_better),
+        }
         provenance.add(protocols={evaluator.name: entry})
-    if cfg.save_weights:
-        save(task, origin, records, folder)
-    written = results.write(folder, metrics, records, provenance)
-    task.written()
-    return written
+    return metrics
 
 
 def _check_quantizers(task: Task, steps: list[Step]) -> None:

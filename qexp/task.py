@@ -1,21 +1,19 @@
 """The model as Lightning and the rest of the project see it: something with a loss."""
 
-import shutil
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import lightning as L
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qexp.arch import Arch, arch_of
 from qexp.common.errors import UserError
-from qexp.runs.results import CHECKPOINTS
+from qexp.common.workspace import Workspace
 
 Batch = dict[str, Tensor]
 Batches = Callable[[], list[Batch]]
@@ -38,8 +36,7 @@ class Task(L.LightningModule):
         self.arch: Arch = arch_of(model)
         # Live quantizers of activations by site; parameters of theirs train with the model's.
         self.quantizers = torch.nn.ModuleDict()
-        self.folder: Path | None = None  # of the run, for what a step keeps while it works
-        self._removals: list[Callable[[], object]] = []
+        self.workspace = Workspace()
         self._sampler: torch.Generator | None = None
 
     @property
@@ -62,20 +59,6 @@ class Task(L.LightningModule):
                 assert isinstance(linear, torch.nn.Linear)
                 found[f"{self.arch.blocks}.{index}.{name}"] = linear
         return found
-
-    def until_written(self, remove: Callable[[], object]) -> None:
-        """Call `remove` once the run's results are on disk; at once where there is no run."""
-        self._removals.append(remove)
-        if self.folder is None:
-            self.written()
-
-    def written(self) -> None:
-        """The run's results are on disk: what it would have gone on from goes."""
-        while self._removals:
-            self._removals.pop()()
-        if self.folder is not None:  # those of an earlier attempt too, with other code
-            for left in self.folder.glob(f"{CHECKPOINTS}*"):
-                shutil.rmtree(left, ignore_errors=True)
 
     @contextmanager
     def labels(self, kind: str, seed: int) -> Iterator[None]:
@@ -116,16 +99,30 @@ class CausalLM(Task):
     def head(self, hidden: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape vocabulary"]:
         return self.model.get_submodule(self.arch.head)(hidden)
 
+    def logits(
+        self,
+        hidden: Float[Tensor, "positions width"],
+        head: nn.Module | None = None,
+        positions: int | None = None,
+    ) -> Iterator[Float[Tensor, "chunk vocabulary"]]:
+        """Logits in float32, a chunk of positions at a time (POSITIONS by default).
+
+        head: of another model, in place of this one's.
+        """
+        for chunk in hidden.split(positions or POSITIONS):
+            yield (self.head(chunk) if head is None else head(chunk)).float()
+
     def token_losses(
         self, hidden: Float[Tensor, "positions width"], targets: Int[Tensor, " positions"]
     ) -> Float[Tensor, " positions"]:
         """Cross-entropy in nats of each position, float32, a few positions' logits at a time."""
         losses = []
-        for h, t in zip(hidden.split(POSITIONS), targets.split(POSITIONS), strict=True):
-            logits = self.head(h).float()
+        chunks = zip(self.logits(hidden), targets.split(POSITIONS), strict=True)
+        for logits, labels in chunks:
             if self._sampler is not None:
-                t = logits.detach().softmax(-1).multinomial(1, generator=self._sampler).flatten()
-            losses.append(F.cross_entropy(logits, t.to(h.device), reduction="none"))
+                probabilities = logits.detach().softmax(-1)
+                labels = probabilities.multinomial(1, generator=self._sampler).flatten()
+            losses.append(F.cross_entropy(logits, labels.to(logits.device), reduction="none"))
         return torch.cat(losses)
 
     def loss(self, batch: Batch) -> Float[Tensor, ""]:

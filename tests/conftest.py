@@ -32,6 +32,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def qexp(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator:
     """`qexp("weight.bits=3")` in an empty folder; the value is the exit code."""
+    monkeypatch.setattr(pipeline, "answer", stub.answer)
     monkeypatch.setattr(pipeline, "run", stub.run)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)

@@ -1,6 +1,7 @@
 """Accuracy of a classifier."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,10 @@ class Accuracy(Evaluator):
         rows, share = len(hits), float(hits.mean())
         error = math.sqrt(share * (1 - share) / (rows - 1)) if rows > 1 else math.nan
         return {"acc": share, "acc_stderr": error, "rows": float(rows)}
+
+    @property
+    def higher_is_better(self) -> Collection[str]:
+        return ("acc",)
 
     def definition(self) -> dict[str, Any]:
         return {"kind": "Accuracy", "batches": self.batches.definition()}

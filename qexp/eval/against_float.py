@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,10 @@ class AgainstFloat(Evaluator):
         head = copy.deepcopy(task.model.get_submodule(task.arch.head))
         return WithReference(self, lambda task: self._compare(task, windows, hidden, head))
 
+    @property
+    def higher_is_better(self) -> Collection[str]:
+        return ("agreement",)
+
     def definition(self) -> dict[str, Any]:
         return {"kind": "AgainstFloat", "protocol": self.protocol.definition()}
 
@@ -89,10 +93,8 @@ class AgainstFloat(Evaluator):
                 new = now.flatten(0, 1)
                 old = hidden[at : at + len(new)].to(now.device)
                 at += len(new)
-                for o, n, t in zip(
-                    *(x.split(tasks.POSITIONS) for x in (old, new, targets)), strict=True
-                ):
-                    parts.append(compare(head(o).float(), task.head(n).float(), t).cpu())
+                logits = task.logits(old, head), task.logits(new), targets.split(tasks.POSITIONS)
+                parts += [compare(*chunk).cpu() for chunk in zip(*logits, strict=True)]
         if not (found := torch.cat(parts, dim=1).double()).isfinite().all():
             raise UserError(
                 f"eval {self.name}: a logit is not a finite number: NaN or infinity is in the "

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +23,11 @@ class Evaluator(ABC):
     """A name and, for a model, numbers. Nothing else knows how a metric is computed."""
 
     name: str
+
+    @property
+    def higher_is_better(self) -> Collection[str]:
+        """Names of metrics, by their last part, of which more is better; the others are errors."""
+        return ()
 
     def check(self, task: Task) -> None:  # noqa: B027 (optional)
         """UserError, before any work, for a model of which it can say nothing."""
@@ -56,6 +61,10 @@ class WithReference(Evaluator):
     @property
     def name(self) -> str:  # type: ignore[override]
         return self.plain.name
+
+    @property
+    def higher_is_better(self) -> Collection[str]:
+        return self.plain.higher_is_better
 
     def __call__(self, task: Task) -> dict[str, float]:
         return self.measure(task)

@@ -1,6 +1,6 @@
 """A few texts as the float model and the quantized one go on: to look at."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,10 @@ class Continuations(Evaluator):
             }
 
         return WithReference(self, measure)
+
+    @property
+    def higher_is_better(self) -> Collection[str]:
+        return ("agreed_tokens", "identical")
 
     def definition(self) -> dict[str, Any]:
         settings: dict[str, Any] = {"kind": "Continuations", "length": self.length}

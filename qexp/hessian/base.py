@@ -1,10 +1,14 @@
-"""Where Hessians come from, and those at float weights, measured once for all jobs.
+"""Interfaces of Hessians: what they are measured from, and how a method receives them.
 
-Scale is free everywhere: solvers give the same result for H and c·H.
+To add a Hessian, implement `Hessian`, or `CacheableHessian` if it can be measured at float weights,
+and add one yaml in conf/method/hessian/. A Hessian from gradients is a subclass of
+`output.FromGradients` with one method. The scale of a Hessian is free: solvers give the same result
+for H and c·H.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -13,44 +17,46 @@ from torch import Tensor
 
 from qexp.walk import Block
 
-# Called with linears that have one Hessian in common, and that Hessian.
+# Called with the names of linears that share one Hessian, and with that Hessian.
 OnHessian = Callable[[tuple[str, ...], Float[Tensor, "columns columns"]], None]
 
-# A block's index, and its Hessians by the names of the linears that share one, with blanks between.
+# Calls `on_hessian` for every linear of a block once, as soon as its Hessian is known. May leave
+# the block settled (see `Block.advance`).
+ForEachGroup = Callable[[Block, OnHessian], None]
+
+# A block's index, and its Hessians by the names of the linears that share one, joined by blanks.
 Measured = tuple[int, dict[str, Tensor]]
 
 
 class Hessian(ABC):
+    """In which loss the rounding error of a layer counts."""
+
     @property
     @abstractmethod
     def blocks_per_pass(self) -> int:
-        """How many blocks are measured together: work can be taken up again at multiples of it."""
+        """How many blocks are measured together: a run can be resumed at multiples of it."""
 
     @property
     def is_precomputed(self) -> bool:
-        """Whether `prepare` measures everything, so that no block has to be run."""
+        """Whether `prepare` measures everything, so that no block has to be run afterwards."""
         return False
 
-    def prepare(self, first: Block) -> None:  # noqa: B027
-        """Measure what must be measured at float weights: called once, with the first block, before
-        anything is rounded (also by a run that goes on where another was killed)."""
-
     @abstractmethod
-    def for_each_group(self, block: Block, solve: OnHessian) -> None:
-        """Hand every linear of the block to `solve`, once, with its Hessian as soon as that is
-        known. May leave the block advanced (see `Block.advance`)."""
+    def prepare(self, first: Block) -> ForEachGroup:
+        """What hands out the Hessians of the blocks of one walk, in order.
+
+        Called with the first block, before anything is rounded (also by a resumed run): what is
+        measured at float weights is measured here.
+        """
 
     def __call__(self, block: Block) -> dict[str, Float[Tensor, "_ _"]]:
-        """The Hessian of each linear at the block's weights as they stand."""
-        if block.index == 0:
-            self.prepare(block)
+        """The Hessian of each linear of one block; the block stays as it is."""
         found: dict[str, Tensor] = {}
 
         def keep(names: tuple[str, ...], hessian: Tensor) -> None:
             found.update(dict.fromkeys(names, hessian))
 
-        self.for_each_group(block, keep)
-        block.left = None  # nothing was settled: the caller has yet to change the block
+        self.prepare(block)(replace(block), keep)
         return found
 
 
@@ -64,7 +70,7 @@ class CacheableHessian(Hessian):
 
     @abstractmethod
     def measure(self, first: Block, wanted: Collection[int]) -> Iterator[Measured]:
-        """Those of some blocks, in order, at the weights as they stand."""
+        """The Hessians of the blocks with these indices, in order, at the weights as they are."""
 
     @property
     def code(self) -> tuple[ModuleType, ...]:
@@ -74,4 +80,4 @@ class CacheableHessian(Hessian):
 
     @abstractmethod
     def identity(self, first: Block) -> dict[str, Any]:
-        """What they depend on, as JSON, beside the model, the data and the code."""
+        """What the Hessians depend on apart from the model, the data and the code, as JSON."""

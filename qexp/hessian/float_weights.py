@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -20,10 +20,10 @@ KIND = "hessians"
 
 @dataclass(frozen=True)
 class AtFloatWeights(Hessian):
-    """Those of `source` where nothing that is rounded is felt by another layer.
+    """The Hessians of `hessian` at float weights: no layer sees the rounding of another one.
 
-    They depend on no grid and no solver, so they are kept in the cache for other jobs. One that
-    wants them while another measures waits for it.
+    They depend on no grid and no solver, so they are kept in the cache for other jobs. A job that
+    wants them while another job measures waits for it.
     """
 
     hessian: CacheableHessian
@@ -36,43 +36,50 @@ class AtFloatWeights(Hessian):
     def is_precomputed(self) -> bool:
         return True
 
-    def prepare(self, first: Block) -> None:
-        cache, missing, room = Cache(), [], self.hessian.memory * 2**30
-
-        def hold(index: int, own: Mapping[str, Tensor], kept: bool) -> None:
-            nonlocal room
-            size = sum(hessian.nbytes for hessian in own.values())
-            if kept and size > room:
-                return
-            room -= size
-            first.notes.update({_prefix(first, index) + names: own[names] for names in own})
-
-        with cache.alone(KIND, self._key(first, 0)):
-            for index in range(len(first.task.blocks)):
-                if (own := cache.find(KIND, self._key(first, index))) is None:
+    def prepare(self, first: Block) -> "Precomputed":
+        made = Precomputed(self.hessian, self.hessian.memory * 2**30)
+        cache, missing = Cache(), []
+        with cache.alone(KIND, made.key(first, 0)):
+            for index in range(first.index, len(first.task.blocks)):
+                if (found := cache.find(KIND, made.key(first, index))) is None:
                     missing.append(index)
                 else:
-                    hold(index, own, kept=True)
-            for index, own in self.hessian.measure(first, missing) if missing else ():
-                kept = cache.put(KIND, self._key(first, index), own)
-                hold(index, own, kept)
+                    made.hold(index, found, cached=True)
+            for index, found in self.hessian.measure(first, missing) if missing else ():
+                made.hold(index, found, cache.put(KIND, made.key(first, index), found))
+        return made
 
-    def for_each_group(self, block: Block, solve: OnHessian) -> None:
-        prefix = _prefix(block, block.index)
-        held = [name for name in block.notes if name.startswith(prefix)]
-        own = {name.removeprefix(prefix): block.notes.pop(name) for name in held}
-        own = own or Cache().find(KIND, self._key(block, block.index)) or {}
-        if not own:
+
+@dataclass
+class Precomputed:
+    """Hessians of a walk by block: `room` bytes of them in memory, the others in the cache."""
+
+    hessian: CacheableHessian
+    room: float
+    held: dict[int, Mapping[str, Tensor]] = field(default_factory=dict)
+
+    def hold(self, index: int, found: Mapping[str, Tensor], cached: bool) -> None:
+        """Keep a block's Hessians in memory where there is room, or where the cache has none."""
+        size = sum(hessian.nbytes for hessian in found.values())
+        if not cached or size <= self.room:
+            self.room -= size
+            self.held[index] = found
+
+    def __call__(self, block: Block, on_hessian: OnHessian) -> None:
+        """Hand out the Hessians of a block and forget them. UserError if the cache lost them."""
+        found = self.held.pop(block.index, None)
+        found = found or Cache().find(KIND, self.key(block, block.index))
+        if not found:
             raise UserError(
                 f"{block.name}: its Hessians went from the cache before they were used; run again, "
                 "with more memory for them (method.hessian.memory)."
             )
         order = list(block.linears)
-        for names in sorted(own, key=lambda names: order.index(names.split()[0])):
+        for names in sorted(found, key=lambda names: order.index(names.split()[0])):
             members = tuple(names.split())
-            solve(members, own[names].to(block.linears[members[0]].weight.device))
+            on_hessian(members, found[names].to(block.linears[members[0]].weight.device))
 
-    def _key(self, block: Block, index: int) -> dict[str, Any]:
+    def key(self, block: Block, index: int) -> dict[str, Any]:
         """Everything that the Hessians of a block at float weights depend on."""
         return {
             "hessian": type(self.hessian).__name__,
@@ -84,13 +91,8 @@ class AtFloatWeights(Hessian):
         }
 
 
-def _code(source: CacheableHessian) -> list[ModuleType]:
-    """Every module that Hessians at float weights are made by."""
-    classes = [sys.modules[kind.__module__] for kind in type(source).__mro__]
-    own = [module for module in classes if module.__name__.partition(".")[0] == "qexp"]
-    return [*own, *source.code, sys.modules[__name__], walking, capture, task]
-
-
-def _prefix(block: Block, index: int) -> str:
-    """Of the notes on a block's Hessians."""
-    return f"{block.task.arch.blocks}.{index} "
+def _code(hessian: CacheableHessian) -> list[ModuleType]:
+    """Every module that Hessians at float weights are computed by."""
+    classes = [sys.modules[kind.__module__] for kind in type(hessian).__mro__]
+    ours = [module for module in classes if module.__name__.partition(".")[0] == "qexp"]
+    return [*ours, *hessian.code, sys.modules[__name__], walking, capture, task]

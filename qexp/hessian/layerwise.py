@@ -9,9 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qexp.common.errors import check_number
-from qexp.hessian.base import CacheableHessian, Measured, OnHessian
+from qexp.hessian.base import CacheableHessian, ForEachGroup, Measured, OnHessian
 from qexp.walk import Block
-from qexp.walk.blocks import Visit
+from qexp.walk.blocks import OnInputs
 
 # Columns per strip of the triangle that `add_symmetric` computes.
 STRIP = 192
@@ -67,14 +67,17 @@ class Layerwise(CacheableHessian):
     def blocks_per_pass(self) -> int:
         return 1
 
-    def for_each_group(self, block: Block, solve: OnHessian) -> None:
+    def prepare(self, first: Block) -> ForEachGroup:
+        return self._for_each_group
+
+    def _for_each_group(self, block: Block, on_hessian: OnHessian) -> None:
         if self.sequential:
-            block.advance(lambda names, inputs: solve(names, second_moment(inputs)))
+            block.advance(lambda names, inputs: on_hessian(names, second_moment(inputs)))
             return
         found: list[tuple[tuple[str, ...], Tensor]] = []
         block.observe(lambda names, inputs: found.append((names, second_moment(inputs))))
         for names, hessian in found:
-            solve(names, hessian)
+            on_hessian(names, hessian)
 
     def measure(self, first: Block, wanted: Collection[int]) -> Iterator[Measured]:
         for block in first.onward():
@@ -89,8 +92,8 @@ class Layerwise(CacheableHessian):
         return {"pieces": [len(hidden) for hidden in first.inputs]}  # the order of summation
 
 
-def _keeping(found: dict[str, Tensor]) -> Visit:
-    def visit(names: tuple[str, ...], inputs: Iterator[Tensor]) -> None:
+def _keeping(found: dict[str, Tensor]) -> OnInputs:
+    def on_inputs(names: tuple[str, ...], inputs: Iterator[Tensor]) -> None:
         found[" ".join(names)] = second_moment(inputs)
 
-    return visit
+    return on_inputs

@@ -21,7 +21,7 @@ from qexp.common.errors import UserError, check_choice, check_int, check_number
 from qexp.common.progress import bar
 from qexp.grid.scale import DTYPES
 from qexp.hessian import gradient_hooks, layerwise
-from qexp.hessian.base import CacheableHessian, Measured, OnHessian
+from qexp.hessian.base import CacheableHessian, ForEachGroup, Measured, OnHessian
 from qexp.hessian.float_weights import AtFloatWeights
 from qexp.hessian.gradient_hooks import frozen, watching
 from qexp.hessian.layerwise import add_symmetric, mirrored
@@ -81,28 +81,26 @@ class FromGradients(CacheableHessian):
     def is_precomputed(self) -> bool:
         return self.schedule == "one_pass"
 
-    def prepare(self, first: Block) -> None:
+    def prepare(self, first: Block) -> ForEachGroup:
         if self.is_precomputed:
-            AtFloatWeights(self).prepare(first)
+            return AtFloatWeights(self).prepare(first)
+        waiting: dict[str, Tensor] = {}  # of the blocks of the last pass
 
-    def for_each_group(self, block: Block, solve: OnHessian) -> None:
-        if self.is_precomputed:
-            AtFloatWeights(self).for_each_group(block, solve)
-            return
-        if block.index % self.blocks_per_pass == 0:
-            covered = range(
-                block.index, min(block.index + self.blocks_per_pass, len(block.task.blocks))
-            )
-            block.notes.update(self._gradient_hessians(block, covered))
-        for name in block.linears:
-            solve((name,), block.notes.pop(f"{block.name}.{name}"))
+        def for_each_group(block: Block, on_hessian: OnHessian) -> None:
+            if block.index % self.blocks_per_pass == 0 or not waiting:
+                stop = min(block.index + self.blocks_per_pass, len(block.task.blocks))
+                waiting.update(self._gradient_hessians(block, range(block.index, stop)))
+            for name in block.linears:
+                on_hessian((name,), waiting.pop(f"{block.name}.{name}"))
+
+        return for_each_group
 
     def measure(self, first: Block, wanted: Collection[int]) -> Iterator[Measured]:
         """One pass for as many blocks as `memory` holds."""
         count = len(first.task.blocks)
         size = sum(4 * linear.in_features**2 for linear in first.linears.values())
         span = max(int(self.memory * 2**30 / size), 1)
-        for start in range(0, count, span):
+        for start in range(first.index, count, span):
             covered = range(start, min(start + span, count))
             inside = [index for index in covered if index in wanted]
             found = self._gradient_hessians(first, covered) if inside else {}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qexp.common.errors import UserError, check_int
 from qexp.common.progress import bar
 from qexp.hessian import AtFloatWeights, CacheableHessian, Hessian
+from qexp.hessian.base import ForEachGroup
 from qexp.methods.journal import Finished, Journal
 from qexp.methods.write_back import write
 from qexp.quantizers.scheme import Activations, quantize_activations
@@ -75,17 +76,17 @@ class Blockwise(Step):
         journal: Journal | None = None
         for block in walk(task, batches(), self.chunk):
             if self.effective_hessian.is_precomputed:
-                block.left = block.inputs  # nobody looks at what comes out
+                block.skip()
             if journal is None:
                 journal = Journal({"model": block.origin, "method": repr(self)})
                 finished = self._finished(journal, len(task.blocks))
                 if len(finished) < len(task.blocks):
-                    self.effective_hessian.prepare(block)
+                    for_each_group = self.effective_hessian.prepare(block)
             if block.index < len(finished):
                 finished[block.index].restore(task)
                 records += finished[block.index].records
                 continue
-            solved = self._solve(block)
+            solved = self._solve(block, for_each_group)
             journal.write(block.index, solved)
             records += solved
         if len(records) != (expected := len(task.linears())):
@@ -93,7 +94,7 @@ class Blockwise(Step):
                 f"{len(records)} linears were quantized, not the {expected} asked for"
             )
         if journal is not None:
-            task.until_written(partial(journal.clear, len(task.blocks)))
+            task.workspace.remove_when_done(partial(journal.clear, len(task.blocks)))
         quantize_activations(task, self.activations, batches)
         return records
 
@@ -119,16 +120,21 @@ class Blockwise(Step):
         """What hands out Hessians."""
         return self.hessian if self.propagate else AtFloatWeights(self.hessian)
 
-    def _solve(self, block: Block) -> list[Record]:
+    def _solve(self, block: Block, for_each_group: ForEachGroup) -> list[Record]:
+        """Round the linears of a block.
+
+        The calls nest deeply, because one forward shows all inputs: `for_each_group` → the block's
+        forward → a hook of a linear → `on_hessian` → `_write` → the solver → its column loop.
+        """
         linears = block.linears
         records: list[Record] = []
 
-        def solve(names: tuple[str, ...], hessian: Float[Tensor, "columns columns"]) -> None:
+        def on_hessian(names: tuple[str, ...], hessian: Float[Tensor, "columns columns"]) -> None:
             for stack in [names] if self.solver.rowwise else [(name,) for name in names]:
                 full = [f"{block.name}.{name}" for name in stack]
                 records.extend(self._write(full, [linears[name] for name in stack], hessian))
 
-        self.effective_hessian.for_each_group(block, solve)
+        for_each_group(block, on_hessian)
         return records
 
     def _write(

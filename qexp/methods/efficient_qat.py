@@ -63,8 +63,8 @@ class BlockPhase:
                 finished.restore(task)
             records += finished.records
             told += [{"block": block.index, **line} for line in finished.log]
-            if task.folder is not None:
-                write_rows(task.folder / BLOCKS, told)
+            if task.workspace.folder is not None:
+                write_rows(task.workspace.folder / BLOCKS, told)
         return records
 
     def _finish(self, block: Block, exact: Sequence[Tensor]) -> Finished:
@@ -178,5 +178,5 @@ class EfficientQAT(Step):
             parameter.requires_grad_(flags[name])
         starts = {made.name: made.packed for made in records if isinstance(made.packed, Coded)}
         made = self.end.tune(task, lambda: data, starts)
-        task.until_written(partial(journal.clear, len(task.blocks)))
+        task.workspace.remove_when_done(partial(journal.clear, len(task.blocks)))
         return made

@@ -10,8 +10,7 @@ from functools import cache
 from types import MappingProxyType
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from qexp.common import hashes
 from qexp.common.cache import checksum
@@ -33,6 +32,7 @@ from qexp.training.code_statistics import CodeStatistics
 from qexp.training.losses import Objective, Penalty
 from qexp.training.module import TrainingSetup
 from qexp.training.optimizer import AdamW
+from qexp.training.penalized import PenalizedLoss, Probe
 from qexp.training.trainable import TrainableParameters
 from qexp.training.trainer import Trainer
 
@@ -98,38 +98,22 @@ class FineTune(Step):
             self.install(task, linears, starts)
             watch = None if self.penalty is None else stack.enter_context(self.penalty.watch(task))
 
-            def plain(batch: Batch) -> Float[Tensor, ""]:
-                loss = self.loss(task, teacher, batch)
-                if watch is not None:
-                    watch.take(loss)
-                return loss
-
-            def penalized(batch: Batch) -> Float[Tensor, ""]:
-                loss = self.loss(task, teacher, batch)
-                return loss if watch is None else loss + watch.take(loss)
-
-            probe = {key: value[: self.trainer.sequences] for key, value in data[0].items()}
-
-            def look() -> None:
-                task.eval()  # no dropout, whose random state is training's
-                try:
-                    plain(probe)
-                finally:
-                    task.train()
-
-            statistics = CodeStatistics(linears, dict(task.quantizers.items()), look)
+            loss = PenalizedLoss(self.loss, task, teacher, watch)
+            few = {key: value[: self.trainer.sequences] for key, value in data[0].items()}
+            probe = Probe(task, loss.plain, few)
+            statistics = CodeStatistics(linears, dict(task.quantizers.items()), probe)
             setup = TrainingSetup(
                 task,
-                penalized,
+                loss,
                 self.trained.parameters(task),
                 data,
                 self.optimizer,
                 () if self.validation is None else self.validation(task),
-                plain,
+                loss.plain,
                 statistics,
                 seed=self.seed,
                 identity=hashlib.sha256(identity.encode()).hexdigest()[:8],
-                folder=task.folder,
+                folder=task.workspace.folder,
                 notes=[statistics.notes] if watch is None else [statistics.notes, watch.notes],
                 reaches_all=self.loss.reaches_all,
             )

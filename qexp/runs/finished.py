@@ -4,7 +4,7 @@ import csv
 import json
 import math
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from qexp.runs import resolvers, results
 from qexp.runs.signature import UNSIGNED, class_names
 
 NOT_SETTINGS = (*UNSIGNED, "experiment", "search", "local", "eval")  # what was measured is a column
+# Of runs of version 0.1, whose provenance does not say of which metrics more is better.
 HIGHER = ("acc", "acc_norm", "exact_match", "f1", "mcc", "agreement", "agreed_tokens", "identical")
 
 
@@ -26,16 +27,12 @@ class Column:
 
     name: str  # "<protocol>/<key>" as in metrics.json
     digest: str  # of the protocol's definition, empty where none was recorded
+    higher: bool = False  # whether more is better
 
     @property
     def title(self) -> str:
         """What stands above the column."""
         return f"{self.name} [{self.digest}]" if self.digest else self.name
-
-    @property
-    def higher(self) -> bool:
-        """Whether more is better."""
-        return self.name.rpartition("/")[2] in HIGHER
 
     @property
     def is_perplexity(self) -> bool:
@@ -102,10 +99,11 @@ class Run:
             for name in self.metrics
             if name.endswith(("/ppl", "/ratio")) or f"{name}_stderr" in self.metrics
         ]
-        return [
-            Column(name, protocols.get(name.rpartition("/")[0], {}).get("digest", ""))
-            for name in names
-        ]
+        return [self._column(name, protocols.get(name.rpartition("/")[0], {})) for name in names]
+
+    def _column(self, name: str, protocol: Mapping[str, Any]) -> Column:
+        higher = protocol.get("higher_is_better", HIGHER)
+        return Column(name, protocol.get("digest", ""), name.rpartition("/")[2] in higher)
 
     @cached_property
     def uses_grid(self) -> bool:

@@ -22,7 +22,6 @@ CONFIGS = ".hydra"  # where Hydra itself would put them
 LAYERS = "layers.csv"
 TRAINING = "training.csv"  # of what was trained, a line per leg
 TENSORS = "training_tensors.csv"  # a line per leg and tensor
-CHECKPOINTS = "training-"  # how folders begin from which killed training goes on
 BLOCKS = "training_blocks.csv"  # of blocks that were trained one by one, a line per epoch
 COLUMNS = (
     *("name", "rows", "columns", "bits", "paper_bits"),

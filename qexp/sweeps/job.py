@@ -19,7 +19,6 @@ from qexp.common.errors import UserError
 from qexp.common.files import locked
 from qexp.config import messages
 from qexp.runs import resolvers, results
-from qexp.runs.provenance import stamp
 from qexp.sweeps import gpu_pool, ledger
 from qexp.sweeps.failures import REPORTED, message_for, needs_traceback
 from qexp.sweeps.ledger import Entry, Sweep
@@ -40,6 +39,8 @@ def job(cfg: DictConfig) -> Objective:
     A failure is told and written to `failure.json` as it happens, then raised, so that Hydra
     counts the job as failed and goes on with the next.
     """
+    from qexp import pipeline
+
     settings = HydraConfig.get()
     folder = Path(settings.runtime.output_dir)
     if ranks.rank():
@@ -60,9 +61,12 @@ def job(cfg: DictConfig) -> Objective:
                 log.info("%s: another process is at it; left for the end", os.path.relpath(folder))
                 ledger.postponed.add(folder)
                 return None
-            if sweep is not None and results.stale(folder) is not None:
-                sweep.enter(entry := ledger.started(entry, sweep, folder))
-            metrics, answered = _run(cfg, folder, sweep)
+            metrics = pipeline.answer(cfg, folder)
+            answered = metrics is not None
+            if metrics is None:
+                if sweep is not None:
+                    sweep.enter(entry := ledger.started(entry, sweep, folder))
+                metrics = _run(cfg, folder, sweep)
             (folder / FAILURE).unlink(missing_ok=True)
             if sweep is not None:
                 _finish(sweep, entry, folder, answered, time.perf_counter() - start)
@@ -134,25 +138,20 @@ def _serial(settings: Any) -> bool:
     return launcher.endswith("BasicLauncher") and sweeper.endswith("BasicSweeper")
 
 
-def _run(cfg: DictConfig, folder: Path, sweep: Sweep | None) -> tuple[dict[str, float], bool]:
-    """The metrics, and whether they were on disk already."""
+def _run(cfg: DictConfig, folder: Path, sweep: Sweep | None) -> dict[str, float]:
+    """The metrics of a run, which loggers are shown too."""
     from qexp import pipeline
     from qexp.report import loggers
 
-    before = stamp(folder / results.METRICS)
     settings: Any = HydraConfig.instance().cfg
     if cfg.threads is None and sweep is not None:
         cfg.threads = gpu_pool.threads(settings.hydra.launcher)
-    with contextlib.ExitStack() as stack:
-        show = None
-        if results.stale(folder) is not None:  # a run that is answered is not logged again
-            results.write_config(folder, cfg, settings)
-            group = sweep.name if sweep is not None else None
-            show = stack.enter_context(loggers.opened(cfg, folder, group))
+    results.write_config(folder, cfg, settings)
+    group = sweep.name if sweep is not None else None
+    with loggers.opened(cfg, folder, group) as show:
         metrics = pipeline.run(cfg, folder)
-        if show is not None:
-            show(metrics)
-    return metrics, before is not None and stamp(folder / results.METRICS) == before
+        show(metrics)
+    return metrics
 
 
 def headline(metrics: dict[str, float]) -> str:

@@ -16,7 +16,8 @@ from qexp.training.launch import CONFIG
 def join(cfg: DictConfig, folder: Path) -> None:
     """The part of a process that is not the first in the run of this configuration."""
     with suppress(ranks.Done):
-        pipeline.run(cfg, folder)
+        if pipeline.answer(cfg, folder) is None:
+            pipeline.run(cfg, folder)
 
 
 def main() -> None:

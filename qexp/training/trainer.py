@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from qexp.common import progress, ranks
 from qexp.common.errors import UserError, check_bool, check_choice, check_int
-from qexp.runs.results import CHECKPOINTS
+from qexp.common.workspace import CHECKPOINTS
 from qexp.task import Task
 from qexp.training import launch
 from qexp.training.checkpoint import BEST, LAST, Checkpoint, find_checkpoints
@@ -64,7 +64,7 @@ class Trainer:
         modes and on the device that it had. Raises ranks.Done in a process that is not the first.
 
         Checkpoints stay in the course's folder until the run has written its results
-        (`Task.written`): one that is killed before goes on from them."""
+        (`Workspace.clear`): one that is killed before goes on from them."""
         if not any(setup.parameters.values()):
             raise UserError("method.trained: nothing is left to train; choose another set.")
         task, device = setup.task, setup.task.device

@@ -17,11 +17,11 @@ from qexp.transforms.channels import SITES
 from qexp.transforms.scale_search import (
     ScaleShift,
     SiteStatistics,
+    check_settings,
     first,
     on_device,
     search_and_fold,
 )
-from qexp.transforms.smooth import check
 from qexp.walk import Block, walk
 
 
@@ -43,7 +43,7 @@ class AWQ(Step):
     sequences: int | None = None
 
     def __post_init__(self) -> None:
-        check(self)
+        check_settings(self)
         check_choice("transform", self, sites=SITES)
         check_int("transform", self, points=1)
         check_bool("transform", self, "clip")

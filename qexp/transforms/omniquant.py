@@ -18,8 +18,14 @@ from qexp.task import Batches, Task
 from qexp.transforms.channels import SITES, channels_of
 from qexp.transforms.query_key import QueryKey, query_keys
 from qexp.transforms.reconstruction import Reconstruction, quantized
-from qexp.transforms.scale_search import SiteStatistics, collect_statistics, first, on_device
-from qexp.transforms.smooth import check, smoothed
+from qexp.transforms.scale_search import (
+    SiteStatistics,
+    check_settings,
+    collect_statistics,
+    first,
+    on_device,
+    smoothed,
+)
 from qexp.walk import Block, walk
 
 log = logging.getLogger(__name__)
@@ -113,7 +119,7 @@ class OmniQuant(Step):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check(self)
+        check_settings(self)
         if self.sites is not None:
             check_choice("transform", self, sites=SITES)
         check_int("transform", self, epochs=1, batch=1, seed=0)
@@ -152,8 +158,7 @@ class OmniQuant(Step):
         generator: torch.Generator,
     ) -> list[Tensor]:
         """Learn, change the block, and return what it makes with quantizers."""
-        assert block.left is not None
-        targets = [block.left]
+        targets = [block.settled]
         if self.augmented:
             targets.append([block.replay(n, x).to(x.device) for n, x in enumerate(inputs)])
         reconstruction = Reconstruction(block, inputs, targets)

@@ -10,8 +10,13 @@ from qexp.quantizers.scheme import Activations
 from qexp.step import Record, Step
 from qexp.task import Batches, Task
 from qexp.transforms.channels import SITES
-from qexp.transforms.scale_search import ScaleShift, SiteStatistics, first, search_and_fold
-from qexp.transforms.smooth import check
+from qexp.transforms.scale_search import (
+    ScaleShift,
+    SiteStatistics,
+    check_settings,
+    first,
+    search_and_fold,
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class OutlierSuppression(Step):
     sequences: int | None = None
 
     def __post_init__(self) -> None:
-        check(self)
+        check_settings(self)
         check_choice("transform", self, sites=SITES)
         check_int("transform", self, points=1)
         check_bool("transform", self, "shift")

@@ -17,8 +17,14 @@ from qexp.step import Record, Step
 from qexp.task import Batches, Task
 from qexp.transforms.channels import SITES, Channels, channels_of
 from qexp.transforms.reconstruction import Reconstruction, quantized
-from qexp.transforms.scale_search import SiteStatistics, collect_statistics, first, on_device
-from qexp.transforms.smooth import check, smoothed
+from qexp.transforms.scale_search import (
+    SiteStatistics,
+    check_settings,
+    collect_statistics,
+    first,
+    on_device,
+    smoothed,
+)
 from qexp.walk import Block, walk
 
 log = logging.getLogger(__name__)
@@ -49,7 +55,7 @@ class Quadapter(Step):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check(self)
+        check_settings(self)
         check_choice("transform", self, sites=SITES, init=("ones", "smooth"))
         check_int("transform", self, steps=0, batch=1, seed=0)
         check_positive("transform", self, "rate")
@@ -86,8 +92,7 @@ class Quadapter(Step):
         starts: list[Float[Tensor, " _"]],
         generator: torch.Generator,
     ) -> list[tuple[Channels, Float[Tensor, " _"]]]:
-        assert block.left is not None
-        reconstruction = Reconstruction(block, block.inputs, [block.left])
+        reconstruction = Reconstruction(block, block.inputs, [block.settled])
         alphas = [Alpha(torch.zeros_like(start)) for start in starts]
         rules = {
             name: lambda weight: self.grid(weight.float(), Straight()) for name in block.linears

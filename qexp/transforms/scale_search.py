@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from qexp.common.errors import UserError, check_int
 from qexp.grid import Grid
 from qexp.quantizers.scheme import Activations
 from qexp.task import Batch, Task
@@ -111,7 +112,7 @@ def collect_statistics(
     with ExitStack() as hooks:
         for each in found:
             hooks.enter_context(_listening(each, replay))
-        block.left = list(block.outputs())
+        block.settle(list(block.outputs()))
     return found
 
 
@@ -191,3 +192,22 @@ def _rounded(
 
 def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
+
+
+def smoothed(
+    inputs: Float[Tensor, " channels"], weights: Float[Tensor, " channels"], alpha: float
+) -> Float[Tensor, " channels"]:
+    """The scale for channels whose inputs and weights reach so far; 1 where either is dead."""
+    scale = inputs.pow(alpha) / weights.pow(1 - alpha)
+    return torch.where((inputs > 0) & (weights > 0), scale.clamp(1e-5, 1e5), 1.0)
+
+
+def check_settings(settings: Any) -> None:
+    """UserError unless a transform's `grid` is one, and `sequences` are all or at least 1."""
+    if not isinstance(settings.grid, Grid):
+        raise UserError(
+            f"transform.grid={settings.grid}: a grid is needed here; leave transform.grid out and "
+            "choose one for weights, for example weight=int."
+        )
+    if settings.sequences is not None:
+        check_int("transform", settings, sequences=1)

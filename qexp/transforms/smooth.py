@@ -1,19 +1,21 @@
 """SmoothQuant (2211.10438): outliers move from activations into weights."""
 
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
-from qexp.common.errors import UserError, check_choice, check_int
+from qexp.common.errors import UserError, check_choice
 from qexp.grid import Grid
 from qexp.quantizers.scheme import Activations
 from qexp.step import Record, Step
 from qexp.task import Batches, Task
 from qexp.transforms.channels import SITES
-from qexp.transforms.scale_search import ScaleShift, SiteStatistics, first, search_and_fold
+from qexp.transforms.scale_search import (
+    ScaleShift,
+    SiteStatistics,
+    check_settings,
+    first,
+    search_and_fold,
+    smoothed,
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Smooth(Step):
     sequences: int | None = None
 
     def __post_init__(self) -> None:
-        check(self)
+        check_settings(self)
         check_choice("transform", self, sites=SITES)
         fine = (type(each) in (int, float) and 0 <= each <= 1 for each in self.alphas)
         if not self.alphas or not all(fine):
@@ -54,22 +56,3 @@ class Smooth(Step):
         several = len(self.alphas) > 1
         search_and_fold(task, data, self.sites, propose, self.grid, self.activation, several)
         return []
-
-
-def smoothed(
-    inputs: Float[Tensor, " channels"], weights: Float[Tensor, " channels"], alpha: float
-) -> Float[Tensor, " channels"]:
-    """The scale for channels whose inputs and weights reach so far; 1 where either is dead."""
-    scale = inputs.pow(alpha) / weights.pow(1 - alpha)
-    return torch.where((inputs > 0) & (weights > 0), scale.clamp(1e-5, 1e5), 1.0)
-
-
-def check(settings: Any) -> None:
-    """UserError unless a transform's `grid` is one, and `sequences` are all or at least 1."""
-    if not isinstance(settings.grid, Grid):
-        raise UserError(
-            f"transform.grid={settings.grid}: a grid is needed here; leave transform.grid out and "
-            "choose one for weights, for example weight=int."
-        )
-    if settings.sequences is not None:
-        check_int("transform", settings, sequences=1)

@@ -33,7 +33,7 @@ from qexp.walk.capture import (
 
 # Called with the names of linears that share an input and with that input, once all of it is
 # known, as chunks [..., columns].
-Visit = Callable[[tuple[str, ...], Iterator[Tensor]], None]
+OnInputs = Callable[[tuple[str, ...], Iterator[Tensor]], None]
 
 log = logging.getLogger(__name__)
 
@@ -49,9 +49,8 @@ class Block:
     chunks: list[Chunk]
     task: Task
     returns_tuple: bool
-    notes: dict[str, Tensor]  # shared by the blocks of one walk: what was measured ahead
     origin: str  # checksums of the model and the batches as the walk began
-    left: list[Tensor] | None = None  # outputs that `advance` settled
+    _settled: list[Tensor] | None = None  # what the next block receives, if it is known already
 
     @property
     def linears(self) -> dict[str, nn.Linear]:
@@ -71,21 +70,36 @@ class Block:
         """Replay this block, as it stands, on the inputs that reach it."""
         return (self._run(chunk) for chunk in self.chunks)
 
-    def observe(self, visit: Visit) -> None:
-        """Show each group its input, in execution order; what `visit` does to the weights is felt
-        by the groups after it. One forward with one piece; with several, one forward per group."""
-        self._visit(visit)
+    def observe(self, on_inputs: OnInputs) -> None:
+        """Call `on_inputs` with the input of each group, in execution order. A change that it makes
+        to weights reaches the groups after it. One forward with one chunk, else one per group."""
+        self._visit(on_inputs)
 
-    def advance(self, visit: Visit) -> None:
-        """As `observe`, and what comes out is what the next block receives: with one piece the
+    def advance(self, on_inputs: OnInputs) -> None:
+        """As `observe`, and settle the block with its outputs. With one chunk these come from the
         forward that showed the inputs, so that the walk needs no second one."""
-        self.left = self._visit(visit) or list(self.outputs())
+        self.settle(self._visit(on_inputs) or list(self.outputs()))
+
+    def settle(self, outputs: list[Tensor]) -> None:
+        """Fix what the next block receives: one tensor per chunk."""
+        self._settled = outputs
+
+    def skip(self) -> None:
+        """Pass the inputs on to the next block, for callers that read no outputs any more."""
+        self.settle(self.inputs)
+
+    @property
+    def settled(self) -> list[Tensor]:
+        """The outputs that `settle` or `advance` fixed. Raises RuntimeError where none are."""
+        if self._settled is None:
+            raise RuntimeError(f"{self.name}: its outputs are not settled")
+        return self._settled
 
     def onward(self) -> Iterator["Block"]:
         """This block and those after it, as the walk that it belongs to will come to them if
         nothing is changed."""
         chunks = [replace(chunk) for chunk in self.chunks]
-        return _visited(replace(self, chunks=chunks, left=None))
+        return _visited(replace(self, chunks=chunks, _settled=None))
 
     def replay(self, chunk: int, hidden: Tensor) -> Tensor:
         """`hidden` through the block with the other arguments of one piece, with gradients.
@@ -109,14 +123,14 @@ class Block:
                 with bypass_blocks(earlier, self.returns_tuple), replace_input(self.module, entry):
                     yield self.task.loss(batch), len(hidden)
 
-    def _visit(self, visit: Visit) -> list[Tensor]:
+    def _visit(self, on_inputs: OnInputs) -> list[Tensor]:
         if len(self.chunks) > 1:
             for group in self.groups:
-                visit(group.linears, self._inputs_of(group))
+                on_inputs(group.linears, self._inputs_of(group))
             return []
         with ExitStack() as hooks:
             for group in self.groups:
-                hooks.enter_context(self._showing(group, visit))
+                hooks.enter_context(self._showing(group, on_inputs))
             return [self._run(self.chunks[0])]
 
     def _inputs_of(self, group: Group) -> Iterator[Tensor]:
@@ -127,9 +141,9 @@ class Block:
             yield seen.pop()
 
     @contextmanager
-    def _showing(self, group: Group, visit: Visit) -> Iterator[None]:
+    def _showing(self, group: Group, on_inputs: OnInputs) -> Iterator[None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            visit(group.linears, iter([args[0]]))
+            on_inputs(group.linears, iter([args[0]]))
 
         handle = self.module.get_submodule(group.linears[0]).register_forward_pre_hook(hook)
         try:
@@ -163,7 +177,7 @@ def walk(task: Task, batches: Sequence[Batch], chunk: int | None = None) -> Iter
     config = sha256(task.model.config.to_json_string().encode()).hexdigest()
     origin = config + "".join(map(checksum, [dict(task.model.state_dict()), *batches]))
     arch, module = task.arch, task.blocks[0]
-    first = Block(0, f"{arch.blocks}.0", module, arch.groups, chunks, task, tuples, {}, origin)
+    first = Block(0, f"{arch.blocks}.0", module, arch.groups, chunks, task, tuples, origin)
     yield from _visited(first)
 
 
@@ -172,11 +186,11 @@ def _visited(block: Block) -> Iterator[Block]:
     task, chunks = block.task, block.chunks
     for index, module in enumerate(bar(task.blocks[block.index :], "blocks"), block.index):
         block = replace(
-            block, index=index, name=f"{task.arch.blocks}.{index}", module=module, left=None
+            block, index=index, name=f"{task.arch.blocks}.{index}", module=module, _settled=None
         )
         yield block
         if index + 1 < len(task.blocks):
-            for chunk, output in zip(chunks, block.left or block.outputs(), strict=True):
+            for chunk, output in zip(chunks, block._settled or block.outputs(), strict=True):
                 chunk.hidden = output
 
 

@@ -21,7 +21,7 @@ CONF = location.conf()
 def choices() -> list[str]:
     """`group=choice` of every yaml; the group is the folder."""
     found = []
-    for path in sorted(CONF.rglob("*.yaml")):
+    for path in sorted(CONF.rglob("[!_]*.yaml")):  # _NAME is shared by others and no choice
         group = path.parent.relative_to(CONF).as_posix()
         # from_run needs a finished run, see test_pipeline
         if group not in (".", "local") and path.stem != "from_run":
@@ -36,7 +36,7 @@ def holder(group: str, choice: str) -> list[str]:
         return [f"{group}={choice}"]
     if top == "experiment":  # a folder of experiments is no group of its own
         return [f"{top}={nested}/{choice}"]
-    for path in sorted((CONF / top).glob("*.yaml")):
+    for path in sorted((CONF / top).glob("[!_]*.yaml")):
         for key in (group,):
             with contextlib.suppress(HydraException):
                 compose("config", [f"{top}={path.stem}", f"{key}={choice}"])

@@ -9,8 +9,18 @@ GRID = IntGrid(3, group_size=32)
 
 
 def measured(task, source, data) -> dict[str, torch.Tensor]:
-    return {
-        f"{block.name}.{name}": hessian
-        for block in walk(task, data)
-        for name, hessian in source(block).items()
-    }
+    """By full name, of a walk that changes nothing."""
+    found, for_each_group = {}, None
+    for block in walk(task, data):
+        for_each_group = for_each_group or source.prepare(block)
+        for_each_group(block, keeping(found, block.name))
+    return found
+
+
+def keeping(found: dict[str, torch.Tensor], prefix: str):
+    """Keeps the Hessians that it is called with in `found`."""
+
+    def on_hessian(names: tuple[str, ...], hessian: torch.Tensor) -> None:
+        found.update({f"{prefix}.{name}": hessian for name in names})
+
+    return on_hessian

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
+from qexp.common.workspace import Workspace
 from qexp.config.instantiate import instantiate
 from qexp.models.base import Loaded
 from qexp.task import TASKS, Task
@@ -42,7 +43,7 @@ def task_of(family: str = "llama", folder: Path | None = None) -> Task:
     """The tiny model as a task; `folder`: of its run."""
     loaded = tiny(family)
     task = TASKS[OBJECTIVES[family]](loaded.model, loaded.tokenizer).eval()
-    task.folder = folder
+    task.workspace = Workspace(folder)
     return task
 
 

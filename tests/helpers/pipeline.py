@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hydra import compose
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from qexp import pipeline
 
@@ -27,4 +27,11 @@ def run(folder: Path, *overrides: str, small: Sequence[str] = SMALL) -> dict[str
     cfg = compose("config", [*small, *overrides])
     (folder / ".hydra").mkdir(parents=True, exist_ok=True)
     OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")
+    return answer_or_run(cfg, folder)
+
+
+def answer_or_run(cfg: DictConfig, folder: Path) -> dict[str, float]:
+    """As a job does."""
+    if (metrics := pipeline.answer(cfg, folder)) is not None:
+        return metrics
     return pipeline.run(cfg, folder)

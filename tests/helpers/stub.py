@@ -11,10 +11,13 @@ from qexp.runs.provenance import Provenance
 SMALL = ("model=tiny_llama", "data=synthetic", "calibration=synthetic")
 
 
+def answer(cfg: DictConfig, folder: Path) -> dict[str, float] | None:
+    """As the pipeline's, of a run that reads no files."""
+    return results.read(folder)
+
+
 def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
     """Fails in a different way for some bit-widths, else a perplexity that tells the config."""
-    if (done := results.read(folder)) is not None:
-        return done
     bits = cfg.weight.bits
     if bits == 11:
         raise UserError("weight.bits=11: is not wanted; ask for another")

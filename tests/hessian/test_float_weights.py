@@ -85,8 +85,7 @@ def test_what_waits_on_disk_is_what_memory_would_hold(source, writable, monkeypa
         found.append(weights(source(memory=memory)))
         shared = AtFloatWeights(source(memory=memory))
         first = next(iter(walk(task_of("llama"), [joined("llama")])))
-        shared.prepare(first)
-        held.append(len(first.notes))
+        held.append(len(shared.prepare(first).held))
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
     assert held[0] > 0 and held[1] == (0 if writable else held[0])
 
@@ -105,11 +104,11 @@ def test_entries_that_go_before_they_are_used_end_the_run():
     source = AtFloatWeights(Layerwise(memory=1e-9))
     for block in walk(task_of("llama"), [joined("llama")]):
         if block.index == 0:
-            source.prepare(block)
+            for_each_group = source.prepare(block)
         if block.index == 1:
             for entry in kept():
                 entry.path.unlink()
             with pytest.raises(UserError, match=r"model\.layers\.1: its Hessians went"):
-                source.for_each_group(block, lambda names, hessian: None)
+                for_each_group(block, lambda names, hessian: None)
             break
-        source.for_each_group(block, lambda names, hessian: None)
+        for_each_group(block, lambda names, hessian: None)

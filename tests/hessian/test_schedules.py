@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from helpers.hessians import GRID, measured
+from helpers.hessians import GRID, keeping, measured
 from helpers.models import joined, task_of
 
 from qexp.common.cache import Cache
@@ -20,8 +20,11 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 def test_schedules_see_the_blocks_before_quantized_when_they_say_so():
     def hessians(schedule: str) -> list[torch.Tensor]:
         seen, source = [], OutputAdaptive(schedule=schedule, k=2)
+        found, for_each_group = {}, None
         for block in walk(task := task_of("llama"), [joined("llama")]):
-            seen.append(source(block)["mlp.up_proj"])
+            for_each_group = for_each_group or source.prepare(block)
+            for_each_group(block, keeping(found, block.name))
+            seen.append(found[f"{block.name}.mlp.up_proj"])
             for linear in block.linears.values():
                 linear.weight.data = GRID(linear.weight.data)
         assert not any(parameter.grad is not None for parameter in task.parameters())
@@ -38,13 +41,13 @@ def test_schedules_see_the_blocks_before_quantized_when_they_say_so():
 def passes(monkeypatch) -> list[list[int]]:
     """The blocks of each pass of gradients."""
     done: list[list[int]] = []
-    original = FromGradients._measure
+    original = FromGradients._gradient_hessians
 
     def measure(self, block, covered):
         done.append(list(covered))
         return original(self, block, covered)
 
-    monkeypatch.setattr(FromGradients, "_measure", measure)
+    monkeypatch.setattr(FromGradients, "_gradient_hessians", measure)
     return done
 
 
@@ -98,11 +101,11 @@ def test_a_killed_run_goes_on_at_the_block(
     original = Blockwise._solve
 
     def until(stop: int):
-        def solve(self, block):
+        def solve(self, block, for_each_group):
             if block.index == stop:
                 raise KeyboardInterrupt
             visited.append(block.index)
-            return original(self, block)
+            return original(self, block, for_each_group)
 
         return solve
 

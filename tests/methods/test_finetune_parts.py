@@ -337,5 +337,5 @@ def test_efficient_qat_goes_on_where_it_was_killed(tmp_path, monkeypatch, death)
         one, two = ((tmp_path / name / log).read_text() for name in ("killed", "whole"))
         assert one == two and "scale" in one
     assert same(weights(again), weights(whole))
-    again.written()
+    again.workspace.clear()
     assert not list((tmp_path / "cache of killed" / "blocks").glob("*.safetensors"))

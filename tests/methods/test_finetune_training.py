@@ -63,7 +63,7 @@ def test_a_killed_run_ends_at_the_same_weights(tmp_path, monkeypatch, kind):
     method(third, lambda: data)
     assert len(ran) == 2 and same(weights(third), weights(whole))
     assert list((tmp_path / "killed").glob("training-*/"))
-    third.written()
+    third.workspace.clear()
     assert not list((tmp_path / "killed").glob("training-*/"))
 
 

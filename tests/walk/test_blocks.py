@@ -87,7 +87,7 @@ def test_looking_onward_leaves_the_walk_where_it_is():
     for block in walk(task, [batch], 2):
         for later in block.onward():
             torch.testing.assert_close(torch.cat(list(later.outputs())), expected[later.index])
-            later.left = [torch.zeros_like(hidden) for hidden in later.inputs]
+            later.settle([torch.zeros_like(hidden) for hidden in later.inputs])
             break
         assert [later.index for later in block.onward()] == list(range(block.index, 3))
         torch.testing.assert_close(torch.cat(list(block.outputs())), expected[block.index])
@@ -124,7 +124,7 @@ def test_sequences_that_do_not_fit_the_memory_run_in_parts(monkeypatch):
 def test_replays_build_no_graph_even_where_gradients_are_on():
     for block in walk(task_of("llama"), [joined("llama")]):
         block.advance(lambda names, inputs: None)
-        assert not block.left[0].requires_grad and block.left[0].grad_fn is None
+        assert not block.settled[0].requires_grad and block.settled[0].grad_fn is None
 
 
 def test_a_walk_without_sequences_is_refused():

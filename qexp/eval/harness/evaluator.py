@@ -5,7 +5,7 @@ import io
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cached_property
@@ -126,6 +126,11 @@ class Harness(Evaluator):
         self._same_shots()
         with redirect_stdout(io.StringIO()):  # it announces every bootstrap
             return evaluate(model, tasks, limit=self.limit, bootstrap_iters=self.bootstrap)
+
+    @property
+    def higher_is_better(self) -> Collection[str]:
+        tasks = self._loaded["tasks"].values()
+        return {key for task in tasks for key, higher in task.higher_is_better().items() if higher}
 
     def definition(self) -> dict[str, Any]:
         """The version of the harness and of the tasks, and a hash of all prompts and targets:

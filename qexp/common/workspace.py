@@ -1,0 +1,29 @@
+"""Workspace of a run: its folder while it works, and the clean-up once its results are written."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+CHECKPOINTS = "training-"  # first letters of the folders from which killed training resumes
+
+
+class Workspace:
+    """The folder of a run, or None outside of one, and what is removed once its results exist."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
+        self._removals: list[Callable[[], object]] = []
+
+    def remove_when_done(self, remove: Callable[[], object]) -> None:
+        """Call `remove` once the run's results are on disk; immediately where there is no run."""
+        self._removals.append(remove)
+        if self.folder is None:
+            self.clear()
+
+    def clear(self) -> None:
+        """Remove what the run would have resumed from: its results are on disk."""
+        while self._removals:
+            self._removals.pop()()
+        if self.folder is not None:  # also checkpoints of an earlier attempt with other code
+            for left in self.folder.glob(f"{CHECKPOINTS}*"):
+                shutil.rmtree(left, ignore_errors=True)
