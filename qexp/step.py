@@ -1,4 +1,4 @@
-"""What transforms and methods both are, and the account they give of each linear."""
+"""Interface of transforms and methods, and their record of each quantized linear."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -12,10 +12,13 @@ from qexp.task import Batches, Task
 
 @dataclass(frozen=True)
 class Record:
-    """One quantized linear. Errors are shares of the float layer's own: tr(Δ H Δᵀ) / tr(W H Wᵀ)
-    with the Hessian of the method (the identity where it uses none); `error_before` is what
-    rounding to nearest on the same grid leaves, `error` what the method leaves. `bits` is measured
-    from storage; `paper_bits` what the method's paper would print, where it counts otherwise."""
+    """One quantized linear.
+
+    error_before, error: tr(Δ H Δᵀ) / tr(W H Wᵀ) of round-to-nearest on the same grid and of the
+    method, with the method's Hessian (the identity where it uses none). bits: per weight, counted
+    from storage. paper_bits: as the method's paper counts them, where that differs. damp: share of
+    the mean diagonal of H. seconds: of the solver.
+    """
 
     name: str
     rows: int
@@ -30,23 +33,25 @@ class Record:
 
 
 class Step(ABC):
+    """A change of the model in place."""
+
     @abstractmethod
     def __call__(self, task: Task, batches: Batches) -> list[Record]:
         """Change task.model in place. `batches` is called only by a step that calibrates."""
 
     def recipes(self) -> Mapping[str, Recipe]:
-        """Data of its own beside the calibration batches, by what it is for."""
+        """Data that the step reads in addition to the calibration batches, by purpose."""
         return {}
 
     @property
     def activations(self) -> Sequence[Activations]:
-        """Whose quantizers the step leaves in the model."""
+        """Schemes whose quantizers the step leaves in the model."""
         return ()
 
 
 @dataclass(frozen=True)
 class Nothing(Step):
-    """Weights as they are."""
+    """No change of the weights: the float model, or quantization of activations only."""
 
     activations: tuple[Activations, ...] | list[Activations] = ()
 

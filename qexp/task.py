@@ -1,4 +1,4 @@
-"""The model as Lightning and the rest of the project see it: something with a loss."""
+"""Tasks: a model with its loss and the facts of its family, as a LightningModule."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +23,7 @@ POSITIONS = 512
 
 
 class Task(L.LightningModule):
-    """A model with the facts of its family; subclasses say what its loss is."""
+    """A model with the facts of its family; subclasses define its loss."""
 
     objective: str
 
@@ -34,14 +34,14 @@ class Task(L.LightningModule):
         self.model = model
         self.tokenizer = tokenizer
         self.arch: Arch = arch_of(model)
-        # Live quantizers of activations by site; parameters of theirs train with the model's.
+        # Activation quantizers by site; their parameters train with those of the model.
         self.quantizers = torch.nn.ModuleDict()
         self.workspace = Workspace()
         self._sampler: torch.Generator | None = None
 
     @property
     def device(self) -> torch.device:
-        """Where tokens go in and logits come out; offloaded blocks rest elsewhere."""
+        """The device of tokens and logits; offloaded blocks are on the host between their uses."""
         return next(self.model.get_submodule(self.arch.head).parameters()).device
 
     @property
@@ -51,7 +51,7 @@ class Task(L.LightningModule):
         return blocks
 
     def linears(self) -> dict[str, torch.nn.Linear]:
-        """What is quantized: every linear of every block by its full name, in execution order."""
+        """The quantized linears: those of every block, by full name, in execution order."""
         found = {}
         for index, block in enumerate(self.blocks):
             for name in (name for group in self.arch.groups for name in group.linears):
@@ -62,8 +62,8 @@ class Task(L.LightningModule):
 
     @contextmanager
     def labels(self, kind: str, seed: int) -> Iterator[None]:
-        """Losses against the data (`data`), or against labels drawn from the model's own
-        distribution (`sampled`), as the true Fisher matrix has them."""
+        """Within the context, losses are against the data (`data`) or against labels drawn from the
+        model's own distribution (`sampled`), as in the true Fisher matrix."""
         self._sampler = torch.Generator(self.device) if kind == "sampled" else None
         if self._sampler is not None:
             self._sampler.manual_seed(seed)
@@ -77,7 +77,7 @@ class Task(L.LightningModule):
         """The mean loss of a batch."""
 
     def encode(self, batch: Batch) -> Tensor:
-        """Everything but the head and the loss: the hidden states of the last layer."""
+        """The hidden states of the last layer: the forward pass without head and loss."""
         inputs = {key: value.to(self.device) for key, value in batch.items() if key != "labels"}
         return self.model.base_model(**inputs)[0]
 
@@ -93,7 +93,7 @@ class CausalLM(Task):
     objective = "causal_lm"
 
     def hidden(self, input_ids: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens width"]:
-        """The final hidden states, normed: what the head reads."""
+        """The final hidden states after the last norm: the input of the head."""
         return self.encode({"input_ids": input_ids})
 
     def head(self, hidden: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape vocabulary"]:
@@ -115,7 +115,7 @@ class CausalLM(Task):
     def token_losses(
         self, hidden: Float[Tensor, "positions width"], targets: Int[Tensor, " positions"]
     ) -> Float[Tensor, " positions"]:
-        """Cross-entropy in nats of each position, float32, a few positions' logits at a time."""
+        """Cross-entropy of each position in nats, float32; logits exist for one chunk at a time."""
         losses = []
         chunks = zip(self.logits(hidden), targets.split(POSITIONS), strict=True)
         for logits, labels in chunks:
@@ -173,8 +173,7 @@ TASKS: dict[str, type[Task]] = {
 
 
 def trimmed(batch: Batch) -> Batch:
-    """Without the columns in which every row is padding: the same losses, and what passes through
-    the model of a single row is its own tokens alone."""
+    """The batch without the columns in which every row is padding; losses are unchanged."""
     mask = batch.get("attention_mask")
     if mask is None or bool(mask[:, -1].any()):
         return batch
@@ -183,7 +182,7 @@ def trimmed(batch: Batch) -> Batch:
 
 
 def singly(batches: Iterable[Batch]) -> list[Batch]:
-    """Every row by itself, without padding."""
+    """Each row as a batch of its own, without padding."""
     return [
         trimmed({key: value[start : start + 1] for key, value in batch.items()})
         for batch in batches

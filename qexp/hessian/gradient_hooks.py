@@ -1,4 +1,4 @@
-"""What a backward pass shows: inputs of layers with the gradients at their outputs."""
+"""Hooks that collect the inputs of layers with the gradients at their outputs."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ OnGradient = Callable[[str, Tensor, Tensor], None]
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """No parameter requires a gradient: products with x and g are ours to take."""
+    """Within the context no parameter requires a gradient: only x and g are collected."""
     wanted = [p for p in module.parameters() if p.requires_grad]
     for parameter in wanted:
         parameter.requires_grad_(False)
@@ -24,7 +24,7 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def watching(linears: dict[str, nn.Module], take: OnGradient) -> Iterator[None]:
-    """Call `take(name, inputs, gradients at the outputs)` as backward passes each linear."""
+    """Within the context, the backward pass calls `take(name, inputs, output gradients)`."""
     handles = []
     for name, linear in linears.items():
 

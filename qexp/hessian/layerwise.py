@@ -24,7 +24,7 @@ def add_symmetric(
 ) -> None:
     """Add aᵀ b, known to be symmetric, to the part of `total` on and above the diagonal.
 
-    Only strips there are multiplied, which saves nearly half the work.
+    Only strips of that part are multiplied, which saves nearly half of the work.
     """
     for start in range(0, a.shape[1], STRIP):
         stop = min(start + STRIP, a.shape[1])
@@ -32,7 +32,7 @@ def add_symmetric(
 
 
 def mirrored(total: Float[Tensor, "columns columns"]) -> Float[Tensor, "columns columns"]:
-    """The whole matrix, from what `add_symmetric` left on and above the diagonal."""
+    """The symmetric matrix whose upper triangle `add_symmetric` computed."""
     upper = total.triu()
     return upper + upper.triu(1).T
 

@@ -35,18 +35,18 @@ LABELS = ("data", "sampled")
 
 @dataclass(frozen=True)
 class FromGradients(CacheableHessian):
-    """What Hessians from gradients share: when gradients are taken, and how.
+    """Base of Hessians from gradients: when and how gradients are computed.
 
     schedule: `per_block` takes them again at each block, with the blocks before it quantized (the
     paper); `every_k` at every k-th block for the next k; `one_pass` once at float weights.
-    sequences: that run together; each keeps its own gradient, so this changes speed alone.
-    dtype: of the forward and backward pass; gradients are multiplied in float32 whatever it is.
+    sequences: that run together; each keeps its own gradient, so this changes only the speed.
+    dtype: of the forward and backward pass; gradients are always multiplied in float32.
     loss_scale: multiplies the loss, against underflow in half precision. It does not change the
-    result: solvers are indifferent to the scale of H.
+    result: solvers do not depend on the scale of H.
     labels: `data` for the next token of the text (empirical Fisher, the paper), `sampled` for
     tokens drawn from the model's own distribution (true Fisher), with `seed`.
-    memory: GiB of Hessians that `one_pass` holds at once; beyond it blocks are measured a few at a
-    time, one pass each, and wait in the cache on disk.
+    memory: GiB of Hessians that `one_pass` holds at one time; with more, blocks are measured a few
+    at a time, one pass each, and kept in the cache on disk.
     """
 
     schedule: str = "per_block"
@@ -96,7 +96,7 @@ class FromGradients(CacheableHessian):
         return for_each_group
 
     def measure(self, first: Block, wanted: Collection[int]) -> Iterator[Measured]:
-        """One pass for as many blocks as `memory` holds."""
+        """One pass for as many blocks as fit into `memory`."""
         count = len(first.task.blocks)
         size = sum(4 * linear.in_features**2 for linear in first.linears.values())
         span = max(int(self.memory * 2**30 / size), 1)
@@ -119,7 +119,7 @@ class FromGradients(CacheableHessian):
         return fields
 
     def _gradient_hessians(self, block: Block, covered: range) -> dict[str, Float[Tensor, "_ _"]]:
-        """Hessians of the linears of some blocks, this one the first or before them."""
+        """Hessians of the linears of the blocks in `covered`, which starts at `block` or later."""
         task = block.task
         found: dict[str, Tensor] = {}
         seen: dict[str, Tensor] = {}
@@ -166,7 +166,7 @@ def _check_dead(
     seen: Bool[Tensor, " columns"],
     scored: Bool[Tensor, " columns"],
 ) -> None:
-    """See that only inputs without data have no diagonal: solvers delete the weights of those.
+    """Check that only inputs without data have a zero diagonal: solvers set their weights to 0.
 
     An input that only a sequence's last token uses has data and rightly no gradient, as nothing is
     predicted there; it gets the least diagonal of the others. UserError for an underflow.
@@ -197,7 +197,7 @@ class OutputAdaptive(FromGradients):
 
 @dataclass(frozen=True)
 class TokenWeighted(FromGradients):
-    """Σ_t ‖g_t‖² x_t x_tᵀ: tokens count by how much the loss hears of the layer there."""
+    """Σ_t ‖g_t‖² x_t x_tᵀ: tokens weighted by the squared gradient norm at the layer's output."""
 
     def factors(
         self, x: Float[Tensor, "tokens columns"], g: Float[Tensor, "tokens rows"]

@@ -1,4 +1,4 @@
-"""EfficientQAT (2407.11062): one block after another, then the scales of all together."""
+"""EfficientQAT (2407.11062): training block by block, then end-to-end training of the scales."""
 
 import math
 import time
@@ -49,7 +49,7 @@ class BlockPhase:
         check_scale_rule(self.scale, self.weight)
 
     def __call__(self, task: Task, batches: Sequence[Batch], journal: Journal) -> list[Record]:
-        """Blocks that the journal holds are taken from there."""
+        """Blocks that the journal holds are restored from it."""
         records: list[Record] = []
         told: list[dict[str, float | int | str]] = []
         exact: list[Tensor] = []
@@ -84,7 +84,7 @@ class BlockPhase:
         return Finished(records, others, log)
 
     def _train(self, block: Block, targets: Sequence[Tensor]) -> list[dict[str, float | int | str]]:
-        """What is told of each epoch."""
+        """Train one block; the lines of its log, per epoch."""
         for linear in block.linears.values():
             attach_weight_quantizer(linear, self.scale, self.weight, self.formula)
             weight_quantizer(
@@ -149,8 +149,8 @@ class BlockPhase:
 
 @dataclass(frozen=True)
 class EfficientQAT(Step):
-    """The block phase, then `end` with the codes fixed. A killed run goes on at its block, or at
-    the leg of `end`."""
+    """The block phase, then `end` with fixed codes. A killed run resumes at its block, or at the
+    training interval of `end`."""
 
     blocks: BlockPhase
     end: FineTune

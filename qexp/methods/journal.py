@@ -1,4 +1,4 @@
-"""What a block-wise method has finished, so that a run killed between blocks goes on there."""
+"""Journal of finished blocks, from which a killed block-wise run resumes."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -20,8 +20,7 @@ OTHER = "other/"
 
 
 class Finished(NamedTuple):
-    """A block that is done: its linears, whichever of its other parameters changed, and what is
-    told of its training."""
+    """A finished block: records of its linears, its other changed parameters, its training log."""
 
     records: list[Record]
     others: dict[str, Tensor]
@@ -37,14 +36,14 @@ class Finished(NamedTuple):
 
 
 class Journal:
-    """Finished blocks, in the cache under everything they depend on."""
+    """Finished blocks in the cache, keyed by everything that they depend on."""
 
     def __init__(self, identity: Mapping[str, Any]) -> None:
         self._cache = Cache()
         self._identity = {**identity, "code": hashes.code()}
 
     def read(self, block: int) -> Finished | None:
-        """A finished block, or None."""
+        """The finished block with this index, or None."""
         found = self._cache.find(KIND, self._key(block))
         if found is None:
             return None
@@ -73,7 +72,7 @@ class Journal:
         self._cache.put(KIND, self._key(block), tensors)
 
     def clear(self, blocks: int) -> None:
-        """Forget a run that is finished."""
+        """Remove the blocks of a finished run."""
         for block in range(blocks):
             self._cache.drop(KIND, self._key(block))
 

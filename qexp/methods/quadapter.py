@@ -17,8 +17,8 @@ from qexp.transforms.channels import SITES, Channels, channels_of
 
 @dataclass(frozen=True)
 class EndToEnd(Step):
-    """Put alpha = exp(theta), to begin with 1, on the channels of every block, train as `training`
-    says (`trained.channels`), with rounding of folded weights, and fold what was learned."""
+    """Put alpha = exp(theta), initially 1, on the channels of every block, train it as `training`
+    says (`trained.channels`) with rounding of the folded weights, and fold the result."""
 
     training: FineTune
     sites: str = "norms"
@@ -28,7 +28,7 @@ class EndToEnd(Step):
 
     @property
     def activations(self) -> Sequence[Activations]:
-        """Whose quantizers a reloaded run puts back."""
+        """Schemes whose quantizers a reloaded run attaches again."""
         return self.training.activations
 
     def recipes(self) -> Mapping[str, Recipe]:
@@ -43,7 +43,7 @@ class EndToEnd(Step):
                 channels.bake()
 
     def install(self, task: Task) -> list[Channels]:
-        """Let the sites of all blocks follow an alpha each."""
+        """Put an alpha on each site of every block."""
         blocks = range(len(task.blocks))
         sites = [
             channels

@@ -1,4 +1,4 @@
-"""QuantTune (2403.06497): fine-tuning that tames activations, then plain quantization."""
+"""QuantTune (2403.06497): fine-tuning with a penalty on outliers, then quantization."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class QuantTune(Step):
-    """Train as `training` says (float weights, a penalty), then quantize what came out of it, so
+    """Train as `training` says (float weights, a penalty), then quantize the result, so
     that ranges are those of the tuned model.
 
     Trained weights are kept in the cache: a sweep over grids and calibrators trains once for each

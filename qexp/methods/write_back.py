@@ -1,4 +1,4 @@
-"""A solution into its layer, checked against round-to-nearest."""
+"""Writing a solution into its layer, checked against round-to-nearest."""
 
 import logging
 
@@ -30,7 +30,7 @@ def write(
     seconds: float,
     tolerance: float = 1e-3,
 ) -> Record:
-    """Put a solution into its layer, after checking that it is one.
+    """Write a solution into its layer after checking it.
 
     Raises RuntimeError naming the layer when the weights are not finite, are not what storage
     gives back, or lie farther from the float layer than rounding to nearest would leave them, by

@@ -1,4 +1,4 @@
-"""Quantize and dequantize in floating point: quantizers of activations."""
+"""Fake quantization of activations: static or dynamic ranges, constant or trained scales."""
 
 from typing import Any
 
@@ -12,13 +12,13 @@ from qexp.quantizers.fake_quantize import FakeQuantize, as_stored, lsq_gradient_
 
 
 class FakeQuant(nn.Module):
-    """A tensor rounded to a grid on its way.
+    """Rounds a tensor to a grid in the forward pass.
 
-    dynamic: scales from the tensor at hand, one per vector along the last axis (token), or per
-    group of it, or per tensor, as the grid says. Otherwise one scale for good, fitted by the grid's
-    range estimator on what passes between `observe` and `settle`. Before `settle` nothing is
-    rounded. Gradients pass straight through, until `learn` chooses others; between `learn` and
-    `freeze` a static scale is a parameter.
+    dynamic: scales of each tensor as it comes, per vector along the last axis (token), per group
+    of it or per tensor, as the grid says. Otherwise one static scale, fitted by the grid's range
+    estimator to what passes between `start_observing` and `fix_range`. Before `fix_range` nothing
+    is rounded. Gradients are straight-through until `make_trainable` chooses other surrogates;
+    between `make_trainable` and `make_constant` a static scale is a parameter.
     """
 
     scale: Tensor
@@ -38,7 +38,7 @@ class FakeQuant(nn.Module):
             self.observer = self.grid.range.observer()
 
     def fix_range(self) -> None:
-        """Fit what was observed and start to round."""
+        """Fit the grid to what was observed and start to round."""
         if self.observer is not None:
             device = self.scale.device
             q = self.grid.fit(*self.observer.values())
@@ -47,7 +47,7 @@ class FakeQuant(nn.Module):
         self.enabled = True
 
     def make_trainable(self, fake_quantize: FakeQuantize, offset: bool) -> None:
-        """Train a static scale, with its zero point where there is one and `offset` says so."""
+        """Train a static scale; with `offset` its zero point too, where the grid has one."""
         self.fake_quantize = fake_quantize
         if not self.dynamic:
             self.highest_code = max(self.grid.bounds[1] - float(self.zero.mean()), 1.0)
@@ -56,13 +56,13 @@ class FakeQuant(nn.Module):
                 self._keep(self.scale, nn.Parameter(self.zero))
 
     def make_constant(self) -> None:
-        """What was learned, as storage keeps it, for good."""
+        """Replace the trained scale and zero point by constants, as storage keeps them."""
         q = as_stored(self.scale.detach(), self.zero.detach(), self.grid)
         self._keep(q.scale, q.zero)
         self.fake_quantize = FakeQuantize()
 
     def place(self) -> Scale:
-        """Where the static grid lies, as storage would keep it."""
+        """The static scale and zero point, as storage would keep them."""
         if self.scale.requires_grad or self.zero.requires_grad:
             return as_stored(self.scale, self.zero, self.grid)
         return Scale(self.scale, self.zero)
@@ -92,7 +92,7 @@ class FakeQuant(nn.Module):
         )
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-        # A fresh quantizer has no scales yet; take the shapes that the file brings.
+        # A new quantizer has no scales yet: take the shapes of those in the file.
         for name in ("scale", "zero"):
             if prefix + name in state and not isinstance(getattr(self, name), nn.Parameter):
                 setattr(self, name, torch.empty_like(state[prefix + name]))

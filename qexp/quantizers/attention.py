@@ -1,7 +1,7 @@
-"""Attention with quantizers inside, through transformers' attention interface.
+"""Quantizers inside attention, through transformers' attention interface.
 
 Two implementations are registered: `qexp_operands` computes attention step by step with a
-quantizer on every operand and result; `qexp_cache` quantizes keys and values alone and leaves the
+quantizer on every operand and result; `qexp_cache` quantizes only keys and values and leaves the
 rest to the fused kernel.
 """
 
@@ -20,7 +20,7 @@ CACHE = ("key", "value")
 
 @dataclass(frozen=True)
 class Inside:
-    """The quantizers of one attention module, by operand; what has none passes untouched."""
+    """The quantizers of one attention module, by operand; an operand without one is unchanged."""
 
     quantizers: dict[str, nn.Module]
 

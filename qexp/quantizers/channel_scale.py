@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class Alpha(nn.Module):
-    """Quadapter's alpha = exp(theta), by which channels are multiplied: the scale is 1 / alpha."""
+    """alpha = exp(theta) of Quadapter, which multiplies channels: the folded scale is 1 / alpha."""
 
     def __init__(self, theta: Float[Tensor, " channels"]) -> None:
         super().__init__()

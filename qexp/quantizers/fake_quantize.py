@@ -1,4 +1,4 @@
-"""The quantization formula with the gradients of training, as one node of the autograd graph."""
+"""Differentiable quantize-dequantize with surrogate gradients, as one autograd node."""
 
 import math
 from collections.abc import Iterator
@@ -18,8 +18,9 @@ CHUNK = 2**17  # values
 
 @dataclass(frozen=True)
 class FakeQuantize:
-    """`grid.round` forward; backward what autograd makes of it with these surrogates, computed
-    from x and the scale alone, so that nothing but the input is kept between the two.
+    """`grid.round` in the forward pass; its gradient with these surrogates in the backward pass.
+
+    The backward pass is computed from x and the scale, so that only the input is kept for it.
 
     Levels that are not evenly spaced have no cells of equal width: there any `rounding` is
     straight-through.
@@ -36,8 +37,11 @@ class FakeQuantize:
         gradient_scale: float = 1.0,
         training: bool = True,
     ) -> Float[Tensor, "*shape"]:
-        """`x` on the grid, in its own dtype, computed in float32. `gain` multiplies the gradients
-        of scale and zero (LSQ's 1/√(N q_p)). Outside of training, clamping is hard."""
+        """`x` on the grid, in its own dtype, computed in float32.
+
+        gradient_scale: factor of the gradients of scale and zero point (1/√(N q_p) of LSQ). In
+        evaluation clamping is hard.
+        """
         clamp = self.clamp if training else Hard()
         y: Tensor = _Fused.apply(x, q.scale, q.zero, grid, self.rounding, clamp, gradient_scale)
         return y
@@ -50,22 +54,22 @@ class FakeQuantize:
         gradient_scale: float = 1.0,
         training: bool = True,
     ) -> Float[Tensor, "rows columns"]:
-        """A matrix whose scales are [rows, groups], as `Grid.scales_of` gives them."""
+        """The same for a matrix with scales [rows, groups], as `Grid.scales_of` returns them."""
         groups = x.reshape(q.scale.numel(), -1)
         flat = q.map(lambda part: part.reshape(-1, 1))
         return self(groups, flat, grid, gradient_scale, training).reshape(x.shape)
 
 
-def lsq_gradient_scale(count: int, reach: float) -> float:
-    """LSQ's factor of a scale's gradient, 1/√(N q_p): so many values share it, and codes lie up to
-    `reach` above zero."""
-    return 1 / math.sqrt(count * reach)
+def lsq_gradient_scale(count: int, highest_code: float) -> float:
+    """1/√(N q_p), the factor of a scale's gradient in LSQ (1902.08153, section 2.2): N values share
+    the scale, and q_p is the highest code above the zero point."""
+    return 1 / math.sqrt(count * highest_code)
 
 
 def as_stored(
     scale: Float[Tensor, "*rows groups"], zero: Float[Tensor, "*rows groups"], grid: Grid
 ) -> Scale:
-    """A scale that trains, as storage would keep it; gradients pass straight through."""
+    """A trained scale and zero point as storage keeps them, with straight-through gradients."""
     low, high = grid.bounds
     whole = grid.has_zero and grid.zero_bits == grid.bits
     if whole:
@@ -76,7 +80,7 @@ def as_stored(
 
 
 def _as(value: Tensor, trained: Tensor) -> Tensor:
-    """`value`, bit for bit, with the gradient of `trained`."""
+    """`value` bit for bit, with the gradient of `trained`."""
     return value.detach() + (trained - trained.detach())
 
 
@@ -131,7 +135,7 @@ def _back(
     """The gradient of x; those of scale and zero are added to `sums`."""
     low, high = grid.bounds
     v = (x / q.scale).add_(q.zero)
-    h, codes = g, low == 0  # whose cells have equal width
+    h, codes = g, low == 0  # only evenly spaced levels have cells of equal width
     c = clamp.value(v, low, high) if codes else v
     if codes and not isinstance(rounding, Straight):
         h = rounding.back(c, g, high - low)
@@ -153,13 +157,13 @@ def _back(
 
 
 def _chunks(rows: Tensor) -> Iterator[slice]:
-    """Rows that a processor's cache holds with all that is computed of them, enough of them that
-    the cores share the work; on a GPU all."""
+    """Row ranges small enough for the processor's cache and large enough to use all cores; on a GPU
+    one range of all rows."""
     size = len(rows) if rows.is_cuda else max(CHUNK // rows.shape[1], 1)
     for start in range(0, len(rows), size):
         yield slice(start, start + size)
 
 
 def _of(each: Tensor, part: slice) -> Tensor:
-    """The rows' own scales, or the one that all share."""
+    """The scales of these rows, or the one that all rows share."""
     return each if each.shape[0] == 1 else each[part]

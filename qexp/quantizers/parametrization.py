@@ -15,7 +15,7 @@ from qexp.quantizers.weight import FakeWeight
 
 
 def weight_quantizer(linear: nn.Linear) -> FakeWeight:
-    """The parametrization that `put` made."""
+    """The parametrization that `attach_weight_quantizer` put on a linear."""
     last = linear.parametrizations["weight"][-1]  # type: ignore[index]
     assert isinstance(last, FakeWeight)
     return last
@@ -40,8 +40,10 @@ def attach_weight_quantizer(
 
 @torch.no_grad()
 def bake(linear: nn.Linear) -> Coded:
-    """Make the weight plain again, with the values it had as it was used last, and what storage
-    keeps of it."""
+    """Replace the parametrization by a plain weight with the values of its last forward pass.
+
+    Returns the stored form of that weight.
+    """
     packed = weight_quantizer(linear).coded(float_weight(linear))
     parametrize.remove_parametrizations(linear, "weight", leave_parametrized=False)
     linear.weight.data = packed.dequantize().to(linear.weight)

@@ -1,4 +1,4 @@
-"""Which tensors carry a quantizer: sites of a model, by name, and how one is put there."""
+"""Placement of activation quantizers: sites of a model by name, and the hooks that round there."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -16,7 +16,7 @@ Make = Callable[[], nn.Module]
 
 
 class Site(NamedTuple):
-    """A tensor that a quantizer can sit on, named by the module it enters or leaves."""
+    """A tensor that can carry a quantizer, named by the module it enters or leaves."""
 
     name: str
     put: Callable[[nn.Module], Any]
@@ -24,7 +24,7 @@ class Site(NamedTuple):
     leaves: bool = False
 
     def watch(self, see: Callable[[Tensor], None]) -> RemovableHandle:
-        """Show the tensor, as it is before a quantizer rounds it, until the handle is removed."""
+        """Call `see` with the tensor before a quantizer rounds it, until the handle is removed."""
         if self.leaves:
             return self.module.register_forward_hook(
                 lambda _, __, y: see(y[0] if isinstance(y, tuple) else y), prepend=True
@@ -39,7 +39,7 @@ class Placement(ABC):
 
     @abstractmethod
     def sites(self, task: Task) -> list[Site]:
-        """Those that enter or leave a module; what lies inside of attention does not."""
+        """The sites that enter or leave a module; operands inside attention are not among them."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class KVCache(Placement):
 class AllOps(Placement):
     """The result of every operation: linear inputs and outputs, norms, activation functions,
     attention operands, scores (before the mask) and probabilities, embeddings, residual sums,
-    logits. A result that is only read by linears carries their inputs' quantizer, and none of its
-    own. The setting of Quadapter's line of work; biases stay float."""
+    logits. A result that only linears read carries the quantizer of their input and no other one.
+    This is the setting of Quadapter (2211.16912); biases stay float."""
 
     def __call__(self, task: Task, make: Make) -> dict[str, nn.Module]:
         made = _put(self.sites(task), make)
@@ -78,10 +78,10 @@ class AllOps(Placement):
 
     def sites(self, task: Task) -> list[Site]:
         arch, model = task.arch, task.model
-        # A second quantizer behind another would change nothing, until training parts their ranges.
+        # A second quantizer after the first changes nothing until training separates their ranges.
         sums, read = set(_sums(arch)), {group.producer for group in arch.groups}
         groups = arch.groups
-        if arch.post_norm:  # what its norms and its entry hand on is the stream, rounded already
+        if arch.post_norm:  # the output of its norms is the residual stream, rounded already
             groups = tuple(group for group in groups[1:] if group.producer not in arch.norms)
         sites = _linear_inputs(task, groups)
         sites.append(Site("embeddings", _input(task.blocks[0]), task.blocks[0]))
@@ -108,8 +108,10 @@ class AllOps(Placement):
 
 
 def _sums(arch: Arch) -> tuple[str, ...]:
-    """Norms whose input is a residual sum made inside the block, which goes on beside the norm.
-    What the first one reads, and with a parallel residual each, is what entered the block."""
+    """Norms that read a residual sum of the block which the next residual reads too.
+
+    The first norm, and with a parallel residual every norm, reads the block's input instead.
+    """
     if arch.post_norm:
         return arch.norms
     read = [group.producer for group in arch.groups if group.producer in arch.norms]
@@ -143,7 +145,7 @@ def _inside(
         writer = task.arch.writers[0]  # the attention module owns the first writer
         path = writer.rpartition(".")[0]
         own = {operand: make() for operand in operands}
-        # BERT's output projection stands beside the attention proper, hence all its relatives.
+        # BERT's output projection is a sibling of the attention: take all modules below both.
         for module in block.get_submodule(path.partition(".")[0]).modules():
             inside[module] = Inside(own)
         made |= {f"{task.arch.blocks}.{index}.attention.{key}": q for key, q in own.items()}
@@ -152,8 +154,10 @@ def _inside(
 
 
 def _inputs(modules: list[nn.Module]) -> Callable[[nn.Module], None]:
-    """Modules that read the same tensor, in execution order, share what the first one made of it:
-    one pass instead of several, and one tensor kept for backward."""
+    """Modules that read the same tensor share its rounded form: one pass, one tensor for backward.
+
+    modules: in execution order.
+    """
 
     def put(quantizer: nn.Module) -> None:
         kept: list[tuple[Tensor, Tensor]] = []
@@ -180,7 +184,7 @@ def _input(module: nn.Module) -> Callable[[nn.Module], None]:
 def _in_place(module: nn.Module) -> Callable[[nn.Module], None]:
     def put(quantizer: nn.Module) -> None:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            args[0].copy_(quantizer(args[0].clone()))  # backward wants what it was
+            args[0].copy_(quantizer(args[0].clone()))  # backward needs the unrounded value
 
         module.register_forward_pre_hook(hook)
 

@@ -16,7 +16,7 @@ from qexp.quantizers.weight import FakeWeight, Frozen, Rounded
 
 
 class ScaleRule(ABC):
-    """Where the scales of weights come from while training."""
+    """Source of the scales of weights in training."""
 
     offset: bool = False  # whether zero points train with them
 
@@ -28,7 +28,7 @@ class ScaleRule(ABC):
 
 @dataclass(frozen=True)
 class Dynamic(ScaleRule):
-    """Fitted to the weights by the grid's range at every step, and taken for constants."""
+    """Fitted to the weights by the grid's range estimator at every step; no gradient."""
 
     def __call__(
         self, weight: Float[Tensor, "rows columns"], grid: Grid, fake_quantize: FakeQuantize
@@ -38,7 +38,7 @@ class Dynamic(ScaleRule):
 
 @dataclass(frozen=True)
 class Static(ScaleRule):
-    """Fitted by the grid's range once, before training."""
+    """Fitted once by the grid's range estimator, before training."""
 
     def __call__(
         self, weight: Float[Tensor, "rows columns"], grid: Grid, fake_quantize: FakeQuantize
@@ -108,7 +108,7 @@ class KnownCodes(ScaleRule):
 
 
 def check_scale_rule(rule: ScaleRule, grid: Grid) -> None:
-    """FieldError where zero points are to train that the grid has not."""
+    """FieldError where zero points are to be trained and the grid has none."""
     if rule.offset and not grid.has_zero:
         raise FieldError(
             "scale.offset=true: a symmetric grid has no zero points to train; choose one that has "

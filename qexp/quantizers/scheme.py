@@ -1,4 +1,4 @@
-"""Quantization of activations: a placement, a grid, and when the grid is fitted."""
+"""Activation quantization schemes: placement, grid, static or dynamic ranges; calibration."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -18,17 +18,19 @@ from qexp.task import Batches, Task, singly
 class Activations(ABC):
     @abstractmethod
     def put(self, task: Task) -> dict[str, FakeQuant]:
-        """Put quantizers on the task's model, rounding nothing until they are settled."""
+        """Attach quantizers to the task's model; none rounds before its range is fixed."""
 
     @abstractmethod
     def rounded(self, x: Tensor, rounding: Rounding = torch.round) -> Tensor:
-        """A tensor as the quantizers to come would leave it, scales taken from itself: what a
-        transform expects. Differentiable, scales included, with such a `rounding`."""
+        """The tensor as the quantizers will round it, with scales of the tensor itself.
+
+        This is what a transform optimises for. Differentiable, scales included, if `rounding` is.
+        """
 
 
 @dataclass(frozen=True)
 class FloatActivations(Activations):
-    """Activations as they are."""
+    """No quantization of activations."""
 
     def put(self, task: Task) -> dict[str, FakeQuant]:
         return {}
@@ -41,7 +43,7 @@ class FloatActivations(Activations):
 class QuantizedActivations(Activations):
     """A quantizer at every site of `placement`.
 
-    dynamic: scales from each tensor as it comes; otherwise fitted once, on calibration batches.
+    dynamic: scales of each tensor as it comes; otherwise fitted once to calibration batches.
     """
 
     placement: Placement
@@ -57,7 +59,7 @@ class QuantizedActivations(Activations):
 
 
 def attach(task: Task, kinds: Sequence[Activations]) -> list[FakeQuant]:
-    """Put every kind's quantizers on the model and into `task.quantizers`."""
+    """Attach the quantizers of every scheme to the model and list them in `task.quantizers`."""
     made = {name: quantizer for kind in kinds for name, quantizer in kind.put(task).items()}
     for name, quantizer in made.items():
         task.quantizers[name.replace(".", "/")] = quantizer.to(task.device)

@@ -1,4 +1,4 @@
-"""Weights that are rounded as they are used, so that what is behind them can train."""
+"""Fake-quantized weights: rounded in the forward pass while the float weights behind them train."""
 
 from abc import ABC, abstractmethod
 
@@ -12,22 +12,22 @@ from qexp.quantizers.fake_quantize import FakeQuantize, as_stored, lsq_gradient_
 
 
 class FakeWeight(nn.Module, ABC):
-    """A parametrization of `Linear.weight`: the weight behind it, on the grid."""
+    """Parametrization of `Linear.weight` that puts the float weight on a grid."""
 
     @abstractmethod
     def forward(self, weight: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]: ...
 
     @abstractmethod
     def scales(self, weight: Float[Tensor, "rows columns"]) -> Scale:
-        """[rows, groups], as storage would keep them."""
+        """Scales and zero points [rows, groups], as storage would keep them."""
 
     @abstractmethod
     def coded(self, weight: Float[Tensor, "rows columns"]) -> Coded:
-        """What storage keeps: its values are those of `forward`, bit for bit."""
+        """The stored form; its values are those of `forward`, bit for bit."""
 
 
 class Rounded(FakeWeight):
-    """Rounded to nearest by the project's formula, scales fitted at every use or trained."""
+    """Round to nearest, with scales that are fitted at every forward pass or trained."""
 
     def __init__(
         self, grid: Grid, fake_quantize: FakeQuantize, q: Scale | None, offset: bool
@@ -63,7 +63,7 @@ class Rounded(FakeWeight):
 
 
 class Frozen(FakeWeight):
-    """Codes that stay as they are; their scales train."""
+    """Constant codes; their scales train."""
 
     codes: Tensor
 

@@ -15,14 +15,16 @@ from qexp.sweeps.job import Objective, job
 
 
 def main(work: Callable[[DictConfig], Objective] | None = None) -> None:
-    """Run the Hydra application, `job` or what is done around it; faults of the user's are one
-    sentence, all others a traceback."""
+    """Run the Hydra application with `work` (by default `job`) and exit.
+
+    A mistake of the user is one sentence, every other error a traceback.
+    """
     asked = os.environ.get("HYDRA_FULL_ERROR")
     os.environ[TRACE] = "1" if asked == "1" else "0"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # hand exceptions on instead of printing them
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise exceptions instead of printing them
     os.environ[ledger.VARIABLE] = ""
     ledger.postponed.clear()
-    logging.raiseExceptions = False  # a log that a full disk refuses is not what went wrong
+    logging.raiseExceptions = False  # a log that cannot be written is not the error
     sys.argv = ["dry_run=true" if word == "--dry-run" else word for word in sys.argv]
     app = hydra.main(version_base="1.3", config_path=str(conf()), config_name="config")
     try:

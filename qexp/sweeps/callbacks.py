@@ -20,7 +20,7 @@ RETRIES = (None, "failed")
 
 
 class Ledger(Callback):
-    """Finds the record of the sweep that starts and plans its jobs; `dry_run` ends there."""
+    """Opens the record of a sweep and plans its jobs; a dry run lists them and ends."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         if ranks.world() > 1:
@@ -50,7 +50,7 @@ class Ledger(Callback):
 
 @contextmanager
 def errors_exit() -> Iterator[None]:
-    """Hydra makes warnings of what a callback raises: a user's mistake leaves as SystemExit."""
+    """Turn a user's mistake into SystemExit: Hydra reduces errors of callbacks to warnings."""
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:

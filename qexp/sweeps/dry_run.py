@@ -1,4 +1,4 @@
-"""What the jobs of a command would do and take, without doing it (`--dry-run`)."""
+"""Dry runs (`--dry-run`): the state of each job and an estimate of its seconds."""
 
 import os
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ from qexp.common.files import locked
 from qexp.runs import finished, results
 from qexp.sweeps.ledger import Entry, Sweep
 
-RECENT = 100  # finished runs that an estimate looks at, the newest
-WORK = ("method._target_", "transform._target_")  # runs that differ in these tell nothing of time
+RECENT = 100  # newest finished runs that an estimate uses
+WORK = ("method._target_", "transform._target_")  # runs that differ in these are not compared
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class FinishedRun:
 
 @dataclass(frozen=True)
 class JobPlan:
-    """What becomes of a job, and its seconds where it is to run and something like it has run."""
+    """The state of a job, and estimated seconds if it must run and a similar run has finished."""
 
     folder: Path
     name: str
@@ -78,14 +78,14 @@ def plan(
     entry: Entry | None = None,
     retry: str | None = None,
 ) -> JobPlan:
-    """What becomes of one job. `entry`: what a sweep's record knows of it."""
+    """The state of one job. `entry`: its entry in the record of a sweep."""
     state = _state(cfg, folder, entry or Entry([]), retry)
     to_run = state.startswith("to run")
     return JobPlan(folder, name, state, estimate(_settings(cfg), past) if to_run else None)
 
 
 def composed(config: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, Path]:
-    """The configuration of one job, as the launcher will make it, and its folder."""
+    """The configuration of one job, as the launcher composes it, and its folder."""
     single = config.hydra.mode != RunMode.MULTIRUN
     loader = GlobalHydra.instance().config_loader()
     cfg = config if single else loader.load_sweep_config(config, list(overrides))
@@ -103,8 +103,8 @@ def finished_runs(top: Path) -> list[FinishedRun]:
 
 
 def estimate(settings: dict[str, Any], past: Sequence[FinishedRun]) -> float | None:
-    """The median of the runs that differ in the fewest keys; None without any that does the same
-    kind of work."""
+    """Median seconds of the runs that differ in the fewest keys; None without a run of the same
+    method and transform."""
     alike = [run for run in past if all(run.settings.get(k) == settings.get(k) for k in WORK)]
     apart = [len(settings.items() ^ run.settings.items()) for run in alike]
     near = [run.seconds for run, keys in zip(alike, apart, strict=True) if keys == min(apart)]
@@ -137,7 +137,7 @@ def _state(cfg: DictConfig, folder: Path, entry: Entry, retry: str | None) -> st
 
 
 def total(plans: Sequence[JobPlan], known: int) -> str:
-    """How many jobs are to run, and about how long; `known`: finished runs that were looked at."""
+    """The number of jobs to run and their seconds; `known`: finished runs behind the estimate."""
     running = sum(each.state.startswith("to run") for each in plans)
     parts = [f"{len(plans)} job{'s' if len(plans) != 1 else ''}: {running} to run"]
     if estimates := [each.seconds for each in plans if each.seconds is not None]:

@@ -1,4 +1,4 @@
-"""What went wrong, in one sentence for the user: the exit code of the command."""
+"""Error reporting: one sentence for the user, and the exit code of a command."""
 
 import errno
 import os
@@ -51,7 +51,7 @@ def already_reported(error: BaseException) -> bool:
 
 
 def needs_traceback(error: BaseException) -> bool:
-    """Whether to show where it happened: always for a fault of the program."""
+    """Whether to show the traceback: always for an error of the program."""
     expected = isinstance(error, UserError | HydraException | OmegaConfBaseException)
     disk = isinstance(error, OSError) and error.errno in DISK  # Hydra's own files, W&B's, caches
     missing = messages.missing_plugin(error) is not None
@@ -59,7 +59,7 @@ def needs_traceback(error: BaseException) -> bool:
 
 
 def message_for(error: Exception) -> str:
-    """What went wrong, for the user."""
+    """One sentence for the user."""
     if isinstance(error, HydraException | OmegaConfBaseException):
         return messages.message_for(error)
     if isinstance(error, UserError):

@@ -1,4 +1,4 @@
-"""What one of several jobs on a machine may use of it: threads, and a GPU of its own."""
+"""Resources of parallel jobs on one machine: threads, and a GPU for each worker."""
 
 import os
 import subprocess
@@ -15,13 +15,13 @@ from qexp.common.errors import UserError
 from qexp.common.files import locked
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-_slot = ExitStack()  # this process's, until it ends
+_slot = ExitStack()  # of this process, until it ends
 _taken: list[str] = []
 
 
 def threads(launcher: DictConfig) -> int | None:
-    """Threads for each job: what a cluster's launcher reserves for it, or the cores divided by the
-    jobs that run at once. None: the launcher runs one job at a time."""
+    """Threads of each job: those that a cluster's launcher reserves, or the cores divided by the
+    number of parallel jobs. None: the launcher runs one job at a time."""
     for key in ("cpus_per_task", "ray.remote.num_cpus"):
         if (reserved := OmegaConf.select(launcher, key)) is not None:
             return max(int(reserved), 1)
@@ -46,7 +46,7 @@ def gpus() -> list[str]:
 
 
 def gpu_slots(per_gpu: int) -> int:
-    """How many jobs run at once with so many on each GPU (`${gpu_slots:…}`). UserError for none."""
+    """The number of parallel jobs with `per_gpu` on each GPU (`${gpu_slots:…}`). UserError if 0."""
     if not (found := len(gpus()) * per_gpu):
         raise UserError("hydra/launcher=gpu_pool: this machine shows no GPU; take cpu_pool")
     return found

@@ -1,4 +1,4 @@
-"""One job of the command: under the lock of its folder, told to the ledger, answered or run."""
+"""One job of the command: locked, entered in the record of its sweep, answered or run."""
 
 import contextlib
 import logging
@@ -30,14 +30,14 @@ FAILURE = "failure.json"
 Objective = float | tuple[float | None, ...] | None
 
 resolvers.register()
-gpu_pool.register()  # on import: a launcher's worker names the folder before it calls the job
+gpu_pool.register()  # on import: a launcher's worker names the folder before the job
 
 
 def job(cfg: DictConfig) -> Objective:
     """One run; its value is the metric, or the metrics, that a search minimizes.
 
-    A failure is told and written to `failure.json` as it happens, then raised, so that Hydra
-    counts the job as failed and goes on with the next.
+    A failure is logged and written to `failure.json`, then raised, so that Hydra counts the job as
+    failed and continues with the next one.
     """
     from qexp import pipeline
 
@@ -54,11 +54,11 @@ def job(cfg: DictConfig) -> Objective:
     try:
         if sweep is not None:
             _admit(sweep, entry, cfg.fail_fast)
-        # others' jobs are left for the end, where this process has the others to do until then
+        # a job that another process runs is postponed while this process has other jobs
         wait = sweep is None or not _serial(settings) or folder in ledger.postponed
         with locked(folder, wait) as mine:
             if not mine:
-                log.info("%s: another process is at it; left for the end", os.path.relpath(folder))
+                log.info("%s: another process runs it; left for the end", os.path.relpath(folder))
                 ledger.postponed.add(folder)
                 return None
             metrics = pipeline.answer(cfg, folder)
@@ -83,7 +83,7 @@ def job(cfg: DictConfig) -> Objective:
                 sweep.enter(replace(begun, status="failed", reason=reason, seconds=seconds))
             results.write_json(folder / FAILURE, {"reason": reason, "overrides": overrides})
         if sweep is None:
-            raise SystemExit(1) from error  # told already
+            raise SystemExit(1) from error  # reported already
         error.add_note(REPORTED)
         raise
     log.info("%s: %s", os.path.relpath(folder), headline(metrics))
@@ -91,7 +91,7 @@ def job(cfg: DictConfig) -> Objective:
 
 
 def _join(cfg: DictConfig, folder: Path) -> None:
-    """The job of a process that trains with the first one."""
+    """The job of a process that only trains with the first one."""
     from qexp.sweeps import worker
 
     try:
@@ -100,16 +100,18 @@ def _join(cfg: DictConfig, folder: Path) -> None:
         log.error(
             "process %d: %s", ranks.rank() + 1, message_for(error), exc_info=needs_traceback(error)
         )
-        with locked(folder, 30.0):  # torchrun ends all with this one: let the first have its say
+        with locked(
+            folder, 30.0
+        ):  # torchrun kills all ranks when one exits: wait until rank 0 has reported its error
             raise SystemExit(1) from error
 
 
 class NotStarted(UserError):
-    """A job that the sweep's settings keep from running."""
+    """A job that the settings of the sweep do not start."""
 
 
 def _admit(sweep: Sweep, entry: Entry, fail_fast: bool) -> None:
-    """Raises NotStarted for what failed before, and after a failure if that ends the sweep."""
+    """Raises NotStarted for a job that failed before, and after any failure with `fail_fast`."""
     if entry.status == "failed":
         log.error("%s: %s", " ".join(entry.overrides), entry.reason)
         raise NotStarted(f"it failed before: {entry.reason}; retry=failed tries again")
@@ -118,7 +120,7 @@ def _admit(sweep: Sweep, entry: Entry, fail_fast: bool) -> None:
 
 
 def _finish(sweep: Sweep, entry: Entry, folder: Path, answered: bool, seconds: float) -> None:
-    """A job answered from disk keeps the account of who ran it, where there is one."""
+    """Enter the result. A job answered from disk keeps the entry of the launch that ran it."""
     if answered and entry.status == "done":
         return
     cost = results.cost(folder)
@@ -128,18 +130,18 @@ def _finish(sweep: Sweep, entry: Entry, folder: Path, answered: bool, seconds: f
             sweep.enter(replace(done, seconds=cost["seconds"], launch=""))
         else:
             sweep.enter(replace(done, seconds=seconds, launch=sweep.launch))
-    except UserError as error:  # the run itself is whole
+    except UserError as error:  # the run itself is complete
         log.warning("%s", error)
 
 
 def _serial(settings: Any) -> bool:
-    """One job after another, all of them known."""
+    """Whether jobs run one after another and all of them are known."""
     launcher, sweeper = settings.launcher._target_, settings.sweeper._target_
     return launcher.endswith("BasicLauncher") and sweeper.endswith("BasicSweeper")
 
 
 def _run(cfg: DictConfig, folder: Path, sweep: Sweep | None) -> dict[str, float]:
-    """The metrics of a run, which loggers are shown too."""
+    """Run, and pass the metrics to the loggers."""
     from qexp import pipeline
     from qexp.report import loggers
 
@@ -160,7 +162,7 @@ def headline(metrics: dict[str, float]) -> str:
     for name, value in metrics.items():
         if name.endswith(("/ppl", "/acc")) and name.count("/") == 1:
             digits = 2 if name.endswith("/ppl") else 4
-            error = metrics.get(f"{name}_stderr", math.nan)  # of one window there is none either
+            error = metrics.get(f"{name}_stderr", math.nan)  # a single window has none
             spread = "" if math.isnan(error) else f" ± {error:.{digits}f}"
             parts.append(f"{name} {value:.{digits}f}{spread}")
         elif name == "weight/bits":
@@ -169,7 +171,7 @@ def headline(metrics: dict[str, float]) -> str:
 
 
 def optimized(wanted: str | Sequence[str] | None, metrics: dict[str, float]) -> Objective:
-    """The metric of that name, else the first whose name ends so; several for a list.
+    """The metric of this name, else the first whose name ends with it; a tuple for a list.
 
     `ppl`, which also stands for None, is None where there is none, as for a classifier.
     """

@@ -1,4 +1,4 @@
-"""What became of the jobs of a sweep, whoever launched them.
+"""The record of a sweep: the state of each of its jobs, shared by all of its launches.
 
 A sweep is its command. `.sweeps/<digest>/` beside its runs holds one file per job, written whole by
 the process that has the job; the same command again, at any time and in any number of processes,
@@ -24,10 +24,10 @@ from qexp.common import hashes
 from qexp.runs.results import write_json
 from qexp.runs.signature import UNSIGNED
 
-VARIABLE = "QEXP_SWEEP"  # launchers hand the environment on to their workers
+VARIABLE = "QEXP_SWEEP"  # launchers pass the environment to their workers
 FOLDER = ".sweeps"
 
-postponed: set[Path] = set()  # folders that another process was at when this one came by
+postponed: set[Path] = set()  # folders that another process had locked
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ class Entry:
     started: str = ""
     seconds: float = 0.0
     cost: dict[str, float] = field(default_factory=dict)  # see results.cost
-    launch: str = ""  # whose job it is or was
-    code: str = ""  # the fingerprint that failed
+    launch: str = ""  # the launch that runs or ran it
+    code: str = ""  # hash of the code that failed
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """The record of one command's jobs, and which of its launches this process belongs to."""
+    """The record of the jobs of one command, and the launch that this process belongs to."""
 
     folder: Path
     launch: str
@@ -62,20 +62,20 @@ class Sweep:
         return self.folder.name
 
     def entry(self, overrides: Sequence[str], number: int = 0) -> Entry:
-        """What is known of a job; a planned one where nothing is."""
+        """The entry of a job; a planned one if there is none."""
         return _read(self._path(overrides)) or Entry(list(overrides), number)
 
     def enter(self, entry: Entry) -> None:
         write_json(self._path(entry.overrides), asdict(entry))
 
     def entries(self) -> list[Entry]:
-        """In the order of the plan; a search has none and its jobs are in the order of time."""
+        """All entries in the order of the plan; those of a search in the order of time."""
         found = filter(None, map(_read, self.folder.glob("[!.]*.json")))
         return sorted(found, key=lambda entry: (entry.number, entry.started))
 
     def plan(self, jobs: Sequence[Sequence[str]], retry: str | None) -> None:
-        """Enter the jobs that are new. One that failed in an earlier launch is tried again when
-        that is asked for, or when the code is another since."""
+        """Enter the new jobs. A job that failed in an earlier launch is planned again with
+        `retry=failed`, or after a change of the code."""
         for number, overrides in enumerate(jobs):
             if _read(self._path(overrides)) is None:
                 self.enter(Entry(list(overrides), number))
@@ -95,8 +95,8 @@ def current() -> Sweep | None:
 
 
 def sweep_of(config: DictConfig) -> Sweep:
-    """The record of a command: of what it sets and what it sweeps, in whatever order. A second
-    launch of this process is the first one's."""
+    """The record of a command, identified by its overrides in any order. Another launch of the same
+    process belongs to the first one."""
     name = _digest(signed(_requested_overrides(config)))
     folder = Path(config.hydra.sweep.dir).absolute() / FOLDER / name
     if (known := current()) is not None and known.folder == folder:
@@ -105,7 +105,7 @@ def sweep_of(config: DictConfig) -> Sweep:
 
 
 def plan_of(config: DictConfig) -> list[list[str]] | None:
-    """The overrides of each job; None for a search, whose jobs come one by one."""
+    """The overrides of each job; None for a search, whose jobs are not known in advance."""
     if not config.hydra.sweeper._target_.endswith("BasicSweeper"):
         return None
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -117,7 +117,7 @@ def plan_of(config: DictConfig) -> list[list[str]] | None:
 
 
 def summary(sweep: Sweep) -> str:
-    """How many jobs ran, were answered from disk and failed, and why those did."""
+    """The number of jobs that ran, were answered from disk and failed, with the reasons."""
     jobs = sweep.entries()
     count = Counter(job.status for job in jobs)
     ran = sum(job.status == "done" and job.launch == sweep.launch for job in jobs)
@@ -134,19 +134,19 @@ def summary(sweep: Sweep) -> str:
 
 
 def signed(overrides: Sequence[str]) -> list[str]:
-    """The overrides that can change a number, in one order."""
+    """The overrides that can change a number, sorted."""
     return sorted(each for each in overrides if _key(each) not in UNSIGNED)
 
 
 def started(entry: Entry, sweep: Sweep, folder: Path) -> Entry:
-    """The entry of a job that begins now."""
+    """The entry of a job that starts now."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     fresh = Entry(entry.overrides, entry.number, "running", str(folder))
     return replace(fresh, started=now, launch=sweep.launch, code=hashes.code())
 
 
 def _requested_overrides(config: DictConfig) -> list[str]:
-    """What the configuration sweeps, then what the command line says."""
+    """The parameters that the configuration sweeps, then the overrides of the command line."""
     params = OmegaConf.select(config, "hydra.sweeper.params") or {}
     return [f"{key}={value}" for key, value in params.items()] + list(config.hydra.overrides.task)
 
@@ -160,7 +160,7 @@ def _digest(parts: Sequence[str]) -> str:
 
 
 def _read(path: Path) -> Entry | None:
-    """None for what is not there, or was written by another version."""
+    """The entry in a file; None where there is none that this version can read."""
     try:
         return Entry(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):

@@ -1,4 +1,4 @@
-"""Searches that go on where they were ended, and the same searches for W&B's agents."""
+"""Resumable searches with Optuna."""
 
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,12 @@ from qexp.common.files import locked
 from qexp.sweeps import ledger
 from qexp.sweeps.callbacks import errors_exit
 
-REQUEUED = "requeued"  # trials of a study that are counted by their second try
+REQUEUED = "requeued"  # trials that count by their second try
 
 
 class Resume(Callback):
-    """Prepares the study before the sweeper opens it: `n_trials` is what is left of them, and a
-    trial whose process was killed comes first."""
+    """Prepares the study before the sweeper opens it: `n_trials` becomes the number of remaining
+    trials, and a trial whose process was killed comes first."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         if config.dry_run:
@@ -34,11 +34,13 @@ class Resume(Callback):
                 node.n_trials = max(node.n_trials - counted, 0)
                 node.max_failure_rate = 0.0 if config.fail_fast else node.max_failure_rate
                 if ended and node.sampler.get("seed") is not None:
-                    node.sampler.seed += len(study.trials)  # else it proposes the same again
+                    node.sampler.seed += len(
+                        study.trials
+                    )  # otherwise it proposes the same trials again
 
 
 def opened(node: DictConfig, name: str, folder: Path) -> Any:
-    """The study, made where it is not there. UserError without Optuna."""
+    """The study, created if it does not exist. UserError without Optuna."""
     try:
         import optuna
     except ImportError as error:
@@ -53,7 +55,7 @@ def opened(node: DictConfig, name: str, folder: Path) -> Any:
 
 
 def take_up(study: Any, sweep: ledger.Sweep, retry: bool) -> None:
-    """Queue trials again whose job no process has any more, and with `retry` those that failed."""
+    """Queue trials again whose process was killed, and with `retry` those that failed."""
     requeued: list[int] = study.user_attrs.get(REQUEUED, [])
     for trial in study.trials:
         if trial.number in requeued:
@@ -68,7 +70,7 @@ def take_up(study: Any, sweep: ledger.Sweep, retry: bool) -> None:
 
 
 def _alive(trial: Any, sweep: ledger.Sweep) -> bool:
-    """Whether a process has the trial's job, or is about to: then there is no entry yet."""
+    """Whether a process runs the trial's job or will soon: then there is no entry yet."""
     settings = {**trial.params, **trial.user_attrs}
     entry = sweep.entry([f"{name}={value}" for name, value in settings.items()])
     if not entry.folder:

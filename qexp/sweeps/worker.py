@@ -1,4 +1,4 @@
-"""A process of a run that is not its first: it trains with the others, and writes nothing."""
+"""Entry point of the further processes of a run: they train with the first and write nothing."""
 
 import sys
 from contextlib import suppress
@@ -14,21 +14,21 @@ from qexp.training.launch import CONFIG
 
 
 def join(cfg: DictConfig, folder: Path) -> None:
-    """The part of a process that is not the first in the run of this configuration."""
+    """Run this configuration as a process that is not the first."""
     with suppress(ranks.Done):
         if pipeline.answer(cfg, folder) is None:
             pipeline.run(cfg, folder)
 
 
 def main() -> None:
-    """`python -m qexp.worker FOLDER`: join the run whose configuration the folder holds."""
+    """`python -m qexp.sweeps.worker FOLDER`: join the run whose configuration the folder holds."""
     resolvers.register()
     folder = Path(sys.argv[1])
     cfg = OmegaConf.load(folder / CONFIG)
     assert isinstance(cfg, DictConfig)
     try:
         join(cfg, folder)
-    except Diverged as error:  # which the first one says
+    except Diverged as error:  # the first process reports it
         raise SystemExit(1) from error
 
 

@@ -1,9 +1,8 @@
-"""The model, block by block: the only loop of the project that visits blocks.
+"""The loop over the blocks of a model, each with the data that reaches it.
 
 The inputs of the first block, and the other arguments of every block (masks, rotary tables), are
-recorded in one pass in which the blocks hand their input on untouched. Each block is then run
-alone on what reaches it, and what the caller does to it before asking for the next one is felt
-downstream.
+recorded in one pass in which the blocks return their input unchanged. Each block is then run on its
+own inputs. A change that the caller makes to a block reaches the blocks after it.
 """
 
 import logging
@@ -67,7 +66,7 @@ class Block:
         return [chunk.hidden for chunk in self.chunks]
 
     def outputs(self) -> Iterator[Tensor]:
-        """Replay this block, as it stands, on the inputs that reach it."""
+        """The outputs of this block at its present weights, one per chunk."""
         return (self._run(chunk) for chunk in self.chunks)
 
     def observe(self, on_inputs: OnInputs) -> None:
@@ -96,13 +95,12 @@ class Block:
         return self._settled
 
     def onward(self) -> Iterator["Block"]:
-        """This block and those after it, as the walk that it belongs to will come to them if
-        nothing is changed."""
+        """This block and those after it, as the walk will yield them if nothing is changed."""
         chunks = [replace(chunk) for chunk in self.chunks]
         return _visited(replace(self, chunks=chunks, _settled=None))
 
     def replay(self, chunk: int, hidden: Tensor) -> Tensor:
-        """`hidden` through the block with the other arguments of one piece, with gradients.
+        """`hidden` through the block with the other arguments of one chunk, with gradients.
 
         The block must be on the task's device: the hooks of an offloaded block would move it away
         before the backward pass.
@@ -112,8 +110,8 @@ class Block:
         return output[0] if self.returns_tuple else output
 
     def losses(self, sequences: int = 1) -> Iterator[tuple[Tensor, int]]:
-        """The model's mean loss on so many sequences at a time, and how many those are, computed
-        from this block's inputs on. Where gradients are enabled, the inputs require them, so that
+        """The model's mean loss on `sequences` sequences at a time, and their number, computed from
+        this block's inputs. Where gradients are enabled, the inputs require them, so that
         backward reaches every later layer and ends here."""
         earlier = self.task.blocks[: self.index]
         for chunk in self.chunks:
@@ -151,7 +149,7 @@ class Block:
         finally:
             handle.remove()
 
-    @torch.no_grad()  # a generator's own no_grad does not reach what its caller calls
+    @torch.no_grad()  # no_grad of a generator does not cover what its caller calls
     def _run(self, chunk: Chunk) -> Tensor:
         args, kwargs = chunk.calls[self.index]
         output = self.module(chunk.hidden.to(self.task.device), *args, **kwargs)
@@ -162,9 +160,9 @@ class Block:
 def walk(task: Task, batches: Sequence[Batch], chunk: int | None = None) -> Iterator[Block]:
     """Yield each block with the data that reaches it.
 
-    chunk: sequences that run together; None runs each batch whole if the device's memory allows,
-    else as many as fit. Inputs of a block rest where its weights do, which for an offloaded model
-    is the host. UserError where there are no sequences.
+    chunk: sequences that run together; None runs each batch as a whole if the device's memory
+    allows, else as many sequences as fit. The inputs of a block are kept on the device of its
+    weights, which is the host for an offloaded model. UserError where there are no sequences.
     """
     parts = [part for batch in batches for part in split(batch, chunk or _fitting(task, batch))]
     if not parts:
@@ -182,7 +180,8 @@ def walk(task: Task, batches: Sequence[Batch], chunk: int | None = None) -> Iter
 
 
 def _visited(block: Block) -> Iterator[Block]:
-    """From this block on: each is fed what the one before it left, in the same pieces."""
+    """This block and those after it; each receives the outputs of the one before, in the same
+    chunks."""
     task, chunks = block.task, block.chunks
     for index, module in enumerate(bar(task.blocks[block.index :], "blocks"), block.index):
         block = replace(
@@ -195,7 +194,7 @@ def _visited(block: Block) -> Iterator[Block]:
 
 
 def _fitting(task: Task, batch: Batch) -> int:
-    """How many sequences' activations inside a block fit into half of the free memory."""
+    """The number of sequences whose activations inside a block fit into half of the free memory."""
     widths = [linear.out_features for linear in task.linears().values()]
     tokens = batch["input_ids"].shape[1] if "input_ids" in batch else _patches(task)
     # The widest result three times (gate, up, product), the stream and what attention holds.

@@ -1,4 +1,4 @@
-"""Sequences that run together, and what the blocks of a model are called with on them."""
+"""Capture and replay of the calls that the blocks of a model receive."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -11,7 +11,7 @@ from qexp.task import Batch, Task
 
 
 class Call(NamedTuple):
-    """The arguments of one block beside the hidden states."""
+    """The arguments of one block except the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -46,7 +46,7 @@ def capture_calls(task: Task, batch: Batch, returns_tuple: bool) -> Chunk:
 
 
 class _Enough(Exception):
-    """A forward has shown what it was run for."""
+    """Ends a forward pass that has shown what it was run for."""
 
 
 def returns_tuple(task: Task, batch: Batch) -> bool:
@@ -70,7 +70,7 @@ def bypass_blocks(
     returns_tuple: bool,
     seen: list[tuple[Tensor, Call]] | None = None,
 ) -> Iterator[None]:
-    """Blocks hand their input on untouched, and note what they were called with."""
+    """Within the context, blocks return their input unchanged; `seen` collects their arguments."""
 
     def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
         if seen is not None:
@@ -83,12 +83,12 @@ def bypass_blocks(
         yield
     finally:
         for block in blocks:
-            del block.forward  # the class's own method shows again
+            del block.forward  # uncovers the method of the class
 
 
 @contextmanager
 def replace_input(block: nn.Module, hidden: Tensor) -> Iterator[None]:
-    """The block reads `hidden` whatever it is called with."""
+    """Within the context, the block reads `hidden` in place of its input."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         return (hidden.to(args[0].device), *args[1:]), kwargs

@@ -102,7 +102,7 @@ def test_a_job_that_another_process_is_at_comes_last(qexp, monkeypatch, capsys) 
         assert qexp(*SWEEP, "weight.bits=3,4") == 0
     assert order == [4, 3]
     said = capsys.readouterr().err
-    assert "another process is at it; left for the end" in said
+    assert "another process runs it; left for the end" in said
     assert "2 jobs: 2 ran, 0 answered from disk, 0 failed" in said
 
 
