@@ -135,7 +135,7 @@ class RMS(Range):
     clip_at: float = 2.4
 
     def __post_init__(self) -> None:
-        check_positive("range", self, "reach")
+        check_positive("range", self, "clip_at")
 
     def __call__(
         self,
