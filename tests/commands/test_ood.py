@@ -9,6 +9,7 @@ from hydra import compose
 from omegaconf import OmegaConf, open_dict
 
 from qexp import pipeline
+from qexp.cli import command
 from qexp.commands import ood
 from qexp.common.errors import UserError
 from qexp.runs.finished import load
@@ -62,7 +63,7 @@ def run(folder: Path, experiment: str, *overrides: str) -> dict[str, float]:
 def test_every_arm_is_a_row_of_ratios(tmp_path, capsys):
     found = {arm: run(tmp_path / arm, arm) for arm in ARMS}
     found["qat 1"] = run(tmp_path / "qat 1", "qat", "seed=1")
-    assert ood.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    assert command("ood", [str(tmp_path), "--out", str(tmp_path / "out")]) == 0
     with (tmp_path / "out" / "protocol.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(ARMS)

@@ -9,7 +9,7 @@ from helpers.pipeline import run
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from qexp.commands import outliers
+from qexp.cli import command
 from qexp.commands.outliers import problems, survey
 from qexp.config import location
 from qexp.grid import IntGrid
@@ -104,7 +104,7 @@ def test_the_script_compares_a_model_with_what_a_run_made_of_it(tmp_path, capsys
     with initialize_config_dir(version_base="1.3", config_dir=str(location.conf())):
         run(tmp_path / "run", "method=quanttune", "trainer=smoke", "eval=none", small=words)
     words += ["--", "model=from_run", f"run={tmp_path / 'run'}"]
-    assert outliers.main([str(tmp_path / "out"), *words]) == 0
+    assert command("outliers", [str(tmp_path / "out"), *words]) == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         *("before.csv", "before.md", "after.csv", "after.md", "ranges.png")
     }
@@ -121,9 +121,9 @@ def test_the_script_compares_a_model_with_what_a_run_made_of_it(tmp_path, capsys
 
 def test_faults_of_the_user_are_one_sentence(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(GlobalHydra.instance(), "hydra", None)
-    assert outliers.main(["model=tiny_vit"]) == 2
-    assert outliers.main([str(tmp_path), *SMALL, "activation=int8_token"]) == 1
+    assert command("outliers", ["model=tiny_vit"]) == 1
+    assert command("outliers", [str(tmp_path), *SMALL, "activation=int8_token"]) == 1
     assert "choose activation=int8_tensor" in capsys.readouterr().err
-    assert outliers.main([str(tmp_path), "model=nowhere"]) == 1
+    assert command("outliers", [str(tmp_path), "model=nowhere"]) == 1
     assert "there is no such choice" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

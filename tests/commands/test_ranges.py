@@ -6,6 +6,7 @@ from helpers.channels import TENSOR, logits, planted
 from helpers.models import joined, task_of
 from helpers.pipeline import run
 
+from qexp.cli import command
 from qexp.commands import ranges
 from qexp.quantizers.scheme import quantize_activations
 
@@ -49,11 +50,11 @@ def test_a_folded_scale_shows(tmp_path):
 
 def test_the_command_draws_a_run(tmp_path, capsys):
     run(tmp_path, "model=tiny_opt", "method=rtn", "transform=smooth", "activation=int8_tensor")
-    assert ranges.main([str(tmp_path)]) == 0
+    assert command("ranges", [str(tmp_path)]) == 0
     assert (tmp_path / "ranges.png").read_bytes().startswith(b"\x89PNG")
     assert ".input, float model" in capsys.readouterr().out
-    assert ranges.main([str(tmp_path), "--site", "head"]) == 1
+    assert command("ranges", [str(tmp_path), "--site", "head"]) == 1
     assert "no such site" in capsys.readouterr().err
     run(tmp_path / "float", "model=tiny_opt", "method=rtn")
-    assert ranges.main([str(tmp_path / "float")]) == 1
+    assert command("ranges", [str(tmp_path / "float")]) == 1
     assert "activations are float" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import pytest
 from helpers.folders import folder
 from helpers.stub import SMALL
 
-from qexp.commands import report
+from qexp.cli import command
 from qexp.report import plots, tables
 from qexp.report.pivot import group
 from qexp.runs import finished
@@ -85,7 +85,7 @@ class Page(HTMLParser):
 
 
 def test_every_finished_run_is_a_row_and_others_are_named(sweep, capsys) -> None:
-    assert report.main([str(sweep), "--out", "made"]) == 0
+    assert command("report", [str(sweep), "--out", "made"]) == 0
     printed = capsys.readouterr()
     assert "left out, it did not finish (weight.bits=11: is not wanted" in printed.err
     lines = Path("made/table.md").read_text().splitlines()
@@ -107,7 +107,7 @@ def test_every_finished_run_is_a_row_and_others_are_named(sweep, capsys) -> None
 
 def test_the_command_and_the_folder_stand_behind_each_number(qexp) -> None:
     assert qexp("-m", *SMALL, "logger=none", "weight.bits=2,3") == 0
-    assert report.main(["outputs", "--out", "made"]) == 0
+    assert command("report", ["outputs", "--out", "made"]) == 0
     with Path("made/table.csv").open() as file:
         rows = list(csv.DictReader(file))
     written = {path: path.read_bytes() for path in Path("outputs").glob("*/metrics.json")}
@@ -121,7 +121,7 @@ def test_the_command_and_the_folder_stand_behind_each_number(qexp) -> None:
 
 def test_seeds_share_a_cell_and_the_better_method_is_bold(seeds) -> None:
     chosen = ["--columns", "weight.bits", "--metrics", "*/ppl", "--baseline", "method=rtn"]
-    assert report.main([str(seeds), "--out", "made", *chosen]) == 0
+    assert command("report", [str(seeds), "--out", "made", *chosen]) == 0
     head, _, *lines = Path("made/table.md").read_text().split("\n\n")[0].splitlines()
     assert f"bits=3: {TITLE}" in head and f"bits=4: {TITLE}" in head
     [gptq] = [line for line in lines if "gptq" in line]
@@ -137,7 +137,7 @@ def test_two_definitions_never_share_a_column(seeds) -> None:
     content = json.loads(path.read_text())
     content["protocols"]["held_out"]["digest"] = "another0"
     path.write_text(json.dumps(content))
-    assert report.main([str(seeds), "--out", "made"]) == 0
+    assert command("report", [str(seeds), "--out", "made"]) == 0
     with Path("made/table.csv").open() as file:
         rows = list(csv.DictReader(file))
     other = TITLE.replace("12345678", "another0")
@@ -146,7 +146,7 @@ def test_two_definitions_never_share_a_column(seeds) -> None:
 
 
 def test_the_page_needs_nothing_else_and_says_what_its_marks_are(seeds) -> None:
-    assert report.main([str(seeds), "--out", "made", "--baseline", "method=rtn"]) == 0
+    assert command("report", [str(seeds), "--out", "made", "--baseline", "method=rtn"]) == 0
     page = Page(Path("made/report.html"))
     assert page.open == []
     assert all(each.startswith(("#", "data:")) for each in page.refers)
@@ -164,7 +164,7 @@ def test_the_page_needs_nothing_else_and_says_what_its_marks_are(seeds) -> None:
 
 @pytest.mark.skipif(not any(map(shutil.which, BROWSERS)), reason="no browser on this machine")
 def test_a_browser_shows_what_the_mouse_is_over_and_sorts(seeds) -> None:
-    assert report.main([str(seeds), "--out", "made"]) == 0
+    assert command("report", [str(seeds), "--out", "made"]) == 0
     text = Path("made/report.html").read_text()
     act = """<script>
     const mark = [...document.querySelectorAll('.mark')].find(m => m.dataset.says.includes('ppl'));
@@ -197,7 +197,7 @@ def test_keys_that_few_look_for_share_a_column(tmp_path) -> None:
         folder(tmp_path, "gptq", **{key: int(key == changed) for key in "abcdef"})
     folder(tmp_path, "spqr", a=0, b=1)
     folder(tmp_path, "rtn")
-    assert report.main([str(tmp_path)]) == 0
+    assert command("report", [str(tmp_path)]) == 0
     head, _, *lines = (tmp_path / "table.md").read_text().split("\n\n")[0].splitlines()
     assert head.replace(" ", "").startswith(f"|method|settings|bits|{TITLE.replace(' ', '')}|")
     said = {tuple(cell.strip() for cell in line.split("|")[1:3]) for line in lines}
@@ -250,22 +250,22 @@ def test_a_damaged_run_is_left_out_with_a_note(sweep) -> None:
     ],
 )
 def test_a_wish_that_cannot_be_met_is_a_sentence(sweep, capsys, options, said) -> None:
-    assert report.main([str(sweep), "--out", "made", *options]) == 1
+    assert command("report", [str(sweep), "--out", "made", *options]) == 1
     assert said in capsys.readouterr().err
     assert not Path("made").exists()
 
 
 def test_no_runs_is_a_sentence(tmp_path, capsys) -> None:
-    assert report.main([str(tmp_path)]) == 1
+    assert command("report", [str(tmp_path)]) == 1
     assert "no finished run" in capsys.readouterr().err
-    assert report.main([str(tmp_path / "absent")]) == 1
+    assert command("report", [str(tmp_path / "absent")]) == 1
     assert "is not a folder" in capsys.readouterr().err
 
 
 def test_any_metric_or_key_may_be_the_x_axis(sweep) -> None:
     found, _ = finished.collect([sweep])
     assert {run.value("weight.bits") for run in found} == {2.0, 3.0, 4.0}
-    assert report.main([str(sweep), "--out", "made", "--x", "weight.bits"]) == 0
+    assert command("report", [str(sweep), "--out", "made", "--x", "weight.bits"]) == 0
     assert "weight.bits\n" in Path("made/report.html").read_text()
 
 
@@ -273,7 +273,7 @@ def test_a_metric_may_be_zero_or_less(sweep) -> None:
     for path in sweep.glob("*/metrics.json"):
         change = {"suite/change": 0.0 if "none" in str(path) else -0.1, "suite/change_stderr": 0.1}
         path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    assert report.main([str(sweep), "--out", "made", "--metrics", "*/change"]) == 0
+    assert command("report", [str(sweep), "--out", "made", "--metrics", "*/change"]) == 0
     assert "suite/change" in Path("made/table.md").read_text()
 
 

@@ -7,6 +7,7 @@ from helpers.stub import SMALL
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from qexp.cli import command
 from qexp.commands import reproduce
 from qexp.common.errors import UserError
 from qexp.config import location
@@ -145,13 +146,13 @@ def test_every_job_composes_and_none_is_another(name) -> None:
 @pytest.mark.parametrize("name", IDS)
 def test_the_tiny_stand_in_runs(name, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
-    assert reproduce.main([name, "--columns", "tiny"]) == 0
+    assert command("reproduce", [name, "--columns", "tiny"]) == 0
     said = capsys.readouterr().out
     assert "not comparable: model and data replaced" in said and "not run" not in said
 
 
 def test_ids_and_columns_are_listed_and_misspellings_answered(capsys) -> None:
-    assert reproduce.main(["gptq_optt"]) == 1
+    assert command("reproduce", ["gptq_optt"]) == 1
     assert "did you mean gptq_opt?" in capsys.readouterr().err
-    assert reproduce.main(["gptq_opt", "--columns", "smolm2"]) == 1
+    assert command("reproduce", ["gptq_opt", "--columns", "smolm2"]) == 1
     assert "did you mean smollm2?" in capsys.readouterr().err
