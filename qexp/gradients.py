@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from qexp.common.errors import check_bool, check_choice, check_finite, check_positive, check_range
+from qexp.common.errors import check_choice, check_finite, check_positive, check_range
 from qexp.grid.clipping import Number, inside
 
 TINY = torch.finfo(torch.float32).tiny
@@ -149,7 +149,6 @@ class Hard(ClampGradient):
     limit: Number | None = None
 
     def __post_init__(self) -> None:
-        check_bool(None, self, "steps_inside")
         if self.limit is not None:
             check_positive(None, self, "limit")
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -13,7 +14,7 @@ from omegaconf import DictConfig
 from qexp.common import progress, ranks
 from qexp.common.errors import UserError
 from qexp.common.workspace import Workspace
-from qexp.config import grid_choice
+from qexp.config import grid_choice, root_keys
 from qexp.config.instantiate import instantiate
 from qexp.data.recipe import Recipe
 from qexp.eval.base import Evaluator, FloatModel, digest
@@ -87,8 +88,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
 def build(cfg: DictConfig) -> Parts:
     """Instantiate what the configuration names. UserError for settings that cannot work: whatever
     needs no model to be seen is seen here."""
-    if type(cfg.seed) is not int or not 0 <= cfg.seed < 2**32:
-        raise UserError(f"seed={cfg.seed}: give a whole number from 0 to 2**32 - 1.")
+    root_keys.check(cfg)
     grid_choice.check(cfg)
     return Parts(
         instantiate(cfg.model),
@@ -134,8 +134,9 @@ def apply(parts: Parts, task: Task, provenance: Provenance) -> list[Record]:
     """Transform and quantize; a record of each quantized linear."""
 
     def batches() -> list[Batch]:
+        found = parts.recipe(task)  # first: it may refuse, before the whole text is read
         provenance.add(calibration=parts.recipe.definition())
-        return parts.recipe(task)
+        return found
 
     for step in parts.steps:
         provenance.add(training={k: each.definition() for k, each in step.recipes().items()})
@@ -177,8 +178,10 @@ def _check_quantizers(task: Task, steps: list[Step]) -> None:
         )
 
 
-def _evaluator(name: str, node: DictConfig) -> Evaluator:
+def _evaluator(name: str, node: Any) -> Evaluator:
     """UserError where only fields of an evaluation are given, and nothing says which one it is."""
+    if not isinstance(node, DictConfig):
+        raise UserError(f"eval.{name}={node}: give a choice, eval={name}, or single fields")
     if "_target_" not in node:
         raise UserError(
             f"eval.{name} has fields and is not chosen: name it in eval=[…], or leave it out with "

@@ -86,6 +86,40 @@ def test_a_mistake_is_answered_with_one_sentence(wrong, sentence, qexp, capsys) 
     assert not folders()
 
 
+@pytest.mark.parametrize("wrong", ["threads=-2", "dry_run=maybe", "retry=x", "optimize=3"])
+@pytest.mark.parametrize("many", [[], ["-m"]])
+def test_a_wrong_value_at_the_root_is_refused_before_anything_runs(
+    wrong,
+    many,
+    qexp,
+    capsys,
+) -> None:
+    assert qexp(*many, *SMALL, "logger=none", wrong) == 1
+    said = capsys.readouterr().err.strip()
+    assert said.startswith(f"qexp: {wrong}: give ") and len(said.splitlines()) == 1
+    assert not Path("outputs").exists()
+
+
+@pytest.mark.parametrize("many", [[], ["-m"]])
+@pytest.mark.parametrize("folder", ["/proc/x", "taken", "taken/below"])
+def test_a_folder_that_cannot_be_made_is_one_sentence(folder, many, qexp, capsys) -> None:
+    Path("taken").write_text("a file")
+    key = "hydra.sweep.dir" if many else "hydra.run.dir"
+    assert qexp(*many, *SMALL, "logger=none", f"{key}={folder}") == 1
+    said = capsys.readouterr().err.strip()
+    assert said.startswith(f"qexp: {key}={folder}: no files can be written there (")
+    assert len(said.splitlines()) == 1
+    assert Path("taken").read_text() == "a file" and not folders()
+
+
+def test_a_file_where_the_folder_of_a_job_was_to_be_is_one_sentence(qexp, capsys) -> None:
+    Path("outputs").mkdir()
+    Path("outputs/taken").write_text("a file")
+    assert qexp("-m", *SMALL, "logger=none", "hydra.sweep.subdir=taken") == 1
+    said = capsys.readouterr().err
+    assert "outputs/taken: File exists; " in said and "Traceback" not in said
+
+
 def test_a_trace_is_shown_when_asked_for(qexp, monkeypatch, capsys) -> None:
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     assert qexp(*SMALL, "weight.bitz=3") == 1

@@ -21,7 +21,8 @@ class FieldError(ValueError):
 
 
 # What follows checks the fields `key` of `settings`. `where` is the config key of `settings`, below
-# which its fields are; None, where that is not known, makes the UserError a FieldError.
+# which its fields are, empty for the root; None, where that is not known, makes the UserError a
+# FieldError.
 
 
 def check_choice(where: str | None, settings: object, **words: Iterable[str]) -> None:
@@ -73,4 +74,6 @@ def check_range(
 
 
 def _wrong(where: str | None, said: str) -> Exception:
-    return FieldError(said) if where is None else UserError(f"{where}.{said}")
+    if where is None:
+        return FieldError(said)
+    return UserError(f"{where}.{said}" if where else said)

@@ -67,6 +67,20 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def made(folder: Path, key: str) -> None:
+    """Make a folder, where it is not there. UserError with the `key` that names it, where it cannot
+    be made or no file can be made in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{key}={folder}: no files can be written there ({error.strerror}); choose another "
+            "folder"
+        ) from error
+
+
 def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     """A CSV file with a column for every key of any row, in the order of their first appearance."""
     columns = list(dict.fromkeys(key for row in rows for key in row))

@@ -52,11 +52,7 @@ def running(
 
 
 def check_length(model: PreTrainedModel, length: int, key: str) -> None:
-    """UserError if windows of `length` are longer than a table of learned positions.
-
-    Rotary positions have no end, so there a long window is the user's own choice.
-    """
+    """UserError if windows of `length` are longer than the model's context."""
     limit = getattr(model.config, "max_position_embeddings", None)
-    rotary = getattr(model.config, "rope_parameters", None) is not None
-    if limit is not None and length > limit and not rotary:
+    if limit is not None and length > limit:
         raise UserError(f"{key}: {length} tokens, but this model has {limit} positions")

@@ -50,7 +50,7 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         if device.index is None and device.type != "cpu" and ranks.local_rank():
             device = torch.device(device.type, ranks.local_rank())
-        torch.empty(0, device=device)
+        torch.empty(0, device=device).cpu()  # the device meta holds no numbers
     except (RuntimeError, AssertionError) as error:
         raise UserError(
             f"device={name} cannot be used here ({str(error).splitlines()[0]}); give cpu, cuda, "

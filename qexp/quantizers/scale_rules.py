@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qexp.common.errors import FieldError, UserError, check_bool, check_choice
+from qexp.common.errors import FieldError, UserError, check_choice
 from qexp.grid import Grid, Scale
 from qexp.packed.coded import Coded
 from qexp.quantizers.fake_quantize import FakeQuantize
@@ -60,7 +60,6 @@ class LSQ(ScaleRule):
 
     def __post_init__(self) -> None:
         check_choice(None, self, init=("lsq", "range"))
-        check_bool(None, self, "offset")
 
     def __call__(
         self, weight: Float[Tensor, "rows columns"], grid: Grid, fake_quantize: FakeQuantize
@@ -82,9 +81,6 @@ class FixedCodes(ScaleRule):
     too (PEQA, 2305.14152; the second phase of EfficientQAT)."""
 
     offset: bool = False
-
-    def __post_init__(self) -> None:
-        check_bool(None, self, "offset")
 
     def __call__(
         self, weight: Float[Tensor, "rows columns"], grid: Grid, fake_quantize: FakeQuantize

@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from qexp.common.errors import UserError
+from qexp.common.errors import UserError, check_bool
 from qexp.report.pivot import Setting, Spread
 from qexp.report.significance import compare
 from qexp.runs.finished import Column
@@ -95,6 +95,9 @@ def read(node: DictConfig, name: str) -> Paper:
         paper = Paper(**content, columns=columns, rows=rows)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"experiment/paper/{name}.yaml: paper: {error}") from error
+    for part, settings, switch in (("columns", columns, "judged"), ("rows", rows, "seeded")):
+        for key, each in settings.items():
+            check_bool(f"experiment/paper/{name}.yaml: paper.{part}.{key}", each, switch)
     ordered = [*paper.orders, *(o for place in columns.values() for o in place.orders or [])]
     unknown = {word.strip() for order in ordered for word in order.split("<")} - set(paper.rows)
     unknown |= {c for row in paper.rows.values() for c in row.published} - set(paper.columns)

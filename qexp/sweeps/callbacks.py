@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from hydra.errors import HydraException
@@ -12,11 +13,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qexp.common import ranks
 from qexp.common.errors import UserError
-from qexp.config import messages
+from qexp.common.files import made
+from qexp.config import messages, root_keys
 from qexp.sweeps import dry_run
 from qexp.sweeps.ledger import VARIABLE, Sweep, plan_of, sweep_of
-
-RETRIES = (None, "failed")
 
 
 class Ledger(Callback):
@@ -29,19 +29,21 @@ class Ledger(Callback):
                 "since a run starts its processes itself (trainer=ddp), or give hydra.mode=RUN"
             )
         with errors_exit():
+            root_keys.check(config)
             jobs = plan_of(config)
             sweep = sweep_of(config)
             if config.dry_run:
                 self._list(config, jobs, sweep)
-            if config.retry not in RETRIES:
-                raise UserError(f"retry={config.retry}: give failed, or null for no second try")
+            made(Path(config.hydra.sweep.dir), "hydra.sweep.dir")
             os.environ[VARIABLE] = str(sweep)
             sweep.plan(jobs or [], config.retry)
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        if config.dry_run:
-            with errors_exit():
+        with errors_exit():
+            root_keys.check(config)
+            if config.dry_run:
                 self._list(config, [list(config.hydra.overrides.task)], None)
+            made(Path(config.hydra.run.dir), "hydra.run.dir")
 
     def _list(self, config: DictConfig, jobs: list[list[str]] | None, sweep: Sweep | None) -> None:
         print(dry_run.format_plan(config, jobs, sweep))

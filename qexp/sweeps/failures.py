@@ -12,7 +12,10 @@ from omegaconf.errors import OmegaConfBaseException
 from qexp.common.errors import UserError
 from qexp.config import messages
 
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG)
+DISK = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG),
+    *(errno.EEXIST, errno.ENOTDIR),  # a file where a folder was to be made
+)
 TRACE = "QEXP_TRACE"  # tells the workers of a launcher what HYDRA_FULL_ERROR was
 REPORTED = "told when it happened"
 

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qexp.common.errors import UserError, check_bool, check_int
+from qexp.common.errors import UserError, check_int
 from qexp.task import Batch, Task
 from qexp.training.losses import Objective
 
@@ -24,7 +24,6 @@ class Augmented(Objective):
 
     def __post_init__(self) -> None:
         check_int(None, self, shift=0)
-        check_bool(None, self, "flip")
 
     def check(self, task: Task) -> None:
         if task.objective != "image_classification":

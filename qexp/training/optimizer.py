@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qexp.common.errors import FieldError, check_bool, check_finite, check_positive, check_range
+from qexp.common.errors import FieldError, check_finite, check_positive, check_range
 from qexp.training.fsdp import full_tensor
 
 KINDS = ("weights", "scales", "offsets", "channels")
@@ -39,7 +39,6 @@ class AdamW:
 
     def __post_init__(self) -> None:
         check_finite(None, self, *KINDS, "weight_decay")
-        check_bool(None, self, "relative")
         check_range(None, self, "a number from 0 to 1", lambda x: 0 <= x <= 1, "warmup", "floor")
         if self.clip is not None:
             check_positive(None, self, "clip")

@@ -1,12 +1,12 @@
 """Which parameters of a fake-quantized model train."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from qexp.common.errors import check_bool, check_int, check_positive
+from qexp.common.errors import check_int, check_positive
 from qexp.quantizers.activation import FakeQuant
 from qexp.quantizers.channel_scale import Alpha
 from qexp.quantizers.weight import FakeWeight
@@ -51,7 +51,6 @@ class TrainableParameters:
     alpha: float = 16.0
 
     def __post_init__(self) -> None:
-        check_bool(None, self, *(each.name for each in fields(self) if each.type is bool))
         check_int(None, self, rank=0)
         check_positive(None, self, "alpha")
 

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.strategies import DDPStrategy
 
 from qexp.common import progress, ranks
-from qexp.common.errors import UserError, check_bool, check_choice, check_int
+from qexp.common.errors import UserError, check_choice, check_int
 from qexp.common.workspace import CHECKPOINTS
 from qexp.task import Task
 from qexp.training import launch
@@ -56,7 +56,6 @@ class Trainer:
         check_int("trainer", self, steps=1, sequences=1, accumulate=1, every=1, devices=1)
         if self.patience is not None:
             check_int("trainer", self, patience=1)
-        check_bool("trainer", self, "recompute")
         check_choice("trainer", self, precision=PRECISIONS, strategy=STRATEGIES)
 
     def fit(self, setup: TrainingSetup) -> list[dict[str, float]]:

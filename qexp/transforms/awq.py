@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from qexp.common.errors import check_bool, check_choice, check_int
+from qexp.common.errors import check_choice, check_int
 from qexp.grid import Grid
 from qexp.hessian import second_moment
 from qexp.quantizers.scheme import FloatActivations
@@ -46,7 +46,6 @@ class AWQ(Step):
         check_settings(self)
         check_choice("transform", self, sites=SITES)
         check_int("transform", self, points=1)
-        check_bool("transform", self, "clip")
 
     @torch.no_grad()
     def __call__(self, task: Task, batches: Batches) -> list[Record]:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from qexp.common.errors import UserError, check_bool, check_choice, check_finite, check_int
+from qexp.common.errors import UserError, check_choice, check_finite, check_int
 from qexp.gradients import Straight
 from qexp.grid import Grid
 from qexp.grid.ranges import MinMax
@@ -123,7 +123,6 @@ class OmniQuant(Step):
         if self.sites is not None:
             check_choice("transform", self, sites=SITES)
         check_int("transform", self, epochs=1, batch=1, seed=0)
-        check_bool("transform", self, "shift", "query_key", "augmented")
         check_finite(
             "transform", self, "clip_rate", "scale_rate"
         )  # at 0 nothing is learned of these

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qexp.common.errors import check_bool, check_choice, check_int
+from qexp.common.errors import check_choice, check_int
 from qexp.grid import Grid
 from qexp.quantizers.scheme import Activations
 from qexp.step import Record, Step
@@ -40,7 +40,6 @@ class OutlierSuppression(Step):
         check_settings(self)
         check_choice("transform", self, sites=SITES)
         check_int("transform", self, points=1)
-        check_bool("transform", self, "shift")
 
     def __call__(self, task: Task, batches: Batches) -> list[Record]:
         def propose(site: SiteStatistics) -> list[ScaleShift]:

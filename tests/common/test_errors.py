@@ -16,6 +16,7 @@ from qexp.common.errors import (
     check_number,
     check_positive,
 )
+from qexp.config import location, root_keys
 from qexp.config.instantiate import instantiate
 
 
@@ -71,3 +72,49 @@ def test_a_field_of_an_object_that_may_stand_anywhere_is_named_where_it_stands()
     node["rounding"]["delta"] = -1.0
     with pytest.raises(UserError, match=r"^rounding\.delta=-1\.0: give a finite number"):
         instantiate(OmegaConf.create(node))
+
+
+ROOT = {
+    **{"seed": 0, "device": "auto", "offload": False, "run": None, "progress": True},
+    **{"save_weights": True, "threads": None, "optimize": "ppl", "label": None},
+    **{"dry_run": False, "retry": None, "fail_fast": False},
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "right"),
+    [
+        *((key, ["maybe", 1, None], "give true or false") for key in root_keys.SWITCHES),
+        ("seed", [-1, 1.5, "x", True, 2**32], "give a whole number from 0 to"),
+        ("threads", [-2, 0, 1.5, "x", True], "give a whole number, 1 or more"),
+        ("device", [3, None, True], "give cpu"),
+        ("run", [3, True, ["a"]], "give the folder of a finished run"),
+        ("label", [["a"], {"a": 1}], "give a word"),
+        ("optimize", [3, True, ["ppl", 3]], "give the name of a metric"),
+        ("retry", ["x", True, 1], "give failed"),
+    ],
+)
+def test_what_a_key_of_the_root_cannot_be(key: str, values: list[object], right: str) -> None:
+    for value in values:
+        with pytest.raises(UserError) as refusal:
+            root_keys.check(OmegaConf.create(ROOT | {key: value}))
+        assert str(refusal.value).startswith(f"{key}={value}: {right}")
+
+
+@pytest.mark.parametrize(
+    "good",
+    [
+        {"threads": 2, "run": "outputs/x", "label": "x", "retry": "failed", "device": "cuda:1"},
+        {"optimize": ["ppl", "bits"], "label": 3, "offload": True, "seed": 2**32 - 1},
+        {"optimize": None},
+    ],
+)
+def test_what_keys_of_the_root_can_be(good: dict[str, object]) -> None:
+    root_keys.check(OmegaConf.create(ROOT | good))
+
+
+def test_the_root_is_that_of_the_configuration() -> None:
+    cfg = OmegaConf.load(location.conf() / "config.yaml")
+    assert set(cfg) == {*ROOT, "defaults", "hydra"}
+    root_keys.check(cfg)
+    assert {key for key in cfg if isinstance(cfg[key], bool)} == set(root_keys.SWITCHES)

@@ -1,15 +1,21 @@
 """Every file of conf/ composes into a configuration with a signature."""
 
 import contextlib
+import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import pytest
 from hydra import compose
 from hydra.errors import HydraException
+from hydra.utils import get_object
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from qexp.common.errors import UserError
 from qexp.config import location, messages
+from qexp.config.instantiate import instantiate
 from qexp.runs.signature import signature
 
 pytestmark = pytest.mark.usefixtures("configured")
@@ -54,6 +60,69 @@ def test_a_file_composes(choice, monkeypatch) -> None:
     assert len(signature(cfg)) == 8
     for key in ("model", "data", "calibration", "weight", "activation", "kv", "method"):
         assert "_target_" in cfg[key], f"conf/{key} has a choice that names no class"
+
+
+def targets(node: Any) -> Iterator[dict[str, Any]]:
+    """The nodes of a yaml that name a class or function of ours, as they are written."""
+    children = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    if isinstance(node, dict) and str(node.get("_target_")).startswith("qexp."):
+        yield node
+    for child in children:
+        yield from targets(child)
+
+
+def switches(target: str) -> dict[str, Any]:
+    """The fields that are true or false, or null too."""
+    found = get_object(target)
+    hints = get_type_hints(found)
+    fields = [each.name for each in dataclasses.fields(found)] if isinstance(found, type) else []
+    return {name: hints[name] for name in fields if hints[name] in (bool, bool | None)}
+
+
+FILES = sorted(CONF.rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(CONF).as_posix())
+def test_what_is_true_or_false_is_nothing_else(path: Path) -> None:
+    for node in targets(OmegaConf.to_container(OmegaConf.load(path))):
+        if not dataclasses.is_dataclass(get_object(node["_target_"])):
+            continue
+        for name, kind in switches(node["_target_"]).items():
+            given = node.get(name, True)
+            assert isinstance(given, kind) or str(given).startswith("${"), f"{path}: {name}"
+            for wrong in ("maybe", 1, *([] if kind is not bool else [None])):
+                cfg = OmegaConf.create({"some": [{"_target_": node["_target_"], name: wrong}]})
+                with pytest.raises(UserError) as refusal:
+                    instantiate(cfg.some)
+                assert str(refusal.value) == f"some[0].{name}={wrong}: give true or false."
+
+
+def test_the_targets_have_switches() -> None:
+    """Else the test above would hold of nothing."""
+    nodes = [n for path in FILES for n in targets(OmegaConf.to_container(OmegaConf.load(path)))]
+    names = {node["_target_"] for node in nodes}
+    found = {name for name in names if dataclasses.is_dataclass(get_object(name))}
+    assert {"qexp.grid.IntGrid", "qexp.solvers.GPTQ", "qexp.training.trainer.Trainer"} <= found
+    assert sum(bool(switches(name)) for name in found) > 20
+
+
+@pytest.mark.parametrize(
+    ("node", "overrides", "key"),
+    [
+        ("weight", [], "weight.symmetric"),
+        ("method", ["method=gptq"], "weight.symmetric"),  # the method's grid is ${weight}
+        ("method", ["method=gptq"], "method.solver.act_order"),
+        ("method", ["method=gptq"], "method.hessian.sequential"),
+        ("method", ["method=lsq"], "trainer.recompute"),
+        ("method", ["method=lsq", "activation=int8_tensor"], "activation.dynamic"),
+        ("eval", ["eval=hf_strided"], "eval.hf_strided.tail"),
+    ],
+)
+def test_a_switch_is_named_where_it_stands(node, overrides, key) -> None:
+    cfg = compose("config", [*overrides, f"{key}=maybe"])
+    with pytest.raises(UserError) as refusal:
+        instantiate(cfg.eval.hf_strided if node == "eval" else cfg[node])
+    assert str(refusal.value) == f"{key}=maybe: give true or false."
 
 
 def test_the_choices_of_a_configuration_differ() -> None:

@@ -130,9 +130,12 @@ def test_wrong_fields_are_named(fields: dict, said: str) -> None:
         recipe("first", Synthetic(), **fields)
 
 
-def test_windows_longer_than_learned_positions_are_refused() -> None:
-    with pytest.raises(UserError, match=r"calibration\.length: 4096"):
-        recipe("first", Synthetic(), length=4096)(task_of("gpt2"))
+@pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
+def test_windows_longer_than_the_context_are_refused_unread(family: str, monkeypatch) -> None:
+    task = task_of(family)
+    monkeypatch.setattr(Synthetic, "documents", lambda *_: pytest.fail("it was read"))
+    with pytest.raises(UserError, match=r"calibration\.length: 4096 tokens, .* 2048 positions"):
+        recipe("first", Synthetic(), length=4096)(task)
 
 
 def test_masked_batches() -> None:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from hydra import compose
 
-from qexp.common.errors import UserError, check_bool
+from qexp.common.errors import UserError
 from qexp.config.instantiate import instantiate
 from qexp.transforms.scale_search import check_settings
 
@@ -51,11 +51,10 @@ def test_what_cannot_be_is_refused_before_any_model_is_loaded(name, wrong):
 
 
 def test_no_grid_and_no_switch_are_refused():
-    """Settings of other types: the types of constructors are checked here before they are."""
     with pytest.raises(UserError, match=r"^transform\.grid=None: .*weight=int"):
         check_settings(SimpleNamespace(grid=None, sequences=None))
     with pytest.raises(UserError, match=r"^transform\.clip=yes: give true or false"):
-        check_bool("transform", SimpleNamespace(clip="yes"), "clip")
+        instantiate(compose("config", ["transform=awq", "transform.clip=yes"]).transform)
 
 
 @pytest.mark.parametrize(
