@@ -72,7 +72,9 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
     with provenance.stage("load"):
         task = load(parts, cfg, folder)
         origin = checksums(task.model) if cfg.save_weights else {}
-    provenance.add(model=parts.source.fingerprint(), device=str(task.device), seed=cfg.seed)
+    source = parts.source
+    provenance.add(model=source.fingerprint(), tensor_types=source.tensor_types())
+    provenance.add(device=str(task.device), seed=cfg.seed)
     evaluators = measure_float(parts, task, cfg, folder, provenance)
     records = apply(parts, task, provenance)
     if ranks.rank():
@@ -158,6 +160,7 @@ def evaluate(
             "digest": digest(definition),
             "definition": definition,
             "higher_is_better": sorted(evaluator.higher_is_better),
+            **evaluator.facts(task),
         }
         provenance.add(protocols={evaluator.name: entry})
     return metrics

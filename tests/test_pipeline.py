@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.models import tiny
 from helpers.pipeline import PPL, SMALL, run
 from safetensors import safe_open
 
@@ -12,6 +13,7 @@ from qexp import pipeline
 from qexp.common.errors import UserError
 from qexp.packed import weights_file
 from qexp.runs import results
+from qexp.solvers import factor
 
 pytestmark = pytest.mark.usefixtures("configured")
 
@@ -184,3 +186,36 @@ def test_weights_that_are_not_finite_are_named(tmp_path, monkeypatch):
 def test_offloaded_blocks_give_the_same_number(tmp_path, offload):
     metrics = run(tmp_path, "model=tiny_llama", f"offload={offload}")
     assert metrics == run(tmp_path / "plain", "model=tiny_llama")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["method=gptq"],
+        ["method=spqr"],
+        ["method=oac"],
+        ["method=rtn", "transform=awq"],
+        ["method=rtn", "activation=int8_tensor"],
+    ],
+    ids=" ".join,
+)
+def test_a_bfloat16_model_is_quantized_in_float32(tmp_path, monkeypatch, overrides):
+    monkeypatch.setenv("QEXP_CACHE_DIR", str(tmp_path / "cache"))
+    folder = tmp_path / "model"
+    loaded = tiny("llama", dtype="bfloat16")
+    loaded.model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    seen = []
+    damped = factor.damped
+    monkeypatch.setattr(factor, "damped", lambda h, damp: seen.append(h.dtype) or damped(h, damp))
+    found = {}
+    for name, least in (("large", 1), ("small", 10**9)):
+        monkeypatch.setattr("qexp.models.pretrained.LARGE", least)
+        made = tmp_path / name
+        found[name] = run(made, "model=local", f"model.path={folder}", *overrides)[PPL]
+        said = json.loads((made / "provenance.json").read_text())
+        dtype = {"large": "bfloat16", "small": "float32"}[name]
+        assert said["model"]["dtype"] == said["protocols"][PPL.split("/")[0]]["dtype"] == dtype
+    assert found["large"] == pytest.approx(found["small"], rel=0.05)
+    assert found["large"] != found["small"]
+    assert set(seen) == ({torch.float32} if "rtn" not in overrides[0] else set())

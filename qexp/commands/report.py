@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -15,6 +15,12 @@ from qexp.report.pivot import SEED, Setting, Table, group, pivot
 from qexp.report.significance import counterparts
 from qexp.runs.finished import Run, collect
 
+STORED = (
+    "The checkpoint of model={model} is stored quantized ({types}). Its weights lie on these grids "
+    "already, so rounding to a grid that contains them is lossless by construction (Q4_1: 4 bits "
+    "with real zero points in groups of 32 columns), and gaps to float are not those of a float "
+    "checkpoint."
+)
 FILES = ("report.html", "table.md", "table.csv", "table.tex", "bits_vs_ppl.png")
 
 
@@ -28,7 +34,7 @@ def write(
 ) -> str:
     """Write FILES; the value is the table for people."""
     sheet = tables.lay(table, baselines)
-    legend = [*legend, *sheet.notes]
+    legend = [*legend, *sheet.notes, *stored(table.settings)]
     markdown = tables.markdown(sheet)
     commands = "\n".join(
         f"{sheet.numbers[id(setting)]}. `{setting.run.command}`: "
@@ -47,6 +53,20 @@ def write(
     columns = [column for column in table.columns if column.is_perplexity]
     plots.against_bits(table.settings, columns, x).png(out / "bits_vs_ppl.png")
     return markdown
+
+
+def stored(settings: Iterable[Setting]) -> list[str]:
+    """A note for each model whose checkpoint is stored quantized, by what its runs recorded."""
+    found = {}
+    for run in (run for setting in settings for run in setting.runs):
+        types = run.provenance.get("tensor_types", {}).items()
+        grids = [(name, each) for name, each in types if each["block"] > 1]
+        if grids:
+            parts = [
+                f"{e['tensors']} tensors {name} in blocks of {e['block']}" for name, e in grids
+            ]
+            found[run.label("model")] = ", ".join(parts)
+    return [STORED.format(model=model, types=types) for model, types in sorted(found.items())]
 
 
 def main(arguments: Sequence[str]) -> None:

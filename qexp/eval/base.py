@@ -46,6 +46,10 @@ class Evaluator(ABC):
         """Everything besides the model that the numbers depend on, as JSON; no paths, no batch
         sizes. Two numbers may stand in one column of a table if their definitions are equal."""
 
+    def facts(self, task: Task) -> dict[str, Any]:
+        """What is recorded of a measurement beside its definition."""
+        return {"dtype": dtype_of(task)}
+
     @abstractmethod
     def files(self) -> list[Path]:
         """The local files it reads."""
@@ -72,8 +76,16 @@ class WithReference(Evaluator):
     def definition(self) -> dict[str, Any]:
         return self.plain.definition()
 
+    def facts(self, task: Task) -> dict[str, Any]:
+        return self.plain.facts(task)
+
     def files(self) -> list[Path]:
         return self.plain.files()
+
+
+def dtype_of(task: Task) -> str:
+    """The dtype that the model computes in."""
+    return str(task.model.dtype).removeprefix("torch.")
 
 
 def digest(definition: Mapping[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """Perplexity as a ratio: losses of scored tokens over units, whatever the windows are."""
 
+import logging
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -12,9 +13,12 @@ from torch import Tensor
 
 from qexp.common.errors import UserError
 from qexp.data.corpus import Corpus
-from qexp.eval.base import Evaluator
+from qexp.eval.base import Evaluator, dtype_of
 from qexp.eval.token_losses import Window, check_causal, token_losses
+from qexp.grid.scale import DTYPES
 from qexp.task import Task
+
+log = logging.getLogger(__name__)
 
 
 def ratio(
@@ -39,16 +43,33 @@ class Passage(NamedTuple):
 class Windowed(Evaluator):
     """exp(sum of the losses of all scored tokens / units). A unit is a token unless said otherwise.
 
-    `batch_tokens`: tokens that go through the model at once; changes no number.
+    `batch_tokens`: tokens that go through the model at once; changes no number. `dtype`: of the
+    models in the papers that define the protocol (null: none is known); a model of another one is
+    measured as it is, with a warning and a record. No part of the definition: what the model
+    computes in is the model's (`model.dtype`).
     """
 
     name: str
     corpus: Corpus
     split: str
     batch_tokens: int = 2048
+    dtype: str | None = None
 
     def check(self, task: Task) -> None:
         check_causal(task, self.name)
+        if self.dtype not in (None, *DTYPES):
+            raise UserError(
+                f"eval {self.name}: dtype {self.dtype!r} is none of {', '.join(DTYPES)}"
+            )
+        if self.dtype not in (None, own := dtype_of(task)):
+            log.warning(
+                "eval %s: published numbers are of %s models and this one is %s, which can move "
+                "the second decimal; for theirs: model.dtype=%s",
+                self.name,
+                self.dtype,
+                own,
+                self.dtype,
+            )
 
     @abstractmethod
     def passages(self, task: Task) -> list[Passage]:
@@ -85,10 +106,14 @@ class Windowed(Evaluator):
         settings = {
             key: value
             for key, value in vars(self).items()
-            if key not in ("name", "corpus", "batch_tokens")
+            if key not in ("name", "corpus", "batch_tokens", "dtype")
         }
         content = {"name": self.corpus.name, "sha256": self.corpus.fingerprint(self.split)}
         return {"kind": type(self).__name__, **settings, "corpus": content}
+
+    def facts(self, task: Task) -> dict[str, Any]:
+        named = {} if self.dtype is None else {"protocol_dtype": self.dtype}
+        return Evaluator.facts(self, task) | named
 
     def files(self) -> list[Path]:
         return self.corpus.files(self.split)

@@ -27,6 +27,9 @@ AUTO = {
 }
 
 
+AUTO_DTYPE = "auto"  # float32, or the checkpoint's own dtype where the model is large
+
+
 class Loaded(NamedTuple):
     """A model on the CPU in eval mode; the tokenizer is None for images and where none exists."""
 
@@ -44,7 +47,7 @@ class ModelSource(ABC):
 
     @abstractmethod
     def load(self) -> Loaded:
-        """The model in `dtype`, every linear map an nn.Linear, no quantization flag left."""
+        """The model in its settled dtype, every linear map an nn.Linear, no quantization flag."""
 
     @abstractmethod
     def fingerprint(self) -> dict[str, str]:
@@ -54,15 +57,26 @@ class ModelSource(ABC):
     def files(self) -> list[Path]:
         """The local files that loading reads; a run recorded with others is stale."""
 
+    def settled_dtype(self) -> str:
+        """`dtype`, decided where it is `auto`; the same in every process, nothing loaded."""
+        return self.dtype
+
+    def tensor_types(self) -> dict[str, dict[str, int]]:
+        """How a GGUF file stores its weights: by type the number of `tensors` and `weights`, and
+        the weights that share a scale (`block`; 1: floats). A fact for the record, in no key."""
+        return {}
+
     def origin(self) -> "ModelSource":
         """The source of the model before anything in it was quantized."""
         return self
 
 
-def check(source: ModelSource) -> None:
-    """UserError unless `dtype` and `objective` are known: called as a source is built."""
-    if source.dtype not in DTYPES:
-        raise UserError(f"model.dtype: {source.dtype!r} is none of {', '.join(DTYPES)}")
+def check(source: ModelSource, auto: bool = False) -> None:
+    """UserError unless `dtype` and `objective` are known: called as a source is built. `auto`:
+    whether there is a checkpoint that could have a dtype of its own."""
+    known = (*DTYPES, *([AUTO_DTYPE] if auto else []))
+    if source.dtype not in known:
+        raise UserError(f"model.dtype: {source.dtype!r} is none of {', '.join(known)}")
     if source.objective not in AUTO:
         raise UserError(f"model.objective: {source.objective!r} is none of {', '.join(AUTO)}")
 

@@ -58,6 +58,12 @@ class FromRun(ModelSource):
         own = [folder / weights_file.FILE, folder / ".hydra" / "config.yaml"]
         return [*self._origin().files(), *own]
 
+    def settled_dtype(self) -> str:
+        return self._origin().settled_dtype()
+
+    def tensor_types(self) -> dict[str, dict[str, int]]:
+        return self._origin().tensor_types()
+
     def origin(self) -> ModelSource:
         return self._origin().origin()
 

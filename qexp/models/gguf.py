@@ -4,15 +4,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gguf import GGUFReader
+import torch
+from gguf import GGML_QUANT_SIZES, GGUFReader
+from torch import Tensor
 from transformers import AutoConfig, GgufConfig, PreTrainedModel
 
+from qexp.common.cache import Cache
 from qexp.common.errors import UserError
 from qexp.common.hashes import sha256
-from qexp.models.base import Loaded, ModelSource, check, ready
+from qexp.models.base import AUTO_DTYPE, Loaded, ModelSource, check, ready
 from qexp.models.converted import kept
-from qexp.models.pretrained import first_line, pretrained, tokenizer_of
+from qexp.models.pretrained import automatic, first_line, pretrained, tokenizer_of
 
+FLOATS = {"F16": "float16", "BF16": "bfloat16"}
 FLAGS = ("is_quantized", "quantization_method", "hf_quantizer")
 
 
@@ -26,11 +30,11 @@ class GGUF(ModelSource):
 
     path: str
     keep: bool = False  # the dequantized model in the cache folder: loads ten times faster
-    dtype: str = "float32"
+    dtype: str = AUTO_DTYPE
     objective: str = "causal_lm"
 
     def __post_init__(self) -> None:
-        check(self)
+        check(self, auto=True)
 
     def load(self) -> Loaded:
         loaded = kept(self, self._read) if self.keep else self._read()
@@ -50,16 +54,45 @@ class GGUF(ModelSource):
                 where, name, self, config=config, quantization_config=unpack, **options
             )
         except UserError:
-            _check_whole(path)
+            _reader(path)
             raise
         except Exception as error:  # the reader stumbles over a broken file in many ways
-            _check_whole(path)
+            _reader(path)
             raise UserError(f"{name} cannot be loaded ({first_line(error)})") from error
         return Loaded(_unflagged(model), tokenizer)
 
     def fingerprint(self) -> dict[str, str]:
         [path] = self.files()
-        return {"gguf": sha256(path), "dtype": self.dtype}
+        return {"gguf": sha256(path), "dtype": self.settled_dtype()}
+
+    def settled_dtype(self) -> str:
+        """Of `auto`: the file's own dtype is that of most weights. Those on a grid are products
+        and sums of float16 numbers, which float32 alone holds."""
+        if self.dtype != AUTO_DTYPE:
+            return self.dtype
+        weights = {name: each["weights"] for name, each in self.tensor_types().items()}
+        most = max(weights, key=lambda name: weights[name], default="F32")
+        return automatic(sum(weights.values()), FLOATS.get(most, "float32"))
+
+    def tensor_types(self) -> dict[str, dict[str, int]]:
+        [path] = self.files()
+
+        def build() -> dict[str, Tensor]:
+            found: dict[str, list[int]] = {}
+            for tensor in _reader(path).tensors:
+                block, _ = GGML_QUANT_SIZES[tensor.tensor_type]
+                counts = found.setdefault(tensor.tensor_type.name, [0, 0, block])
+                counts[0] += 1
+                counts[1] += int(tensor.n_elements)
+            return {name: torch.tensor(counts) for name, counts in found.items()}
+
+        # cached: the reader takes seconds for the vocabulary in front of the tensors
+        found = Cache().get("tensor_types", {"gguf": sha256(path)}, build)
+        keys = ("tensors", "weights", "block")
+        return {
+            name: dict(zip(keys, counts.tolist(), strict=True))
+            for name, counts in sorted(found.items())
+        }
 
     def files(self) -> list[Path]:
         path = Path(self.path).expanduser()
@@ -80,10 +113,10 @@ def _unflagged(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _check_whole(path: Path) -> None:
+def _reader(path: Path) -> GGUFReader:
     """UserError if the file ends before its last tensor, or its header makes no sense."""
     try:
-        GGUFReader(path)
+        return GGUFReader(path)
     except Exception as error:
         raise UserError(
             f"model.path: {path} is a corrupt or truncated GGUF file ({first_line(error)}); "

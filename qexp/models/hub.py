@@ -13,9 +13,10 @@ from safetensors import SafetensorError
 from transformers.utils import cached_file
 
 from qexp.common.errors import UserError
-from qexp.models.base import Loaded, ModelSource, check, ready
+from qexp.models.base import AUTO_DTYPE, Loaded, ModelSource, check, ready
 from qexp.models.pretrained import (
     Head,
+    checkpoint_dtype,
     first_line,
     marked,
     pretrained,
@@ -33,12 +34,12 @@ class Hub(ModelSource):
 
     id: str
     revision: str = "main"
-    dtype: str = "float32"
+    dtype: str = AUTO_DTYPE
     objective: str = "causal_lm"
     head: Head | None = None
 
     def __post_init__(self) -> None:
-        check(self)
+        check(self, auto=True)
         if Path(self.id).is_dir():  # transformers would silently prefer it to the hub's
             raise UserError(
                 f"model.id: {self.id} is a folder here; use model=local model.path={self.id}"
@@ -55,8 +56,13 @@ class Hub(ModelSource):
         return Loaded(ready(model), tokenizer_of(self.id, self._name, self, **options))
 
     def fingerprint(self) -> dict[str, str]:
-        own = {"model": self.id, "revision": self._snapshot().name, "dtype": self.dtype}
+        own = {"model": self.id, "revision": self._snapshot().name, "dtype": self.settled_dtype()}
         return marked(own, self.head)
+
+    def settled_dtype(self) -> str:
+        if self.dtype != AUTO_DTYPE:
+            return self.dtype
+        return checkpoint_dtype(str(self._snapshot()), self._name, self)
 
     def files(self) -> list[Path]:
         """None: a commit is its content, and `fingerprint` holds it."""

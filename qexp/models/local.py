@@ -8,10 +8,11 @@ from safetensors import SafetensorError
 
 from qexp.common.errors import UserError
 from qexp.common.hashes import sha256
-from qexp.models.base import Loaded, ModelSource, check, ready
+from qexp.models.base import AUTO_DTYPE, Loaded, ModelSource, check, ready
 from qexp.models.gguf import GGUF
 from qexp.models.pretrained import (
     Head,
+    checkpoint_dtype,
     first_line,
     marked,
     pretrained,
@@ -29,12 +30,12 @@ class Local(ModelSource):
     """`path` is a folder with config.json, weights and tokenizer, or a .gguf file."""
 
     path: str
-    dtype: str = "float32"
+    dtype: str = AUTO_DTYPE
     objective: str = "causal_lm"
     head: Head | None = None
 
     def __post_init__(self) -> None:
-        check(self)
+        check(self, auto=True)
 
     def load(self) -> Loaded:
         if gguf := self._gguf():
@@ -52,7 +53,14 @@ class Local(ModelSource):
         if gguf := self._gguf():
             return gguf.fingerprint()
         sums = {path.name: sha256(path) for path in self.files()}
-        return marked(sums | {"dtype": self.dtype}, self.head)
+        return marked(sums | {"dtype": self.settled_dtype()}, self.head)
+
+    def settled_dtype(self) -> str:
+        if gguf := self._gguf():
+            return gguf.settled_dtype()
+        if self.dtype != AUTO_DTYPE:
+            return self.dtype
+        return checkpoint_dtype(str(self._folder()), f"model.path: {self.path}", self)
 
     def files(self) -> list[Path]:
         """Every file of the folder that belongs to the model; UserError names one that lacks."""
@@ -74,6 +82,10 @@ class Local(ModelSource):
             if path.suffix in (".json", ".txt", ".model") and path not in weights
         ]
         return sorted([*weights, *small])
+
+    def tensor_types(self) -> dict[str, dict[str, int]]:
+        gguf = self._gguf()
+        return gguf.tensor_types() if gguf else {}
 
     def _gguf(self) -> GGUF | None:
         path = Path(self.path).expanduser()

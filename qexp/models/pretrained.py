@@ -1,14 +1,20 @@
 """What hub ids, folders and GGUF files have in common: transformers' from_pretrained, checked."""
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from qexp.common.errors import UserError
 from qexp.grid.scale import DTYPES
 from qexp.models.base import AUTO, ModelSource
+
+log = logging.getLogger(__name__)
+
+# Weights from which on `model.dtype=auto` is the checkpoint's own dtype: 4 GB in float32.
+LARGE = 10**9
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ def pretrained(
         torch.manual_seed(0 if head is None else head.seed)
         model, report = AUTO[source.objective].from_pretrained(
             where,
-            dtype=DTYPES[source.dtype],
+            dtype=DTYPES[source.settled_dtype()],
             output_loading_info=True,
             low_cpu_mem_usage=True,
             **options,
@@ -51,6 +57,31 @@ def pretrained(
             "objective, or give a classifier a fresh head (model.head)"
         )
     return model
+
+
+def automatic(weights: int, own: str) -> str:
+    """The dtype that `auto` is for a checkpoint of so many weights with a dtype of its own."""
+    return own if weights >= LARGE else "float32"
+
+
+def checkpoint_dtype(folder: str, name: str, source: ModelSource) -> str:
+    """What `auto` is for the checkpoint of a `folder`, by its config.json, which names the dtype
+    and gives the number of weights. A large one that names none is float32, with a warning."""
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            weights = AUTO[source.objective].from_config(config).num_parameters()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{name}: model.dtype=auto needs the size that config.json gives, and it gives none "
+            f"({first_line(error)}); say model.dtype={'|'.join(DTYPES)}"
+        ) from error
+    own = str(config.dtype or config.get_text_config().dtype).removeprefix("torch.")
+    if own not in DTYPES:
+        own = "float32"
+        if weights >= LARGE:
+            log.warning("%s: config.json names none of %s; loading float32", name, list(DTYPES))
+    return automatic(weights, own)
 
 
 def marked(fingerprint: dict[str, str], head: Head | None) -> dict[str, str]:

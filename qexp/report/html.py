@@ -234,7 +234,11 @@ def _protocols(runs: Iterable[Run]) -> str:
     for run in runs:
         for name, entry in run.provenance.get("protocols", {}).items():
             definition = json.dumps(entry.get("definition", {}), indent=1, ensure_ascii=False)
-            found[f"{name} [{entry.get('digest', '')}]"] = definition
+            dtypes = entry.get("dtype"), entry.get("protocol_dtype")
+            note = ""
+            if None not in dtypes and dtypes[0] != dtypes[1]:
+                note = " in {}; published numbers are of {} models".format(*dtypes)
+            found[f"{name} [{entry.get('digest', '')}]{note}"] = definition
     return "".join(
         f"<details><summary>{escape(name)}</summary><code>{escape(text)}</code></details>"
         for name, text in found.items()

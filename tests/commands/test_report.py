@@ -132,6 +132,29 @@ def test_seeds_share_a_cell_and_the_better_method_is_bold(seeds) -> None:
     assert latex.count("&") == (1 + len(lines)) * (head.count("|") - 2)
 
 
+def test_a_checkpoint_that_is_stored_quantized_is_said(seeds) -> None:
+    path = seeds / "gptq-2-0" / "provenance.json"
+    content = json.loads(path.read_text())
+    said = "model=tiny is stored quantized (210 tensors Q4_1 in blocks of 32)"
+    types = {"F32": {"tensors": 61, "weights": 9, "block": 1}}
+    for grid, there in ({}, False), ({"Q4_1": {"tensors": 210, "weights": 9, "block": 32}}, True):
+        path.write_text(json.dumps({**content, "tensor_types": {**types, **grid}}))
+        assert command("report", [str(seeds), "--out", "made"]) == 0
+        for name in ("report.html", "table.md"):
+            assert Path("made", name).read_text().count(said) == there
+
+
+def test_a_protocol_measured_in_another_dtype_is_said(seeds) -> None:
+    path = seeds / "gptq-2-0" / "provenance.json"
+    content = json.loads(path.read_text())
+    said = "in float32; published numbers are of float16 models"
+    for own, there in (("float16", False), ("float32", True)):
+        content["protocols"]["held_out"] |= {"dtype": own, "protocol_dtype": "float16"}
+        path.write_text(json.dumps(content))
+        assert command("report", [str(seeds), "--out", "made"]) == 0
+        assert Path("made/report.html").read_text().count(said) == there
+
+
 def test_two_definitions_never_share_a_column(seeds) -> None:
     path = seeds / "gptq-2-0" / "provenance.json"
     content = json.loads(path.read_text())

@@ -52,6 +52,25 @@ def test_held_out_takes_the_text_as_it_stands() -> None:
     assert [len(window) for window in held_out.token_losses(task)] == [31] * 5
 
 
+@pytest.mark.parametrize("choice", ["wikitext2_gptq_512", "c4_gptq", "ptb_gptq"])
+def test_a_model_of_another_dtype_than_the_papers_is_said(
+    choice: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    named, silent = protocol(choice), protocol(choice, dtype=None)
+    assert named.definition() == silent.definition()
+    task = llama()
+    silent.check(task)
+    assert not caplog.text and silent.facts(task) == {"dtype": "float32"}
+    named.check(task)
+    assert "are of float16 models and this one is float32" in caplog.text
+    assert named.facts(task) == {"dtype": "float32", "protocol_dtype": "float16"}
+    caplog.clear()
+    named.check(task.half())
+    assert not caplog.text
+    with pytest.raises(UserError, match="dtype 'fp16' is none of"):
+        protocol(choice, dtype="fp16").check(task)
+
+
 @pytest.mark.parametrize(
     ("choice", "joined"), [("ptb_gptq", "\n\n"), ("ptb_gptq_new", " "), ("c4_gptq_new", " ")]
 )

@@ -12,6 +12,10 @@ from qexp.models.hub import Hub
 
 NAMES = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
 OPEN = {"hub": "id=org/name", "local": "path=folder", "gguf": "path=a.gguf"}  # what they ask for
+LARGE = (
+    *("gpt2-xl", "llama-2-7b", "llama-2-13b", "llama-3-8b", "llama-3.2-1b", "mistral-7b"),
+    *("opt-1.3b", "opt-2.7b", "opt-6.7b", "pythia-1.4b", "qwen2.5-1.5b", "qwen3-1.7b", "tinyllama"),
+)
 
 
 def node(name: str, *overrides: str) -> DictConfig:
@@ -25,7 +29,7 @@ def test_every_model_can_be_chosen(name, monkeypatch):
     overrides = [f"model.{OPEN[name]}"] if name in OPEN else []
     source = instantiate(node(name, *overrides))
     assert isinstance(source, ModelSource)
-    assert source.dtype == "float32"
+    assert source.dtype == ("auto" if name in OPEN or name in LARGE else "float32")
     if isinstance(source, Hub):
         assert source.id.count("/") == 1 and source.revision == "main"
 

@@ -1,6 +1,7 @@
 """GGUF files and the wheel that carries one, all written by the tests."""
 
 import hashlib
+import json
 import shutil
 import subprocess
 import zipfile
@@ -11,6 +12,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, quants
 from helpers.models import batches, tiny
+from helpers.pipeline import run
 from torch import Tensor
 
 from qexp.common import files
@@ -18,7 +20,11 @@ from qexp.common.errors import UserError
 from qexp.models.base import Loaded
 from qexp.models.gguf import GGUF
 from qexp.models.local import Local
+from qexp.models.random import Random
 from qexp.models.wheel import Wheel
+
+pytestmark = pytest.mark.usefixtures("configured")
+
 
 HEADS = {"q_proj": 4, "k_proj": 2}
 GGUF_NAMES = {
@@ -114,6 +120,45 @@ def test_a_quantized_gguf_file_becomes_a_float_model(tmp_path, monkeypatch, keep
         assert {tensor.dtype for tensor in model.parameters()} == {dtype}
         model.float().save_pretrained(tmp_path / "again")
     assert not torch.equal(logits(GGUF(str(path)).load()), logits(tiny("llama")))
+
+
+def test_the_tensor_types_of_a_gguf_file_are_recorded(tmp_path, monkeypatch):
+    monkeypatch.setenv("QEXP_CACHE_DIR", str(tmp_path / "cache"))
+    path = write_gguf(tmp_path / "tiny.gguf", GGMLQuantizationType.Q8_0)
+    matrices = [w.numel() for w in tiny("llama").model.parameters() if w.ndim == 2]
+    norms = [w.numel() for w in tiny("llama").model.parameters() if w.ndim == 1]
+    expected = {
+        "F32": {"tensors": len(norms), "weights": sum(norms), "block": 1},
+        "Q8_0": {"tensors": len(matrices), "weights": sum(matrices), "block": 32},
+    }
+    for source in (GGUF(str(path)), Local(str(path))):
+        assert source.tensor_types() == expected
+        assert source.fingerprint().keys() == {"gguf", "dtype"}
+    small = ["data=synthetic", "calibration=synthetic", "eval=none", "method=rtn"]
+    folder = tmp_path / "run"
+    run(folder, "model=gguf", f"model.path={path}", "save_weights=true", small=small)
+    run(tmp_path / "again", "model=from_run", f"run={folder}", small=["eval=none"])
+    for each in (folder, tmp_path / "again"):
+        provenance = json.loads((each / "provenance.json").read_text())
+        assert provenance["tensor_types"] == expected
+        assert "Q8_0" not in json.dumps(provenance["model"])
+
+
+@pytest.mark.parametrize(("grid", "own"), [("F16", "float16"), ("Q8_0", "float32")])
+def test_auto_is_the_float_type_of_a_large_gguf_file(tmp_path, monkeypatch, grid, own):
+    monkeypatch.setenv("QEXP_CACHE_DIR", str(tmp_path / "cache"))
+    path = write_gguf(tmp_path / "tiny.gguf", GGMLQuantizationType[grid])
+    for source in (GGUF(str(path)), Local(str(path))):
+        assert source.fingerprint()["dtype"] == "float32"
+        with monkeypatch.context() as large:
+            large.setattr("qexp.models.pretrained.LARGE", 1)
+            assert source.fingerprint()["dtype"] == own
+            assert str(source.load().model.dtype) == f"torch.{own}"
+
+
+def test_a_model_of_floats_has_no_tensor_types_to_record(tmp_path):
+    tiny("llama").model.save_pretrained(tmp_path)
+    assert Local(str(tmp_path)).tensor_types() == Random("llama").tensor_types() == {}
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.01, 0.1, 0.5, 0.999])

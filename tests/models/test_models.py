@@ -73,6 +73,41 @@ def test_dtype_is_that_of_every_weight(dtype, tmp_path):
     assert {tensor.dtype for tensor in local.model.parameters()} == {getattr(torch, dtype)}
 
 
+@pytest.mark.parametrize("own", ["float32", "bfloat16", "float16"])
+def test_auto_is_the_checkpoints_dtype_where_the_model_is_large(own, tmp_path, monkeypatch):
+    folder = saved(tmp_path / "model", dtype=own)
+    source = Local(str(folder))
+    size = tiny("llama").model.num_parameters()
+    for least, expected in ((size + 1, "float32"), (size, own)):
+        monkeypatch.setattr("qexp.models.pretrained.LARGE", least)
+        assert source.settled_dtype() == expected
+        assert source.fingerprint() == Local(str(folder), dtype=expected).fingerprint()
+        assert {str(w.dtype) for w in source.load().model.parameters()} == {f"torch.{expected}"}
+        for dtype in ("float32", "bfloat16", "float16"):
+            assert Local(str(folder), dtype=dtype).settled_dtype() == dtype
+    state = torch.get_rng_state()
+    (folder / "model.safetensors").unlink()
+    assert source.settled_dtype() == own  # without the weights
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_large_checkpoint_that_names_no_dtype_is_float32(tmp_path, monkeypatch, caplog):
+    folder = saved(tmp_path / "model", dtype="bfloat16")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": None}))
+    assert Local(str(folder)).settled_dtype() == "float32" and not caplog.text
+    monkeypatch.setattr("qexp.models.pretrained.LARGE", 1)
+    assert Local(str(folder)).settled_dtype() == "float32" and "model.path" in caplog.text
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"model\.path.*dtype=auto.*model\.dtype=float32"):
+        Local(str(folder)).settled_dtype()
+
+
+def test_what_has_no_checkpoint_has_no_dtype_of_its_own():
+    with pytest.raises(UserError, match=r"model.dtype: 'auto' is none of"):
+        Random("llama", dtype="auto")
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "vit"])
 def test_a_random_fingerprint_follows_the_weights(family):
     def fingerprint(**fields: object) -> dict[str, str]:
@@ -87,8 +122,8 @@ def test_a_random_fingerprint_follows_the_weights(family):
 # folders -----------------------------------------------------------------------------------------
 
 
-def saved(folder: Path, family: str = "llama", **options: object) -> Path:
-    loaded = tiny(family)
+def saved(folder: Path, family: str = "llama", dtype: str = "float32", **options: object) -> Path:
+    loaded = tiny(family, dtype=dtype)
     loaded.model.save_pretrained(folder, **options)
     if loaded.tokenizer is not None:
         loaded.tokenizer.save_pretrained(folder)
@@ -204,6 +239,22 @@ def test_a_hub_id_and_its_revisions(hub):
     assert old.fingerprint() != Hub("org/name").fingerprint()
     commit = old.fingerprint()["revision"]
     assert Hub("org/name", revision=commit).fingerprint() == old.fingerprint()
+
+
+def test_auto_at_the_hub(hub, monkeypatch):
+    [weights] = (hub / "snapshots").glob(
+        f"{Hub('org/name').fingerprint()['revision']}/*.safetensors"
+    )
+    config = weights.with_name("config.json")
+    said = json.loads(config.read_text())
+    config.unlink()
+    config.write_text(json.dumps({**said, "dtype": "bfloat16"}))
+    assert Hub("org/name").fingerprint()["dtype"] == "float32"
+    monkeypatch.setattr("qexp.models.pretrained.LARGE", 1)
+    assert Hub("org/name").load().model.dtype == torch.bfloat16
+    assert Hub("org/name", dtype="float16").fingerprint()["dtype"] == "float16"
+    weights.unlink()
+    assert Hub("org/name").fingerprint()["dtype"] == "bfloat16"
 
 
 def test_a_hub_id_that_is_out_of_reach(hub):

@@ -77,6 +77,7 @@ class Harness(Evaluator):
                 f"eval {self.name}: the harness needs a causal language model with a tokenizer and "
                 f"this one is {task.objective}; choose eval=loss"
             )
+        self._prompts  # noqa: B018 - a task that cannot be asked stops a run before any work
 
     def __call__(self, task: Task) -> dict[str, float]:
         return self.outcome(task).numbers

@@ -6,8 +6,8 @@ Imports the harness, so it is imported only where the harness is used.
 import io
 import logging
 import random
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stderr
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from qexp.common import progress
 from qexp.common.errors import UserError
 from qexp.common.files import data_folder
 from qexp.eval.harness import local_rows
+from qexp.models.pretrained import first_line
 
 # Those of the harness's own command, so that few-shot examples are the same.
 SEED, NUMPY_SEED, TORCH_SEED, SHOT_SEED = 0, 1234, 1234, 1234
@@ -38,15 +39,37 @@ class Splits(dict[str, datasets.Dataset]):
         return next(iter(self.values())).select([])
 
 
+@contextmanager
+def faults(task: object, field: str) -> Iterator[None]:
+    """UserError that names the task and the field for whatever is raised inside: the harness lets
+    the exceptions of jinja, of datasets and of a task's own functions through."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        kind, said = type(error).__name__, first_line(error)
+        reason = kind if said in ("", kind) else f"{kind}: {said}"
+        raise UserError(f"eval task {task}: {field} ({reason})") from error
+
+
 class LocalTask(ConfigurableTask):
-    """A task whose rows come from local files where they are, else from the hub."""
+    """A task whose rows come from local files where they are, else from the hub.
+
+    What the harness renders from a row names its field where it fails.
+    """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         own = ("class", "qexp_source", "qexp_folder")
         self.source: str = config["qexp_source"]
         self.folder = data_folder(config["qexp_folder"])
         self.files: list[Path] = []
-        ConfigurableTask.__init__(self, config={k: v for k, v in config.items() if k not in own})
+        with faults(config.get("task"), "its fields make no task"):
+            ConfigurableTask.__init__(
+                self, config={k: v for k, v in config.items() if k not in own}
+            )
+        if self.DATASET_PATH == "json":
+            self._check_target()
 
     def download(self, dataset_kwargs: dict[str, Any] | None = None, **_: Any) -> None:
         path, name = self.DATASET_PATH, self.DATASET_NAME
@@ -83,6 +106,56 @@ class LocalTask(ConfigurableTask):
         with redirect_stderr(io.StringIO()):
             ConfigurableTask.build_all_requests(self, **settings)
 
+    def doc_to_text(self, doc: Any, doc_to_text: Any = None) -> Any:
+        with self._rendering("doc_to_text", doc_to_text):
+            return ConfigurableTask.doc_to_text(self, doc, doc_to_text)
+
+    def doc_to_target(self, doc: Any, doc_to_target: Any = None) -> Any:
+        with self._rendering("doc_to_target", doc_to_target):
+            return ConfigurableTask.doc_to_target(self, doc, doc_to_target)
+
+    def doc_to_choice(self, doc: Any, doc_to_choice: Any = None) -> Any:
+        with self._rendering("doc_to_choice", doc_to_choice):
+            return ConfigurableTask.doc_to_choice(self, doc, doc_to_choice)
+
+    def doc_to_prefix(self, doc: Any) -> Any:
+        with self._rendering("gen_prefix", None):
+            return ConfigurableTask.doc_to_prefix(self, doc)
+
+    def fewshot_context(self, doc: Any, num_fewshot: int, **settings: Any) -> Any:
+        with faults(self.config.task, f"num_fewshot {num_fewshot}: no prompt can be made"):
+            return ConfigurableTask.fewshot_context(self, doc, num_fewshot, **settings)
+
+    def _rendering(self, field: str, given: Any) -> AbstractContextManager[None]:
+        """For `field`; `given` is what the examples' own settings have in its place."""
+        own = getattr(self.config, field)
+        place = field if given is None or given == own else f"fewshot_config.{field}"
+        template = own if given is None else given
+        said = f"{template!r} " if isinstance(template, str) else ""
+        said = "null " if template is None else said
+        columns = ", ".join(self.features)
+        return faults(self.config.task, f"{place}: {said}cannot be rendered for a row of {columns}")
+
+    def _check_target(self) -> None:
+        """UserError if the right answer to the first row is none of its choices: the harness would
+        count every answer as wrong."""
+        row = self.task_docs[0]
+        theirs = callable(self.config.process_results)
+        if self.OUTPUT_TYPE != "multiple_choice" or self.multiple_input or theirs:
+            return
+        choices, target = self.doc_to_choice(row), self.doc_to_target(row)
+        numbers = range(len(choices))
+        if isinstance(target, list):
+            right = all(each in numbers for each in target)
+        else:
+            right = target in (choices if isinstance(target, str) else numbers)
+        if not right:
+            raise UserError(
+                f"eval task {self.config.task}: doc_to_target: {self.config.doc_to_target!r} gives "
+                f"{target!r} for the first row, which is none of its choices {choices!r} nor the "
+                f"number of one (0 to {len(choices) - 1})"
+            )
+
     def check_shots(self, shots: int) -> None:
         """UserError if examples are asked for and the split they come from has no file."""
         split = self.fewshot_cfg.split or self.config.training_split or self.config.validation_split
@@ -118,6 +191,11 @@ class LocalTask(ConfigurableTask):
             self.files += paths
             rows = [row for path in paths for row in local_rows.read_records(path)]
             made[key] = datasets.Dataset.from_list(rows)
+        if not made.get(split):
+            raise UserError(
+                f"eval task {self.config.task}: dataset_kwargs.data_files has no rows of "
+                f"{split}, the split that is evaluated"
+            )
         return Splits(made)
 
 

@@ -180,11 +180,14 @@ def test_a_missing_file_is_named_with_its_place(tmp_path: Path) -> None:
     assert harness(tmp_path, "arc_easy").files() == [tmp_path / "tasks/arc/arc_easy_test.jsonl"]
 
 
-def test_a_task_of_ones_own(tmp_path: Path) -> None:
+def own(tmp_path: Path, **fields: object) -> dict:
+    """A task of one's own, its file beside it; the last of its four rows has no label."""
     file = tmp_path / "mine.jsonl"
-    file.write_text(
-        "".join(json.dumps({"q": f"{n}?", "a": ["no", "yes"], "ok": 1}) + "\n" for n in range(4))
-    )
+    asked = [
+        {"q": f"{n}?", "a": ["no", "yes"], "ok": 1, "more": {"label": "yes"}} for n in range(4)
+    ]
+    asked[3]["more"] = None
+    file.write_text("".join(json.dumps(row) + "\n" for row in asked))
     mine = {
         "task": "mine",
         "dataset_path": "json",
@@ -196,12 +199,49 @@ def test_a_task_of_ones_own(tmp_path: Path) -> None:
         "doc_to_target": "ok",
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     }
+    return mine | fields
+
+
+def test_a_task_of_ones_own(tmp_path: Path) -> None:
+    mine = own(tmp_path)
+    file = tmp_path / "mine.jsonl"
     asked = harness(tmp_path, mine)
     assert asked.files() == [file]
     assert asked(llama())["mine/items"] == 4
     file.unlink()
     with pytest.raises(UserError, match=r"mine.*mine\.jsonl is not a file"):
         harness(tmp_path, mine).files()
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"doc_to_text": "{{p}}"}, r"doc_to_text: '{{p}}'.* q, a, ok, more .*'p' is undefined"),
+        ({"doc_to_target": "{{a.label}}"}, r"doc_to_target: .*no attribute 'label'"),
+        ({"doc_to_choice": "{{a.label}}"}, r"doc_to_choice: .*no attribute 'label'"),
+        ({"doc_to_choice": None}, r"doc_to_choice: null"),
+        ({"gen_prefix": "{{p}}"}, r"gen_prefix: .*'p' is undefined"),
+        ({"doc_to_target": "maybe"}, r"doc_to_target: .*'maybe'.*\['no', 'yes'\]"),
+        ({"doc_to_target": "{{a}}"}, r"doc_to_target: .*first row"),
+        ({"validation_split": None, "test_split": "test"}, r"data_files has no rows of test"),
+        ({"doc_to_txt": "q"}, r"doc_to_txt"),
+        # of rows behind the first, and of the examples before it
+        ({"doc_to_target": "{{more.label}}"}, r"doc_to_target: .*no attribute 'label'"),
+        ({"num_fewshot": 9}, r"num_fewshot 9: .*larger than population"),
+        (
+            {"num_fewshot": 1, "fewshot_config": {"doc_to_text": "{{p}}", "split": "validation"}},
+            r"fewshot_config\.doc_to_text: .*'p' is undefined",
+        ),
+    ],
+    ids=str,
+)
+def test_a_task_that_cannot_be_rendered_is_named_before_any_is_measured(
+    tmp_path: Path, fields: dict, said: str
+) -> None:
+    asked = harness(rows.write(tmp_path), "piqa", own(tmp_path, **fields))
+    with pytest.raises(UserError, match=f"eval task mine: .*{said}") as caught:
+        asked.check(llama())
+    assert "\n" not in str(caught.value)
 
 
 def test_the_definition_is_what_is_asked(folder: Path, tmp_path: Path) -> None:
