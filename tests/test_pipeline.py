@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from qexp import pipeline
 from qexp.common.errors import UserError
+from qexp.models import device
 from qexp.packed import weights_file
 from qexp.runs import results
 from qexp.solvers import factor
@@ -168,13 +169,13 @@ def test_a_run_that_is_not_there_is_named(tmp_path):
 
 
 def test_weights_that_are_not_finite_are_named(tmp_path, monkeypatch):
-    original = pipeline.place
+    original = device.place
 
     def damaged(task, *rest):
         task.blocks[1].mlp.up_proj.weight.data[3, 3] = torch.inf
         original(task, *rest)
 
-    monkeypatch.setattr(pipeline, "place", damaged)
+    monkeypatch.setattr(device, "place", damaged)
     for method in ("rtn", "gptq"):
         with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj"):
             run(tmp_path / method, "model=tiny_llama", f"method={method}")
