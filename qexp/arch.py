@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from transformers import BertForSequenceClassification, PreTrainedModel
+from transformers import BertForSequenceClassification, PretrainedConfig, PreTrainedModel
 
 from qexp.common.errors import UserError
 
@@ -13,8 +13,9 @@ class Group(NamedTuple):
 
     `source` is the norm whose output is the input itself, or the linear for which scaling output
     row i scales the input's column i: value → output projection (rows repeat over the query heads
-    that share a value head) and up → down in a gated MLP. None where neither exists: the input
-    comes from another block, a nonlinearity lies between, or the values are fused with queries.
+    that share a value head), up → down in a gated MLP, and fc1 → fc2 where the function between
+    them is ReLU. None where neither exists: the input comes from another block, another
+    nonlinearity lies between, or the values are fused with queries.
     All paths are relative to the block.
     """
 
@@ -51,7 +52,7 @@ class Arch:
     @property
     def gated(self) -> bool:
         """The MLP multiplies its activation function by a second projection."""
-        return self.groups[-1].producer is not None
+        return len(self.groups[-2].linears) > 1
 
 
 LLAMA = Arch(
@@ -196,9 +197,19 @@ def arch_of(model: PreTrainedModel) -> Arch:
         raise UserError(
             f"model: family {config.model_type!r} is not known to qexp; known are {known}"
         )
-    if config.model_type == "opt" and not config.do_layer_norm_before:
-        return OPT_POST_NORM
-    if isinstance(model, BertForSequenceClassification):
-        return replace(ARCHS["bert"], head="classifier")  # reads the pooler's output
     found = ARCHS[config.model_type]
-    return replace(found, parallel=getattr(config, "use_parallel_residual", False))
+    if config.model_type == "opt" and not config.do_layer_norm_before:
+        found = OPT_POST_NORM
+    if isinstance(model, BertForSequenceClassification):
+        found = replace(found, head="classifier")  # reads the pooler's output
+    found = replace(found, parallel=getattr(config, "use_parallel_residual", False))
+    return found if found.gated else _through(found, config)
+
+
+def _through(arch: Arch, config: PretrainedConfig) -> Arch:
+    """ReLU passes positive factors on; no other function of these families does."""
+    function = getattr(config, "activation_function", None) or getattr(config, "hidden_act", None)
+    if function != "relu":
+        return arch
+    *others, first, second = arch.groups
+    return replace(arch, groups=(*others, first, Group(second.linears, first.linears[0])))

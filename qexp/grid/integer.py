@@ -23,6 +23,8 @@ class IntGrid(Grid):
 
     symmetric: full signed range of the GPTQ reference, scale = 2·max|x| / (2^bits - 1) and
     zero = 2^(bits-1). Asymmetric: scale = (max - min) / (2^bits - 1), zero = round(-min / scale).
+    narrow: symmetric, with scale = max|x| / (2^(bits-1) - 1) (LLM-QAT, QuaRot), so that both ends
+    of the range are codes; code 0 is left to values below it.
     include_zero: asymmetric ranges are widened to hold 0 (GPTQ does, SpQR does not).
     real_zero: zero points are not rounded (SpQR's default).
     scales, zeros: a grid for the scales or zeros of this one, whose groups are runs of rows within
@@ -31,6 +33,7 @@ class IntGrid(Grid):
 
     bits: int = 4
     symmetric: bool = False
+    narrow: bool = False
     group_size: int | None = None
     range: Range = MinMax()  # noqa: RUF009 (frozen, so sharing the default is safe)
     per_tensor: bool = False
@@ -43,6 +46,8 @@ class IntGrid(Grid):
     def __post_init__(self) -> None:
         if not isinstance(self.bits, int) or not 2 <= self.bits <= 16:
             raise UserError(f"bits={self.bits!r}: give a whole number from 2 to 16.")
+        if self.narrow and not self.symmetric:
+            raise UserError("narrow=true with symmetric=false: give symmetric=true as well.")
         if self.scale_dtype not in DTYPES:
             raise UserError(
                 f"scale_dtype={self.scale_dtype} is unknown: give {' or '.join(DTYPES)}."
@@ -91,7 +96,7 @@ class IntGrid(Grid):
         low = torch.where(constant, low.clamp(max=0), low)
         high = torch.where(constant, high.clamp(min=0), high)
         high = torch.where(low == high, 1.0, high)
-        width = (high - low) / self.top
+        width = (high - low) / (self.top - self.narrow)
         if self.real_zero:  # a zero point beyond its dtype would be infinite
             width = torch.maximum(width, low.abs() / torch.finfo(self.stored_dtype).max)
         scale = width if self.scales is not None else self.as_stored(width)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from qexp.arch import Arch, Group
+from qexp.common.errors import UserError
 from qexp.quantizers.attention import CACHE, OPERANDS, Inside, install
 from qexp.task import Task
 
@@ -63,6 +64,30 @@ class KVCache(Placement):
 
     def sites(self, task: Task) -> list[Site]:
         return []
+
+
+@dataclass(frozen=True)
+class ProjectedKV(Placement):
+    """What the projections of keys and values return: before the rotary embedding, all heads of a
+    token in one vector (LLM-QAT)."""
+
+    def __call__(self, task: Task, make: Make) -> dict[str, nn.Module]:
+        return _put(self.sites(task), make)
+
+    def sites(self, task: Task) -> list[Site]:
+        names = task.arch.groups[0].linears  # the first group is the attention's
+        if len(names) != 3:
+            raise UserError(
+                f"kv.placement: {names[0]} makes keys and values together with queries; choose one "
+                "that rounds what a cache holds (kv=int8_token)."
+            )
+        sites = []
+        for index, block in enumerate(task.blocks):
+            for operand, linear in zip(CACHE, names[1:], strict=True):
+                site = _output(linear, block.get_submodule(linear))
+                name = f"{task.arch.blocks}.{index}.attention.projected_{operand}"
+                sites.append(site._replace(name=name))
+        return sites
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from qexp.common.errors import UserError
 from qexp.report.pivot import Setting, Spread, Table, differing
 from qexp.runs.finished import Column
 
+NEAR = 0.05  # bits per weight within which settings compete
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -22,26 +24,33 @@ class Difference:
 def best(table: Table) -> set[tuple[int, Column]]:
     """The best of each column, as `(id(setting), column)`.
 
-    Only quantized settings of one model, placement and, where the columns do not part it, whole
-    number of measured bits compete; who has no rival is not the best.
+    Only quantized settings of one model and placement whose measured bits differ by no more than
+    NEAR compete; a setting that has no rival is not the best.
     """
     found: set[tuple[int, Column]] = set()
     for column in table.columns:
-        rivals: dict[tuple[str, ...], list[tuple[float, Setting]]] = {}
+        alike: dict[tuple[str, ...], list[tuple[float, Setting]]] = {}
         for row in table.rows:
             for place, setting in row.cells.items():
                 value = setting.spread(column).mean
                 if setting.run.is_float or math.isnan(value):
                     continue
                 same = [setting.label(key) for key in ("model", "data", "activation", "kv")]
-                bits = "" if place else f"{setting.bits:.0f}"
                 rank = -value if column.higher else value
-                rivals.setdefault((*place, *same, bits), []).append((rank, setting))
-        for members in rivals.values():
-            if len(members) > 1:
-                least = min(rank for rank, _ in members)
-                found |= {(id(setting), column) for rank, setting in members if rank == least}
+                alike.setdefault((*place, *same), []).append((rank, setting))
+        for members in alike.values():
+            for rank, setting in members:
+                ranks = [other for other, each in members if _near(setting.bits, each.bits)]
+                if len(ranks) > 1 and rank == min(ranks):
+                    found.add((id(setting), column))
     return found
+
+
+def _near(one: float, other: float) -> bool:
+    """Whether so many bits are about the same; where none are counted, all are."""
+    if math.isnan(one) or math.isnan(other):
+        return math.isnan(one) and math.isnan(other)
+    return abs(one - other) <= NEAR + 1e-9
 
 
 def compare(setting: Setting, baseline: Setting, column: Column) -> Difference | None:

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from qexp.report.pivot import Row, Setting, Table
-from qexp.report.significance import Difference, best, compare
+from qexp.report.significance import NEAR, Difference, best, compare
 from qexp.runs.finished import Column
 
 LEGEND = (
     "± is the standard error over what was evaluated; ± … (n) is the deviation over n seeds around "
-    "their mean. The best of a column among settings of about equal bits is bold."
+    f"their mean. The best of a column among several settings within {NEAR} bits of it is bold."
 )
 TOGETHER = "settings"
 UNSAID = f"Where the column {TOGETHER} does not say otherwise, of settings with such a key: "

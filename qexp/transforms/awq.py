@@ -31,6 +31,8 @@ class AWQ(Step):
     the group's module with weights on `grid`; then each group of weights is clipped to the best of
     ten shares of its largest magnitude, queries and keys left out. Weight-only, as published.
 
+    grouped_values: also value → output projection where several query heads share a value head,
+    which the reference leaves out, since the shapes of the two differ there.
     clip: the second part. It changes weights for good, as part of how they will be rounded, and
     with it the float model's logits; scales alone do not.
     sequences: of each calibration batch; null is all of them.
@@ -39,6 +41,7 @@ class AWQ(Step):
     grid: Grid
     points: int = 20
     clip: bool = True
+    grouped_values: bool = False
     sites: str = "norms+value+up"
     sequences: int | None = None
 
@@ -60,6 +63,8 @@ class AWQ(Step):
         return []
 
     def _propose(self, site: SiteStatistics) -> list[ScaleShift]:
+        if site.channels.repeats > 1 and not self.grouped_values:
+            return [ScaleShift(torch.ones_like(site.mean))]
         powers = (step / self.points for step in range(self.points))
         scales = (site.mean.pow(power).clamp(min=1e-4) for power in powers)
         return [ScaleShift(scale / (scale.max() * scale.min()).sqrt()) for scale in scales]

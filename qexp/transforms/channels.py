@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 # What a scale or a shift is at the moment.
 Follow = Callable[[], Float[Tensor, " channels"]]
 
-SITES = ("norms", "norms+value+up")
+SITES = ("norms", "norms+value", "norms+value+up")
 
 
 @dataclass(frozen=True)
@@ -183,8 +183,8 @@ def parametrized(module: nn.Module, name: str, change: nn.Module) -> Iterator[No
 def channels_of(task: Task, index: int, sites: str, key: str = "transform.sites") -> list[Channels]:
     """Where block `index` can be scaled, in execution order; UserError, naming `key`, when nowhere.
 
-    sites: `norms` (norm → linears), or `norms+value+up` (also value → output projection and up →
-    down in a gated MLP, where linear).
+    sites: `norms` (norm → linears); `norms+value` (also value → output projection); or
+    `norms+value+up` (also up → down in a gated MLP, or fc1 → fc2 through ReLU).
     """
     arch = task.arch
     groups = _groups(arch, sites, key)
@@ -203,9 +203,11 @@ def _groups(arch: Arch, sites: str, key: str) -> list[Group]:
     if arch.post_norm:
         found = [group for group in found if group not in norms]
         norms = []
+    if sites != "norms+value+up":  # the last writer ends the MLP
+        found = [group for group in found if group.linears[0] != arch.writers[-1]]
     found = norms if sites == "norms" else found
     if not found:
-        more = "; sites=norms+value+up scales its values" if sites == "norms" else ""
+        more = "; sites=norms+value scales its values" if sites == "norms" else ""
         raise UserError(
             f"{key}={sites}: in this family norms stand behind the residual sums, so "
             f"what they make is the stream itself and its channels cannot be scaled{more}."

@@ -13,6 +13,7 @@ from qexp.gradients import Straight
 from qexp.grid import Grid
 from qexp.grid.ranges import MinMax
 from qexp.quantizers.scheme import Activations
+from qexp.quantizers.scheme import FloatActivations as FloatActivations
 from qexp.step import Record, Step
 from qexp.task import Batches, Task
 from qexp.transforms.channels import SITES, channels_of
@@ -95,6 +96,7 @@ class OmniQuant(Step):
     `sites` says where, channel scales (from SmoothQuant's) and shifts (from the middle of each
     range, where the source can take one).
 
+    shift: null is the reference's rule, shifts only where activations are quantized.
     query_key: with sites, also a scale between queries and keys, where they are linears of their
     own. Inputs do not feel it, nor do weights whose rows have scales of their own.
     augmented: the loss also asks for what the float block makes of the quantized block's inputs
@@ -108,7 +110,7 @@ class OmniQuant(Step):
     grid: Grid
     activation: Activations
     sites: str | None = None
-    shift: bool = True
+    shift: bool | None = None
     query_key: bool = True
     augmented: bool = False
     epochs: int = 20
@@ -161,7 +163,10 @@ class OmniQuant(Step):
         if self.augmented:
             targets.append([block.replay(n, x).to(x.device) for n, x in enumerate(inputs)])
         reconstruction = Reconstruction(block, inputs, targets)
-        learned: list[Shape | QueryKey] = [Shape(site, self.shift) for site in found]
+        shift = self.shift
+        if shift is None:
+            shift = not isinstance(self.activation, FloatActivations)
+        learned: list[Shape | QueryKey] = [Shape(site, shift) for site in found]
         if found and self.query_key:
             learned += query_keys(block.task, block.index)
         clips = {name: Clipping(self.grid, linear.weight) for name, linear in block.linears.items()}

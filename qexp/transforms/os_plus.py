@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qexp.common.errors import check_choice, check_int
+from qexp.common.errors import check_choice, check_int, check_positive
 from qexp.grid import Grid
 from qexp.quantizers.scheme import Activations
 from qexp.step import Record, Step
@@ -18,13 +18,17 @@ from qexp.transforms.scale_search import (
     search_and_fold,
 )
 
+TINY = 1e-12  # of a tensor of zeros
+
 
 @dataclass(frozen=True)
 class OutlierSuppression(Step):
     """Shift each channel by the middle of its range, then divide it by max(1, reach / t); the
-    threshold t is the best of `points` equal steps up to the largest reach, by the output of the
-    group's module with weights rounded to `grid` and inputs as `activation` will.
+    threshold t is the best of `points` from the largest reach down to `lowest` in equal steps, by
+    the output of the group's module with weights rounded to `grid` and inputs as `activation` will.
 
+    points: null is the reference's number, one for every 0.5 of the largest reach and at least 100.
+    lowest: in the activation's own units. Where nothing reaches so far, nothing is shrunk.
     shift: false leaves ranges where they are. Where the source has no bias to take a shift (RMS
     norms, up projections) there is none in any case.
     """
@@ -32,14 +36,17 @@ class OutlierSuppression(Step):
     grid: Grid
     activation: Activations
     shift: bool = True
-    points: int = 20  # [choice]
+    points: int | None = None
+    lowest: float | int = 0.1
     sites: str = "norms"
     sequences: int | None = None
 
     def __post_init__(self) -> None:
         check_settings(self)
         check_choice("transform", self, sites=SITES)
-        check_int("transform", self, points=1)
+        if self.points is not None:
+            check_int("transform", self, points=1)
+        check_positive("transform", self, "lowest")
 
     def __call__(self, task: Task, batches: Batches) -> list[Record]:
         def propose(site: SiteStatistics) -> list[ScaleShift]:
@@ -47,14 +54,21 @@ class OutlierSuppression(Step):
             middle = (low + high) / 2
             shift = middle if self.shift and site.channels.shiftable else None
             reach = (high - low) / 2 if shift is not None else torch.maximum(-low, high)
-            thresholds = (reach.max() * step / self.points for step in range(self.points, 0, -1))
             return [
-                ScaleShift((reach / threshold.clamp(min=1e-12)).clamp(min=1), shift)
-                for threshold in thresholds
+                ScaleShift((reach / threshold).clamp(min=1), shift)
+                for threshold in self.thresholds(float(reach.max()))
             ]
 
         data = first(batches(), self.sequences)
         search_and_fold(
-            task, data, self.sites, propose, self.grid, self.activation, self.points > 1
+            task, data, self.sites, propose, self.grid, self.activation, self.points != 1
         )
         return []
+
+    def thresholds(self, largest: float) -> list[float]:
+        """Those that are tried where channels reach up to `largest`."""
+        if largest <= self.lowest:
+            return [max(largest, TINY)]
+        count = max(100, int(largest / 0.5)) if self.points is None else self.points
+        step = (largest - self.lowest) / max(count - 1, 1)
+        return [largest - step * n for n in range(count)]

@@ -169,3 +169,16 @@ def test_an_environment_variable_that_is_missing_is_named(monkeypatch) -> None:
     assert messages.message_for(error.value).endswith(
         "set the environment variable QEXP_DATA_DIR, or this key"
     )
+
+
+@pytest.mark.parametrize("kind", ["e4m3", "e5m2"])
+def test_eight_bit_floats_have_a_scale_per_row(kind) -> None:
+    cfg = compose("config", [f"weight=fp8_{kind}"])
+    assert cfg.weight.group_size is None and cfg.weight.per_tensor is False
+
+
+def test_llm_qat_has_its_own_step() -> None:
+    cfg = compose("config", ["method=llm_qat", "kv=llm_qat"])
+    assert cfg.weight.symmetric and cfg.weight.narrow and cfg.weight.group_size is None
+    assert cfg.kv.grid.symmetric and cfg.kv.grid.narrow
+    assert not compose("config", ["method=lsq"]).weight.narrow

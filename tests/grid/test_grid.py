@@ -13,6 +13,7 @@ from qexp.grid.ranges import MSE, RMS, Entropy, MinMax, MovingAverage, Percentil
 GRIDS = [
     IntGrid(2),
     IntGrid(3, symmetric=True),
+    IntGrid(3, symmetric=True, narrow=True),
     IntGrid(4, group_size=16),
     IntGrid(8, symmetric=True, group_size=32, scale_dtype="float16"),
     IntGrid(4, include_zero=False, real_zero=True),
@@ -58,6 +59,20 @@ def test_integer_formula_by_hand():
     symmetric = IntGrid(2, symmetric=True).fit(x)  # scale = 2·2 / 3, zero = 2
     assert symmetric.scale.item() == pytest.approx(4 / 3)
     assert symmetric.zero.item() == 2
+
+
+def test_a_narrow_grid_has_both_ends_of_its_range(x):
+    """LLM-QAT's step, max / (2^(b-1) - 1), where the full range's is max / ((2^b - 1) / 2)."""
+    grid = IntGrid(4, symmetric=True, narrow=True)
+    q = grid.fit(x)
+    reach = x.abs().amax(1, keepdim=True)
+    torch.testing.assert_close(q.scale, reach / 7)
+    codes = grid.encode(torch.cat([x, -reach, reach, -2 * reach], 1), q) - q.zero
+    assert codes[:, -3:].tolist() == [[-7.0, 7.0, -8.0]] * 12 and codes[:, :-1].abs().max() == 7
+    torch.testing.assert_close(grid(reach), reach)
+    assert grid.cost(8, 128) == IntGrid(4, symmetric=True).cost(8, 128)
+    with pytest.raises(UserError, match=r"^narrow=true.*give symmetric=true"):
+        IntGrid(4, narrow=True)
 
 
 def test_positive_rows_are_widened_to_zero_only_when_asked():

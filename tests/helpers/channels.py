@@ -8,7 +8,7 @@ from qexp.quantizers.placement import LinearInputs
 from qexp.quantizers.scheme import QuantizedActivations
 from qexp.transforms.channels import SITES, channels_of
 
-NORMS, ALL = SITES
+NORMS, VALUES, ALL = SITES
 
 
 def close(one: torch.Tensor, two: torch.Tensor, share: float) -> None:

@@ -52,7 +52,7 @@ STATIC = ("activation=int8_tensor", "activation.grid.bits=4")
         ("method=lsq", "method/loss=hidden_l2"),
         ("method=contapprox", *STATIC),
         ("method=contapprox", "method.clamp.forward=soft", "method.rounding.mode=norm", *STATIC),
-        ("method=llm_qat", "method/clamp=llm_qat", "activation=int8_token", "kv=int8_token"),
+        ("method=llm_qat", "method/clamp=llm_qat", "activation=int8_token", "kv=llm_qat"),
         ("method=peqa", "weight.group_size=32", "method.optimizer.scales=1e-3"),
         ("method=dsq",),
         ("method=ewgs", "activation=int8_tensor"),

@@ -13,7 +13,7 @@ from qexp.grid import IntGrid, Range
 from qexp.grid.ranges import MSE, Entropy, MinMax, MovingAverage, Percentile
 from qexp.quantizers.activation import FakeQuant
 from qexp.quantizers.fake_quantize import FakeQuantize
-from qexp.quantizers.placement import AllOps, KVCache, LinearInputs
+from qexp.quantizers.placement import AllOps, KVCache, LinearInputs, ProjectedKV
 from qexp.quantizers.scheme import QuantizedActivations, quantize_activations
 
 TENSOR = IntGrid(8, per_tensor=True)
@@ -123,6 +123,31 @@ def test_cache_quantization_rounds_keys_and_values_per_head_and_token():
     task.loss(batch)
     assert seen["key"].shape[1] == 2  # before key heads are repeated for the query heads
     assert all(len(vector.unique()) <= 4 for vector in seen["key"].flatten(0, 2))
+
+
+@torch.no_grad()
+def test_projected_keys_are_rounded_before_they_are_turned():
+    """LLM-QAT: one scale for the key heads of a token, which the rotary embedding then mixes."""
+    task, batch = task_of("llama"), joined("llama")
+    grid = IntGrid(2, symmetric=True, narrow=True)
+    quantize_activations(
+        task,
+        [QuantizedActivations(ProjectedKV(), grid, dynamic=True)],
+        lambda: pytest.fail("no data"),
+    )
+    attention, seen = task.blocks[1].self_attn, {}
+    for name, linear in (("key", attention.k_proj), ("value", attention.v_proj)):
+        linear.register_forward_hook(lambda _, __, y, name=name: seen.update({name: y}))
+    task.loss(batch)
+    assert seen["key"].shape[-1] == 32  # two heads of 16
+    for tensor in seen.values():
+        assert all(len(token.abs().unique()) <= 2 for token in tensor.flatten(0, 1))
+    assert {name.rpartition("/")[2] for name in task.quantizers} == {
+        "projected_key",
+        "projected_value",
+    }
+    with pytest.raises(UserError, match=r"^kv\.placement: .*kv=int8_token"):
+        QuantizedActivations(ProjectedKV(), grid).put(task_of("gpt2"))
 
 
 @pytest.mark.parametrize(

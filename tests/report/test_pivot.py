@@ -96,6 +96,22 @@ def test_the_best_is_among_equals() -> None:
     assert [s.label("method") for s in table.settings if (id(s), PPL) in bold] == ["gptq"]
 
 
+@pytest.mark.parametrize("columns", [(), ("weight.bits",)], ids=["rows", "columns"])
+def test_settings_within_a_twentieth_of_a_bit_compete(columns) -> None:
+    """2.52 and 3.30 are both 3 when rounded, and no rivals."""
+    runs = [
+        *seeds("gptq", 20, bits=2.52),
+        *seeds("rtn", 19, bits=3.30),
+        *seeds("spqr", 18, bits=3.35),
+        *seeds("oac", 17, bits=3.41),
+    ]
+    for each in runs:  # one column of the table for all, as nominal bits make it
+        each.config["weight"]["bits"] = each.leaves["weight.bits"] = 3
+    table = pivot.pivot(pivot.group(runs), columns=list(columns))
+    bold = significance.best(table)
+    assert [s.label("method") for s in table.settings if (id(s), PPL) in bold] == ["spqr"]
+
+
 def test_a_difference_is_paired_over_seeds() -> None:
     gptq, rtn = pivot.group([*seeds("gptq", 10, 21, 30.5), *seeds("rtn", 11, 22, 32, 99)])
     moved = significance.compare(gptq, rtn, PPL)

@@ -5,12 +5,14 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from helpers.channels import ALL, NORMS, close, every, logits, random_scale
-from helpers.models import FAMILIES, joined, task_of
+from helpers.channels import ALL, NORMS, VALUES, close, every, logits, random_scale
+from helpers.models import FAMILIES, joined, task_of, tiny
 
+from qexp.arch import arch_of
 from qexp.common.errors import UserError
 from qexp.transforms.channels import channels_of
 
+LAST = ("fc1", "mlp.up_proj")
 CASES = [(family, ALL) for family in FAMILIES]
 CASES += [(family, NORMS) for family in FAMILIES if family != "bert"]
 
@@ -87,8 +89,31 @@ def test_query_heads_share_the_channels_of_their_value_head():
 
 
 def test_post_norm_families_are_refused_with_the_reason():
-    with pytest.raises(UserError, match=r"behind the residual sums.*norms\+value\+up"):
+    with pytest.raises(UserError, match=r"behind the residual sums.*norms\+value"):
         channels_of(task_of("bert"), 0, "norms")
     assert len(channels_of(task_of("bert"), 0, ALL)) == 1
     with pytest.raises(UserError, match=r"transform\.sites=all"):
         channels_of(task_of("llama"), 0, "all")
+
+
+def names(task, sites: str) -> list[str]:
+    return [channels.name.partition(".0.")[2] for channels in channels_of(task, 0, sites)]
+
+
+def test_what_comes_out_of_a_relu_is_a_site_and_of_a_gelu_is_not():
+    """As AWQ's reference has it for OPT, and cross-layer equalization for ReLU networks."""
+    assert names(task_of("opt"), ALL)[-1] == "fc1"
+    assert "mlp.c_fc" not in names(task_of("gpt2"), ALL)
+    relu = tiny("gpt2", sizes={"activation_function": "relu"}).model
+    assert arch_of(relu).groups[-1].producer == "mlp.c_fc"
+    gelu = tiny("opt", sizes={"activation_function": "gelu"}).model
+    assert arch_of(gelu).groups[-1].producer is None
+    assert not arch_of(relu).gated and arch_of(task_of("llama").model).gated
+
+
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_values_are_sites_of_their_own(family):
+    """Where OmniQuant's reference has its scales: norms and values, nothing inside of the MLP."""
+    found = names(task_of(family), VALUES)
+    assert found == [name for name in names(task_of(family), ALL) if name not in LAST]
+    assert "self_attn.v_proj" in found

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.channels import ALL, NORMS, TENSOR, close, drift, logits, planted
+from helpers.channels import ALL, NORMS, TENSOR, VALUES, close, drift, logits, planted
 from helpers.models import FAMILIES, joined, task_of
 
 from qexp.common.errors import UserError
@@ -74,6 +74,38 @@ def test_awq_leaves_less_error_of_rounded_weights(family, clip):
             step(task, lambda: [batch])
         errors.append(drift(task, batch, expected))
     assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_awq_leaves_values_that_heads_share_alone(grouped):
+    """The reference scales value → output projection only where the two have the same shape."""
+    task, batch = task_of("llama"), joined("llama")
+    expected, before = logits(task, batch), task.blocks[0].self_attn.o_proj.weight.clone()
+    step = AWQ(GRID, points=6, clip=False, sites=VALUES, grouped_values=grouped)
+    step(task, lambda: [batch])
+    moved = not torch.equal(task.blocks[0].self_attn.o_proj.weight, before)
+    assert moved == grouped
+    close(logits(task, batch), expected, 1e-4)
+
+
+@pytest.mark.parametrize("step", [AWQ(GRID, points=6, clip=False), Equalize(ALL)], ids=str)
+def test_channels_behind_a_relu_are_scaled(step):
+    task, batch = task_of("opt"), joined("opt")
+    expected, before = logits(task, batch), task.blocks[1].fc2.weight.clone()
+    step(task, lambda: [batch])
+    assert not torch.equal(task.blocks[1].fc2.weight, before)
+    close(logits(task, batch), expected, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("points", "largest", "count", "last"),
+    [(None, 3.0, 100, 0.1), (None, 80.0, 160, 0.1), (20, 3.0, 20, 0.1), (1, 3.0, 1, 3.0)],
+)
+def test_thresholds_reach_down_to_a_tenth(points, largest, count, last):
+    found = OutlierSuppression(GRID, TENSOR, points=points).thresholds(largest)
+    assert len(found) == count and found[0] == largest
+    assert found[-1] == pytest.approx(last) and found == sorted(found, reverse=True)
+    assert OutlierSuppression(GRID, TENSOR).thresholds(0.05) == [0.05]
 
 
 def test_clipping_takes_the_best_share_of_each_group_by_hand():

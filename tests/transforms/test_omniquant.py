@@ -100,6 +100,26 @@ def test_a_grid_that_rows_share_feels_the_queries_scale():
     assert not torch.equal(keys[0], keys[1]) and not torch.equal(keys[1], before)
 
 
+@pytest.mark.parametrize(
+    ("activation", "shift", "moves"),
+    [
+        (FloatActivations(), None, False),
+        (FloatActivations(), True, True),
+        (TENSOR, None, True),
+        (TENSOR, False, False),
+    ],
+    ids=["weights alone", "asked for", "activations", "refused"],
+)
+def test_shifts_are_learned_where_activations_are_quantized(activation, shift, moves):
+    """A shift of a norm's channels moves the linears' biases; what weights alone cost does not
+    depend on it, and the reference leaves it out there."""
+    task = task_of("opt")
+    before = task.blocks[0].fc1.bias.clone()
+    step = OmniQuant(GRID, activation, NORMS, shift=shift, epochs=1, clip_rate=0.0, scale_rate=0.0)
+    step(task, lambda: [joined("opt")])
+    assert torch.equal(task.blocks[0].fc1.bias, before) != moves
+
+
 @torch.no_grad()
 def test_targets_add_up():
     block = next(iter(walk(task_of("opt"), [joined("opt")], 2)))

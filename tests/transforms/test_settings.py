@@ -28,6 +28,7 @@ ON_GRIDS = ("smooth", "awq", "os_plus", "quadapter", "omniquant")
         ("awq", "points=true"),
         ("awq", "sequences=-1"),
         ("os_plus", "points=0"),
+        ("os_plus", "lowest=0.0"),
         ("os_plus", "sequences=true"),
         ("equalize", "rounds=0"),
         ("quadapter", "steps=-1"),
