@@ -155,7 +155,7 @@ def evaluate(
         with provenance.stage(f"evaluate {evaluator.name}"):
             numbers = evaluator(task)
         metrics |= {f"{evaluator.name}/{key}": value for key, value in numbers.items()}
-        definition = evaluator.definition()
+        definition = evaluator.definition() | evaluator.followed(task)
         entry = {
             "digest": digest(definition),
             "definition": definition,

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from qexp.common.errors import UserError
 from qexp.common.files import atomic
-from qexp.report import html, plots, tables
+from qexp.report import edges, html, plots, tables
 from qexp.report.pivot import SEED, Setting, Table, group, pivot
-from qexp.report.significance import counterparts
+from qexp.report.significance import counterparts, effect
 from qexp.runs.finished import Run, collect
 
 STORED = (
@@ -79,6 +79,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--metrics", help="metrics, by commas, with * and ?: '*/ppl,*/acc'")
     parser.add_argument("--over", help="keys whose values are averaged over; seed by default")
     parser.add_argument("--baseline", help="what others are compared with: method=rtn")
+    parser.add_argument("--chosen", help="key that was searched: its best value, and if at an end")
     parser.add_argument("--x", default="weight/bits", help="metric or config key of the x axis")
     chosen = parser.parse_args(arguments)
     runs, notes = collect(chosen.folders)
@@ -94,11 +95,38 @@ def main(arguments: Sequence[str]) -> None:
     table = select(table, _words(chosen.metrics))
     legend, baselines = [tables.LEGEND], {}
     if chosen.baseline:
-        baselines = counterparts(settings, _pairs(chosen.baseline))
+        against = _pairs(chosen.baseline)
+        baselines = counterparts(settings, against)
         legend.append(tables.AGAINST.format(baseline=chosen.baseline))
+        legend += effects(table, baselines, list(against))
+    if chosen.chosen:
+        best = edges.chosen(table, chosen.chosen)
+        print("\n".join(best) + "\n")
+        legend += best
     out = chosen.out or chosen.folders[0]
     print(write(table, baselines, legend, out, notes, chosen.x))
     print("\n" + ", ".join([str(out / FILES[0]), *FILES[1:]]))
+
+
+def effects(table: Table, baselines: Mapping[int, Setting], keys: Sequence[str]) -> list[str]:
+    """What each value of the baseline's keys does over several rows, tested by seed; a sentence for
+    each value and metric that has more than one pair."""
+    said = []
+    for column in table.columns:
+        pairs: dict[str, list[tuple[Setting, Setting]]] = {}
+        for setting in table.settings:
+            baseline = baselines.get(id(setting))
+            if baseline and setting.spread(column).count and baseline.spread(column).count:
+                words = " ".join(setting.words(keys).values())
+                pairs.setdefault(words, []).append((setting, baseline))
+        for words, found in pairs.items():
+            moved = effect(found, column) if len(found) > 1 else None
+            if moved is not None and moved.p == moved.p:
+                said.append(
+                    f"{column.title}, {words}: over {len(found)} rows, averaged within each of "
+                    f"{moved.count} seeds, {moved.interval(column)}, p {moved.p:.2g}."
+                )
+    return said
 
 
 def select(table: Table, patterns: Sequence[str]) -> Table:

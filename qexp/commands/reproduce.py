@@ -41,10 +41,12 @@ class Measured:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command line of `qexp reproduce`; 0 where every row and order was reached."""
+    """The command line of `qexp reproduce`; 0 where every number that is judged is reached and
+    every order holds, else 1 (also for level, reversed, untested and not run)."""
     parser = argparse.ArgumentParser(prog="qexp reproduce", description=__doc__)
     parser.add_argument("ids", nargs="*", help=f"of {', '.join(ids())}; or key=value for all jobs")
     parser.add_argument("--columns", help="by commas; the paper's own models by default")
+    parser.add_argument("--seeds", help="by commas, instead of those of each column")
     parser.add_argument("--show", action="store_true", help="run nothing: what stands on disk")
     parser.add_argument("--dry-run", action="store_true", help="the jobs and what they would take")
     chosen = parser.parse_args(arguments)
@@ -52,6 +54,8 @@ def main(arguments: Sequence[str]) -> int:
     code = 0
     for name in [word for word in chosen.ids if "=" not in word] or ids():
         paper = load(name)
+        if chosen.seeds:
+            paper = paper.over(chosen.seeds)
         if chosen.columns:
             columns = chosen.columns.split(",")
         else:
@@ -103,7 +107,8 @@ def report(
                 said = ("not run", "")
                 if one.setting is not None and other.setting is not None:
                     metric = one.column(paper.columns[column].metric)
-                    said = published.order(one.setting, other.setting, metric)
+                    seeded = paper.rows[less].seeded, paper.rows[more].seeded
+                    said = published.order(one.setting, other.setting, metric, seeded)
                 orders.append([f"{less} < {more}", column, *said])
     titles = ("row", "column", "published", "measured", "off", "verdict", "run")
     text = [f"## {name}: {paper.title}", f"Source: {paper.source}. Inferred: {paper.inferred}"]

@@ -12,6 +12,7 @@ from omegaconf import ListConfig, OmegaConf
 
 from qexp.common.errors import UserError
 from qexp.config.location import conf
+from qexp.sweeps import choosing
 
 
 def wandb_sweep(overrides: Sequence[str]) -> str:
@@ -21,14 +22,16 @@ def wandb_sweep(overrides: Sequence[str]) -> str:
     if not (params := OmegaConf.select(cfg, "hydra.sweeper.params")):
         raise UserError("wandb-sweep: nothing is searched; give a search, search=gptq_damping")
     parsed = OverridesParser.create().parse_overrides([f"{k}={v}" for k, v in params.items()])
+    choosing.check(cfg)
+    trials = OmegaConf.select(cfg, "hydra.sweeper.n_trials")
     wanted = cfg.optimize[0] if isinstance(cfg.optimize, ListConfig) else cfg.optimize or "ppl"
     name = wanted if "/" in wanted else f"{next(iter(cfg.eval.values())).name}/{wanted}"
     # one run for each of the agent's jobs, whatever mode the search itself has
     single = ["hydra.mode=RUN", "logger=wandb", "${args_no_hyphens}"]
     content = {
-        "method": "bayes",
+        "method": "bayes" if trials else "grid",
         "metric": {"name": name, "goal": "minimize"},
-        "run_cap": OmegaConf.select(cfg, "hydra.sweeper.n_trials"),
+        **({"run_cap": trials} if trials else {}),
         "parameters": {each.get_key_element(): _distribution(each) for each in parsed},
         "command": ["${env}", "WANDB_MODE=online", "qexp", *overrides, *single],
     }

@@ -77,3 +77,7 @@ def _wrong(where: str | None, said: str) -> Exception:
     if where is None:
         return FieldError(said)
     return UserError(f"{where}.{said}" if where else said)
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

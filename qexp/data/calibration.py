@@ -71,6 +71,9 @@ class Calibration(Recipe):
     def files(self) -> list[Path]:
         return self.corpus.files(self.chosen_split())
 
+    def reads(self) -> list[tuple[Corpus, str]]:
+        return [(self.corpus, self.chosen_split())]
+
     def windows(self, task: Task, length: int) -> Int64[Tensor, "sequences length"]:
         """The token ids. Fewer than asked where the text is short (logged); none is an error."""
         check_length(task.model, self.length, "calibration.length")

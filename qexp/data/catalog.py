@@ -35,6 +35,7 @@ class CorpusInfo:
     rows: Callable[[str], list[str]] = field(default=lambda text: [text])
     text: Callable[[list[str]], str] = "\n\n".join
     example: Callable[[dict[str, Any]], Example] | None = None
+    same: str | None = None  # the corpus whose text it is, in another form
     take: int | None = None  # the first documents of a hub split too large to fetch
 
 
@@ -74,6 +75,10 @@ def _wikitext(pattern: str, instead: str = "") -> dict[str, SplitInfo]:
         "train": SplitInfo(pattern.format("train"), "train", instead=instead),
         "validation": SplitInfo(pattern.format("valid"), "validation"),
         "test": SplitInfo(pattern.format("test"), "test"),
+        # halves of the validation text, for searches: a method sees one, settings are chosen on the
+        # other
+        "calibrate": SplitInfo(pattern.format("valid"), "validation", None, FIRST, FIRST),
+        "choose": SplitInfo(pattern.format("valid"), "validation", None, LAST, LAST),
     }
 
 
@@ -114,6 +119,7 @@ CATALOG: dict[str, CorpusInfo] = {
         _wikitext("wikitext2/wiki.{}.tokens"),
         "wikitext-2-v1",
         WIKITEXT_COMMIT,
+        same="wikitext2",
         rows=_wiki_rows,
         text=_wiki_text,
     ),

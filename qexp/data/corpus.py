@@ -50,6 +50,10 @@ class Corpus(ABC):
         """The sha256 of the content: of the rows with their limits, and of the running text."""
         return digest([*self.documents(split), self.text(split)])
 
+    def overlaps(self, split: str, other: "Corpus", other_split: str) -> bool:
+        """Whether the two splits share text."""
+        return (self.name, split) == (other.name, other_split)
+
     def ids(self, split: str, vocabulary: int, count: int) -> Int64[Tensor, " tokens"]:
         """Token ids for a model without a tokenizer; only made-up corpora have them."""
         raise UserError(

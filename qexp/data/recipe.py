@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from qexp.data.corpus import Corpus
 from qexp.task import Task
 
 Batch = dict[str, Tensor]
@@ -26,6 +27,10 @@ class Recipe(ABC):
     @abstractmethod
     def files(self) -> list[Path]:
         """The local files it reads."""
+
+    def reads(self) -> list[tuple[Corpus, str]]:
+        """The corpora and splits that it takes text from."""
+        return []
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,16 @@ class StandardCorpus(Corpus):
             raise UserError(self._missing(split, part, why)) from error
         return share(rows, part.hub_share)
 
+    def overlaps(self, split: str, other: Corpus, other_split: str) -> bool:
+        """By the hub's split that both are parts of; local files are divided likewise."""
+        if not isinstance(other, StandardCorpus):
+            return False
+        (facts, part), (others, another) = self._part(split), other._part(other_split)
+        one = (facts.same or self.name, part.hub, part.shard)
+        two = (others.same or other.name, another.hub, another.shard)
+        (start, stop), (begin, end) = part.hub_share, another.hub_share
+        return one == two and max(start, begin) < min(stop, end)
+
     def text(self, split: str) -> str:
         return CATALOG[self.name].text(self.documents(split))
 

@@ -17,6 +17,15 @@ def encode_now(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> 
     return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
 
 
+def begins(tokenizer: PreTrainedTokenizerBase | None) -> int | None:
+    """The BOS token that the tokenizer itself puts before a text, the vocabulary's `add_bos`; None
+    where it puts none there, or has none."""
+    if tokenizer is None or tokenizer.bos_token_id is None:
+        return None
+    bos = int(tokenizer.bos_token_id)
+    return bos if encode_now(tokenizer, "", special=True)[:1] == [bos] else None
+
+
 def encode(
     tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False
 ) -> Int64[Tensor, " tokens"]:

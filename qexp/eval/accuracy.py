@@ -10,6 +10,7 @@ import torch
 
 from qexp.common.errors import UserError
 from qexp.common.progress import bar
+from qexp.data.corpus import Corpus
 from qexp.data.recipe import Recipe
 from qexp.eval.base import Evaluator
 from qexp.task import Classifier, Task, trimmed
@@ -65,3 +66,6 @@ class Accuracy(Evaluator):
 
     def files(self) -> list[Path]:
         return self.batches.files()
+
+    def reads(self) -> list[tuple[Corpus, str]]:
+        return self.batches.reads()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from qexp import task as tasks
 from qexp.common.cache import Cache, sources
 from qexp.common.errors import UserError
+from qexp.data.corpus import Corpus
 from qexp.eval import token_losses
 from qexp.eval.base import Evaluator, FloatModel, WithReference
 from qexp.eval.token_losses import Window, check_causal, states
@@ -66,8 +67,14 @@ class AgainstFloat(Evaluator):
     def definition(self) -> dict[str, Any]:
         return {"kind": "AgainstFloat", "protocol": self.protocol.definition()}
 
+    def followed(self, task: Task) -> dict[str, Any]:
+        return self.protocol.followed(task)
+
     def files(self) -> list[Path]:
         return self.protocol.files()
+
+    def reads(self) -> list[tuple[Corpus, str]]:
+        return self.protocol.reads()
 
     def _windows(self, task: Task) -> list[Window]:
         return [window for part in self.protocol.passages(task) for window in part.windows]

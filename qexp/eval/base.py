@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qexp.data.corpus import Corpus
 from qexp.task import Task
 
 
@@ -50,9 +51,24 @@ class Evaluator(ABC):
         """What is recorded of a measurement beside its definition."""
         return {"dtype": dtype_of(task)}
 
+    def followed(self, task: Task) -> dict[str, Any]:
+        """What it did as the model's tokenizer says, if that is a choice: a part of the definition
+        that is known once there is a model."""
+        return {}
+
     @abstractmethod
     def files(self) -> list[Path]:
         """The local files it reads."""
+
+    @abstractmethod
+    def reads(self) -> list[tuple[Corpus, str]]:
+        """The corpora and splits that its numbers are of."""
+
+    def judged(self) -> str:
+        """What of it tables are judged on, in words: a corpus's evaluation split. Empty for text
+        that settings may be chosen on."""
+        found = [f"the {s} split of {c.name}" for c, s in self.reads() if s == c.evaluation_split]
+        return ", ".join(found)
 
 
 @dataclass(frozen=True)
@@ -79,8 +95,17 @@ class WithReference(Evaluator):
     def facts(self, task: Task) -> dict[str, Any]:
         return self.plain.facts(task)
 
+    def followed(self, task: Task) -> dict[str, Any]:
+        return self.plain.followed(task)
+
     def files(self) -> list[Path]:
         return self.plain.files()
+
+    def reads(self) -> list[tuple[Corpus, str]]:
+        return self.plain.reads()
+
+    def judged(self) -> str:
+        return self.plain.judged()
 
 
 def dtype_of(task: Task) -> str:

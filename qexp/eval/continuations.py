@@ -99,6 +99,9 @@ class Continuations(Evaluator):
     def files(self) -> list[Path]:
         return [] if self.prompts is not None else self.corpus.files(self.split)
 
+    def reads(self) -> list[tuple[Corpus, str]]:
+        return [] if self.prompts is not None else [(self.corpus, self.split)]
+
     def _prompts(self, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
         if self.prompts is not None:
             return [encode_now(tokenizer, text, special=True) for text in self.prompts]

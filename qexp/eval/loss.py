@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from qexp.common.errors import UserError
+from qexp.data.corpus import Corpus
 from qexp.data.recipe import Recipe
 from qexp.eval.base import Evaluator
 from qexp.task import Task
@@ -52,3 +53,6 @@ class MeanLoss(Evaluator):
 
     def files(self) -> list[Path]:
         return self.batches.files()
+
+    def reads(self) -> list[tuple[Corpus, str]]:
+        return self.batches.reads()

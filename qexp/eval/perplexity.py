@@ -4,6 +4,7 @@ The protocols themselves, with their sources, are the files of conf/eval/.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Int64
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from qexp.common.errors import UserError
 from qexp.data.sampling import random_documents
-from qexp.data.tokens import check_length, encode, running
+from qexp.data.tokens import begins, check_length, encode, running
 from qexp.eval.token_losses import Window
 from qexp.eval.wikitext import detokenize, pages, words
 from qexp.eval.windowed import Passage, Windowed
@@ -29,7 +30,8 @@ class Perplexity(Windowed):
     `stride`: from one window's start to the next (null: `length`, no overlap); a token is scored
     once, in the first window that reaches it. `tail`: whether the last, shorter window counts.
     `limit`: windows to use (null: all). `bos`: `none`; `start` = what the tokenizer itself puts
-    before a text, once; `each` = the first token of every window is replaced by the BOS token.
+    before a text, once; `each` = the text and every window begin with BOS where the tokenizer puts
+    one before a text (in a window it takes the first token's place), and none does elsewhere.
     """
 
     length: int
@@ -88,14 +90,18 @@ class Perplexity(Windowed):
             special=self.bos == "start",
             enough=(self.limit or 64) * self.length,
         )
-        if self.bos != "each":
-            return ids
-        return torch.cat([ids.new_tensor([_bos(task, self.name)]), ids])
+        bos = self._bos(task)
+        return ids if bos is None else torch.cat([ids.new_tensor([bos]), ids])
 
     def _begun(self, task: Task, tokens: Int64[Tensor, " tokens"]) -> Int64[Tensor, " tokens"]:
-        if self.bos != "each":
-            return tokens
-        return torch.cat([tokens.new_tensor([_bos(task, self.name)]), tokens[1:]])
+        bos = self._bos(task)
+        return tokens if bos is None else torch.cat([tokens.new_tensor([bos]), tokens[1:]])
+
+    def _bos(self, task: Task) -> int | None:
+        return begins(task.tokenizer) if self.bos == "each" else None
+
+    def followed(self, task: Task) -> dict[str, Any]:
+        return {"add_bos": self._bos(task) is not None} if self.bos == "each" else {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,9 +167,3 @@ class WordPerplexity(Windowed):
         if not found:
             raise self.too_short(0, length)
         return found
-
-
-def _bos(task: Task, name: str) -> int:
-    if task.tokenizer is None or task.tokenizer.bos_token_id is None:
-        raise UserError(f"eval {name}: bos=each, but this model's tokenizer has no BOS token")
-    return task.tokenizer.bos_token_id

@@ -118,6 +118,9 @@ class Windowed(Evaluator):
     def files(self) -> list[Path]:
         return self.corpus.files(self.split)
 
+    def reads(self) -> list[tuple[Corpus, str]]:
+        return [(self.corpus, self.split)]
+
     def _losses(self, task: Task, passages: list[Passage]) -> list[Float[Tensor, " scored"]]:
         windows = [window for passage in passages for window in passage.windows]
         return token_losses(task, windows, self.batch_tokens, self.name)

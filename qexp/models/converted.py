@@ -19,6 +19,7 @@ from qexp.models.pretrained import pretrained, tokenizer_of
 log = logging.getLogger(__name__)
 
 SUMS = "sha256.json"
+FORM = 2  # of what is kept; since 2 a tokenizer follows its file's flag for BOS
 
 
 def kept(source: ModelSource, convert: Callable[[], Loaded]) -> Loaded:
@@ -28,6 +29,7 @@ def kept(source: ModelSource, convert: Callable[[], Loaded]) -> Loaded:
     that is damaged is made again. A cache that cannot be written costs a warning, never a run.
     """
     key = {**source.fingerprint(), "objective": source.objective, "by": transformers.__version__}
+    key["form"] = str(FORM)
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     folder = default_folder() / "converted" / name
     try:

@@ -5,16 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import GGML_QUANT_SIZES, GGUFReader
+from gguf import GGML_QUANT_SIZES, GGUFReader, Keys
 from torch import Tensor
-from transformers import AutoConfig, GgufConfig, PreTrainedModel
+from transformers import AutoConfig, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qexp.common.cache import Cache
-from qexp.common.errors import UserError
+from qexp.common.errors import UserError, first_line
 from qexp.common.hashes import sha256
+from qexp.data.tokens import begins
 from qexp.models.base import AUTO_DTYPE, Loaded, ModelSource, check, ready
 from qexp.models.converted import kept
-from qexp.models.pretrained import automatic, first_line, pretrained, tokenizer_of
+from qexp.models.pretrained import automatic, pretrained, tokenizer_of
 
 FLOATS = {"F16": "float16", "BF16": "bfloat16"}
 FLAGS = ("is_quantized", "quantization_method", "hf_quantizer")
@@ -59,6 +60,7 @@ class GGUF(ModelSource):
         except Exception as error:  # the reader stumbles over a broken file in many ways
             _reader(path)
             raise UserError(f"{name} cannot be loaded ({first_line(error)})") from error
+        _follow(path, tokenizer)
         return Loaded(_unflagged(model), tokenizer)
 
     def fingerprint(self) -> dict[str, str]:
@@ -102,6 +104,17 @@ class GGUF(ModelSource):
             if file.read(4) != b"GGUF":
                 raise UserError(f"model.path: {path} is not a GGUF file (its first bytes differ)")
         return [path]
+
+
+def _follow(path: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Put BOS before a text where the file's vocabulary says so, and only there: transformers does
+    not read that flag. A file without it leaves the tokenizer as it is."""
+    field = GGUFReader(path).get_field(Keys.Tokenizer.ADD_BOS)
+    if tokenizer is None or field is None:
+        return
+    asked = bool(field.contents())
+    if asked != (begins(tokenizer) is not None):
+        tokenizer.add_bos_token = asked
 
 
 def _unflagged(model: PreTrainedModel) -> PreTrainedModel:

@@ -12,12 +12,11 @@ from huggingface_hub.utils import http_backoff, httpx
 from safetensors import SafetensorError
 from transformers.utils import cached_file
 
-from qexp.common.errors import UserError
+from qexp.common.errors import UserError, first_line
 from qexp.models.base import AUTO_DTYPE, Loaded, ModelSource, check, ready
 from qexp.models.pretrained import (
     Head,
     checkpoint_dtype,
-    first_line,
     marked,
     pretrained,
     refuse_quantized,

@@ -6,14 +6,13 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from qexp.common.errors import UserError
+from qexp.common.errors import UserError, first_line
 from qexp.common.hashes import sha256
 from qexp.models.base import AUTO_DTYPE, Loaded, ModelSource, check, ready
 from qexp.models.gguf import GGUF
 from qexp.models.pretrained import (
     Head,
     checkpoint_dtype,
-    first_line,
     marked,
     pretrained,
     refuse_quantized,

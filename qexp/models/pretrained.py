@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from qexp.common.errors import UserError
+from qexp.common.errors import UserError, first_line
 from qexp.grid.scale import DTYPES
 from qexp.models.base import AUTO, ModelSource
 
@@ -111,7 +111,3 @@ def tokenizer_of(
             f"{name}: its tokenizer cannot be loaded ({first_line(error)}); a language model needs "
             "tokenizer.json or tokenizer.model beside its weights"
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,6 +1,6 @@
 """What papers published, and what is expected of runs: the key `paper` of an experiment."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -60,6 +60,15 @@ class Paper:
         chains = [[word.strip() for word in order.split("<")] for order in orders]
         return [pair for chain in chains for pair in pairwise(chain)]
 
+    def over(self, text: str) -> "Paper":
+        """The same table over other seeds, as a test of its orders may need: `0,1,2`."""
+        words = text.split(",")
+        if not all(word.isdecimal() for word in words):
+            raise UserError(f"--seeds {text}: give whole numbers by commas, for example 0,1,2")
+        seeds = [int(word) for word in words]
+        columns = {key: replace(place, seeds=seeds) for key, place in self.columns.items()}
+        return replace(self, columns=columns)
+
     def wanted(self, column: str) -> list[str]:
         """The rows that say something in a column: published there, or of a stand-in."""
         replaced = self.columns[column].replaced
@@ -112,17 +121,37 @@ def _row(published: dict[str, float | int] | None = None, **fields: Any) -> Row:
     return Row(published={key: float(value) for key, value in (published or {}).items()}, **fields)
 
 
-def order(less: Setting, more: Setting, column: Column) -> tuple[str, str]:
-    """Whether the mean of `less` is below that of `more`, and what is known of it over seeds."""
-    one, other = less.spread(column), more.spread(column)
-    if not one.count or not other.count:
+def order(
+    less: Setting, more: Setting, column: Column, seeded: tuple[bool, bool] = (True, True)
+) -> tuple[str, str]:
+    """What seeds say of `less` being below `more`, and the figures.
+
+    `holds`: the interval of the paired difference is below zero; `reversed`: it is above;
+    `level`: it includes zero; `untested`: one seed, or seeds that change nothing. `seeded`: whether
+    a seed can change each; where it cannot, the one value stands for every seed of the other.
+    """
+    settings = (less, more)
+    if not all(each.spread(column).count for each in settings):
         return "not run", ""
-    moved = compare(less, more, column)
-    verdict = "holds" if one.mean < other.mean else "broken"
-    if moved is None or moved.count < 2:
-        return verdict, "one seed of both"
-    shared = [seed for seed in one.values if seed in other.values]
-    count = sum(one.values[seed] < other.values[seed] for seed in shared)
-    return verdict, f"{count} of {len(shared)} seeds" + (
-        f", p {moved.p:.2g}" if moved.p == moved.p else ""
+    one, other = (
+        each if own else constant(each, rival)
+        for each, rival, own in zip(settings, (more, less), seeded, strict=True)
     )
+    moved = compare(one, other, column)
+    if moved is None or moved.count < 2:
+        return "untested", "one seed of both"
+    said = f"{moved.below} of {moved.count} seeds"
+    if moved.p != moved.p:
+        return "untested", f"{said}, no variation or no finite number"
+    said += f", {moved.interval(column)}, p {moved.p:.2g}"
+    return "holds" if moved.high < 0 else "reversed" if moved.low > 0 else "level", said
+
+
+def constant(setting: Setting, rival: Setting) -> Setting:
+    """A setting that no seed changes, as if it had been run with each seed of its rival."""
+    if len(setting.runs) != 1 or len(setting.over) != 1:
+        return setting
+    [key], [run] = setting.over, setting.runs
+    seeds = dict.fromkeys(each.leaves.get(key) for each in rival.runs)
+    made = (replace(run, leaves={**run.leaves, key: seed}) for seed in seeds)
+    return replace(setting, runs=tuple(made))

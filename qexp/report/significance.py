@@ -3,22 +3,37 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from qexp.common.errors import UserError
 from qexp.report.pivot import Setting, Spread, Table, differing
 from qexp.runs.finished import Column
 
 NEAR = 0.05  # bits per weight within which settings compete
+CONFIDENCE = 0.95  # of an interval; it excludes zero where p is below 1 - CONFIDENCE
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A setting less its baseline over the seeds they share, and the p of a paired t-test."""
+    """A setting less its baseline over the seeds they share, and a paired t-test by seed.
+
+    `low`, `high`: the interval of the mean difference; of perplexities that of their ratio less 1.
+    `p`, `low` and `high` are NaN where nothing can be tested: one seed, no finite values, or seeds
+    that change nothing. `below`: seeds whose difference is negative.
+    """
 
     mean: float
     deviation: float
     count: int
     p: float
+    low: float
+    high: float
+    below: int
+
+    def interval(self, column: Column) -> str:
+        """From `low` to `high`, in percent where the column's differences are ratios."""
+        form = ".1%" if column.is_perplexity else ".3g"
+        return f"{self.low:+{form}} to {self.high:+{form}}"
 
 
 def best(table: Table) -> set[tuple[int, Column]]:
@@ -55,13 +70,29 @@ def _near(one: float, other: float) -> bool:
 
 def compare(setting: Setting, baseline: Setting, column: Column) -> Difference | None:
     """None where they share no seed. Perplexities are tested by their logarithms."""
-    one, other = setting.spread(column).values, baseline.spread(column).values
-    shared = [seed for seed in one if seed in other]
+    return effect([(setting, baseline)], column)
+
+
+def effect(pairs: Sequence[tuple[Setting, Setting]], column: Column) -> Difference | None:
+    """What several pairs of a setting and its baseline have in common, over the seeds that all of
+    them share.
+
+    Pairs that share a seed are not independent: differences are averaged within a seed first.
+    """
+    values = [(a.spread(column).values, b.spread(column).values) for a, b in pairs]
+    shared = [seed for seed in values[0][0] if all(seed in v for pair in values for v in pair)]
     if not shared:
         return None
-    moved = Spread({seed: one[seed] - other[seed] for seed in shared})
-    pairs = [(one[seed], other[seed]) for seed in shared]
-    return Difference(moved.mean, moved.deviation, moved.count, _p(pairs, column.is_perplexity))
+    moved = Spread({s: fmean(one[s] - other[s] for one, other in values) for s in shared})
+    logarithms = column.is_perplexity and all(v[s] > 0 for p in values for v in p for s in shared)
+    tested = list(moved.values.values())
+    if logarithms:
+        tested = [fmean(math.log(one[s] / other[s]) for one, other in values) for s in shared]
+    p, low, high = _test(tested)
+    if logarithms:
+        low, high = (math.inf if end > 700 else math.expm1(end) for end in (low, high))
+    below = sum(value < 0 for value in tested)
+    return Difference(moved.mean, moved.deviation, moved.count, p, low, high, below)
 
 
 def counterparts(settings: Sequence[Setting], chosen: Mapping[str, str]) -> dict[int, Setting]:
@@ -94,13 +125,12 @@ def _alike(setting: Setting, baseline: Setting, keys: Sequence[str]) -> bool:
     return True
 
 
-def _p(pairs: Sequence[tuple[float, float]], logarithms: bool) -> float:
-    """Two-sided; NaN where it cannot be said: one seed, no finite values, no variation."""
-    if logarithms and all(min(pair) > 0 for pair in pairs):
-        pairs = [(math.log(one), math.log(other)) for one, other in pairs]
-    moved = [one - other for one, other in pairs]
+def _test(moved: Sequence[float]) -> tuple[float, float, float]:
+    """p, two-sided, and the interval of the mean; NaN where they cannot be said."""
     if len(set(moved)) < 2 or not all(map(math.isfinite, moved)):
-        return math.nan
+        return math.nan, math.nan, math.nan
     from scipy.stats import ttest_1samp  # seconds to import
 
-    return float(ttest_1samp(moved, 0.0).pvalue)
+    found = ttest_1samp(moved, 0.0)
+    low, high = found.confidence_interval(CONFIDENCE)
+    return float(found.pvalue), float(low), float(high)

@@ -155,6 +155,24 @@ def test_a_protocol_measured_in_another_dtype_is_said(seeds) -> None:
         assert Path("made/report.html").read_text().count(said) == there
 
 
+def test_a_best_value_at_the_end_of_its_grid_is_said(sweep, capsys) -> None:
+    """Of two methods on one grid, one has its best inside and one at the lower end."""
+    for damp, one, other in ((0.01, 30, 20), (0.1, 25, 21), (1.0, 28, 22)):
+        folder(sweep / "damping", "spqr", 3, ppl=one, damp=damp)
+        folder(sweep / "damping", "gptq", 3, ppl=other, damp=damp)
+    words = [str(sweep / "damping"), "--out", "made", "--rows", "method", "--columns"]
+    words += ["method.damp", "--chosen"]
+    assert command("report", [*words, "method.damp"]) == 0
+    spqr, gptq = [line for line in capsys.readouterr().out.splitlines() if "is best" in line]
+    if "gptq" in spqr:
+        spqr, gptq = gptq, spqr
+    assert spqr == f"{TITLE}, spqr: method.damp=0.1 is best of 3 from 0.01 to 1"
+    assert gptq.startswith("WARNING: ") and "widen the grid beyond 0.01" in gptq
+    assert gptq in Path("made/table.md").read_text()
+    assert command("report", [*words, "weight.group_size"]) == 1
+    assert "no setting has several numbers" in capsys.readouterr().err
+
+
 def test_two_definitions_never_share_a_column(seeds) -> None:
     path = seeds / "gptq-2-0" / "provenance.json"
     content = json.loads(path.read_text())
@@ -166,6 +184,16 @@ def test_two_definitions_never_share_a_column(seeds) -> None:
     other = TITLE.replace("12345678", "another0")
     assert sum(row[other] != "nan" for row in rows) == 1
     assert sum(int(row[f"{TITLE} seeds"]) + int(row[f"{other} seeds"]) for row in rows) == 10
+
+
+def test_what_several_rows_have_in_common_is_tested_by_seed(seeds, capsys) -> None:
+    assert report.main([str(seeds), "--out", "made", "--baseline", "method=rtn"]) == 0
+    said = Path("made/table.md").read_text()
+    assert f"{TITLE}, gptq: over 2 rows, averaged within each of 2 seeds, -" in said
+    (seeds / "rtn-3-0" / "metrics.json").unlink()
+    (seeds / "rtn-3-1" / "metrics.json").unlink()
+    assert report.main([str(seeds), "--out", "made", "--baseline", "method=rtn"]) == 0
+    assert "averaged within" not in Path("made/table.md").read_text()  # one pair has its own Δ
 
 
 def test_the_page_needs_nothing_else_and_says_what_its_marks_are(seeds) -> None:

@@ -1,5 +1,6 @@
 """Published tables: what is missing is run, what stands is judged."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,13 @@ from qexp.common.errors import UserError
 from qexp.config import location
 from qexp.config.instantiate import instantiate
 from qexp.report import published
-from qexp.report.pivot import Spread
+from qexp.report.pivot import Setting, Spread
 from qexp.report.published import Paper, Place, Row
+from qexp.runs.finished import Column, Run
 from qexp.runs.signature import signature
 
 IDS = reproduce.ids()
+COLUMN = Column("text/ppl", "")
 
 
 def paper(**fields: object) -> Paper:
@@ -45,9 +48,9 @@ def test_a_number_is_reached_or_not_and_a_stand_in_is_judged_by_order(qexp) -> N
     assert found["gptq", "own"] == "reached"
     assert found["rtn", "own"] == "not reached"
     assert found["gptq", "other"] == found["rtn", "other"] == "not comparable: model replaced"
-    assert found["gptq < rtn", "own"] == "holds"
+    assert found["gptq < rtn", "own"] == "untested"  # one seed
     assert verdicts(text)["gptq < rtn", "other"] == "holds"
-    assert "2 of 2 seeds" in text and "-52.5%" in text
+    assert "2 of 2 seeds, -3.0% to -2.2%, p 0.0084" in text and "-52.5%" in text
     assert not well
     folders = {path.parent for path in Path("outputs").glob("*/metrics.json")}
     assert len(folders) == 4 and all(str(folder) in text for folder in folders)
@@ -73,6 +76,59 @@ def test_a_dry_run_lists_every_job_and_runs_none(qexp) -> None:
     after = reproduce.plans("gptq_opt", paper(), ["own", "other"], ["save_weights=false"])
     assert after.count(": answered") == 4  # the first seed of `other` is `own`
     assert "6 jobs: 2 to run, about" in after and "of 2 finished runs" in after
+
+
+def settings(*rows: tuple[float, ...]) -> list[Setting]:
+    """One for each row, with a run for each seed."""
+    config = {"seed": 0, "method": ""}
+    made = []
+    for number, row in enumerate(rows):
+        runs = []
+        for seed, value in enumerate(row):
+            leaves = {**config, "seed": seed, "method": str(number)}
+            metrics = {COLUMN.name: float(value)}
+            runs.append(Run(Path(f"{number}-{seed}"), {}, config, leaves, (), metrics, {}))
+        made.append(Setting(tuple(runs)))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("less", "more", "verdict"),
+    [
+        ((10, 11, 12), (11, 12.1, 13.3), "holds"),
+        ((11, 12.1, 13.3), (10, 11, 12), "reversed"),
+        ((19.96, 20.2, 19.7), (19.98, 19.9, 20.1), "level"),  # the lower mean, p 0.9
+        ((10, 11, 12), (10.1, 10.9, 12.9), "level"),
+        ((10,), (20,), "untested"),
+        ((10, 10), (20, 20), "untested"),  # no seed changes anything
+        ((10, math.inf), (20, 20), "untested"),
+    ],
+)
+def test_an_order_holds_where_the_interval_of_the_paired_difference_says_so(
+    less: tuple[float, ...], more: tuple[float, ...], verdict: str
+) -> None:
+    one, other = settings(less, more)
+    assert published.order(one, other, COLUMN)[0] == verdict
+
+
+def test_a_row_that_no_seed_changes_is_paired_with_every_seed() -> None:
+    one, other = settings((10, 11, 10.4), (20,))
+    assert published.order(one, other, COLUMN) == ("untested", "one seed of both")
+    verdict, said = published.order(one, other, COLUMN, (True, False))
+    assert verdict == "holds" and said.startswith("3 of 3 seeds, -5")
+    assert published.order(other, one, COLUMN, (False, True))[0] == "reversed"
+
+
+def test_what_is_not_tested_level_or_reversed_is_no_success(qexp, monkeypatch) -> None:
+    """The exit code of one order alone, in a column that nothing else is judged in."""
+    table = paper()
+    monkeypatch.setattr(reproduce, "load", lambda name: table)
+    words = ["gptq_opt", "--columns", "other"]
+    assert reproduce.main(words) == 0
+    assert reproduce.main([*words, "--seeds", "0"]) == 1
+    assert reproduce.main([*words, "--seeds", "0,one"]) == 1
+    table = paper(orders=["rtn < gptq"])
+    assert reproduce.main(words) == 1
 
 
 def test_a_job_that_fails_says_why_and_takes_no_other_with_it(qexp) -> None:

@@ -1,5 +1,6 @@
 """Every named protocol against plain loops over full logits."""
 
+import copy
 import math
 import random
 import re
@@ -119,15 +120,25 @@ def test_strided_scores_every_token_once() -> None:
     assert measured["ppl"] == pytest.approx(math.exp(total / scored), rel=1e-5)
 
 
-def test_llamacpp_scores_the_second_half_after_bos() -> None:
+@pytest.mark.parametrize("vocabulary", ["adds BOS", "does not add it", "has none"])
+def test_llamacpp_scores_the_second_half_and_asks_the_vocabulary_for_bos(vocabulary: str) -> None:
     task = llama()
-    measured = protocol("llamacpp_512", length=32, context=17)(task)
-    bos = task.tokenizer.bos_token_id
-    ids = torch.cat([torch.tensor([[bos]]), ids_of(task, CORPUS.text("test"))], dim=1)
+    tokenizer = task.tokenizer = copy.deepcopy(task.tokenizer)
+    bos, adds = tokenizer.bos_token_id, vocabulary == "adds BOS"
+    ids = ids_of(task, CORPUS.text("test"))  # without BOS
+    tokenizer.add_bos_token = adds
+    if vocabulary == "has none":
+        tokenizer.bos_token = None
+    asked = protocol("llamacpp_512", length=32, context=17)
+    measured = asked(task)
+    assert asked.followed(task) == {"add_bos": adds}
+    if adds:
+        ids = torch.cat([torch.tensor([[bos]]), ids], dim=1)
     losses = []
     for i in range(ids.shape[1] // 32):
         chunk = ids[:, 32 * i : 32 * i + 32].clone()
-        chunk[0, 0] = bos
+        if adds:
+            chunk[0, 0] = bos
         losses.append(full_losses(task, chunk)[16:])  # positions 16 to 30 predict 17 to 31
     assert all(len(part) == 15 for part in losses)
     assert measured["ppl"] == pytest.approx(float(torch.cat(losses).mean().exp()), rel=1e-5)

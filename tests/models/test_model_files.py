@@ -53,7 +53,11 @@ def paired(weight: Tensor, heads: int) -> Tensor:
 # GGUF --------------------------------------------------------------------------------------------
 
 
-def write_gguf(path: Path, grid: GGMLQuantizationType = GGMLQuantizationType.F32) -> Path:
+def write_gguf(
+    path: Path,
+    grid: GGMLQuantizationType = GGMLQuantizationType.F32,
+    add_bos: bool | None = None,
+) -> Path:
     """tiny_llama as a GGUF file, with the byte tokenizer in GPT-2's form."""
     model, tokenizer, _ = tiny("llama")
     config, writer = model.config, GGUFWriter(path, "llama")
@@ -76,6 +80,8 @@ def write_gguf(path: Path, grid: GGMLQuantizationType = GGMLQuantizationType.F32
     writer.add_token_merges([f"{words[0]} {words[1]}"])
     writer.add_bos_token_id(256)
     writer.add_eos_token_id(257)
+    if add_bos is not None:
+        writer.add_add_bos_token(add_bos)
     for name, tensor in model.state_dict().items():
         parts = name.split(".")
         if parts[1] == "layers":
@@ -106,6 +112,15 @@ def test_a_gguf_file_is_the_model_it_was_made_from(tmp_path, monkeypatch, keep):
         assert loaded.tokenizer("a 12").input_ids == tiny("llama").tokenizer("a 12").input_ids
     torch.testing.assert_close(logits(Local(str(path)).load()), expected)
     assert GGUF(str(path)).fingerprint() == Local(str(path)).fingerprint()
+
+
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_the_tokenizer_of_a_gguf_file_adds_bos_as_the_file_says(tmp_path, monkeypatch, add_bos):
+    monkeypatch.setenv("QEXP_CACHE_DIR", str(tmp_path / "cache"))
+    path = write_gguf(tmp_path / "tiny.gguf", add_bos=add_bos)
+    for _ in range(2):  # the second time from what was kept
+        tokenizer = GGUF(str(path), keep=True).load().tokenizer
+        assert (tokenizer("a 12").input_ids[0] == tokenizer.bos_token_id) == add_bos
 
 
 @pytest.mark.parametrize("keep", [False, True])

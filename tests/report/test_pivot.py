@@ -122,10 +122,36 @@ def test_a_difference_is_paired_over_seeds() -> None:
     mean = sum(logs) / 3
     t = mean / math.sqrt(sum((x - mean) ** 2 for x in logs) / 2 / 3)
     assert moved.p == pytest.approx(1 - abs(t) / math.sqrt(2 + t * t))  # of two degrees of freedom
+    # 4.303 is the 97.5 % quantile of t with two degrees of freedom
+    assert math.log1p(moved.low) == pytest.approx(mean + 4.303 * mean / abs(t), rel=1e-3)
+    assert math.log1p(moved.high) == pytest.approx(mean - 4.303 * mean / abs(t), rel=1e-3)
+    assert moved.below == 3
     one = significance.compare(pivot.group(seeds("gptq", 10))[0], rtn, PPL)
     assert one is not None and math.isnan(one.p)
     other = pivot.group([run("gptq", 7, 1.0)])[0]
     assert significance.compare(other, rtn, PPL) is None
+
+
+def test_an_effect_over_several_rows_is_tested_by_seed() -> None:
+    """Two rows of one seed are not two samples: their mean is one."""
+    a, b, c, d = pivot.group(
+        [
+            *seeds("a", 9, 19, 28),
+            *seeds("b", 10, 20, 31),
+            *seeds("c", 18, 39, 55),
+            *seeds("d", 20, 41, 64, 5),
+        ]
+    )
+    logs = [
+        (math.log(x / y) + math.log(z / w)) / 2
+        for x, y, z, w in ((9, 10, 18, 20), (19, 20, 39, 41), (28, 31, 55, 64))
+    ]
+    mean = sum(logs) / 3
+    t = mean / math.sqrt(sum((x - mean) ** 2 for x in logs) / 2 / 3)
+    moved = significance.effect([(a, b), (c, d)], PPL)
+    assert moved is not None and moved.count == 3
+    assert moved.mean == pytest.approx((-1 - 2 - 1 - 2 - 3 - 9) / 6)
+    assert moved.p == pytest.approx(1 - abs(t) / math.sqrt(2 + t * t))
 
 
 def test_the_baseline_is_like_the_setting_in_all_else() -> None:

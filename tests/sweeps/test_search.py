@@ -20,8 +20,8 @@ SEARCHES = sorted(path.stem for path in (location.conf() / "search").glob("*.yam
 @pytest.mark.parametrize("name", SEARCHES)
 def test_a_search_is_a_wandb_sweep_of_single_runs(name: str) -> None:
     sweep = yaml.safe_load(wandb_sweep.wandb_sweep([f"search={name}", "data=synthetic"]))
-    assert sweep["metric"] == {"name": "synthetic_raw_512x40/ppl", "goal": "minimize"}
-    assert sweep["run_cap"] > 0
+    assert sweep["metric"]["name"].endswith("/ppl") and sweep["metric"]["goal"] == "minimize"
+    assert sweep["method"] == "grid" or sweep["run_cap"] > 0
     ends = {key: _end(words) for key, words in sweep["parameters"].items()}
     assert len(ends) > 1
     words = [word for word in sweep["command"][3:] if not word.startswith("${")]
@@ -29,16 +29,67 @@ def test_a_search_is_a_wandb_sweep_of_single_runs(name: str) -> None:
         chosen = [f"{key}={value}" for key, value in ends.items()]
         cfg = compose("config", [*words, *chosen], return_hydra_config=True)
     assert cfg.hydra.mode == RunMode.RUN
+    choices = cfg.hydra.runtime.choices
     for key, value in ends.items():
-        assert OmegaConf.select(cfg, key) == value
+        assert (choices[key] if key in choices else OmegaConf.select(cfg, key)) == value
 
 
 def _end(words: dict) -> object:
     """One value that the parameter may take."""
+    if "value" in words:
+        return words["value"]
     if "values" in words:
         return words["values"][-1]
     assert words["min"] < words["max"] and words["distribution"].startswith("log_uniform")
     return words["max"]
+
+
+JUDGED = [
+    ("eval=wikitext2_raw_512x40", "the test split of wikitext2.*eval=wikitext2_choose_512x16"),
+    ("eval=c4_raw_512x40", "the validation split of c4.*eval=c4_train_512x16"),
+    ("eval=held_out", r"the test split of synthetic.*eval\.held_out\.split"),
+    ("eval=against_float", "the test split of synthetic"),
+    ("eval=harness", "tasks of the harness"),
+    ("eval=[c4_train_512x16,wikitext2_gptq_2048]", r"eval\.wikitext2_gptq_2048 reads the test"),
+]
+
+
+@pytest.mark.parametrize(("words", "said"), JUDGED)
+def test_a_search_refuses_what_tables_are_judged_on(words: str, said: str) -> None:
+    chosen = ["search=gptq_damping", "data=synthetic", words]
+    if words == "eval=harness":
+        chosen.append("eval.harness.tasks=[piqa]")
+    with pytest.raises(UserError, match=said):
+        wandb_sweep.wandb_sweep(chosen)
+
+
+def test_a_search_refuses_text_that_was_seen() -> None:
+    words = ["search=gptq_damping", "data=wikitext2", "eval=wikitext2_choose_512x16"]
+    with pytest.raises(UserError, match=r"and so does calibration.*calibration\.split=calibrate"):
+        wandb_sweep.wandb_sweep(words)  # calibration reads the whole validation text
+    assert "wikitext2_choose_512x16/ppl" in wandb_sweep.wandb_sweep(
+        [*words, "calibration.split=calibrate"]
+    )
+    with pytest.raises(UserError, match=r"of c4, and so does calibration.*wikitext2_choose"):
+        wandb_sweep.wandb_sweep(["search=gptq_damping", "data=c4"])
+    with pytest.raises(UserError, match="of wikitext2_tokens, and so does calibration"):
+        wandb_sweep.wandb_sweep(
+            [*words[:2], "eval=wikitext2_tokens_choose_512x16"]
+        )  # the same text
+    trained = ["search=learning_rates", "data=wikitext2_tokens", "calibration=random_windows"]
+    trained += ["+calibration@method.train=shuffled", "eval=wikitext2_tokens_choose_512x16"]
+    assert wandb_sweep.wandb_sweep(trained)
+    with pytest.raises(UserError, match="and so does train"):
+        wandb_sweep.wandb_sweep([*trained, "method.train.split=validation"])
+
+
+def test_a_grid_search_ends_before_its_first_job(qexp, capsys) -> None:
+    words = (*SMALL, "search=damping", "logger=none", "method=gptq", "method/hessian=layerwise")
+    assert qexp(*words, "eval=held_out") == 1
+    assert "which tables are judged on" in capsys.readouterr().err
+    assert not list(Path("outputs").glob("*/metrics.json"))
+    assert qexp(*words, "method.solver.damp=0.1,1.0") == 0
+    assert len(list(Path("outputs").glob("*/metrics.json"))) == 2
 
 
 def test_without_a_search_there_is_nothing_to_tell() -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from qexp.common.cache import Cache, sources
 from qexp.common.errors import UserError
+from qexp.data.corpus import Corpus
 from qexp.data.standard import SOURCES
 from qexp.eval.against_float import changes
 from qexp.eval.base import Evaluator, FloatModel, WithReference
@@ -156,6 +157,13 @@ class Harness(Evaluator):
     def files(self) -> list[Path]:
         found = (getattr(task, "files", []) for task in self._loaded["tasks"].values())
         return sorted({path for paths in found for path in paths})
+
+    def reads(self) -> list[tuple[Corpus, str]]:
+        """None that a recipe could name: the tasks have files of their own."""
+        return []
+
+    def judged(self) -> str:
+        return "tasks of the harness"
 
     @cached_property
     def _loaded(self) -> dict[str, Any]:

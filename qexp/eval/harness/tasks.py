@@ -21,10 +21,9 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
 
 from qexp.common import progress
-from qexp.common.errors import UserError
+from qexp.common.errors import UserError, first_line
 from qexp.common.files import data_folder
 from qexp.eval.harness import local_rows
-from qexp.models.pretrained import first_line
 
 # Those of the harness's own command, so that few-shot examples are the same.
 SEED, NUMPY_SEED, TORCH_SEED, SHOT_SEED = 0, 1234, 1234, 1234
