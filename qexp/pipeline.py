@@ -1,6 +1,7 @@
 """One run, from a configuration to the files of its folder."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,7 +23,7 @@ from qexp.models.base import ModelSource
 from qexp.models.device import as_task
 from qexp.models.state_diff import Checksums, checksums, state_diff
 from qexp.packed import weights_file
-from qexp.quantizers.scheme import FloatActivations
+from qexp.quantizers.scheme import FloatActivations, all_called
 from qexp.runs import results
 from qexp.runs.provenance import Provenance
 from qexp.step import Nothing, Record, Step
@@ -151,8 +152,10 @@ def evaluate(
 ) -> dict[str, float]:
     """The metrics of every evaluator, and in the provenance the definition of each."""
     metrics: dict[str, float] = {}
-    for evaluator in evaluators:
-        with provenance.stage(f"evaluate {evaluator.name}"):
+    for index, evaluator in enumerate(evaluators):
+        with provenance.stage(f"evaluate {evaluator.name}"), ExitStack() as stack:
+            if not index:
+                stack.enter_context(all_called(task, f"eval.{evaluator.name}"))
             numbers = evaluator(task)
         metrics |= {f"{evaluator.name}/{key}": value for key, value in numbers.items()}
         definition = evaluator.definition() | evaluator.followed(task)

@@ -168,20 +168,85 @@ def test_pact_moves_its_level_with_what_lies_beyond():
 
 @pytest.mark.parametrize("rounding", ROUNDINGS, ids=str)
 @pytest.mark.parametrize("clamp", [*CLAMPS[:3], Soft(forward="soft")], ids=str)
-def test_the_fused_node_is_the_formula_under_autograd(x, rounding, clamp):
-    grid = IntGrid(3, real_zero=True)
+@pytest.mark.parametrize(
+    ("grid", "share", "dynamic"),
+    [
+        (IntGrid(3, real_zero=True), 0.5, False),
+        (IntGrid(3), 1.0, True),
+        (IntGrid(3, symmetric=True), 1.0, True),
+        (IntGrid(3, symmetric=True), 0.9, True),
+    ],
+    ids=["codes", "asymmetric", "symmetric", "a narrower interval"],
+)
+def test_the_fused_node_is_the_formula_under_autograd(x, rounding, clamp, grid, share, dynamic):
     upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
 
     def gradients(function) -> tuple[Tensor, ...]:
-        q = grid.fit(x * 0.5)
+        q = grid.fit(x * share)
         leaves = [t.clone().requires_grad_() for t in (x, q.scale, q.zero)]
-        y = function(leaves[0], Scale(leaves[1], leaves[2]))
+        fitted = q.fitted if dynamic else None
+        y = function(leaves[0], Scale(leaves[1], leaves[2], fitted=fitted))
         return (y.detach(), *torch.autograd.grad((y * upstream).sum(), leaves))
 
     plain = gradients(lambda w, q: grid.round(w, q, lambda c: rounding(c, 7), clamp))
     fused = gradients(lambda w, q: FakeQuantize(rounding, clamp)(w, q, grid))
     for one, two in zip(plain, fused, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+
+
+DYNAMIC = [
+    IntGrid(8, symmetric=True),
+    IntGrid(4, symmetric=True, group_size=8),
+    IntGrid(3),
+    IntGrid(3, group_size=8),
+    IntGrid(8, symmetric=True, scale_dtype="bfloat16"),
+    IntGrid(4, per_tensor=True),
+    LevelGrid("nf4", scale_dtype="float16"),
+]
+
+
+@pytest.mark.parametrize("grid", DYNAMIC, ids=str)
+def test_a_dynamic_min_max_range_clips_nothing(x, grid):
+    """A gradient of 1 at both ends too, in the fused node as in the formula; and of the values none
+    is farther than half a step from where it was, one where the scale itself is rounded."""
+    for data in (x, -x, x * 1e-3):
+        upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+        leaf = data.clone().requires_grad_()
+        y = FakeQuantize().rows(leaf, grid.scales_of(data), grid)
+        (made,) = torch.autograd.grad((y * upstream).sum(), leaf)
+        assert torch.equal(made, upstream)
+        assert torch.equal(y, grid(data))
+        if isinstance(grid, LevelGrid):
+            continue
+        scale = grid.scales_of(data).scale.repeat_interleave(x.shape[1] // grid.groups(32), 1)
+        most = 0.5 if grid.scale_dtype == "float32" else 1.0
+        assert ((y - data).abs() <= scale * (most + 1e-4)).all()
+        flat = grid.scales_of(data).map(lambda part: part.reshape(-1, 1))
+        for clamp in (torch.clamp, Hard()):
+            plain = slope(
+                lambda w, flat=flat, clamp=clamp: grid.round(w, flat, Straight(), clamp),
+                data.reshape(len(flat.scale), -1),
+            )
+            torch.testing.assert_close(plain, torch.ones_like(plain))
+
+
+def test_a_dynamic_range_that_is_narrower_clips_what_lies_outside_of_it():
+    x = torch.tensor([[-9.0, -8.0, -2.0, 0.0, 2.0, 8.0, 9.0]])
+    grid = IntGrid(4, symmetric=True)
+    q = grid.fit(x[:, 1:-1])  # codes reach from -8.53 to 7.47
+    made = slope(lambda u: FakeQuantize().rows(u, q, grid), x)
+    assert made.tolist() == [[0, 1, 1, 1, 1, 1, 0]]
+    codes = slope(lambda u: FakeQuantize().rows(u, q._replace(fitted=None), grid), x)
+    assert codes.tolist() == [[0, 1, 1, 1, 1, 0, 0]]  # as scales that train have it
+
+
+def test_what_lies_more_than_a_step_beyond_the_codes_is_clipped_whatever_the_range():
+    """A zero point cannot leave the codes: a range far from 0 saturates without it."""
+    x = torch.tensor([[3.0, 4.0, 5.0, 6.0]])
+    grid = IntGrid(2, include_zero=False)
+    assert grid(x).tolist() == [[3.0, 3.0, 3.0, 3.0]]
+    made = slope(lambda u: FakeQuantize().rows(u, grid.scales_of(x), grid), x)
+    assert made.tolist() == [[1, 1, 0, 0]]
 
 
 def test_rounding_lets_through_what_was_clipped():

@@ -44,6 +44,8 @@ pytestmark = pytest.mark.usefixtures("configured")
         ("method=none", "activation=int8_token", "kv=int8_token"),
         ("method=none", "kv=int4_token"),
         ("model=tiny_gpt2", "method=gptq", "activation=int8_tensor"),
+        ("method=gptq", "activation=int8_tensor", "kv=int8_token", "transform=smooth"),
+        ("method=gptq", "activation=int8_tensor", "method.activations_first=false"),
     ],
     ids=" ".join,
 )
@@ -76,6 +78,16 @@ def test_encoders_run(tmp_path, family):
     small = ["data=synthetic", "eval=loss", "calibration.sequences=4", "weight.group_size=32"]
     metrics = run(tmp_path, f"model=tiny_{family}", "activation=int8_tensor", small=small)
     assert any(name.endswith("/loss") for name in metrics)
+
+
+def test_quantizers_that_cannot_round_are_refused(tmp_path, monkeypatch):
+    twice = ("activation=int8_token", "activation/placement=all_ops", "kv=int8_token")
+    with pytest.raises(UserError, match=r"activation, kv: .* would carry two quantizers"):
+        run(tmp_path, "model=tiny_llama", "method=none", *twice)
+    monkeypatch.setattr("qexp.quantizers.placement.install", lambda *_: None)
+    with pytest.raises(UserError, match=r"eval\.held_out never called the quantizer of model"):
+        run(tmp_path, "model=tiny_llama", "method=none", "kv=int8_token")
+    assert not (tmp_path / results.METRICS).exists()
 
 
 def test_bits_are_those_of_the_file(tmp_path):

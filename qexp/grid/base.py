@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qexp.grid.clipping import Clamp, Rounding
+from qexp.grid.clipping import Clamp, Rounding, inside, reached
 from qexp.grid.observers import HistogramObserver, Observer
 from qexp.grid.scale import Scale, cut
 
@@ -72,11 +72,23 @@ class Grid(ABC):
         if self.per_tensor:
             x = x.reshape(1, -1)
             counts = None if counts is None else counts.reshape(1, -1)
-        return self.scale_for(*self.range(x, self, counts))
+        low, high = self.range(x, self, counts)
+        return self.scale_for(low, high)._replace(fitted=(low.detach(), high.detach()))
 
     @abstractmethod
     def scale_for(self, low: Float[Tensor, "rows 1"], high: Float[Tensor, "rows 1"]) -> Scale:
         """The scale with which the grid reaches from `low` to `high`."""
+
+    def position(self, x: Float[Tensor, "*shape"], q: Scale) -> Float[Tensor, "*shape"]:
+        """x / scale + zero, which clamping clips where it lies beyond `ends`. What the interval of
+        `q.fitted` holds is moved to an end that it lies beyond by no more than one step, which
+        is what rounding of zero points and of scales leaves: there gradients are those inside."""
+        v = x / q.scale + q.zero
+        if q.fitted is None:
+            return v
+        low, high = self.bounds
+        near = inside(v.detach(), low - 1, high + 1)
+        return reached(v, inside(x.detach(), *q.fitted).mul_(near), low, high)
 
     @abstractmethod
     def encode(

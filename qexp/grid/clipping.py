@@ -1,6 +1,7 @@
 """The code of a value, and whether it was clipped."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -31,6 +32,13 @@ def ended(v: Tensor, c: Tensor, top: Number) -> Tensor:
     return (hard - c).eq_(0).mul_(hard.ne_(v))
 
 
-def inside(v: Tensor, low: Number, high: Number) -> Tensor:
-    """Where a value is not clipped."""
+def inside(v: Tensor, low: Any, high: Any) -> Tensor:
+    """Where a value is not clipped; the bounds are numbers or tensors, which mypy cannot mix."""
     return v.clamp(low, high).eq_(v)
+
+
+def reached(v: Tensor, within: Tensor, low: Number, high: Number) -> Tensor:
+    """`v`, with the values that are `within` (ones and zeros) moved to an end that they lie beyond;
+    gradients pass through the move."""
+    moved = torch.lerp(v.detach(), v.detach().clamp(low, high), within)
+    return moved + (v - v.detach()) if v.requires_grad else moved

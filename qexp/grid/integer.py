@@ -19,7 +19,10 @@ from qexp.grid.scale import DTYPES, Scale, positive
 
 @dataclass(frozen=True)
 class IntGrid(Grid):
-    """Evenly spaced values: scale · (code - zero), code in 0 … 2^bits - 1.
+    """Evenly spaced values: scale · (code - zero), code in 0 … 2^bits - 1. A value inside of the
+    range goes to the nearest, at most half a step away (one where `scale_dtype` is coarse): the
+    positive maximum of a symmetric grid lies half a step beyond the last code, either end of an
+    asymmetric one up to half a step, as the zero point is rounded.
 
     symmetric: full signed range of the GPTQ reference, scale = 2·max|x| / (2^bits - 1) and
     zero = 2^(bits-1). Asymmetric: scale = (max - min) / (2^bits - 1), zero = round(-min / scale).
@@ -123,7 +126,9 @@ class IntGrid(Grid):
         rounding: Rounding = torch.round,
         clamp: Clamp = torch.clamp,
     ) -> Float[Tensor, "*shape"]:
-        return snap(x / q.scale + q.zero, self.top, rounding, clamp)
+        if clamp is torch.clamp and not x.requires_grad:  # then the interval makes no difference
+            q = q._replace(fitted=None)
+        return snap(self.position(x, q), self.top, rounding, clamp)
 
     def decode(self, codes: Float[Tensor, "*shape"], q: Scale) -> Float[Tensor, "*shape"]:
         return (codes - q.zero) * q.scale

@@ -24,7 +24,8 @@ def _seen(x: Tensor, counts: Tensor | None, empty: float) -> Tensor:
 
 @dataclass(frozen=True)
 class MinMax(Range):
-    """Everything: nothing is clipped."""
+    """Everything. Of the very values that are rounded (a dynamic range) nothing is clipped: each
+    goes to the nearest code, with a gradient of 1 at both ends too."""
 
     def __call__(
         self,

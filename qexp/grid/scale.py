@@ -18,27 +18,42 @@ class Scale(NamedTuple):
 
     raw: scale and zero as they were before a second grid rounded them, from which storage derives
     the second level once more; None where there is none.
+    fitted: the interval [low, high] that the grid was fitted to. Where the fit was to the very
+    values that are rounded (a dynamic range), it decides what is clipped. None, as for scales that
+    train or are fixed, leaves that to the codes.
     """
 
     scale: Float[Tensor, "*rows groups"]
     zero: Float[Tensor, "*rows groups"]
     raw: tuple[Float[Tensor, "*rows groups"], Float[Tensor, "*rows groups"]] | None = None
+    fitted: tuple[Float[Tensor, "*rows groups"], Float[Tensor, "*rows groups"]] | None = None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Scale":
         """All tensors reshaped, expanded or permuted alike."""
         raw = None if self.raw is None else (change(self.raw[0]), change(self.raw[1]))
-        return Scale(change(self.scale), change(self.zero), raw)
+        fitted = None
+        if self.fitted is not None:
+            fitted = change(self.fitted[0]), change(self.fitted[1])
+        return Scale(change(self.scale), change(self.zero), raw, fitted)
 
     @staticmethod
     def join(parts: "list[Scale]") -> "Scale":
         """Scales of several groups [rows, 1] side by side."""
-        raws = [part.raw for part in parts if part.raw is not None]
+        pairs = [
+            [pair for pair in found if pair is not None]
+            for found in ([part.raw for part in parts], [part.fitted for part in parts])
+        ]
+        raw, fitted = (
+            (torch.cat([p[0] for p in each], 1), torch.cat([p[1] for p in each], 1))
+            if each
+            else None
+            for each in pairs
+        )
         return Scale(
             torch.cat([part.scale for part in parts], 1),
             torch.cat([part.zero for part in parts], 1),
-            (torch.cat([r[0] for r in raws], 1), torch.cat([r[1] for r in raws], 1))
-            if raws
-            else None,
+            raw,
+            fitted,
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from qexp import task
+from qexp.common import hashes
 from qexp.common.cache import Cache, sources
 from qexp.common.errors import UserError
 from qexp.hessian.base import CacheableHessian, Hessian, OnHessian
@@ -87,7 +88,10 @@ class Precomputed:
             "content": block.origin,
             "block": index,
             "device": block.task.device.type,
-            "code": sources(*_code(self.hessian)),
+            # Any module may have a part in what a quantizer does.
+            "code": {"all": hashes.code()}
+            if block.task.quantizers
+            else sources(*_code(self.hessian)),
         }
 
 

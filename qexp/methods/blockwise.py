@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from qexp.common.errors import UserError, check_int
+from qexp.common.errors import UserError, check_bool, check_int
 from qexp.common.progress import bar
 from qexp.hessian import AtFloatWeights, CacheableHessian, Hessian
 from qexp.hessian.base import ForEachGroup
@@ -27,14 +27,23 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Direct(Step):
-    """Round weights without looking at data (RTN), then attach the activation quantizers."""
+    """Round weights without looking at data (RTN).
+
+    activations_first: static ranges of activations are fitted to the float model; otherwise to the
+    model with rounded weights.
+    """
 
     solver: Solver
     activations: tuple[Activations, ...] | list[Activations] = ()
+    activations_first: bool = True
+
+    def __post_init__(self) -> None:
 
     @torch.no_grad()
     def __call__(self, task: Task, batches: Batches) -> list[Record]:
         check(task, self.solver)
+        if self.activations_first:
+            quantize_activations(task, self.activations, batches)
         records = []
         for name, linear in bar(list(task.linears().items()), "linears"):
             finite(name, linear)
@@ -43,20 +52,23 @@ class Direct(Step):
             solution = self.solver(linear.weight.detach().float(), eye)
             seconds = time.perf_counter() - start
             records.append(write(name, linear, solution, solution.weight, None, seconds))
-        quantize_activations(task, self.activations, batches)
+        if not self.activations_first:
+            quantize_activations(task, self.activations, batches)
         return records
 
 
 @dataclass(frozen=True)
 class Blockwise(Step):
-    """Walk the blocks, measure each layer's Hessian, solve, go on (GPTQ's procedure); activation
-    quantizers come after the weights, so that Hessians see float activations.
+    """Walk the blocks, measure each layer's Hessian, solve, go on (GPTQ's procedure).
 
     propagate: later layers see the outputs of rounded ones; otherwise every Hessian is the float
     model's, the same for all grids and solvers, and measured once for all jobs.
     chunk: sequences run at a time. null takes all at once where memory allows: one forward in all,
     each linear rounded as its input becomes known. A number bounds memory, at the price of one
     forward per group of linears; results are equal up to the order of summation.
+    activations_first: static ranges are fitted to the float model, then activations are rounded,
+    and Hessians (those at float weights too) are of the rounded inputs that layers will read.
+    Otherwise Hessians see float activations, and ranges are fitted to the rounded weights.
     """
 
     solver: Solver
@@ -64,6 +76,7 @@ class Blockwise(Step):
     propagate: bool = True
     chunk: int | None = None
     activations: tuple[Activations, ...] | list[Activations] = ()
+    activations_first: bool = True
 
     def __post_init__(self) -> None:
         if self.chunk is not None:
@@ -72,9 +85,12 @@ class Blockwise(Step):
     @torch.no_grad()
     def __call__(self, task: Task, batches: Batches) -> list[Record]:
         check(task, self.solver)
+        data = batches()  # before anything is rounded: some recipes run the model
+        if self.activations_first:
+            quantize_activations(task, self.activations, lambda: data)
         records: list[Record] = []
         journal: Journal | None = None
-        for block in walk(task, batches(), self.chunk):
+        for block in walk(task, data, self.chunk):
             if self.effective_hessian.is_precomputed:
                 block.skip()
             if journal is None:
@@ -95,7 +111,8 @@ class Blockwise(Step):
             )
         if journal is not None:
             task.workspace.remove_when_done(partial(journal.clear, len(task.blocks)))
-        quantize_activations(task, self.activations, batches)
+        if not self.activations_first:
+            quantize_activations(task, self.activations, lambda: data)
         return records
 
     def _finished(self, journal: Journal, blocks: int) -> list[Finished]:

@@ -15,10 +15,11 @@ class FakeQuant(nn.Module):
     """Rounds a tensor to a grid in the forward pass.
 
     dynamic: scales of each tensor as it comes, per vector along the last axis (token), per group
-    of it or per tensor, as the grid says. Otherwise one static scale, fitted by the grid's range
-    estimator to what passes between `start_observing` and `fix_range`. Before `fix_range` nothing
-    is rounded. Gradients are straight-through until `make_trainable` chooses other surrogates;
-    between `make_trainable` and `make_constant` a static scale is a parameter.
+    of it or per tensor, as the grid says; values inside the fitted range count as not clipped, so
+    that gradients are those of rounding only. Otherwise one static scale, fitted by the grid's
+    range estimator to what passes between `start_observing` and `fix_range`. Before `fix_range`
+    nothing is rounded. Gradients are straight-through until `make_trainable` chooses other
+    surrogates; between `make_trainable` and `make_constant` a static scale is a parameter.
     """
 
     scale: Tensor
@@ -90,6 +91,10 @@ class FakeQuant(nn.Module):
         return self.fake_quantize(
             x, q, self.grid, lsq_gradient_scale(x.numel(), self.highest_code), self.training
         )
+
+    def extra_repr(self) -> str:
+        """All but the ranges of what it does to a tensor: part of what results depend on."""
+        return f"{self.grid}, dynamic={self.dynamic}, on={self.enabled}, {self.fake_quantize}"
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
         # A new quantizer has no scales yet: take the shapes of those in the file.

@@ -1,7 +1,7 @@
 """Quantizers inside attention, through transformers' attention interface.
 
 Two implementations are registered: `qexp_operands` computes attention step by step with a
-quantizer on every operand and result; `qexp_cache` quantizes only keys and values and leaves the
+quantizer on any operand and result; `qexp_cache` quantizes only keys and values and leaves the
 rest to the fused kernel.
 """
 
@@ -32,18 +32,27 @@ class Inside:
 _NONE = Inside({})
 
 
-def install(model: nn.Module, inside: dict[nn.Module, Inside], implementation: str) -> None:
-    """Make the model's attention modules use `implementation` with these quantizers."""
+def install(model: nn.Module, inside: dict[nn.Module, Inside]) -> None:
+    """Make the model's attention modules use these quantizers, with those they have."""
+    operands: set[str] = set()
     for module, quantizers in inside.items():
+        merged = _of(module).quantizers | quantizers.quantizers
+        operands |= merged.keys()
         # Set past nn.Module's bookkeeping: the quantizers belong to the task, not to this module.
-        object.__setattr__(module, "_qexp_inside", quantizers)
+        object.__setattr__(module, "_qexp_inside", Inside(merged))
+    implementation = "qexp_cache" if operands <= set(CACHE) else "qexp_operands"
     model.set_attn_implementation(implementation)  # type: ignore[operator]
+
+
+def _of(module: nn.Module) -> Inside:
+    inside: Inside = getattr(module, "_qexp_inside", _NONE)
+    return inside
 
 
 def _cache(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    inside: Inside = getattr(module, "_qexp_inside", _NONE)
+    inside = _of(module)
     key, value = inside("key", key), inside("value", value)
     return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
 
@@ -58,7 +67,7 @@ def _operands(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    inside: Inside = getattr(module, "_qexp_inside", _NONE)
+    inside = _of(module)
     query, key, value = (
         inside(name, x) for name, x in zip(OPERANDS[:3], (query, key, value), strict=True)
     )

@@ -43,7 +43,10 @@ class FakeQuantize:
         evaluation clamping is hard.
         """
         clamp = self.clamp if training else Hard()
-        y: Tensor = _Fused.apply(x, q.scale, q.zero, grid, self.rounding, clamp, gradient_scale)
+        fitted = q.fitted or (None, None)
+        y: Tensor = _Fused.apply(
+            x, q.scale, q.zero, *fitted, grid, self.rounding, clamp, gradient_scale
+        )
         return y
 
     def rows(
@@ -91,24 +94,28 @@ class _Fused(torch.autograd.Function):
         x: Tensor,
         scale: Tensor,
         zero: Tensor,
+        low: Tensor | None,
+        high: Tensor | None,
         grid: Grid,
         rounding: RoundingGradient,
         clamp: ClampGradient,
         gradient_scale: float,
     ) -> Tensor:
-        ctx.save_for_backward(x, scale, zero)
+        ctx.save_for_backward(x, scale, zero, low, high)
         ctx.settings = grid, rounding, clamp, gradient_scale
         rows = x.reshape(-1, x.shape[-1])
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         made = y.view(rows.shape)
+        if clamp.clips:  # then the interval makes no difference to values
+            low = high = None
         for part in _chunks(rows):
-            q = Scale(_of(scale, part), _of(zero, part))
+            q = _placed(scale, zero, low, high, part)
             made[part] = grid.round(rows[part].float(), q, torch.round, clamp.value)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        kept, scale, zero = ctx.saved_tensors
+        kept, scale, zero, low, high = ctx.saved_tensors
         rows, upstream = (t.reshape(-1, t.shape[-1]) for t in (kept, grads[0]))
         change = torch.empty_like(rows)
         sums = [
@@ -116,10 +123,10 @@ class _Fused(torch.autograd.Function):
             for t, needed in zip((scale, zero), ctx.needs_input_grad[1:3], strict=True)
         ]
         for part in _chunks(rows):
-            q = Scale(_of(scale, part), _of(zero, part))
+            q = _placed(scale, zero, low, high, part)
             own = [None if total is None else _of(total, part) for total in sums]
             change[part] = _back(rows[part].float(), upstream[part].float(), q, own, *ctx.settings)
-        return change.reshape(kept.shape), *sums, None, None, None, None
+        return change.reshape(kept.shape), *sums, *[None] * 6
 
 
 def _back(
@@ -134,7 +141,7 @@ def _back(
 ) -> Tensor:
     """The gradient of x; those of scale and zero are added to `sums`."""
     low, high = grid.bounds
-    v = (x / q.scale).add_(q.zero)
+    v = grid.position(x, q)
     h, codes = g, low == 0  # only evenly spaced levels have cells of equal width
     c = clamp.value(v, low, high) if codes else v
     if codes and not isinstance(rounding, Straight):
@@ -162,6 +169,13 @@ def _chunks(rows: Tensor) -> Iterator[slice]:
     size = len(rows) if rows.is_cuda else max(CHUNK // rows.shape[1], 1)
     for start in range(0, len(rows), size):
         yield slice(start, start + size)
+
+
+def _placed(
+    scale: Tensor, zero: Tensor, low: Tensor | None, high: Tensor | None, part: slice
+) -> Scale:
+    fitted = None if low is None or high is None else (_of(low, part), _of(high, part))
+    return Scale(_of(scale, part), _of(zero, part), None, fitted)
 
 
 def _of(each: Tensor, part: slice) -> Tensor:

@@ -34,21 +34,26 @@ class Site(NamedTuple):
 
 
 class Placement(ABC):
-    @abstractmethod
-    def __call__(self, task: Task, make: Make) -> dict[str, nn.Module]:
-        """Put a quantizer made by `make` on each site; the quantizers by site name."""
+    operands: tuple[str, ...] = ()  # of every block's attention, by their names in it
 
     @abstractmethod
     def sites(self, task: Task) -> list[Site]:
         """The sites that enter or leave a module; operands inside attention are not among them."""
 
+    def names(self, task: Task) -> list[str]:
+        """Of all sites, `operands` included."""
+        inside = [_operand(task, n, key) for n in range(len(task.blocks)) for key in self.operands]
+        return [site.name for site in self.sites(task)] + inside
+
+    def __call__(self, task: Task, make: Make) -> dict[str, nn.Module]:
+        """Put a quantizer made by `make` on each site, and leave those of earlier placements; the
+        quantizers by site name."""
+        return _put(self.sites(task), make) | _inside(task, make, self.operands)
+
 
 @dataclass(frozen=True)
 class LinearInputs(Placement):
     """The input of every linear of the blocks, one quantizer for linears that share it."""
-
-    def __call__(self, task: Task, make: Make) -> dict[str, nn.Module]:
-        return _put(self.sites(task), make)
 
     def sites(self, task: Task) -> list[Site]:
         return _linear_inputs(task, task.arch.groups)
@@ -59,8 +64,7 @@ class KVCache(Placement):
     """Keys (after the rotary embedding, as a cache holds them) and values, each head's vector of
     each token on its own."""
 
-    def __call__(self, task: Task, make: Make) -> dict[str, nn.Module]:
-        return _inside(task, make, CACHE, "qexp_cache")
+    operands = CACHE
 
     def sites(self, task: Task) -> list[Site]:
         return []
@@ -97,9 +101,7 @@ class AllOps(Placement):
     logits. A result that only linears read carries the quantizer of their input and no other one.
     This is the setting of Quadapter (2211.16912); biases stay float."""
 
-    def __call__(self, task: Task, make: Make) -> dict[str, nn.Module]:
-        made = _put(self.sites(task), make)
-        return made | _inside(task, make, OPERANDS, "qexp_operands")
+    operands = OPERANDS
 
     def sites(self, task: Task) -> list[Site]:
         arch, model = task.arch, task.model
@@ -161,11 +163,15 @@ def _put(sites: list[Site], make: Make) -> dict[str, nn.Module]:
     return made
 
 
-def _inside(
-    task: Task, make: Make, operands: tuple[str, ...], implementation: str
-) -> dict[str, nn.Module]:
+def _operand(task: Task, block: int, operand: str) -> str:
+    return f"{task.arch.blocks}.{block}.attention.{operand}"
+
+
+def _inside(task: Task, make: Make, operands: tuple[str, ...]) -> dict[str, nn.Module]:
     made: dict[str, nn.Module] = {}
     inside = {}
+    if not operands:
+        return made
     for index, block in enumerate(task.blocks):
         writer = task.arch.writers[0]  # the attention module owns the first writer
         path = writer.rpartition(".")[0]
@@ -173,8 +179,8 @@ def _inside(
         # BERT's output projection is a sibling of the attention: take all modules below both.
         for module in block.get_submodule(path.partition(".")[0]).modules():
             inside[module] = Inside(own)
-        made |= {f"{task.arch.blocks}.{index}.attention.{key}": q for key, q in own.items()}
-    install(task.model, inside, implementation)
+        made |= {_operand(task, index, key): q for key, q in own.items()}
+    install(task.model, inside)
     return made
 
 

@@ -28,7 +28,8 @@ class ScaleRule(ABC):
 
 @dataclass(frozen=True)
 class Dynamic(ScaleRule):
-    """Fitted to the weights by the grid's range estimator at every step; no gradient."""
+    """Fitted to the weights by the grid's range estimator at every step; no gradient. Values inside
+    the fitted range are not clipped: with min-max every gradient passes a hard clamp."""
 
     def __call__(
         self, weight: Float[Tensor, "rows columns"], grid: Grid, fake_quantize: FakeQuantize

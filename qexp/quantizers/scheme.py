@@ -1,12 +1,14 @@
 """Activation quantization schemes: placement, grid, static or dynamic ranges; calibration."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from qexp.common.errors import UserError
 from qexp.common.progress import bar
 from qexp.grid import Grid
 from qexp.grid.clipping import Rounding
@@ -16,6 +18,10 @@ from qexp.task import Batches, Task, singly
 
 
 class Activations(ABC):
+    @abstractmethod
+    def sites(self, task: Task) -> list[str]:
+        """The names of what `put` makes."""
+
     @abstractmethod
     def put(self, task: Task) -> dict[str, FakeQuant]:
         """Attach quantizers to the task's model; none rounds before its range is fixed."""
@@ -32,6 +38,9 @@ class Activations(ABC):
 class FloatActivations(Activations):
     """No quantization of activations."""
 
+    def sites(self, task: Task) -> list[str]:
+        return []
+
     def put(self, task: Task) -> dict[str, FakeQuant]:
         return {}
 
@@ -43,12 +52,17 @@ class FloatActivations(Activations):
 class QuantizedActivations(Activations):
     """A quantizer at every site of `placement`.
 
-    dynamic: scales of each tensor as it comes; otherwise fitted once to calibration batches.
+    dynamic: scales of each tensor as it comes. A value inside the grid's range goes to the nearest
+    code, at most half a step away, with a gradient of 1. Otherwise scales are fitted once to
+    calibration batches, and values beyond the codes are clipped, without a gradient.
     """
 
     placement: Placement
     grid: Grid
     dynamic: bool = False
+
+    def sites(self, task: Task) -> list[str]:
+        return self.placement.names(task)
 
     def put(self, task: Task) -> dict[str, FakeQuant]:
         made = self.placement(task, lambda: FakeQuant(self.grid, self.dynamic))
@@ -59,22 +73,67 @@ class QuantizedActivations(Activations):
 
 
 def attach(task: Task, kinds: Sequence[Activations]) -> list[FakeQuant]:
-    """Attach the quantizers of every scheme to the model and list them in `task.quantizers`."""
+    """Attach the quantizers of every scheme to the model and list them in `task.quantizers`.
+
+    UserError, before any is attached, where two would share a site.
+    """
+    taken = {name.replace("/", ".") for name in task.quantizers}
+    for kind in kinds:
+        sites = kind.sites(task)
+        if twice := [name for name in sites if name in taken]:
+            raise UserError(
+                f"activation, kv: {twice[0]} would carry two quantizers, of which only one can "
+                "round; give kv=none, or activation/placement=linear_inputs, which leaves keys and "
+                "values to kv."
+            )
+        taken |= set(sites)
     made = {name: quantizer for kind in kinds for name, quantizer in kind.put(task).items()}
     for name, quantizer in made.items():
         task.quantizers[name.replace(".", "/")] = quantizer.to(task.device)
     return list(made.values())
 
 
+@contextmanager
+def all_called(task: Task, during: str) -> Iterator[None]:
+    """UserError, at the end, for a quantizer that no forward has called: it would have no part in
+    the numbers that are said to be its own."""
+    silent = set(task.quantizers)
+    handles = [
+        quantizer.register_forward_pre_hook(lambda _, __, name=name: silent.discard(name))
+        for name, quantizer in task.quantizers.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    if silent:
+        first = next(name for name in task.quantizers if name in silent).replace("/", ".")
+        raise UserError(
+            f"activation, kv: {during} never called the quantizer of {first} ({len(silent)} of "
+            f"{len(task.quantizers)} are silent); give another activation/placement."
+        )
+
+
 @torch.no_grad()
 def quantize_activations(task: Task, kinds: Sequence[Activations], batches: Batches) -> None:
-    """Attach, let the calibration data pass once through what is still a float model (static
-    ranges are those of unrounded activations), and start to round."""
+    """Attach, fit static ranges and start to round. The ranges are those of unrounded activations
+    in the model as it stands: the caller decides whether its weights are rounded by then.
+
+    UserError where two kinds share a site or the calibration data do not reach one.
+    """
     quantizers = attach(task, kinds)
     if any(not quantizer.dynamic for quantizer in quantizers):
         for quantizer in quantizers:
             quantizer.start_observing()
-        for part in bar(singly(batches()), "activation ranges"):
-            task.loss(part)
+        parts = singly(batches())
+        if not parts:
+            raise UserError(
+                "calibration: there are no sequences, and static ranges of activations are fitted "
+                "to some; choose a recipe, for example calibration=first"
+            )
+        with all_called(task, "calibration"):
+            for part in bar(parts, "activation ranges"):
+                task.loss(part)
     for quantizer in quantizers:
         quantizer.fix_range()

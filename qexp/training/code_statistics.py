@@ -24,11 +24,12 @@ class Snapshot(NamedTuple):
 class CodeStatistics:
     """Codes and scales of weights, and ranges of activations, from one call to the next.
 
-    clipped: weights beyond the ends of their grid. flipped: weights whose code is another one than
-    at the last call. oscillated: whose code moved against its last move. scale: the scales'
-    geometric mean, against the first call. clipped_activations: values beyond the ends of static
-    quantizers, in one run of `probe`; scale_activations: as scale, of those. Codes that are fixed
-    have a scale alone. `notes` holds all that is remembered between calls.
+    clipped: weights beyond the ends of their grid, or of the range fitted to them where that is
+    done at every step: those whose gradient a hard clamp stops. flipped: weights whose code is
+    another one than at the last call. oscillated: whose code moved against its last move. scale:
+    the scales' geometric mean, against the first call. clipped_activations: values beyond the ends
+    of static quantizers, in one run of `probe`; scale_activations: as scale, of those. Codes that
+    are fixed have a scale alone. `notes` holds all that is remembered between calls.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class CodeStatistics:
         before, moves = self.notes["codes"], self.notes["moves"]
         flat = q.map(lambda part: part.reshape(-1, 1))
         groups = weight.reshape(len(flat.scale), -1)
-        v = groups / flat.scale + flat.zero
+        v = rounded.grid.position(groups, flat)
         size = weight.numel()
         clipped = size - _count(inside(v, *rounded.grid.bounds))
         codes = rounded.grid.encode(groups, flat)
@@ -109,7 +110,7 @@ class CodeStatistics:
         def counting(name: str, quantizer: FakeQuant) -> Any:
             def count(_: nn.Module, args: tuple[Any, ...]) -> None:
                 q = quantizer.place()
-                v = args[0].float() / q.scale + q.zero
+                v = quantizer.grid.position(args[0].float(), q)
                 kept, total = seen.get(name, (0, 0))
                 kept += _count(inside(v, *quantizer.grid.bounds))
                 seen[name] = kept, total + v.numel()

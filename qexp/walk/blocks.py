@@ -48,7 +48,7 @@ class Block:
     chunks: list[Chunk]
     task: Task
     returns_tuple: bool
-    origin: str  # checksums of the model and the batches as the walk began
+    origin: str  # of the model, its quantizers and the batches as the walk began
     _settled: list[Tensor] | None = None  # what the next block receives, if it is known already
 
     @property
@@ -172,8 +172,9 @@ def walk(task: Task, batches: Sequence[Batch], chunk: int | None = None) -> Iter
         )
     tuples = returns_tuple(task, parts[0])
     chunks = [capture_calls(task, part, tuples) for part in parts]
-    config = sha256(task.model.config.to_json_string().encode()).hexdigest()
-    origin = config + "".join(map(checksum, [dict(task.model.state_dict()), *batches]))
+    told = f"{task.model.config.to_json_string()} {task.quantizers!r}"
+    states = [dict(task.model.state_dict()), dict(task.quantizers.state_dict()), *batches]
+    origin = sha256(told.encode()).hexdigest() + "".join(map(checksum, states))
     arch, module = task.arch, task.blocks[0]
     first = Block(0, f"{arch.blocks}.0", module, arch.groups, chunks, task, tuples, origin)
     yield from _visited(first)

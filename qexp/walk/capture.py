@@ -38,11 +38,19 @@ def rows(batch: Batch) -> int:
 
 
 def capture_calls(task: Task, batch: Batch, returns_tuple: bool) -> Chunk:
-    calls: list[tuple[Tensor, Call]] = []
-    with bypass_blocks(task.blocks, returns_tuple, calls):
-        task.encode(batch)
-    hidden = calls[0][0].to(next(task.blocks[0].parameters()).device)
-    return Chunk(batch, hidden, [call for _, call in calls])
+    entry: list[Tensor] = []
+    calls: list[Call] = []
+    # Ahead of the quantizer of the first block's input, which each run of the block meets.
+    handle = task.blocks[0].register_forward_pre_hook(
+        lambda _, args: entry.append(args[0]), prepend=True
+    )
+    try:
+        with bypass_blocks(task.blocks, returns_tuple, calls):
+            task.encode(batch)
+    finally:
+        handle.remove()
+    hidden = entry[0].to(next(task.blocks[0].parameters()).device)
+    return Chunk(batch, hidden, calls)
 
 
 class _Enough(Exception):
@@ -68,13 +76,13 @@ def returns_tuple(task: Task, batch: Batch) -> bool:
 def bypass_blocks(
     blocks: Iterable[nn.Module],
     returns_tuple: bool,
-    seen: list[tuple[Tensor, Call]] | None = None,
+    seen: list[Call] | None = None,
 ) -> Iterator[None]:
     """Within the context, blocks return their input unchanged; `seen` collects their arguments."""
 
     def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
         if seen is not None:
-            seen.append((hidden, Call(args, kwargs)))
+            seen.append(Call(args, kwargs))
         return (hidden,) if returns_tuple else hidden
 
     for block in blocks:
@@ -88,12 +96,12 @@ def bypass_blocks(
 
 @contextmanager
 def replace_input(block: nn.Module, hidden: Tensor) -> Iterator[None]:
-    """Within the context, the block reads `hidden` in place of its input."""
+    """Within the context, the block, and a quantizer of its input, read `hidden` as the input."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         return (hidden.to(args[0].device), *args[1:]), kwargs
 
-    handle = block.register_forward_pre_hook(hook, with_kwargs=True)
+    handle = block.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
     try:
         yield
     finally:

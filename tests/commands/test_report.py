@@ -187,12 +187,12 @@ def test_two_definitions_never_share_a_column(seeds) -> None:
 
 
 def test_what_several_rows_have_in_common_is_tested_by_seed(seeds, capsys) -> None:
-    assert report.main([str(seeds), "--out", "made", "--baseline", "method=rtn"]) == 0
+    assert command("report", [str(seeds), "--out", "made", "--baseline", "method=rtn"]) == 0
     said = Path("made/table.md").read_text()
     assert f"{TITLE}, gptq: over 2 rows, averaged within each of 2 seeds, -" in said
     (seeds / "rtn-3-0" / "metrics.json").unlink()
     (seeds / "rtn-3-1" / "metrics.json").unlink()
-    assert report.main([str(seeds), "--out", "made", "--baseline", "method=rtn"]) == 0
+    assert command("report", [str(seeds), "--out", "made", "--baseline", "method=rtn"]) == 0
     assert "averaged within" not in Path("made/table.md").read_text()  # one pair has its own Δ
 
 

@@ -1,6 +1,7 @@
 """Activation and cache quantizers: what they see, when they round, what is left alone."""
 
 import math
+from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -13,8 +14,8 @@ from qexp.grid import IntGrid, Range
 from qexp.grid.ranges import MSE, Entropy, MinMax, MovingAverage, Percentile
 from qexp.quantizers.activation import FakeQuant
 from qexp.quantizers.fake_quantize import FakeQuantize
-from qexp.quantizers.placement import AllOps, KVCache, LinearInputs, ProjectedKV
-from qexp.quantizers.scheme import QuantizedActivations, quantize_activations
+from qexp.quantizers.placement import AllOps, KVCache, LinearInputs, Placement, ProjectedKV
+from qexp.quantizers.scheme import QuantizedActivations, all_called, quantize_activations
 
 TENSOR = IntGrid(8, per_tensor=True)
 TOKEN = IntGrid(8, symmetric=True)
@@ -239,3 +240,75 @@ def test_a_soft_forward_of_dynamic_scales_is_evaluated_hard():
     soft, hard = quantizer.train()(x), quantizer.eval()(x)
     quantizer.make_constant()
     assert torch.equal(hard, quantizer(x)) and not torch.equal(soft, hard)
+
+
+@dataclass(frozen=True)
+class Scores(Placement):
+    """Attention's scores and probabilities alone."""
+
+    operands = ("scores", "probabilities")
+
+    def sites(self, task):
+        return []
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize(
+    "placements",
+    [(LinearInputs(), KVCache()), (Scores(), KVCache()), (KVCache(), Scores())],
+    ids=str,
+)
+def test_placements_on_disjoint_sites_all_round(placements, dynamic):
+    task, batch = task_of("llama"), joined("llama")
+    kinds = [QuantizedActivations(each, TENSOR, dynamic) for each in placements]
+    quantize_activations(task, kinds, lambda: [batch])
+    assert list(task.quantizers) == [
+        name.replace(".", "/") for kind in kinds for name in kind.sites(task)
+    ]
+    with all_called(task, "this forward"):
+        task.loss(batch)
+    apart = []
+    for each in placements:  # what each rounds alone
+        alone = task_of("llama")
+        quantize_activations(alone, [QuantizedActivations(each, TENSOR, dynamic)], lambda: [batch])
+        apart.append(losses(alone, batch))
+    assert all(losses(task, batch) != loss for loss in apart)
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("order", [1, -1])
+def test_two_quantizers_of_one_tensor_are_refused_before_any_is_put(dynamic, order):
+    task, batch = task_of("llama"), joined("llama")
+    plain = losses(task, batch)
+    kinds = [QuantizedActivations(each, TENSOR, dynamic) for each in (AllOps(), KVCache())][::order]
+    sentence = r"^activation, kv: model\.layers\.0\.attention\.key would carry two .*kv=none"
+    with pytest.raises(UserError, match=sentence):
+        quantize_activations(task, kinds, lambda: [batch])
+    assert not task.quantizers and losses(task, batch) == plain
+    quantize_activations(task, kinds[:1], lambda: [batch])
+    with pytest.raises(UserError, match="would carry two quantizers"):
+        quantize_activations(task, kinds[1:], lambda: [batch])
+
+
+def test_a_quantizer_that_nothing_calls_is_an_error_with_its_name(monkeypatch):
+    batch = joined("llama")
+    monkeypatch.setattr("qexp.quantizers.placement.install", lambda *_: None)
+    kinds = [QuantizedActivations(LinearInputs(), TENSOR), QuantizedActivations(KVCache(), TENSOR)]
+    silent = r"calibration never called .* of model\.layers\.0\.attention\.key \(6 of 18 are silent"
+    with pytest.raises(UserError, match=silent):
+        quantize_activations(task_of("llama"), kinds, lambda: [batch])
+    task = task_of("llama")
+    dynamic = [QuantizedActivations(KVCache(), TOKEN, dynamic=True)]
+    quantize_activations(task, dynamic, lambda: pytest.fail("no data"))
+    with (
+        pytest.raises(UserError, match=r"eval\.x never called .*model\.layers\.0\.attention\.key"),
+        all_called(task, "eval.x"),
+    ):
+        losses(task, batch)
+
+
+def test_static_ranges_without_sequences_are_refused():
+    kinds = [QuantizedActivations(LinearInputs(), TENSOR)]
+    with pytest.raises(UserError, match=r"^calibration: there are no sequences.*calibration=first"):
+        quantize_activations(task_of("llama"), kinds, list)

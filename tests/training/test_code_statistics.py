@@ -8,7 +8,7 @@ from qexp.grid import IntGrid
 from qexp.quantizers.activation import FakeQuant
 from qexp.quantizers.fake_quantize import FakeQuantize
 from qexp.quantizers.parametrization import attach_weight_quantizer, float_weight, weight_quantizer
-from qexp.quantizers.scale_rules import FixedCodes, Static
+from qexp.quantizers.scale_rules import Dynamic, FixedCodes, Static
 from qexp.training.code_statistics import CodeStatistics
 
 
@@ -29,6 +29,14 @@ def test_shares_of_codes_that_move_turn_back_and_are_clipped(bits):
         assert dict(moved.whole) == {k: v for k, v in moved.tensors["it"].items() if k != "zero"}
     # Last: 1 → 0 turns back, 0 → -1 is clipped and stays 0, 2.4 → 3.4 moves, the top is clipped.
     assert found == [[0, 0, 0, 1], [0.5, 0, 0, 1], [0, 0, 0, 1], [0.5, 0.25, 0.5, 1]]
+
+
+@pytest.mark.parametrize("grid", [IntGrid(3), IntGrid(3, symmetric=True)], ids=str)
+@torch.no_grad()
+def test_of_a_range_fitted_at_every_step_no_weight_is_clipped(grid):
+    linear = nn.Linear(32, 8, bias=False)
+    attach_weight_quantizer(linear, Dynamic(), grid, FakeQuantize())
+    assert CodeStatistics({"it": linear})().whole["clipped"] == 0
 
 
 @torch.no_grad()
