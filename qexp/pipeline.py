@@ -21,7 +21,7 @@ from qexp.data.recipe import Recipe
 from qexp.eval.base import Evaluator, FloatModel, digest
 from qexp.models.base import ModelSource
 from qexp.models.device import as_task
-from qexp.models.state_diff import Checksums, checksums, state_diff
+from qexp.models.state_diff import Checksums, added, checksums, state_diff
 from qexp.packed import weights_file
 from qexp.quantizers.scheme import FloatActivations, all_called
 from qexp.runs import results
@@ -58,6 +58,9 @@ def answer(cfg: DictConfig, folder: Path) -> dict[str, float] | None:
     return results.read(folder, build(cfg).files(), needs)
 
 
+ADDED = 16  # bits of each number that a step added to the model, which models are shipped in
+
+
 def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
     """Build, load, apply, evaluate, write; the metrics.
 
@@ -73,6 +76,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
     with provenance.stage("load"):
         task = load(parts, cfg, folder)
         origin = checksums(task.model) if cfg.save_weights else {}
+        names = {name for name, _ in task.model.named_parameters()}
     source = parts.source
     provenance.add(model=source.fingerprint(), tensor_types=source.tensor_types())
     provenance.add(device=str(task.device), seed=cfg.seed)
@@ -80,7 +84,8 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
     records = apply(parts, task, provenance)
     if ranks.rank():
         raise ranks.Done
-    metrics = storage(records) | evaluate(evaluators, task, provenance)
+    metrics = storage(records, added(task.model, names))
+    metrics |= evaluate(evaluators, task, provenance)
     if cfg.save_weights:
         save(task, origin, records, folder)
     written = results.write(folder, metrics, records, provenance)
@@ -197,15 +202,25 @@ def _evaluator(name: str, node: Any) -> Evaluator:
     return evaluator
 
 
-def storage(records: list[Record]) -> dict[str, float]:
+def storage(records: list[Record], numbers: int = 0) -> dict[str, float]:
     """Measured bits per quantized weight over all linears, and how many weights those are; beside
-    them the bits that the method's paper would print, where it counts otherwise."""
+    them the bits that the method's paper would print, where it counts otherwise.
+
+    numbers: that steps added to the model (a head untied by a rotation, biases), which storage must
+    keep too. They are part of `weight/bits`; `weight/added_bits` says which part."""
     weights = sum(record.rows * record.columns for record in records)
     if not weights:
         return {}
     bits = sum(record.bits * record.rows * record.columns for record in records)
+    more = ADDED * numbers / weights
     error = sum(record.error for record in records) / len(records)
-    metrics = {"weight/bits": bits / weights, "weight/count": float(weights), "weight/error": error}
+    metrics = {
+        "weight/bits": bits / weights + more,
+        "weight/count": float(weights),
+        "weight/error": error,
+    }
+    if more:
+        metrics["weight/added_bits"] = more
     printed = [(r.paper_bits, r.rows * r.columns) for r in records if r.paper_bits is not None]
     if printed:
         total = sum(bits * count for bits, count in printed)

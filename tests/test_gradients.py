@@ -9,6 +9,7 @@ from torch import Tensor
 from qexp.common.errors import FieldError
 from qexp.gradients import DSQ, EWGS, Hard, Sigmoid, Soft, Straight
 from qexp.grid import IntGrid, LevelGrid, Scale
+from qexp.grid.float_formats import levels
 from qexp.quantizers.fake_quantize import FakeQuantize
 
 ROUNDINGS = [Straight(), Sigmoid(5), Sigmoid(40, "raw"), Sigmoid(4, "norm"), DSQ(), EWGS(0.5)]
@@ -172,11 +173,12 @@ def test_pact_moves_its_level_with_what_lies_beyond():
     ("grid", "share", "dynamic"),
     [
         (IntGrid(3, real_zero=True), 0.5, False),
+        (LevelGrid("nf4"), 0.5, False),
         (IntGrid(3), 1.0, True),
         (IntGrid(3, symmetric=True), 1.0, True),
         (IntGrid(3, symmetric=True), 0.9, True),
     ],
-    ids=["codes", "asymmetric", "symmetric", "a narrower interval"],
+    ids=["codes", "levels", "asymmetric", "symmetric", "a narrower interval"],
 )
 def test_the_fused_node_is_the_formula_under_autograd(x, rounding, clamp, grid, share, dynamic):
     upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
@@ -186,9 +188,11 @@ def test_the_fused_node_is_the_formula_under_autograd(x, rounding, clamp, grid, 
         leaves = [t.clone().requires_grad_() for t in (x, q.scale, q.zero)]
         fitted = q.fitted if dynamic else None
         y = function(leaves[0], Scale(leaves[1], leaves[2], fitted=fitted))
-        return (y.detach(), *torch.autograd.grad((y * upstream).sum(), leaves))
+        # the zero point of levels is always 0 and no part of the formula
+        moved = leaves if grid.has_zero else leaves[:2]
+        return (y.detach(), *torch.autograd.grad((y * upstream).sum(), moved))
 
-    plain = gradients(lambda w, q: grid.round(w, q, lambda c: rounding(c, 7), clamp))
+    plain = gradients(lambda w, q: grid.round(w, q, lambda c: rounding(c, grid.top), clamp))
     fused = gradients(lambda w, q: FakeQuantize(rounding, clamp)(w, q, grid))
     for one, two in zip(plain, fused, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
@@ -266,12 +270,60 @@ def test_a_soft_forward_is_left_behind_outside_of_training(x):
     assert torch.equal(formula(x, q, grid, training=False), grid.round(x, q))
 
 
-def test_uneven_levels_train_straight_through(x):
+KINDS = ["nf4", "e2m1", "e4m3", "e5m2"]
+UNIT = Scale(torch.ones(1, 1), torch.zeros(1, 1))
+
+
+def spread(kind: str) -> tuple[Tensor, Tensor]:
+    """Values within, on, midway between and beyond the levels of a format; and the levels."""
+    table = torch.tensor(levels(kind))
+    between = [table[:-1] + share * table.diff() for share in (0.0, 0.01, 0.3, 0.5, 0.7)]
+    far = torch.full_like(between[3], torch.inf)
+    nearly = [torch.nextafter(between[3], side) for side in (-far, far)]
+    ends = table[[0, -1]]
+    beyond = [ends, torch.nextafter(ends, 2 * ends), 1.01 * ends, 3 * ends]
+    return torch.cat([*between, *nearly, *beyond])[None], table
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_surrogate_changes_a_level(kind, rounding):
+    (v, table), grid = spread(kind), LevelGrid(kind)
+    expected = grid.round(v, UNIT)
+    assert torch.equal(expected, table[grid.encode(v, UNIT).long()])
+    for clamp in CLAMPS:
+        assert torch.equal(grid.round(v, UNIT, rounding, clamp), expected)
+        assert torch.equal(FakeQuantize(rounding, clamp)(v, UNIT, grid), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fused", [False, True])
+def test_levels_train_straight_through_between_their_ends(kind, fused):
+    (v, table), grid = spread(kind), LevelGrid(kind)
+    inside = (v >= table[0]) & (v <= table[-1])
+    plain = slope(lambda x: grid.round(x, UNIT, Straight(), Hard()), v)
+    made = slope(lambda x: FakeQuantize()(x, UNIT, grid), v) if fused else plain
+    assert torch.equal(made, inside.float())
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_surrogates_measure_uneven_levels_in_codes(kind, rounding):
+    """At the same share of a step the slope is the same, however wide the step is."""
+    table = torch.tensor(levels(kind))
+    for share in (0.2, 0.45, 0.9):
+        v = (table[:-1] + share * table.diff())[None]
+        made = slope(lambda x: LevelGrid(kind).round(x, UNIT, rounding), v)
+        wanted = slope(rounding, torch.full_like(v, 1 + share))
+        torch.testing.assert_close(made, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_a_scale_of_levels_has_the_gradient_of_lsq(x):
     grid = LevelGrid("nf4")
     q = grid.fit(x)
     scale = (q.scale * 0.5).requires_grad_()
     weight = x.clone().requires_grad_()
-    y = FakeQuantize(Sigmoid())(weight, Scale(scale, q.zero), grid)
+    y = FakeQuantize()(weight, Scale(scale, q.zero), grid)
     y.sum().backward()
     u = x / scale.detach()
     inside = u.abs() <= 1

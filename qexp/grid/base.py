@@ -57,6 +57,11 @@ class Grid(ABC):
 
     @property
     @abstractmethod
+    def top(self) -> int:
+        """The highest code."""
+
+    @property
+    @abstractmethod
     def bounds(self) -> tuple[float, float]:
         """The least and the greatest x / scale + zero that is not clipped."""
 
@@ -80,15 +85,17 @@ class Grid(ABC):
         """The scale with which the grid reaches from `low` to `high`."""
 
     def position(self, x: Float[Tensor, "*shape"], q: Scale) -> Float[Tensor, "*shape"]:
-        """x / scale + zero, which clamping clips where it lies beyond `ends`. What the interval of
-        `q.fitted` holds is moved to an end that it lies beyond by no more than one step, which
-        is what rounding of zero points and of scales leaves: there gradients are those inside."""
-        v = x / q.scale + q.zero
+        """The position of each value among the codes, before clamping to [0, top] and rounding.
+
+        A value inside the interval of `q.fitted` that lies beyond an end by at most one code, which
+        the rounding of zero points and scales causes, is moved to that end: it is not clipped, and
+        its gradient is that of a value inside.
+        """
+        v = self.code_position(x / q.scale + q.zero)
         if q.fitted is None:
             return v
-        low, high = self.bounds
-        near = inside(v.detach(), low - 1, high + 1)
-        return reached(v, inside(x.detach(), *q.fitted).mul_(near), low, high)
+        near = inside(v.detach(), -1, self.top + 1)
+        return reached(v, inside(x.detach(), *q.fitted).mul_(near), 0, self.top)
 
     @abstractmethod
     def encode(
@@ -99,6 +106,10 @@ class Grid(ABC):
         clamp: Clamp = torch.clamp,
     ) -> Float[Tensor, "*shape"]:
         """The code of each value, a whole number in [0, 2^bits) kept in floating point."""
+
+    def code_position(self, v: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """The position of v = x / scale + zero on the axis of codes."""
+        return v
 
     @abstractmethod
     def decode(self, codes: Float[Tensor, "*shape"], q: Scale) -> Float[Tensor, "*shape"]:

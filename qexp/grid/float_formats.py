@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qexp.common.errors import UserError
 from qexp.grid.base import Grid, Range
-from qexp.grid.clipping import Clamp, Rounding
+from qexp.grid.clipping import Clamp, Rounding, snap
 from qexp.grid.ranges import MinMax
 from qexp.grid.scale import Scale
 
@@ -42,6 +42,7 @@ def levels(kind: str) -> tuple[float, ...]:
 
 
 KINDS = ("e4m3", "e5m2", "e2m1", "nf4")
+NEAR = 0.4999  # positions stay so close to the code that they round to
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,10 @@ class LevelGrid(Grid):
     """Unevenly spaced values of a named format (e4m3, e5m2, e2m1, nf4) times a scale per row.
 
     scale = max|x| / largest level. Ties round to the even mantissa, as floating-point casts do.
+
+    Gradients: a value's `position` among the codes is rounded and clamped as on an integer grid, so
+    surrogates see steps of one code. The width of a step divides on the way from values to codes
+    and multiplies on the way back; both are left out, so dy/dx is the product of the two slopes.
     """
 
     kind: str = "nf4"
@@ -66,6 +71,10 @@ class LevelGrid(Grid):
     @property
     def bits(self) -> int:
         return 8 if self.kind in ("e4m3", "e5m2") else 4
+
+    @property
+    def top(self) -> int:
+        return len(levels(self.kind)) - 1
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -91,11 +100,35 @@ class LevelGrid(Grid):
         rounding: Rounding = torch.round,
         clamp: Clamp = torch.clamp,
     ) -> Float[Tensor, "*shape"]:
-        return torch.bucketize((x / q.scale).float(), self._edges(x.device)).to(x.dtype)
+        if rounding is torch.round and clamp is torch.clamp:  # the same codes, faster
+            return torch.bucketize((x / q.scale).float(), self._edges(x.device)).to(x.dtype)
+        return snap(self.position(x.float(), q), self.top, rounding, clamp).to(x.dtype)
 
     def decode(self, codes: Float[Tensor, "*shape"], q: Scale) -> Float[Tensor, "*shape"]:
         table = torch.tensor(levels(self.kind), device=codes.device)
-        return table[codes.long()].to(q.scale.dtype) * q.scale
+        level = table[codes.detach().nan_to_num().long()]
+        return (level + (codes - codes.detach())).to(q.scale.dtype) * q.scale
+
+    def code_position(self, v: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """k at level k and linear between two levels, beyond the ends as in the last step; rounds
+        to the code of the nearest level, ties included. Its gradient is 1 per unit of v."""
+        table, edges = torch.tensor(levels(self.kind)), self._edges(torch.device("cpu"))
+        value, top = v.detach().float(), self.top
+        # Half steps, from a level to an edge or from an edge to a level, and both sides beyond.
+        bounds = torch.cat([torch.stack([table[:-1], edges], 1).flatten(), table[-1:]])
+        near = (torch.arange(2 * top + 2) // 2).float()
+        width = table.diff().repeat_interleave(2)
+        width = torch.cat([width[:1], width, width[-1:]])
+        low = torch.where(torch.arange(2 * top + 2) % 2 == 1, near, near - NEAR)
+        high = torch.where(torch.arange(2 * top + 2) % 2 == 1, near + NEAR, near)
+        low[0], high[-1] = -torch.inf, torch.inf
+        low[-1] = torch.nextafter(near[-1], high[-1])  # a sum would round to the end itself
+        step = torch.bucketize(value, bounds.to(v.device))
+        near, level, width, low, high = (
+            each.to(v.device)[step] for each in (near, table[near.long()], width, low, high)
+        )
+        at = (near + (value - level) / width).clamp(low, high)
+        return at + (v - v.detach()).nan_to_num()  # an infinite value is clipped all the same
 
     def _edges(self, device: torch.device) -> Float[Tensor, " edges"]:
         """Midpoints between levels, lowered by one step of float32 where a tie goes up."""

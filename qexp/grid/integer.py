@@ -70,7 +70,6 @@ class IntGrid(Grid):
 
     @property
     def top(self) -> int:
-        """The highest code."""
         return 2**self.bits - 1
 
     @property

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from qexp.common.errors import UserError, check_bool, check_int
+from qexp.common.errors import UserError, check_int
 from qexp.common.progress import bar
 from qexp.hessian import AtFloatWeights, CacheableHessian, Hessian
 from qexp.hessian.base import ForEachGroup
@@ -36,8 +36,6 @@ class Direct(Step):
     solver: Solver
     activations: tuple[Activations, ...] | list[Activations] = ()
     activations_first: bool = True
-
-    def __post_init__(self) -> None:
 
     @torch.no_grad()
     def __call__(self, task: Task, batches: Batches) -> list[Record]:

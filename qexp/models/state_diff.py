@@ -26,6 +26,12 @@ def state_diff(model: nn.Module, before: Checksums, coded: Collection[str]) -> d
     }
 
 
+def added(model: nn.Module, before: Collection[str]) -> int:
+    """How many numbers the model keeps in parameters that it did not have; `before` names those of
+    then. Its untied head counts, and so does a bias that a shift needed."""
+    return sum(p.numel() for name, p in model.named_parameters() if name not in before)
+
+
 def apply_diff(model: nn.Module, changed: Mapping[str, Tensor]) -> None:
     """Make the model of `marks` the model of `edits`: values in place, new parameters (an untied
     head, a bias) registered under their names."""

@@ -21,9 +21,6 @@ class FakeQuantize:
     """`grid.round` in the forward pass; its gradient with these surrogates in the backward pass.
 
     The backward pass is computed from x and the scale, so that only the input is kept for it.
-
-    Levels that are not evenly spaced have no cells of equal width: there any `rounding` is
-    straight-through.
     """
 
     rounding: RoundingGradient = Straight()  # noqa: RUF009 (frozen, so sharing the default is safe)
@@ -108,9 +105,10 @@ class _Fused(torch.autograd.Function):
         made = y.view(rows.shape)
         if clamp.clips:  # then the interval makes no difference to values
             low = high = None
+        seen = torch.clamp if clamp.clips else clamp.value
         for part in _chunks(rows):
             q = _placed(scale, zero, low, high, part)
-            made[part] = grid.round(rows[part].float(), q, torch.round, clamp.value)
+            made[part] = grid.round(rows[part].float(), q, torch.round, seen)
         return y
 
     @staticmethod
@@ -140,11 +138,10 @@ def _back(
     gradient_scale: float,
 ) -> Tensor:
     """The gradient of x; those of scale and zero are added to `sums`."""
-    low, high = grid.bounds
+    low, high = 0, grid.top
     v = grid.position(x, q)
-    h, codes = g, low == 0  # only evenly spaced levels have cells of equal width
-    c = clamp.value(v, low, high) if codes else v
-    if codes and not isinstance(rounding, Straight):
+    h, c = g, clamp.value(v, low, high)
+    if not isinstance(rounding, Straight):
         h = rounding.back(c, g, high - low)
         if clamp.clips and not isinstance(clamp, Hard):  # whose slope is 0 there
             h = torch.lerp(g, h, inside(v, low, high))
@@ -153,7 +150,7 @@ def _back(
         h.mul_((x.abs() < clamp.limit).to(h))
     moves = None if clamp.steps_inside else 1 - inside(v, low, high)
     if sums[0] is not None:
-        y = grid.decode(c.round_(), q) if codes else grid.round(x, q, torch.round, clamp.value)
+        y = grid.decode(c.round_(), q)
         moved = y.mul_(g).addcmul_(h, x, value=-1)
         moved = moved if moves is None else moved.mul_(moves)
         sums[0] += gradient_scale * moved.sum_to_size(q.scale.shape) / q.scale

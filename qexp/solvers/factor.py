@@ -71,11 +71,14 @@ def ordered(
     hessian: Float[Tensor, "columns columns"],
     damp: float,
     act_order: bool,
+    backwards: bool = False,
 ) -> Ordered:
-    """Columns as they stand or, with `act_order`, by descending diagonal of the Hessian."""
+    """Columns as they stand or, with `act_order`, by descending diagonal of the Hessian;
+    `backwards`: the last of them first."""
     order = torch.arange(weight.shape[1], device=weight.device)
     if act_order:
         order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    order = order.flip(0) if backwards else order
     factor = inverse_factor(hessian[order][:, order], damp)
     weight = weight.float()[:, order].masked_fill(factor.dead, 0)
     return Ordered(weight, factor, order, torch.argsort(order))

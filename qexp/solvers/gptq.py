@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from qexp.common.errors import check_int, check_number
+from qexp.common.errors import UserError, check_bool, check_int, check_number
 from qexp.grid import Grid, Scale
 from qexp.packed.coded import Coded
 from qexp.solvers.base import Solution
@@ -20,6 +20,9 @@ class GPTQ(OnGrid):
 
     damp: share of the mean diagonal added to the diagonal (reference 0.01).
     act_order: columns by descending diagonal of the Hessian.
+    backwards: the last column of the order comes first, as in QuIP's code.
+    clip_first: values beyond the ends of their grid move to them before the sweep, which then does
+    not compensate for what is cut off (QuIP's code); needs static_groups.
     static_groups: scales of all groups fitted before the sweep, in the matrix' own column order;
     otherwise on weights that carry the errors of the columns before. Without act_order
     and groups it makes no difference.
@@ -34,8 +37,16 @@ class GPTQ(OnGrid):
     static_groups: bool = False
     fit_every: int = 128
     block: int = 128
+    backwards: bool = False
+    clip_first: bool = False
 
     def __post_init__(self) -> None:
+        check_bool("method.solver", self, "backwards", "clip_first")
+        if self.clip_first and not self.static_groups:
+            raise UserError(
+                "method.solver.clip_first=true: the ends are known before the sweep only with "
+                "method.solver.static_groups=true."
+            )
         check_number("method.solver", self, damp=0)
         check_int("method.solver", self, fit_every=1, block=1)
 
@@ -46,13 +57,19 @@ class GPTQ(OnGrid):
     ) -> Solution:
         columns = weight.shape[1]
         size = columns // self.grid.groups(columns)
-        weight, factor, order, place = ordered(weight, hessian, self.damp, self.act_order)
+        weight, factor, order, place = ordered(
+            weight, hessian, self.damp, self.act_order, self.backwards
+        )
         fitted: list[Scale] = []
         if self.static_groups:
             static = self.grid.scales_of(weight[:, place])
             # One contiguous row per group, so that the inner loop only indexes.
             scales, zeros = static.scale.T.contiguous(), static.zero.T.contiguous()
             homes = (order // size).tolist()
+            if self.clip_first:
+                wide = static.map(lambda part: part[:, order // size])
+                low, high = ((end - wide.zero) * wide.scale for end in self.grid.bounds)
+                weight = weight.clamp(low, high)
 
             def fit(values: Tensor, first: int) -> Rule:
                 def rule(w: Tensor, j: int) -> Tensor:
@@ -74,6 +91,6 @@ class GPTQ(OnGrid):
             packed = Coded.of(self.grid, rounded, static)
         else:
             found = Scale.join(fitted)
-            scattered = self.act_order and size < columns
+            scattered = (self.act_order or self.backwards) and size < columns
             packed = Coded.of(self.grid, rounded, found, place // size if scattered else None)
         return Solution(packed.dequantize(), packed.bits(), packed, factor.damp)

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qexp.common.errors import UserError, check_choice, check_int, check_number
+from qexp.common.errors import UserError, check_bool, check_choice, check_int, check_number
 from qexp.grid import IntGrid, Scale
 from qexp.grid.scale import DTYPES
 from qexp.packed.binary import Binary, Halves
@@ -33,7 +33,8 @@ class PBLLM(Solver):
     damp: share of the mean diagonal. block: run time only. feedback: errors are spread at all.
     scale_dtype: of stored means and distances.
 
-    The reference counts salient weights as zeros in those means; here they are left out.
+    salient_as_zeros: salient weights count as zeros in the mean and the distance, as in the
+    reference, whose distance is too small by their share; otherwise they are left out.
     """
 
     grid: IntGrid = IntGrid(8)  # noqa: RUF009 (frozen)
@@ -44,12 +45,14 @@ class PBLLM(Solver):
     scale_dtype: str = "float32"
     block: int = 128
     feedback: bool = True
+    salient_as_zeros: bool = False
 
     def __post_init__(self) -> None:
         check_number("method.solver", self, salient=0, damp=0)
         if self.salient >= 1:
             raise UserError(f"method.solver.salient={self.salient}: give a share below 1.")
         check_int("method.solver", self, block=1)
+        check_bool("method.solver", self, "salient_as_zeros")
         check_choice("method.solver", self, salient_metric=METRICS, scale_dtype=DTYPES)
 
     def check(self, rows: int, columns: int) -> None:
@@ -94,15 +97,19 @@ class PBLLM(Solver):
             if count:
                 least = ascending(metric.flatten())[-count]
                 salient[here] = (metric >= least).T
-            mean, reach, _ = two_values(values, ~salient[here].T, dtype)
+            low = ~salient[here].T
+            counted, among = values, low
+            if self.salient_as_zeros:
+                counted, among = values.masked_fill(~low, 0), torch.ones_like(low)
+            mean, reach, _ = two_values(counted, among, dtype)
             levels.append(torch.cat([mean, reach], 1).to(dtype))
-            middle, low, high = mean[:, 0], (mean - reach)[:, 0], (mean + reach)[:, 0]
+            middle, less, more = mean[:, 0], (mean - reach)[:, 0], (mean + reach)[:, 0]
 
             def rule(w: Tensor, j: int) -> Tensor:
                 q = Scale(scales.scale[:, j // each], scales.zero[:, j // each])
                 torch.ge(w, middle, out=signs[j])
                 return torch.where(
-                    salient[j], self.grid.round(w, q), torch.where(signs[j], high, low)
+                    salient[j], self.grid.round(w, q), torch.where(signs[j], more, less)
                 )
 
             return rule

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qexp.common.errors import check_int, check_number
+from qexp.common.errors import check_bool, check_int, check_number
 from qexp.grid import Grid, Scale
 from qexp.packed.coded import Coded
 from qexp.packed.rotated import Rotated, rotations
@@ -27,8 +27,11 @@ class QuIP(OnGrid):
 
     grid: `weight=quip` is the paper's, 2.4 root mean squares to both sides, one scale per matrix.
     damp: share of the mean diagonal. The reference adds 0.01 twice.
+    clip_first: values beyond the grid's ends move to them before LDLQ, as in the reference, so that
+    later columns do not compensate for it.
     seed: of the rotations. rescale, feedback: whether inputs are rescaled, and errors spread.
     act_order: columns by descending diagonal of the rotated Hessian.
+    backwards: LDLQ goes through the columns from last to first, as the reference does.
     greedy: passes that move every weight in turn to its best value while the others stay (see
     `descend`). The reference's default is 0; act_order and some passes (its code: 9) are LDLQ-RG.
     block: columns finished before the rest is updated; no effect on the result.
@@ -42,10 +45,13 @@ class QuIP(OnGrid):
     act_order: bool = False
     greedy: int = 0
     block: int = 128
+    clip_first: bool = False
+    backwards: bool = False
 
     def __post_init__(self) -> None:
         check_number("method.solver", self, damp=0)
         check_int("method.solver", self, greedy=0, block=1)
+        check_bool("method.solver", self, "clip_first", "backwards")
 
     @property
     def rowwise(self) -> bool:
@@ -69,16 +75,33 @@ class QuIP(OnGrid):
         scaled = hessian / column_scale.float() / column_scale.float()[:, None]
         scaled = inputs.apply(inputs.apply(scaled).T).float()
         scaled = (scaled + scaled.T) / 2
+        coded, damp = self.solved(turned, scaled)
+        packed = Rotated(coded, self.seed, column_scale)
+        return Solution(packed.dequantize(), packed.bits(), packed, damp)
+
+    def solved(
+        self,
+        weight: Float[Tensor, "rows columns"],
+        hessian: Float[Tensor, "columns columns"],
+    ) -> tuple[Coded, float]:
+        """LDLQ and greedy passes on a matrix that was rotated: codes, and the damping needed."""
         solver = (
-            GPTQ(self.grid, self.damp, self.act_order, fit_every=1, block=self.block)
+            GPTQ(
+                self.grid,
+                self.damp,
+                self.act_order,
+                static_groups=self.clip_first,
+                fit_every=1,
+                block=self.block,
+                backwards=self.backwards,
+                clip_first=self.clip_first,
+            )
             if self.feedback
             else RTN(self.grid)
         )
-        inner = solver(turned, scaled)
+        inner = solver(weight, hessian)
         assert isinstance(inner.packed, Coded)
-        coded = self._descended(inner.packed, turned, scaled)
-        packed = Rotated(coded, self.seed, column_scale)
-        return Solution(packed.dequantize(), packed.bits(), packed, inner.damp)
+        return self._descended(inner.packed, weight, hessian), inner.damp
 
     def _descended(
         self,

@@ -91,7 +91,7 @@ class CodeStatistics:
         groups = weight.reshape(len(flat.scale), -1)
         v = rounded.grid.position(groups, flat)
         size = weight.numel()
-        clipped = size - _count(inside(v, *rounded.grid.bounds))
+        clipped = size - _count(inside(v, 0, rounded.grid.top))
         codes = rounded.grid.encode(groups, flat)
         # a checkpoint brings them back on the CPU
         move = (codes - before.get(name, codes).to(codes.device)).sign_()
@@ -112,7 +112,7 @@ class CodeStatistics:
                 q = quantizer.place()
                 v = quantizer.grid.position(args[0].float(), q)
                 kept, total = seen.get(name, (0, 0))
-                kept += _count(inside(v, *quantizer.grid.bounds))
+                kept += _count(inside(v, 0, quantizer.grid.top))
                 seen[name] = kept, total + v.numel()
 
             return quantizer.register_forward_pre_hook(count)

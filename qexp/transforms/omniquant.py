@@ -1,6 +1,7 @@
 """OmniQuant (2308.13137): clipping of weights and channel scales, learned block by block."""
 
 import logging
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from qexp.step import Record, Step
 from qexp.task import Batches, Task
 from qexp.transforms.channels import SITES, channels_of
 from qexp.transforms.query_key import QueryKey, query_keys
-from qexp.transforms.reconstruction import Reconstruction, quantized
+from qexp.transforms.reconstruction import Learned, Reconstruction, quantized
 from qexp.transforms.scale_search import (
     SiteStatistics,
     check_settings,
@@ -98,7 +99,8 @@ class OmniQuant(Step):
 
     shift: null is the reference's rule, shifts only where activations are quantized.
     query_key: with sites, also a scale between queries and keys, where they are linears of their
-    own. Inputs do not feel it, nor do weights whose rows have scales of their own.
+    own. Inputs do not feel it, nor do weights whose rows have scales of their own, where there is
+    none.
     augmented: the loss also asks for what the float block makes of the quantized block's inputs
     (`aug_loss` of the reference).
 
@@ -167,7 +169,7 @@ class OmniQuant(Step):
         if shift is None:
             shift = not isinstance(self.activation, FloatActivations)
         learned: list[Shape | QueryKey] = [Shape(site, shift) for site in found]
-        if found and self.query_key:
+        if found and self.query_key and not self.grid.rowwise:
             learned += query_keys(block.task, block.index)
         clips = {name: Clipping(self.grid, linear.weight) for name, linear in block.linears.items()}
         groups = [
@@ -183,7 +185,8 @@ class OmniQuant(Step):
                 stack.enter_context(shape.live())
             stack.enter_context(quantized(block, dict(clips), self.activation))
             before = reconstruction.total()
-            reconstruction.fit(optimizer, self.epochs * len(inputs), generator)
+            named = _named(block, clips, learned)
+            reconstruction.fit(optimizer, named, self.epochs * len(inputs), generator)
             log.info(
                 "%s: error %.4g, to begin with %.4g", block.name, reconstruction.total(), before
             )
@@ -193,3 +196,13 @@ class OmniQuant(Step):
         for name, linear in block.linears.items():
             linear.weight.data = clips[name].clamp(linear.weight.data)
         return outputs
+
+
+def _named(block: Block, clips: dict[str, Clipping], learned: list[Shape | QueryKey]) -> Learned:
+    named: dict[str, Sequence[nn.Parameter]] = {
+        f"{block.name}.{name}: ends": tuple(clip.parameters()) for name, clip in clips.items()
+    }
+    for shape in learned:
+        source = shape.queries if isinstance(shape, QueryKey) else shape.channels
+        named |= {f"{source.name}: {name}": (p,) for name, p in shape.named_parameters()}
+    return named

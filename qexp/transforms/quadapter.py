@@ -105,7 +105,9 @@ class Quadapter(Step):
             for alpha, start in zip(alphas, starts, strict=True):
                 alpha.theta.copy_(start)
             optimizer = torch.optim.Adam([alpha.theta for alpha in alphas], lr=self.rate)
-            reconstruction.fit(optimizer, self.steps, generator)
+            names = (f"{channels.name}: alpha" for channels in sites)
+            named = {n: (alpha.theta,) for n, alpha in zip(names, alphas, strict=True)}
+            reconstruction.fit(optimizer, named, self.steps, generator)
             learned = reconstruction.total()
         log.info("%s: error %.4g, with alpha = 1 %.4g", block.name, learned, plain)
         return (

@@ -1,7 +1,7 @@
 """Training a few numbers of one block, so that the block with quantizers does what it did without
 them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -9,12 +9,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from qexp.common.errors import UserError
 from qexp.gradients import Straight
 from qexp.quantizers.scheme import Activations
 from qexp.transforms.channels import parametrized
 from qexp.walk import Block
 
 Rule = Callable[[Tensor], Tensor]
+# What trains, by name. Those of one name are ends of the same ranges: a gradient of one will do.
+Learned = Mapping[str, Sequence[nn.Parameter]]
+
+LEAST = 0.5  # share of a parameter's channels that must receive a gradient; some inputs are dead
 
 
 @contextmanager
@@ -66,15 +71,43 @@ class Reconstruction:
         """The mean error over all pieces, as the block stands."""
         return sum(float(self.error(n)) for n in range(len(self.inputs))) / len(self.inputs)
 
-    def fit(self, optimizer: torch.optim.Optimizer, steps: int, generator: torch.Generator) -> None:
-        """Train what the optimizer holds, a piece a step, in a new order every time round."""
+    def fit(
+        self,
+        optimizer: torch.optim.Optimizer,
+        learned: Learned,
+        steps: int,
+        generator: torch.Generator,
+    ) -> None:
+        """Train what the optimizer holds, a piece a step, in a new order every time round.
+
+        Raises UserError where too little of `learned` receives a gradient in the first round."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        reached = {p: torch.zeros_like(p, dtype=torch.bool) for p in parameters}
         order: list[int] = []
         with torch.enable_grad():
-            for _ in range(steps):
+            for step in range(steps):
                 order = order or torch.randperm(len(self.inputs), generator=generator).tolist()
+                error = self.error(order.pop())
                 # Gradients of these alone: the model's own weights are frozen.
-                gradients = torch.autograd.grad(self.error(order.pop()), parameters)
+                gradients: Sequence[Tensor | None] = [None] * len(parameters)
+                if error.requires_grad:
+                    gradients = torch.autograd.grad(error, parameters, allow_unused=True)
                 for parameter, gradient in zip(parameters, gradients, strict=True):
                     parameter.grad = gradient
+                if step < len(self.inputs):
+                    for p in parameters:
+                        reached[p] |= False if p.grad is None else p.grad != 0
+                if step == min(steps, len(self.inputs)) - 1:
+                    _check(learned, reached)
                 optimizer.step()
+
+
+def _check(learned: Learned, reached: Mapping[nn.Parameter, Tensor]) -> None:
+    for name, parameters in learned.items():
+        some = torch.stack([reached[p] for p in parameters]).any(0)
+        if (count := int(some.sum())) < LEAST * some.numel():
+            raise UserError(
+                f"transform: {name}: the block's error has a gradient for {count} of "
+                f"{some.numel()} values, and at least {LEAST:.0%} must have one or nothing is "
+                "learned; choose another weight grid, other sites, or more calibration data."
+            )

@@ -17,8 +17,11 @@ Matrix = Float[Tensor, "width width"]
 @dataclass(frozen=True)
 class Rotate(Step):
     """x → Q x for every vector of the stream: embeddings and writers turn their outputs, readers
-    (after norms gave their weights to them) and head their inputs. An embedding that was the head
-    too becomes two matrices.
+    (after norms gave their weights to them) and head their inputs.
+
+    An embedding E that was the head too becomes two matrices: the embedding is E Qᵀ, but the head,
+    which takes the weights g of the final norm, E diag(g) Qᵀ. One matrix would need Q diag(g) Qᵀ
+    between norm and head, which no family has a place for. `weight/bits` counts the second one.
 
     kind: `hadamard` (Sylvester's, with random signs; a width 2^k m takes a random orthogonal m by m
     matrix beside it, as a Kronecker product), or `random` (uniform over the orthogonal group).

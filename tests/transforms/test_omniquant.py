@@ -8,7 +8,7 @@ from helpers.channels import ALL, NORMS, TENSOR, close, drift, logits, planted
 from helpers.models import FAMILIES, joined, task_of
 
 from qexp.common.errors import UserError
-from qexp.grid import IntGrid
+from qexp.grid import IntGrid, LevelGrid
 from qexp.methods.blockwise import Direct
 from qexp.quantizers.scheme import FloatActivations
 from qexp.solvers.rtn import RTN
@@ -28,6 +28,8 @@ GRID = IntGrid(3, group_size=32)
         IntGrid(4, symmetric=True),
         IntGrid(4, per_tensor=True),
         IntGrid(4, symmetric=True, per_tensor=True),
+        LevelGrid("nf4", group_size=32),
+        LevelGrid("e4m3", per_tensor=True),
     ],
     ids=str,
 )
@@ -38,7 +40,8 @@ def test_a_clamped_weight_rounds_to_what_was_learned(grid):
         parameter.data -= 3 * torch.rand_like(parameter)
     moved = (grid(clip.clamp(weight)) - clip(weight).detach()).abs() > 1e-5
     # The ends of the symmetric grid lie between two codes, and a tie may fall to either.
-    assert float(moved.float().mean()) <= (0.01 if grid.symmetric else 0)
+    tied = isinstance(grid, IntGrid) and grid.symmetric
+    assert float(moved.float().mean()) <= (0.01 if tied else 0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -134,6 +137,27 @@ def test_targets_add_up():
     for task, both in ((plain, False), (augmented, True)):
         OmniQuant(GRID, FloatActivations(), epochs=2, augmented=both)(task, lambda: [joined("opt")])
     assert not torch.equal(plain.blocks[-1].fc1.weight, augmented.blocks[-1].fc1.weight)
+
+
+@pytest.mark.parametrize("grid", [LevelGrid("nf4", group_size=32), LevelGrid("e4m3")], ids=str)
+def test_ends_of_uneven_levels_learn(grid):
+    batch = joined("llama")
+    expected = logits(planted("llama", 1), batch)
+    errors = []
+    for steps in ([], [OmniQuant(grid, FloatActivations(), NORMS, epochs=20)]):
+        task = planted("llama", 1)
+        for step in [*steps, Direct(RTN(grid), [FloatActivations()])]:
+            step(task, lambda: [batch])
+        errors.append(drift(task, batch, expected))
+    assert errors[1] < errors[0]
+
+
+def test_ends_that_no_gradient_reaches_are_named(monkeypatch):
+    forward = Clipping.forward
+    monkeypatch.setattr(Clipping, "forward", lambda clip, weight: forward(clip, weight).detach())
+    task = task_of("llama").requires_grad_(False)
+    with pytest.raises(UserError, match=r"layers\.0\.self_attn\.q_proj: ends: .* 0 of 128 values"):
+        OmniQuant(GRID, FloatActivations(), epochs=1)(task, lambda: [joined("llama")])
 
 
 def test_two_levels_of_scales_are_refused():

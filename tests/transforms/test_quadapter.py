@@ -9,8 +9,9 @@ from helpers.models import FAMILIES, joined, task_of
 
 from qexp.common.errors import UserError
 from qexp.gradients import Straight
-from qexp.grid import IntGrid
+from qexp.grid import IntGrid, LevelGrid
 from qexp.methods.blockwise import Direct
+from qexp.quantizers.channel_scale import Alpha
 from qexp.quantizers.scheme import FloatActivations
 from qexp.solvers.rtn import RTN
 from qexp.transforms.channels import channels_of
@@ -139,3 +140,54 @@ def test_a_start_that_is_unknown_is_refused():
     with pytest.raises(UserError, match="ones or smooth"):
         Quadapter(GRID, TENSOR, init="awq")
     assert len(every(task_of("gpt2"), NORMS)) == 6
+
+
+LEVELS = [LevelGrid("nf4", group_size=32), LevelGrid("e4m3", per_tensor=True)]
+
+
+@pytest.mark.parametrize("grid", LEVELS, ids=str)
+def test_weights_on_uneven_levels_have_a_gradient(grid):
+    block = next(iter(walk(task_of("llama"), [joined("llama")], 2)))
+    targets = [output.clone() for output in block.outputs()]
+    rules = dict.fromkeys(block.linears, lambda w: grid(w.float(), Straight()))
+    with quantized(block, rules, FloatActivations()), torch.enable_grad():
+        weights = [linear.parametrizations.weight.original for linear in block.linears.values()]
+        for weight in weights:
+            weight.requires_grad_()
+        error = Reconstruction(block, block.inputs, [targets]).error(0)
+        for gradient in torch.autograd.grad(error, weights):
+            assert float((gradient != 0).float().mean()) > 0.95
+
+
+@pytest.mark.parametrize("grid", LEVELS, ids=str)
+def test_the_error_on_uneven_levels_falls(grid):
+    batch, errors = joined("opt"), []
+    for steps in (0, 20):
+        task = planted("opt")
+        Quadapter(grid, TENSOR, steps=steps, batch=2, rate=0.1)(task, lambda: [batch])
+        block = next(iter(walk(task, [batch], 2)))
+        targets = list(block.outputs())
+        rules = dict.fromkeys(block.linears, lambda w: grid(w.float(), Straight()))
+        with quantized(block, rules, TENSOR):
+            errors.append(Reconstruction(block, block.inputs, [targets]).total())
+    assert errors[1] < errors[0]
+
+
+def without_gradient(monkeypatch, share: float) -> None:
+    """Let nothing reach the first channels of alpha."""
+
+    def forward(alpha):
+        cut = int(share * len(alpha.theta))
+        return torch.cat([alpha.theta[:cut].detach(), alpha.theta[cut:]]).neg().exp()
+
+    monkeypatch.setattr(Alpha, "forward", forward)
+
+
+def test_scales_that_no_gradient_reaches_are_named(monkeypatch):
+    step, batch = Quadapter(GRID, FloatActivations(), steps=5, batch=2), joined("llama")
+    without_gradient(monkeypatch, 0.3)  # as dead channels are
+    step(task_of("llama"), lambda: [batch])
+    for share in (0.6, 1.0):
+        without_gradient(monkeypatch, share)
+        with pytest.raises(UserError, match=r"layers\.0\.input_layernorm: alpha.* of 64 values"):
+            step(task_of("llama"), lambda: [batch])

@@ -38,6 +38,18 @@ def test_every_solver_takes_a_transformed_model(tmp_path):
         assert metrics["weight/count"] > 0
 
 
+def test_what_a_rotation_adds_to_the_model_is_counted(tmp_path):
+    plain, turned = (
+        run(tmp_path / name, "model=tiny_gpt2", "method=rtn", f"transform={name}")
+        for name in ("none", "rotate")
+    )
+    head = tiny("gpt2").model.lm_head.weight  # untied, and given the final norm's bias
+    more = 16 * (head.numel() + len(head)) / plain["weight/count"]
+    assert turned["weight/added_bits"] == pytest.approx(more) and more > 0
+    assert turned["weight/bits"] == pytest.approx(plain["weight/bits"] + more)
+    assert "weight/added_bits" not in plain
+
+
 def test_encoders_reload_too(tmp_path):
     small = [*SMALL[:2], "eval=loss", "weight.group_size=32"]
     where = "transform.sites=norms+value+up"
