@@ -1,4 +1,4 @@
-"""Where the blocks, linears and norms of a model family live: facts, one entry per family."""
+"""Architecture descriptions: blocks, linears and norms of each supported model family."""
 
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from qexp.common.errors import UserError
 
 
 class Group(NamedTuple):
-    """Linears of a block that read the same tensor, and what makes that tensor.
+    """Linears of a block that read the same tensor, and the module that produces it.
 
     `source` is the norm whose output is the input itself, or the linear for which scaling output
     row i scales the input's column i: value → output projection (rows repeat over the query heads
@@ -28,13 +28,13 @@ class Arch:
     """One family. Paths of `groups`, `writers` and `norms` are relative to a block, others full.
 
     `groups` are in execution order and name every linear of a block once; `norms` names every norm
-    of a block. `writers` are the linears whose output enters the residual stream. `head` called on
-    the final hidden states gives the logits; `embeddings` make the first block's input. `norm` is
-    the final norm, None where the family has none. `pre_norm` says that each branch adds
-    writer(… norm(x)) to the stream x with nothing behind the writer, so that norms can be folded
-    and the stream rotated. `post_norm` says that norms stand behind the residual sums: what they
-    return is the stream itself, whose channels other branches read too. `unit_offset`: norms
-    multiply by 1 + weight instead of weight. `parallel`: all branches of a block read its input.
+    of a block. `writers` are the linears whose output is added to the residual stream. `head` maps
+    the final hidden states to logits; `embeddings` produce the first block's input. `norm` is the
+    final norm, None where the family has none. `pre_norm`: each branch adds writer(… norm(x)) to
+    the residual stream x and nothing follows the writer, so norms can be folded and the stream
+    rotated. `post_norm`: norms follow the residual sums. Their output is the stream itself, whose
+    channels other branches also read. `unit_offset`: norms multiply by 1 + weight instead of
+    weight. `parallel`: all branches of a block read its input.
     """
 
     blocks: str
@@ -72,7 +72,7 @@ LLAMA = Arch(
 
 QWEN3 = replace(LLAMA, norms=(*LLAMA.norms, "self_attn.q_norm", "self_attn.k_norm"))
 
-# Gemma 3 also norms what each branch writes (`post_*`), so its stream cannot be rotated by folding.
+# Gemma 3 also normalizes each branch's output (`post_*`): folding cannot rotate its stream.
 GEMMA3 = replace(
     QWEN3,
     groups=(
@@ -100,8 +100,8 @@ OPT = Arch(
     head="lm_head",
 )
 
-# OPT-350m: norms stand behind the residual sums, no final norm, and `project_in` / `project_out`
-# (part of the embedding and of the decoder's end) resize a narrower embedding.
+# OPT-350m: norms follow the residual sums, there is no final norm, and `project_in` and
+# `project_out` (parts of the embedding and of the decoder's end) resize a narrower embedding.
 OPT_POST_NORM = replace(
     OPT,
     groups=(
@@ -190,12 +190,12 @@ ARCHS: dict[str, Arch] = {
 
 
 def arch_of(model: PreTrainedModel) -> Arch:
-    """The facts of this model; UserError with the known families for any other."""
+    """The description of a model's family. Raises UserError for a family that has none."""
     config = model.config
     if config.model_type not in ARCHS:
-        known = ", ".join(sorted(ARCHS))
+        supported = ", ".join(sorted(ARCHS))
         raise UserError(
-            f"model: family {config.model_type!r} is not known to qexp; known are {known}"
+            f"model: family {config.model_type!r} is not supported; choose one of {supported}"
         )
     found = ARCHS[config.model_type]
     if config.model_type == "opt" and not config.do_layer_norm_before:

@@ -1,9 +1,9 @@
-"""What training differentiates in place of rounding and clamping, whose own slopes say nothing.
+"""Surrogate gradients of rounding and clamping, for quantization-aware training.
 
-Forward values are those of `torch.round` and `torch.clamp`, bit for bit (but for `Soft` with
-forward=soft); only what flows back differs. Codes are in units of one step, so the width of every
-surrogate is measured in steps. Formulas, with v = x/s + z, c = clamp(v), q = round(c), and
-y = s(q - z), R and C the slopes given to rounding and clamping:
+Forward values equal those of `torch.round` and `torch.clamp` bit for bit (except `Soft` with
+forward=soft); only the backward pass differs. Codes are in units of one step, so the width of every
+surrogate is in steps. With v = x/s + z, c = clamp(v), q = round(c), y = s(q - z), and R and C the
+surrogate slopes of rounding and clamping:
 
     dy/dx = R C        dy/ds = (q - z) - (v - z) R C        dy/dz = s (R C - 1)
 
@@ -29,11 +29,11 @@ TINY = torch.finfo(torch.float32).tiny
 
 
 class RoundingGradient(ABC):
-    """Rounding with a gradient of its own."""
+    """Rounding with a surrogate gradient."""
 
     @abstractmethod
     def back(self, c: Float[Tensor, "*shape"], g: Float[Tensor, "*shape"], steps: Number) -> Tensor:
-        """The gradient at `c` when `g` arrives at round(c). steps: from end to end of the grid."""
+        """The gradient at `c`, given `g` at round(c). steps: the number of steps of the grid."""
 
     def __call__(self, c: Float[Tensor, "*shape"], steps: Number = 1) -> Float[Tensor, "*shape"]:
         rounded: Tensor = _Round.apply(c, self, steps)
@@ -42,7 +42,7 @@ class RoundingGradient(ABC):
 
 @dataclass(frozen=True)
 class Straight(RoundingGradient):
-    """The straight-through estimator: rounding is taken for the identity (1308.3432)."""
+    """Straight-through estimator: the slope of rounding is 1 (1308.3432)."""
 
     def back(self, c: Float[Tensor, "*shape"], g: Float[Tensor, "*shape"], steps: Number) -> Tensor:
         return g
@@ -52,10 +52,10 @@ class Straight(RoundingGradient):
 class Sigmoid(RoundingGradient):
     """The slope of floor(c) + sigmoid(T (c - floor(c) - ½)) (2410.10849).
 
-    mode: `raw` is that slope, of mean tanh(T/4); `author` adds the 1/(e^T + 1) of the first
-    author's code, which keeps it off zero; `norm` divides by the mean: the straight-through
-    estimator at T → 0, and DSQ's slope at alpha = 1 - tanh(T/4). `mean` is the control: that mean
-    everywhere, so that what `raw` does beyond a smaller step shows.
+    mode: `raw` is that slope, with mean tanh(T/4). `author` adds the 1/(e^T + 1) of the first
+    author's code, which keeps the slope above zero. `norm` divides by the mean: T → 0 gives the
+    straight-through estimator, and alpha = 1 - tanh(T/4) gives DSQ's slope. `mean` is a control:
+    the mean as a constant slope, which separates the shape of `raw` from its smaller step.
     """
 
     temperature: Number = 5.0
@@ -70,16 +70,18 @@ class Sigmoid(RoundingGradient):
         if self.mode == "mean":
             return g * math.tanh(t / 4)
         steep = t / math.tanh(t / 4) if self.mode == "norm" else t
-        made = _bell(g, _offset(c).mul_(t)).mul_(steep)
+        grad = _bell(g, _offset(c).mul_(t)).mul_(steep)
         if self.mode == "author":  # e^-T / (1 + e^-T): e^T itself overflows
-            made.add_(g, alpha=max(math.exp(-t) / (1 + math.exp(-t)), TINY))
-        return made
+            grad.add_(g, alpha=max(math.exp(-t) / (1 + math.exp(-t)), TINY))
+        return grad
 
 
 @dataclass(frozen=True)
 class DSQ(RoundingGradient):
-    """The slope of the tanh between two steps (1908.05033): alpha, half of the step's height that
-    the tanh leaves to a jump, is fixed here; the paper may learn it."""
+    """The slope of the scaled tanh between two codes (1908.05033).
+
+    alpha: 1 minus the largest value of the tanh before scaling; fixed here, the paper can learn it.
+    """
 
     alpha: Number = 0.2
 
@@ -89,15 +91,16 @@ class DSQ(RoundingGradient):
     def back(self, c: Float[Tensor, "*shape"], g: Float[Tensor, "*shape"], steps: Number) -> Tensor:
         k = math.log(2 / self.alpha - 1)
         height = 1 / (1 - self.alpha)
-        # tanh k u = 2 sigmoid(2 k u) - 1, which costs a tenth
+        # tanh k u = 2 sigmoid(2 k u) - 1, at a tenth of the cost
         return _bell(g, _offset(c).mul_(2 * k)).mul_(2 * height * k)
 
 
 @dataclass(frozen=True)
 class EWGS(RoundingGradient):
-    """Gradients scaled by the rounding error where it agrees with them in sign (2104.00903):
-    g (1 + δ sign(g) (c - round(c)) / steps), the error on a grid from 0 to 1, as the paper has it.
-    delta is fixed here (the paper may set it from the Hessian's trace).
+    """Element-wise gradient scaling by the rounding error (2104.00903).
+
+    g (1 + δ sign(g) (c - round(c)) / steps); the division gives the error on a grid from 0 to 1, as
+    in the paper. delta is fixed here; the paper can also set it from the Hessian's trace.
     """
 
     delta: Number = 1e-3
@@ -106,32 +109,32 @@ class EWGS(RoundingGradient):
         check_finite(None, self, "delta")
 
     def back(self, c: Float[Tensor, "*shape"], g: Float[Tensor, "*shape"], steps: Number) -> Tensor:
-        agreed = (c - c.round()).mul_(g.sign())
-        return agreed.mul_(self.delta / steps).add_(1).mul_(g)
+        signed_error = (c - c.round()).mul_(g.sign())
+        return signed_error.mul_(self.delta / steps).add_(1).mul_(g)
 
 
 class ClampGradient(ABC):
-    """Clamping with a slope of its own."""
+    """Clamping with a surrogate gradient."""
 
-    # Two things that only `Formula` does: whether values that are not clipped move the step size,
-    # as in LSQ, and from which magnitude on, in the data's own units, gradients stop.
+    # Only `FakeQuantize` reads these two: whether values that are not clipped also move the step
+    # size, as in LSQ, and the magnitude, in units of the data, from which gradients are zero.
     steps_inside: bool = True
     limit: Number | None = None
 
     @property
     def clips(self) -> bool:
-        """Whether training sees values that lie beyond an end as that end."""
+        """Whether the forward pass sets values outside the range to the nearest bound."""
         return True
 
     @abstractmethod
     def value(self, v: Float[Tensor, "*shape"], low: Number, high: Number) -> Tensor:
-        """What training sees of `v`."""
+        """The clamped value of `v` in the forward pass."""
 
     @abstractmethod
     def back(
         self, v: Float[Tensor, "*shape"], g: Float[Tensor, "*shape"], low: Number, high: Number
     ) -> Tensor:
-        """The gradient at `v` when `g` arrives at its clamped value; a tensor of its own."""
+        """The gradient at `v`, given `g` at its clamped value; always a new tensor."""
 
     def __call__(
         self, v: Float[Tensor, "*shape"], low: Number, high: Number
@@ -142,9 +145,12 @@ class ClampGradient(ABC):
 
 @dataclass(frozen=True)
 class Hard(ClampGradient):
-    """Clipped values have no gradient. Without `steps_inside` they alone move the step size, as
-    PACT's clipping level gets the gradient of what lies beyond it (1805.06085). limit: values from
-    there on have no gradient either, though nothing clips them: LLM-QAT's code does so at 2."""
+    """Clipped values get no gradient.
+
+    steps_inside: false lets only clipped values move the step size, like PACT's clipping level
+    (1805.06085). limit: values of this magnitude or more get no gradient either, although they are
+    not clipped; LLM-QAT's code uses 2.
+    """
 
     steps_inside: bool = True
     limit: Number | None = None
@@ -166,9 +172,9 @@ class Hard(ClampGradient):
 class Soft(ClampGradient):
     """SoftClamp (2410.10849): a + h(v - a) - h(v - b), with h(u) = u g(u) an activation.
 
-    gate: `gelu`, g = Φ(k u), or `silu`, g = sigmoid(k u), k the sharpness; grids of two bits want
-    k ≥ 2, since both ends must lie far apart. forward: `hard` clamps as ever and only the slope
-    is soft; `soft` trains on the soft value too.
+    gate: `gelu`, g = Φ(k u), or `silu`, g = sigmoid(k u), with k the sharpness. Grids of 2 bits
+    need k ≥ 2, because the two bounds must lie far apart. forward: `hard` is the ordinary clamp and
+    only the slope is soft; `soft` also trains on the soft value.
     """
 
     gate: str = "gelu"
@@ -196,19 +202,19 @@ class Soft(ClampGradient):
         k, aten = self.sharpness, torch.ops.aten
         rise = aten.gelu_backward if self.gate == "gelu" else aten.silu_backward
         u = v if k == 1 else k * v
-        made: Tensor = rise(g, u - k * low if low else u).sub_(rise(g, u - k * high))
-        return made
+        grad: Tensor = rise(g, u - k * low if low else u).sub_(rise(g, u - k * high))
+        return grad
 
 
 def _offset(c: Tensor) -> Tensor:
-    """From the middle between two codes, in steps; a tensor of its own."""
+    """Distance from the midpoint between two codes, in steps; a new tensor."""
     return (c - c.floor()).sub_(0.5)
 
 
 def _bell(g: Tensor, u: Tensor) -> Tensor:
-    """g times the slope of the sigmoid at u, which is overwritten."""
-    made: Tensor = torch.ops.aten.sigmoid_backward(g, u.sigmoid_())
-    return made
+    """g times the slope of the sigmoid at u. Overwrites u."""
+    grad: Tensor = torch.ops.aten.sigmoid_backward(g, u.sigmoid_())
+    return grad
 
 
 class _Round(torch.autograd.Function):
