@@ -1,1 +1,1 @@
-"""Errors, files, caches and hashes: what every package may use."""
+"""Shared utilities: errors, files, caches, hashes, progress bars and ranks."""

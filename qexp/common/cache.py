@@ -1,4 +1,4 @@
-"""Work that runs share, done once: a cache whose keys hold everything an entry depends on."""
+"""Cache of computed tensors that runs share; a key holds everything its entry depends on."""
 
 import contextlib
 import hashlib
@@ -28,59 +28,60 @@ log = logging.getLogger(__name__)
 
 Build = Callable[[], dict[str, Tensor]]
 
-_warned: set[Path] = set()  # folders that could not be written
+_warned: set[Path] = set()  # folders whose failed write has been reported
 
 
 @dataclass(frozen=True)
 class Cache:
-    """One safetensors file per entry, with its whole key and a checksum inside.
+    """One safetensors file per entry, which also holds the full key and a checksum.
 
-    An entry that is corrupt, cut short or made for another key is rebuilt. A folder that cannot be
-    read or written costs one warning a process, never a run. Processes that want the same entry at
-    the same time wait for the first.
+    An entry that is corrupt, truncated or made for another key is rebuilt. A folder that cannot be
+    read or written costs one warning per process and never stops a run. Processes that need the
+    same entry at the same time wait for the first.
     """
 
     folder: Path = field(default_factory=default_folder)
 
     def get(self, kind: str, key: Mapping[str, Any], build: Build) -> dict[str, Tensor]:
-        """The entry of `key`, made by `build` if absent. What `build` raises goes through.
+        """The entry of `key`, computed by `build` if absent. Exceptions of `build` propagate.
 
-        `key` must be JSON; the source of the module that defines `build` is added to it, so that
-        changed code never meets old entries. Tensors come back on the CPU, contiguous.
+        `key` must be JSON. The hash of the module that defines `build` is added to it, so that
+        changed code never reads old entries. Tensors are returned on the CPU, contiguous.
         """
-        path, whole = self._place(kind, {**key, "code": _source(build.__module__)})
-        if (found := _read(path, whole)) is not None:
-            return found
-        if ranks.rank():  # the first process may wait for this one in the midst of the same entry
+        path, full_key = self._place(kind, {**key, "code": _source(build.__module__)})
+        if (tensors := _read(path, full_key)) is not None:
+            return tensors
+        if ranks.rank():  # no lock: rank 0 may hold it while it waits for this rank in `build`
             return plain(build())
         with _exclusive(path):
-            if (found := _read(path, whole, quiet=True)) is not None:  # made while we waited
-                return found
+            # another process may have written it while this one waited
+            if (tensors := _read(path, full_key, quiet=True)) is not None:
+                return tensors
             built = plain(build())
-            _write(path, whole, built)
+            _write(path, full_key, built)
             return built
 
     def alone(self, kind: str, key: Mapping[str, Any]) -> AbstractContextManager[None]:
-        """While it is held no other process can hold it: between `find` and `put`."""
+        """An exclusive lock on an entry against other processes, to hold from `find` to `put`."""
         return _exclusive(self._place(kind, key)[0])
 
     def find(self, kind: str, key: Mapping[str, Any]) -> dict[str, Tensor] | None:
-        """The entry of `key`, which must name its code (`sources`), or None."""
+        """The entry of `key`, or None. The key must include the hashes of its code (`sources`)."""
         return _read(*self._place(kind, key))
 
     def put(self, kind: str, key: Mapping[str, Any], tensors: dict[str, Tensor]) -> bool:
-        """Keep an entry; False, with a warning, where that cannot be done."""
-        path, whole = self._place(kind, key)
-        return _write(path, whole, plain(tensors))
+        """Write an entry. Returns False, with a warning, where it cannot be written."""
+        path, full_key = self._place(kind, key)
+        return _write(path, full_key, plain(tensors))
 
     def drop(self, kind: str, key: Mapping[str, Any]) -> None:
-        """Forget an entry, if there is one."""
+        """Delete an entry if it exists."""
         with contextlib.suppress(OSError):
             self._place(kind, key)[0].unlink(missing_ok=True)
 
     def _place(self, kind: str, key: Mapping[str, Any]) -> tuple[Path, str]:
-        whole = json.dumps({**key, "kind": kind}, sort_keys=True)
-        return self.folder / kind / f"{_sha256(whole.encode())[:32]}.safetensors", whole
+        full_key = json.dumps({**key, "kind": kind}, sort_keys=True)
+        return self.folder / kind / f"{_sha256(full_key.encode())[:32]}.safetensors", full_key
 
 
 @contextmanager
@@ -100,47 +101,47 @@ def _exclusive(path: Path) -> Iterator[None]:
 
 
 def _warn_once(folder: Path, error: Exception) -> None:
-    """Said once a process: one full disk is not many news."""
+    """Warns once per process, not once per entry."""
     if folder not in _warned:
         _warned.add(folder)
-        log.warning("cache %s cannot be written (%s): going on without it", folder, error)
+        log.warning("cache %s cannot be written (%s); continuing without it", folder, error)
 
 
 def plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, contiguous."""
+    """The tensors detached, on the CPU and contiguous."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _read(path: Path, whole: str, quiet: bool = False) -> dict[str, Tensor] | None:
-    """The entry, or None if it is absent or not what `whole` says."""
+def _read(path: Path, full_key: str, quiet: bool = False) -> dict[str, Tensor] | None:
+    """The entry, or None if it is absent, damaged or made for another key."""
     try:
         if not path.is_file():
             return None
         with safe_open(path, framework="pt") as file:
-            said = file.metadata() or {}
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        with contextlib.suppress(OSError):  # a cache that can only be read
-            os.utime(path)  # what is used is pruned last
-    except FileNotFoundError:  # pruned just now
+        with contextlib.suppress(OSError):  # a read-only cache
+            os.utime(path)  # entries in use are pruned last
+    except FileNotFoundError:  # pruned meanwhile
         return None
     except (OSError, SafetensorError) as error:
-        wrong = str(error)
+        reason = str(error)
     else:
-        if said.get("key") != whole:
-            wrong = "made for another key"
-        elif said.get("checksum") != checksum(tensors):
-            wrong = "checksum differs"
+        if metadata.get("key") != full_key:
+            reason = "made for another key"
+        elif metadata.get("checksum") != checksum(tensors):
+            reason = "checksum differs"
         else:
             return tensors
     if not quiet:
-        log.warning("cache entry %s is not usable (%s): rebuilding it", path, wrong)
+        log.warning("cache entry %s cannot be used (%s); rebuilding it", path, reason)
     return None
 
 
-def _write(path: Path, whole: str, tensors: dict[str, Tensor]) -> bool:
+def _write(path: Path, full_key: str, tensors: dict[str, Tensor]) -> bool:
     try:
         with atomic(path) as temporary:
-            save_file(tensors, temporary, {"key": whole, "checksum": checksum(tensors)})
+            save_file(tensors, temporary, {"key": full_key, "checksum": checksum(tensors)})
     except (OSError, SafetensorError, UserError) as error:
         _warn_once(path.parent.parent, error)
         return False
@@ -148,7 +149,7 @@ def _write(path: Path, whole: str, tensors: dict[str, Tensor]) -> bool:
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
-    """Of names, types, shapes and bytes."""
+    """The sha256 of names, dtypes, shapes and bytes."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -157,15 +158,15 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
 
 
 def sources(*modules: ModuleType) -> dict[str, str]:
-    """The sha256 of the source of each module, for a key: changed code must never meet old entries.
+    """The sha256 of each module's source, for a key: changed code must never read old entries.
 
-    Modules and not their names: a module that does not exist cannot be listed.
+    Takes modules, not names, so that a misspelled or removed module is an error.
     """
     return {module.__name__: _source(module.__name__) for module in modules}
 
 
 def _source(module: str) -> str:
-    """Raises KeyError for a module that is not imported: its code would not be in the key."""
+    """The sha256 of a module's source. Raises KeyError for a module that is not imported."""
     file = sys.modules[module].__file__
     assert file is not None, f"{module} has no source file"
     return _file_sha256(file)

@@ -1,4 +1,4 @@
-"""What the cache holds, and getting rid of it: `qexp cache [--prune]`."""
+"""Listing and pruning of cache entries: `qexp cache [--prune]`."""
 
 import contextlib
 import math
@@ -12,12 +12,12 @@ from pathlib import Path
 from qexp.common.errors import UserError
 
 LOCK = ".lock"
-INPUTS = "models"  # fetched files, which runs name: fetched again they are others
+INPUTS = "models"  # runs record these files as inputs: a new download makes them stale
 PERIODS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def default_folder() -> Path:
-    """QEXP_CACHE_DIR, or `qexp` in the user's cache folder (XDG)."""
+    """The folder QEXP_CACHE_DIR, else `qexp` in the user's cache folder (XDG)."""
     if chosen := os.environ.get("QEXP_CACHE_DIR"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qexp"
@@ -25,42 +25,46 @@ def default_folder() -> Path:
 
 @dataclass(frozen=True)
 class Stored:
-    """One entry: a file, or a folder (converted models). Hidden ones are what a killed process
-    left half-written."""
+    """One entry: a file, or a folder (converted models).
+
+    Hidden entries are incomplete: a killed process left them.
+    """
 
     path: Path
     kind: str
     bytes: int
-    idle: float  # seconds since it was last used
+    idle: float  # seconds since the last use
 
 
 def stored(folder: Path | None = None) -> list[Stored]:
-    """Every entry, the one used last at the end."""
-    now, found = time.time(), []
+    """Every entry, the most recently used last."""
+    now, entries = time.time(), []
     for path in (folder or default_folder()).glob("*/*"):
         if path.suffix == LOCK:
             continue
-        with contextlib.suppress(OSError):  # it went just now
+        with contextlib.suppress(OSError):  # removed meanwhile
             parts = [each.stat() for each in ([path] if path.is_file() else path.rglob("*"))]
             used = max((max(part.st_mtime, part.st_atime) for part in parts), default=0.0)
             size = sum(part.st_size for part in parts)
-            found.append(Stored(path, path.parent.name, size, max(now - used, 0.0)))
-    return sorted(found, key=lambda entry: -entry.idle)
+            entries.append(Stored(path, path.parent.name, size, max(now - used, 0.0)))
+    return sorted(entries, key=lambda entry: -entry.idle)
 
 
 def prune(
     folder: Path, kinds: Sequence[str] = (), older: float = 0.0, size: float | None = None
 ) -> list[Stored]:
-    """Remove entries of some kinds (none named: all but INPUTS) that were idle for `older` seconds,
-    the longest first; with `size` only until the rest takes no more bytes. Returned is what went.
+    """Remove entries that were idle for at least `older` seconds, longest idle first.
 
-    Safe beside running jobs: an entry that is being made is locked and stays, and one that is open
-    stays readable for who has it open.
+    kinds: which to remove; none given: all but INPUTS. size: stop once the rest takes at most this
+    many bytes. Returns the removed entries. Raises UserError for one that cannot be removed.
+
+    Safe while jobs run: an entry that is being written is locked and stays, and an open file stays
+    readable for the process that has it open.
     """
     from filelock import FileLock, Timeout
 
     every = stored(folder)
-    total, gone = sum(entry.bytes for entry in every), []
+    total, removed = sum(entry.bytes for entry in every), []
     for entry in every:
         wanted = entry.kind in kinds if kinds else entry.kind != INPUTS
         if not wanted or entry.idle < older:
@@ -71,18 +75,18 @@ def prune(
         try:
             with FileLock(path, blocking=False):
                 _remove(entry.path)
-                path.unlink(missing_ok=True)  # under the lock: who waits for it makes a new one
+                path.unlink(missing_ok=True)  # under the lock; a waiting process creates a new one
         except Timeout:
             continue
         except OSError as error:
             raise UserError(f"{entry.path}: cannot be removed ({error.strerror})") from error
         total -= entry.bytes
-        gone.append(entry)
-    return gone
+        removed.append(entry)
+    return removed
 
 
 def _remove(path: Path) -> None:
-    """A folder goes under another name first: it is whole or absent."""
+    """A folder is renamed first, so that it is complete or absent at any time."""
     if path.is_file():
         path.unlink(missing_ok=True)
         return
@@ -92,17 +96,18 @@ def _remove(path: Path) -> None:
 
 
 def table(every: Sequence[Stored]) -> str:
-    """A line per kind: entries, size, and how long the oldest and the newest were idle."""
+    """One line per kind: entries, size, shortest and longest idle time."""
     lines = [f"{'kind':<14}{'entries':>9}{'size':>12}{'idle':>18}"]
     for kind in sorted({entry.kind for entry in every}):
-        own = [entry for entry in every if entry.kind == kind]
-        idle = f"{_period(own[-1].idle)} to {_period(own[0].idle)}"
-        lines.append(f"{kind:<14}{len(own):>9}{_size(sum(e.bytes for e in own)):>12}{idle:>18}")
+        entries = [entry for entry in every if entry.kind == kind]
+        idle = f"{_period(entries[-1].idle)} to {_period(entries[0].idle)}"
+        size = _size(sum(entry.bytes for entry in entries))
+        lines.append(f"{kind:<14}{len(entries):>9}{size:>12}{idle:>18}")
     return "\n".join(lines)
 
 
 def summary() -> str:
-    """The whole cache in one line."""
+    """Number of entries, size and folder of the cache, in one line."""
     every = stored()
     size = _size(sum(entry.bytes for entry in every))
     return f"cache: {len(every)} entries, {size}, in {default_folder()}"

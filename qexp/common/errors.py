@@ -1,4 +1,4 @@
-"""What is wrong with a run that its user can put right."""
+"""User errors, and checks of configuration values."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -8,16 +8,19 @@ from typing import Any
 
 
 class UserError(Exception):
-    """One sentence that names the config key or the file, what is wrong and what would be right.
+    """A mistake of the user: one sentence that names the config key or the file, what is wrong and
+    what would be right.
 
-    The command prints it without a traceback and exits with 1. Anything else that is raised is a
-    fault of the program and keeps its traceback.
+    The command prints it without a traceback and exits with 1. Any other exception is a bug and
+    keeps its traceback.
     """
 
 
 class FieldError(ValueError):
-    """A sentence about a field of an object that may stand at several keys of a configuration;
-    `build`, which knows at which one, makes a UserError of it."""
+    """A wrong field of an object that can be at several config keys.
+
+    `instantiate`, which knows the key, converts it to a UserError.
+    """
 
 
 # What follows checks the fields `key` of `settings`. `where` is the config key of `settings`, below
@@ -26,7 +29,7 @@ class FieldError(ValueError):
 
 
 def check_choice(where: str | None, settings: object, **words: Iterable[str]) -> None:
-    """UserError unless each of these fields is one of its words."""
+    """UserError unless each of these fields is one of the words given for it."""
     for key, choices in words.items():
         if (value := getattr(settings, key)) not in choices:
             raise _wrong(where, f"{key}={value} is unknown: give {' or '.join(choices)}.")
@@ -40,7 +43,7 @@ def check_bool(where: str | None, settings: object, *keys: str) -> None:
 
 
 def check_int(where: str | None, settings: object, **least: int) -> None:
-    """UserError unless each of these fields is a whole number, and not below its least."""
+    """UserError unless each of these fields is an integer and at least the value given for it."""
     for key, low in least.items():
         value = getattr(settings, key)
         if type(value) is not int or value < low:
@@ -48,7 +51,7 @@ def check_int(where: str | None, settings: object, **least: int) -> None:
 
 
 def check_number(where: str | None, settings: object, **least: int) -> None:
-    """UserError unless each of these fields is a number, and not below its least."""
+    """UserError unless each of these fields is a number and at least the value given for it."""
     for key, low in least.items():
         check_range(where, settings, f"a number, {low} or more", partial(le, low), key)
 
@@ -66,7 +69,7 @@ def check_positive(where: str | None, settings: object, *keys: str) -> None:
 def check_range(
     where: str | None, settings: object, right: str, inside: Callable[[Any], bool], *keys: str
 ) -> None:
-    """UserError unless each of these fields is a number `inside`; `right` says which those are."""
+    """UserError unless each of these fields is a number `inside`; `right` describes those."""
     for key in keys:
         value = getattr(settings, key)
         if type(value) not in (int, float) or not inside(value):

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and where data files are."""
+"""Atomic writes of files and folders, folder locks, and the data folder."""
 
 import csv
 import os
@@ -15,53 +15,55 @@ LOCK = ".lock"
 
 
 def data_folder(chosen: str | None = None) -> Path | None:
-    """The folder of data that came with no package: `chosen`, else what QEXP_DATA_DIR names."""
-    named = chosen or os.environ.get("QEXP_DATA_DIR")
-    return Path(named).expanduser() if named else None
+    """The folder of the user's data files: `chosen`, else QEXP_DATA_DIR, else None."""
+    name = chosen or os.environ.get("QEXP_DATA_DIR")
+    return Path(name).expanduser() if name else None
 
 
 def locate(path: str) -> Path:
-    """A file or folder by its own name or, where that is relative and nothing here has it, by its
-    name below the data folder. So a configuration need not say where that folder is."""
-    own, data = Path(path).expanduser(), data_folder()
-    return own if own.exists() or data is None else data / own
+    """`path` itself or, where it is relative and does not exist, `path` below the data folder.
+
+    Configurations that hold relative paths work with any data folder.
+    """
+    given, data = Path(path).expanduser(), data_folder()
+    return given if given.exists() or data is None else data / given
 
 
 @contextmanager
 def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary name beside `path` that becomes `path` when the block ends well.
+    """A temporary file in the folder of `path` that replaces `path` when the block succeeds.
 
-    On any exception, an interrupt included, the temporary file goes and what stood at `path`
-    stays. A full disk, a folder without permission and the like become a UserError with the path.
+    On any exception, including an interrupt, the temporary file is removed and `path` is unchanged.
+    Raises UserError with the path when the disk is full, the folder is not writable and the like.
     """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # the suffix stays last: savers such as numpy and matplotlib choose the format by it
+        # the suffix comes last: savers such as numpy and matplotlib choose the format by it
         handle, name = tempfile.mkstemp(
             prefix=f".{path.stem}.", suffix=f".tmp{path.suffix}", dir=path.parent
         )
         os.close(handle)
     except OSError as error:
-        raise _refused(path, error.strerror) from error
+        raise _not_writable(path, error.strerror) from error
     temporary = Path(name)
     try:
         yield temporary
-        # results are shared; mkstemp, and savers that replace the file, make it private
+        # mkstemp, and savers that replace the file, make it private; results are shared
         temporary.chmod(0o666 & ~_umask())
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)
     except OSError as error:
         if error.filename not in (None, name, str(path)):
-            raise  # about another file, one that was being read
-        raise _refused(path, error.strerror) from error
+            raise  # about another file that was being read
+        raise _not_writable(path, error.strerror) from error
     except Exception as error:
-        # savers written in other languages (safetensors) keep only the words of an OSError
+        # savers written in other languages (safetensors) keep only the message of an OSError
         if (number := re.search(r"os error (\d+)", str(error))) is not None:
-            raise _refused(path, os.strerror(int(number[1]))) from error
+            raise _not_writable(path, os.strerror(int(number[1]))) from error
         if "No space left" in str(error):
-            raise _refused(path, "No space left on device") from error
+            raise _not_writable(path, "No space left on device") from error
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -82,7 +84,7 @@ def made(folder: Path, key: str) -> None:
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """A CSV file with a column for every key of any row, in the order of their first appearance."""
+    """Write a CSV file with one column per key of any row, in order of first appearance."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, columns, restval="")
@@ -92,29 +94,33 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that becomes `path`, absent or empty until then, when the
-    block ends well."""
+    """A temporary folder next to `path` that becomes `path` when the block succeeds.
+
+    `path` must be absent or empty. Raises UserError when it cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     except OSError as error:
-        raise _refused(path, error.strerror) from error
+        raise _not_writable(path, error.strerror) from error
     try:
         yield temporary
         temporary.chmod(0o777 & ~_umask())  # mkdtemp made it private
         os.replace(temporary, path)
     except OSError as error:
-        raise _refused(path, error.strerror) from error
+        raise _not_writable(path, error.strerror) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
 def locked(folder: Path, wait: bool | float = True) -> Iterator[bool]:
-    """Hold a folder against other processes. False, without it, if another has it and `wait` is not
-    set, or longer than `wait` seconds. However a process ends, what it held is free; what it left
-    half-written goes here."""
-    from filelock import FileLock, Timeout  # a tenth of a second that --help need not wait
+    """Lock a folder against other processes; the lock is released however the process ends.
+
+    Yields False, without the lock, if another process holds it: immediately for wait=False, else
+    after `wait` seconds. Temporary files that a killed process left are removed.
+    """
+    from filelock import FileLock, Timeout  # 0.1 s to import, which --help does not need
 
     lock = FileLock(folder / LOCK)
     try:
@@ -124,16 +130,16 @@ def locked(folder: Path, wait: bool | float = True) -> Iterator[bool]:
         yield False
         return
     except OSError as error:
-        raise _refused(folder, error.strerror) from error
+        raise _not_writable(folder, error.strerror) from error
     try:
-        for left in folder.glob(".*.tmp*"):
-            left.unlink(missing_ok=True)
+        for leftover in folder.glob(".*.tmp*"):
+            leftover.unlink(missing_ok=True)
         yield True
     finally:
         lock.release()
 
 
-def _refused(path: Path, reason: str | None) -> UserError:
+def _not_writable(path: Path, reason: str | None) -> UserError:
     return UserError(
         f"{path}: cannot be written ({reason or 'unknown reason'}); "
         "free space or choose another folder"
@@ -141,7 +147,7 @@ def _refused(path: Path, reason: str | None) -> UserError:
 
 
 def _umask() -> int:
-    """The process's file mask, which can only be read by setting it."""
+    """The file mask of this process; reading it requires setting it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

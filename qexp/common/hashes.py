@@ -1,4 +1,4 @@
-"""Which code made a number."""
+"""Hashes of the package's source code and of files."""
 
 import functools
 import hashlib
@@ -11,16 +11,16 @@ PACKAGE = Path(__file__).parents[1]
 
 @functools.cache
 def code() -> str:
-    """Sixteen hex digits over the names and contents of the package's sources.
+    """Sixteen hex digits: the hash of the names and contents of the package's sources.
 
-    Read once a process: a sweep that is running does not see an edit, and neither does its
-    imported code.
+    Computed once per process: a running sweep keeps the code that it imported, so an edit must not
+    change its hash.
     """
     return of(PACKAGE)
 
 
 def of(folder: Path) -> str:
-    """The fingerprint of the `*.py` files under a folder."""
+    """Sixteen hex digits: the hash of the `*.py` files below a folder."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         content = path.read_bytes()
@@ -30,7 +30,7 @@ def of(folder: Path) -> str:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's content; read once per process while size and time stay the same."""
+    """The sha256 of a file; computed once per process while its size and time do not change."""
     status = path.stat()
     return _sha256(os.fspath(path), status.st_size, status.st_mtime_ns)
 

@@ -1,31 +1,31 @@
-"""Which of the processes that train one run together this one is.
+"""Rank and world size of the processes that train one run together.
 
-The first, of rank 0, holds the run's folder, evaluates and writes; the others are done when
-training is. `torchrun`, or `processes`, says in the environment who is who.
+Rank 0 owns the run's folder, evaluates and writes; the other ranks end after training. `torchrun`,
+or the key `processes`, sets the environment variables that are read here.
 """
 
 import os
 
 
 class Done(Exception):
-    """Nothing is left to do for a process that is not the first."""
+    """Raised where a rank other than 0 has nothing left to do."""
 
 
 def rank() -> int:
-    """Which of the processes this is; 0 where there is one."""
+    """Rank of this process among all processes; 0 where there is one."""
     return int(os.environ.get("RANK", local_rank())) if world() > 1 else 0
 
 
 def local_rank() -> int:
-    """Which of those on this machine."""
+    """Rank of this process on its machine."""
     return int(os.environ.get("LOCAL_RANK", 0)) if world() > 1 else 0
 
 
 def world() -> int:
-    """How many there are, on all machines."""
+    """Number of processes on all machines."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def nodes() -> int:
-    """How many machines they are on."""
+    """Number of machines."""
     return max(world() // int(os.environ.get("LOCAL_WORLD_SIZE", world())), 1)

@@ -1,1 +1,1 @@
-"""From yaml to objects, and error messages about a configuration."""
+"""Instantiation of configurations, and messages about errors in them."""

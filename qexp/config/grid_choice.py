@@ -1,4 +1,4 @@
-"""Methods that round to values of their own: they read no grid, so that none can be chosen."""
+"""The choice `weight=built_in`, for methods that read no grid because they define their values."""
 
 from typing import Any, NoReturn
 
@@ -10,21 +10,21 @@ BUILT_IN = {"_target_": "qexp.config.grid_choice.no_grid"}
 
 
 def no_grid() -> NoReturn:
-    """What `weight=built_in` gives to whoever reads a grid: a UserError."""
+    """The target of `weight=built_in`. Raises UserError: the caller needs a grid."""
     raise UserError("weight=built_in: a grid is needed here; choose one, for example weight=int.")
 
 
 def check(cfg: DictConfig) -> None:
-    """UserError where a grid was chosen and nothing reads it: two such choices would be two runs,
-    with one result."""
+    """UserError where a grid was chosen that nothing reads: two such choices would be two runs with
+    the same result."""
     weight = OmegaConf.to_container(cfg.weight, resolve=True)
     steps = [OmegaConf.to_container(cfg[key], resolve=True) for key in ("method", "transform")]
     if "solver" not in cfg.method or weight == BUILT_IN or _holds(steps, weight):
         return
     solver = cfg.method.solver._target_.rpartition(".")[2]
     raise UserError(
-        f"weight: {solver} rounds to values of its own, and nothing reads this grid; leave out "
-        "weight=… and weight.…=…"
+        f"weight: {solver} defines its own values and reads no grid; leave out weight=… and "
+        "weight.…=…"
     )
 
 

@@ -1,4 +1,4 @@
-"""From a config node to the object that it names."""
+"""Instantiation of the object that a config node names."""
 
 import inspect
 import pydoc
@@ -12,11 +12,11 @@ from qexp.common.errors import FieldError, UserError, check_bool
 
 
 def instantiate(node: Any, **fields: Any) -> Any:
-    """The object of a node with a `_target_`; `fields` are handed to it beside the node's own.
+    """The object of a node with a `_target_`; `fields` are passed in addition to the node's keys.
 
-    Every object of the project is built here, so that Hydra's rules for instantiation (1.4 wants a
-    whitelist) are met in one place. What an object refuses in its constructor (UserError, or a
-    ValueError or TypeError about its fields) arrives as a UserError that names the config key.
+    Every object of the project is created here, so that Hydra's rules for instantiation (1.4
+    requires a whitelist) are followed in one place. An exception of the constructor (UserError, or
+    ValueError or TypeError about a field) becomes a UserError that names the config key.
     """
     known = OmegaConf.is_config(node)
     _check(node if known else OmegaConf.create(node, flags={"allow_objects": True}))
@@ -24,14 +24,14 @@ def instantiate(node: Any, **fields: Any) -> Any:
         return hydra_instantiate(node, _convert_="all", **fields)
     except InstantiationException as error:
         cause: BaseException | None = error
-        while isinstance(cause, InstantiationException):  # nested nodes wrap once a level
+        while isinstance(cause, InstantiationException):  # each level of nesting wraps it once more
             cause = cause.__cause__
         if isinstance(cause, UserError):
             raise cause from error
         if isinstance(cause, ValueError | TypeError):
             key = str(error).rpartition("full_key: ")[2] if "full_key: " in str(error) else "config"
-            between = "." if isinstance(cause, FieldError) else ": "
-            raise UserError(f"{key}{between}{cause}") from error
+            separator = "." if isinstance(cause, FieldError) else ": "
+            raise UserError(f"{key}{separator}{cause}") from error
         raise
 
 

@@ -1,10 +1,10 @@
-"""The folder of the configurations."""
+"""Location of the configuration files."""
 
 from pathlib import Path
 
 
 def conf() -> Path:
-    """The folder of the configurations: inside an installed package, or beside it in a checkout."""
+    """The folder conf/: inside an installed package, or next to the package in a checkout."""
     package = Path(__file__).parents[1]
     inside = package / "conf"
     return inside if inside.is_dir() else package.parent / "conf"

@@ -1,4 +1,4 @@
-"""What went wrong while a configuration was put together, in one sentence."""
+"""One-sentence messages for errors in composing a configuration."""
 
 import difflib
 import re
@@ -9,12 +9,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 CompositionError = HydraException | OmegaConfBaseException
-# groups that leave no key of their own in a configuration
+# groups whose choice adds no key of that name to a configuration
 WITHOUT_KEY = ("experiment", "search", "local")
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """What was probably meant, else what there is to choose from."""
+    """A suggestion: the most similar name, else all names."""
     names = sorted(set(names))
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     if close:
@@ -23,9 +23,9 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def message_for(error: CompositionError) -> str:
-    """The configuration key or choice that is wrong, and the nearest one that is right."""
+    """One sentence: the key or choice that is wrong, and the nearest valid one."""
     raised = re.match(r"UserError raised while resolving interpolation: (.*)", str(error))
-    if raised is not None:  # a resolver's own sentence; OmegaConf keeps the text alone
+    if raised is not None:  # the UserError of a resolver, of which OmegaConf keeps only the text
         return raised[1]
     if isinstance(error, OmegaConfBaseException) and "Missing mandatory value" in str(error):
         keys = [*re.findall(r"full_key: (\S+)", str(error)), error.full_key]
@@ -45,12 +45,12 @@ def message_for(error: CompositionError) -> str:
         )
         if several is not None:
             return f"{several[1] or several[2]}: several values need -m (one run for each)"
-    said = str(error) or str(error.__cause__ or type(error).__name__)
-    return " ".join(line.strip() for line in said.splitlines() if line.strip())
+    message = str(error) or str(error.__cause__ or type(error).__name__)
+    return " ".join(line.strip() for line in message.splitlines() if line.strip())
 
 
 def missing_plugin(error: BaseException) -> str | None:
-    """The sentence for a launcher or sweeper that is not installed."""
+    """The message for a launcher or sweeper that is not installed; None for any other error."""
     unknown = re.search(r"hydra_plugins\.hydra_(\w+)_(launcher|sweeper)\b", str(error))
     if unknown is None or "plugin class" not in str(error):
         return None
@@ -69,10 +69,10 @@ def _key(error: OmegaConfBaseException) -> str:
     above = full.rpartition(".")[0]
     names: list[str] = []
     if parent is not None and OmegaConf.is_dict(parent):
-        own = [str(name) for name in parent if not str(name).startswith("_")]
-        if above and not own:
-            return f"{full}: there is no such key; what was chosen for {above} has no settings"
-        names = [f"{above}.{name}" if above else name for name in own]
+        keys = [str(key) for key in parent if not str(key).startswith("_")]
+        if above and not keys:
+            return f"{full}: there is no such key; the choice for {above} has no settings"
+        names = [f"{above}.{key}" if above else key for key in keys]
         if not above:
             names = [name for name in names if name != "hydra"] + list(WITHOUT_KEY)
     return f"{full}: there is no such key; {nearest(full, names)}"

@@ -93,7 +93,7 @@ def test_a_folder_that_cannot_be_made_costs_a_warning(
         get(tmp_path / "file", calls)
         get(tmp_path / "file", calls)
     assert len(calls) == 2
-    assert caplog.text.count("going on without it") == 1
+    assert caplog.text.count("continuing without it") == 1
 
 
 def test_a_full_disk_costs_a_warning(

@@ -104,7 +104,7 @@ def test_a_grid_that_nothing_reads_is_refused() -> None:
             compose("config", [f"method={name}", "weight.bits=3"])
         said = messages.message_for(refusal.value)
         assert said.startswith("weight.bits: ") and "weight has no settings" in said
-        with pytest.raises(UserError, match=r"weight: (BiLLM|PBLLM) rounds to values of its own"):
+        with pytest.raises(UserError, match=r"weight: (BiLLM|PBLLM) defines its own values"):
             grid_choice.check(compose("config", [f"method={name}", "weight=nf4"]))
     with pytest.raises(UserError, match="weight=built_in: a grid is needed"):
         instantiate(compose("config", ["method=gptq", "weight=built_in"]).method)

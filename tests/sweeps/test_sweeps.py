@@ -158,7 +158,7 @@ def test_a_cache_that_cannot_be_written_changes_no_number(
         poor = forks("poor", QEXP_CACHE_DIR="/proc/qexp")  # not even root can write there
         assert poor.run(words) == [0]
     assert metrics(poor.folder) == metrics(fine.folder)
-    assert poor.said.count("going on without it") == 1
+    assert poor.said.count("continuing without it") == 1
     for folder in (poor.folder, poor.folder.with_name("poor-cache")):
         check_whole(folder)
 
