@@ -1,1 +1,1 @@
-"""A run is a folder: its name, what is written there, how it is read again."""
+"""Run folders: their names, the files in them, and reading them again."""

@@ -1,4 +1,4 @@
-"""Finished runs, as their folders tell them."""
+"""Finished runs, read from their folders."""
 
 import csv
 import json
@@ -16,8 +16,8 @@ from qexp.common.errors import UserError
 from qexp.runs import resolvers, results
 from qexp.runs.signature import UNSIGNED, class_names
 
-NOT_SETTINGS = (*UNSIGNED, "experiment", "search", "local", "eval")  # what was measured is a column
-# Of runs of version 0.1, whose provenance does not say of which metrics more is better.
+NOT_SETTINGS = (*UNSIGNED, "experiment", "search", "local", "eval")  # each metric has a column
+# For runs of version 0.1, whose provenance does not record which metrics are better when higher.
 HIGHER = ("acc", "acc_norm", "exact_match", "f1", "mcc", "agreement", "agreed_tokens", "identical")
 
 
@@ -26,51 +26,51 @@ class Column:
     """A metric under one definition; two protocols of the same name have two columns."""
 
     name: str  # "<protocol>/<key>" as in metrics.json
-    digest: str  # of the protocol's definition, empty where none was recorded
-    higher: bool = False  # whether more is better
+    digest: str  # of the protocol's definition; empty where none was recorded
+    higher: bool = False  # whether higher is better
 
     @property
     def title(self) -> str:
-        """What stands above the column."""
+        """The heading of the column."""
         return f"{self.name} [{self.digest}]" if self.digest else self.name
 
     @property
     def is_perplexity(self) -> bool:
-        """Whether its logarithm is what varies evenly."""
+        """Whether it is a perplexity, which is compared on a log scale."""
         return self.name.endswith("/ppl")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run, as its folder tells it."""
+    """A finished run, read from its folder."""
 
     folder: Path
     choices: dict[str, str]  # group → option
     config: dict[str, Any]
-    leaves: dict[str, Any]  # dotted key → value as written, interpolations not followed
+    leaves: dict[str, Any]  # dotted key → value as written, interpolations not resolved
     overrides: tuple[str, ...]
     metrics: dict[str, float]
     provenance: dict[str, Any]
 
     @property
     def is_float(self) -> bool:
-        """Nothing was quantized: a baseline."""
+        """Whether nothing was quantized, so that the run is a baseline."""
         groups = ("method", "activation", "kv", "transform")
-        untouched = all(self.choices.get(group, "none") == "none" for group in groups)
-        return untouched and self.choices.get("model") != "from_run"
+        unchanged = all(self.choices.get(group, "none") == "none" for group in groups)
+        return unchanged and self.choices.get("model") != "from_run"
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Choices of groups, then single keys: what can make two runs different."""
-        kept = {
+        """Choices of groups, then single keys: everything in which two runs can differ."""
+        groups = {
             key: choice
             for key, choice in self.choices.items()
             if not key.startswith("hydra/") and "@eval" not in key and _top(key) not in NOT_SETTINGS
         }
-        return kept | self.leaves
+        return groups | self.leaves
 
     def label(self, key: str) -> str:
-        """A choice or a value as a table shows it; empty where the run has no such key."""
+        """A choice or a value, formatted for a table; empty where the run has no such key."""
         if _top(key) == "weight" and not self.uses_grid:
             return ""
         value = self.choices.get(key, self._values.get(key, ""))
@@ -78,12 +78,12 @@ class Run:
 
     @property
     def command(self) -> str:
-        """What makes this run again."""
+        """The command that repeats this run."""
         return shlex.join(["qexp", *self.overrides])
 
     @property
     def layers(self) -> list[dict[str, str]]:
-        """The lines of `layers.csv`, none where the run quantized nothing."""
+        """The rows of `layers.csv`; empty where the run quantized nothing."""
         try:
             with (self.folder / results.LAYERS).open(newline="", encoding="utf-8") as file:
                 return list(csv.DictReader(file))
@@ -92,7 +92,7 @@ class Run:
 
     @property
     def columns(self) -> list[Column]:
-        """Perplexities, ratios, and every other metric that comes with a standard error."""
+        """Perplexities, ratios, and every other metric that has a standard error."""
         protocols = self.provenance.get("protocols", {})
         names = [
             name
@@ -107,7 +107,7 @@ class Run:
 
     @cached_property
     def uses_grid(self) -> bool:
-        """Whether anything in it refers to `weight`; a method may have a grid of its own."""
+        """Whether any key refers to `weight`; a method may define its grid itself."""
         return any("${weight" in str(value) for value in self.leaves.values())
 
     @property
@@ -116,16 +116,16 @@ class Run:
         return sum(stage["seconds"] for stage in self._stages)
 
     def peak(self, kind: str) -> float:
-        """Highest `peak_<kind>_bytes` of any stage in GB, NaN where none was measured."""
+        """Highest `peak_<kind>_bytes` of any stage, in GB; NaN where none was measured."""
         peaks = [stage.get(f"peak_{kind}_bytes") for stage in self._stages]
         return max((peak / 1e9 for peak in peaks if peak is not None), default=math.nan)
 
     def value(self, name: str) -> float:
-        """A metric by its name or a number of the configuration by its dotted key, else NaN."""
+        """A metric by its name, or a number of the configuration by its dotted key; else NaN."""
         if name in self.metrics:
             return self.metrics[name]
-        found = self._values.get(name)
-        return float(found) if isinstance(found, int | float) else math.nan
+        setting = self._values.get(name)
+        return float(setting) if isinstance(setting, int | float) else math.nan
 
     @cached_property
     def _values(self) -> dict[str, Any]:
@@ -137,7 +137,7 @@ class Run:
 
 
 def load(folder: Path) -> Run:
-    """The run in one folder; an incomplete or unreadable one is a UserError."""
+    """The run in one folder. Raises UserError if it is incomplete or unreadable."""
     try:
         config = OmegaConf.load(folder / ".hydra" / "config.yaml")
         overrides = OmegaConf.load(folder / ".hydra" / "overrides.yaml")
@@ -145,7 +145,7 @@ def load(folder: Path) -> Run:
         resolvers.register()
         written: Any = OmegaConf.to_container(config)
         content: Any = OmegaConf.to_container(config, resolve=True)
-    except Exception as error:  # yaml, OmegaConf and the file system each have their own
+    except Exception as error:  # yaml, OmegaConf and the file system raise different exceptions
         raise UserError(f"{folder / '.hydra'}: cannot be read ({error})") from error
     return Run(
         folder=folder,
@@ -159,15 +159,17 @@ def load(folder: Path) -> Run:
 
 
 def choices(folder: Path) -> dict[str, str]:
-    """What each group of the configuration was set to."""
+    """The option chosen for each config group."""
     settings = OmegaConf.load(folder / ".hydra" / "hydra.yaml")
-    found = OmegaConf.select(settings, "hydra.runtime.choices") or {}
-    return {str(key): str(value) for key, value in found.items()}
+    options = OmegaConf.select(settings, "hydra.runtime.choices") or {}
+    return {str(group): str(option) for group, option in options.items()}
 
 
 def flat(tree: Any, above: str = "", without: Sequence[str] = ()) -> dict[str, Any]:
-    """Dotted key → value; lists are values, `_target_`s names of classes without their modules.
-    `without`: names at the top that are left out."""
+    """Dotted key → value. A list is one value; a `_target_` is a class name without its module.
+
+    without: top-level keys to leave out.
+    """
     leaves: dict[str, Any] = {}
     for key, value in class_names(tree).items():
         if key not in without:
@@ -177,7 +179,7 @@ def flat(tree: Any, above: str = "", without: Sequence[str] = ()) -> dict[str, A
 
 
 def collect(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
-    """Finished runs at any depth, in the order of a table, and a note for each that is left out."""
+    """Finished runs at any depth, in table order, and a note for each run that is left out."""
     runs, notes = {}, []
     for top in folders:
         if not top.is_dir():
@@ -187,7 +189,7 @@ def collect(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
             if not path.is_dir() or folder.resolve() in runs:
                 continue
             if not (folder / results.METRICS).exists():
-                reason = f" ({said})" if (said := failure(folder)) else ""
+                reason = f" ({failed})" if (failed := failure(folder)) else ""
                 notes.append(f"{folder}: left out, it did not finish{reason}")
                 continue
             try:
@@ -198,7 +200,7 @@ def collect(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
 
 
 def _order(run: Run) -> tuple[Any, ...]:
-    """Baselines first, then by method with falling bits."""
+    """Baselines first, then by method, with decreasing bits."""
     bits = run.metrics.get("weight/bits", math.inf)
     names = [run.choices.get(group, "") for group in ("model", "data", "activation", "method")]
     return (*names[:2], not run.is_float, *names[2:], -bits, str(run.folder))
@@ -209,7 +211,7 @@ def _top(key: str) -> str:
 
 
 def failure(folder: Path) -> str:
-    """Why the run failed; empty where it did not say."""
+    """Why the run failed; empty where no reason was recorded."""
     try:
         return str(json.loads((folder / "failure.json").read_text())["reason"])
     except (OSError, ValueError, KeyError):

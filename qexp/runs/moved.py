@@ -50,17 +50,17 @@ MOVED = {
     "qexp.training.Trainer": "qexp.training.trainer.Trainer",
     "qexp.transforms.end_to_end.EndToEnd": "qexp.methods.quadapter.EndToEnd",
 }
-# class → its fields that have another name now
+# class → {former field: current field}
 RENAMED_FIELDS = {"qexp.grid.ranges.RMS": {"reach": "clip_at"}}
 
 
 def renamed(tree: Any) -> Any:
-    """A configuration (dicts, lists, values) with today's names of classes and fields."""
+    """A configuration (dicts, lists, values) with the current names of classes and fields."""
     if isinstance(tree, list):
         return [renamed(each) for each in tree]
     if not isinstance(tree, dict):
         return tree
     target = MOVED.get(str(tree.get("_target_")), tree.get("_target_"))
     fields = RENAMED_FIELDS.get(str(target), {})
-    made = {fields.get(key, key): renamed(value) for key, value in tree.items()}
-    return made | {"_target_": target} if "_target_" in tree else made
+    node = {fields.get(key, key): renamed(value) for key, value in tree.items()}
+    return node | {"_target_": target} if "_target_" in tree else node

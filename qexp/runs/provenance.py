@@ -1,4 +1,4 @@
-"""Where a number comes from: code, machine, versions, inputs, and what each stage cost."""
+"""Provenance of a run: code, machine, package versions, input files and cost of each stage."""
 
 import os
 import platform
@@ -30,7 +30,7 @@ VERSIONS = (
 
 
 class Provenance:
-    """The record of one run, filled while it runs and written beside its metrics."""
+    """The record of one run, filled while it runs and written next to its metrics."""
 
     def __init__(self) -> None:
         self._started = datetime.now(UTC)
@@ -39,9 +39,9 @@ class Provenance:
         self._inputs: dict[str, dict[str, int] | None] = {}
 
     def add(self, **facts: Any) -> None:
-        """Facts that only the run knows: device, fingerprints of model and data, protocols …
+        """Record facts that only the run knows: device, fingerprints of model and data, protocols …
 
-        A dict that stands there already is extended.
+        A dict is merged into the dict recorded under the same name.
         """
         for name, value in facts.items():
             known = self._facts.get(name)
@@ -50,16 +50,16 @@ class Provenance:
             self._facts[name] = value
 
     def read_files(self, paths: Iterable[Path]) -> None:
-        """Local files the run reads; when one changes, the run is no longer answered from disk."""
+        """Record local input files; when one changes, the stored result is stale."""
         for path in paths:
             self._inputs[str(path)] = stamp(path)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Measure a stage: wall seconds, peak resident bytes, peak bytes on the CUDA device.
+        """Measure a stage: wall time in seconds, peak resident and peak CUDA memory in bytes.
 
-        A stage entered again adds its seconds and keeps the higher peak. Stages do not nest: the
-        operating system keeps one high-water mark.
+        A stage entered again adds its seconds and keeps the higher peak. Stages must not be nested:
+        the operating system keeps one peak per process.
         """
         cuda = _cuda()
         _reset_peak()
@@ -81,7 +81,7 @@ class Provenance:
                 stage["peak_cuda_bytes"] = max(stage.get("peak_cuda_bytes", 0), peak)
 
     def dict(self) -> Mapping[str, Any]:
-        """Everything, ready for JSON."""
+        """The whole record, ready for JSON."""
         torch = sys.modules.get("torch")
         revision, dirty = _git()
         return {
@@ -107,7 +107,7 @@ class Provenance:
 
 
 def stamp(path: Path) -> dict[str, int] | None:
-    """Size in bytes and time of the last change in nanoseconds; None when the file is not there."""
+    """Size in bytes and modification time in nanoseconds; None for a missing file."""
     try:
         status = path.stat()
     except OSError:
@@ -116,7 +116,7 @@ def stamp(path: Path) -> dict[str, int] | None:
 
 
 def peak_rss() -> int:
-    """Most resident bytes of this process since the last reset (since its start off Linux)."""
+    """Peak resident bytes of this process since the last reset (not on Linux: since its start)."""
     try:
         status = Path("/proc/self/status").read_text()
         [line] = [line for line in status.splitlines() if line.startswith("VmHWM:")]
@@ -127,15 +127,15 @@ def peak_rss() -> int:
 
 
 def _reset_peak() -> None:
-    """Lower the high-water mark to what is resident now, where the kernel lets us."""
+    """Reset the peak to the memory that is resident now, where the kernel permits it."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        return  # not Linux, or not permitted: the mark then covers the earlier stages too
+        return  # not Linux, or not permitted: the peak then includes the earlier stages
 
 
 def _cuda() -> Any:
-    """`torch.cuda` once something uses it: asking must neither import torch nor start a device."""
+    """`torch.cuda` if it is in use; this check neither imports torch nor initializes a device."""
     torch = sys.modules.get("torch")
     return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
 
@@ -150,7 +150,7 @@ def _versions() -> dict[str, str]:
         try:
             installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            continue  # run from a source folder, or a slimmer installation
+            continue  # run from a source folder, or an optional package
     return installed
 
 
@@ -164,7 +164,7 @@ def _processor() -> str:
 
 
 def _git() -> tuple[str | None, bool | None]:
-    """Revision of the checkout the package runs from, and whether it differs from it."""
+    """Revision of the checkout that the package runs from, and whether files differ from it."""
     folder = hashes.PACKAGE.parent
     if not (folder / ".git").exists():  # a wheel inside someone else's repository has none
         return None, None

@@ -1,7 +1,7 @@
-"""What a yaml file may compute.
+"""OmegaConf resolvers: functions that yaml files can call.
 
-`${sig:}` is the signature of the configuration it stands in; `${run_config:FOLDER,KEY}` what the
-configuration of a finished run says under a key.
+`${sig:}` is the signature of the configuration that contains it; `${run_config:FOLDER,KEY}` is the
+value of a key in the configuration of a finished run.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from qexp.runs.signature import signature
 
 
 def register() -> None:
-    """Make the resolvers known to OmegaConf; calling it again changes nothing."""
+    """Register the resolvers with OmegaConf; may be called repeatedly."""
     OmegaConf.register_new_resolver("sig", _sig, replace=True)
     OmegaConf.register_new_resolver("run_config", _run_config, replace=True)
 

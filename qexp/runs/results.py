@@ -1,4 +1,4 @@
-"""A run's folder: written whole, answered from again, refused when stale."""
+"""Result files of a run's folder: written atomically, reused, and checked for staleness."""
 
 import csv
 import json
@@ -20,9 +20,9 @@ PROVENANCE = "provenance.json"
 WEIGHTS = "weights.safetensors"
 CONFIGS = ".hydra"  # where Hydra itself would put them
 LAYERS = "layers.csv"
-TRAINING = "training.csv"  # of what was trained, a line per leg
-TENSORS = "training_tensors.csv"  # a line per leg and tensor
-BLOCKS = "training_blocks.csv"  # of blocks that were trained one by one, a line per epoch
+TRAINING = "training.csv"  # training metrics, one line per interval
+TENSORS = "training_tensors.csv"  # one line per interval and tensor
+BLOCKS = "training_blocks.csv"  # block-wise training, one line per epoch
 COLUMNS = (
     *("name", "rows", "columns", "bits", "paper_bits"),
     *("error_before", "error", "damp", "seconds"),
@@ -34,10 +34,10 @@ log = logging.getLogger(__name__)
 def read(
     folder: Path, inputs: Sequence[Path] | None = None, needs: Sequence[str] = ()
 ) -> dict[str, float] | None:
-    """The metrics of a finished run, or None (with the reason in the log) when it must run.
+    """The metrics of a finished run, or None, with the reason in the log, where it must run again.
 
-    `inputs`: the local files the run would read now; None trusts the list it recorded.
-    `needs`: files that must stand in the folder too, such as the weights.
+    inputs: the local files that the run would read now; None trusts the recorded list.
+    needs: files that must also be in the folder, such as the weights.
     """
     if not (folder / METRICS).exists():
         return None
@@ -52,17 +52,17 @@ def read(
 def stale(
     folder: Path, inputs: Sequence[Path] | None = None, needs: Sequence[str] = ()
 ) -> str | None:
-    """Why the folder does not answer for its configuration; None when it does."""
+    """Why the stored result cannot be reused; None where it can. Arguments as for `read`."""
     if not (folder / METRICS).exists():
         return "it did not finish"
     try:
         metrics(folder)
-        past = provenance(folder)
+        record = provenance(folder)
     except UserError as error:
         return str(error)
-    if past.get("code") != hashes.code():
+    if record.get("code") != hashes.code():
         return "the code has changed since"
-    recorded: dict[str, Any] = past.get("inputs", {})
+    recorded: dict[str, Any] = record.get("inputs", {})
     if inputs is not None and {str(path) for path in inputs} != set(recorded):
         return "it reads other files now"
     for name, seen in recorded.items():
@@ -75,22 +75,24 @@ def stale(
 
 
 def metrics(folder: Path) -> dict[str, float]:
-    """What `metrics.json` says; a number that is not finite is a float as in Python's JSON."""
+    """The content of `metrics.json`; NaN and infinity are read as Python's JSON writes them."""
     return {name: float(value) for name, value in _json(folder / METRICS).items()}
 
 
 def provenance(folder: Path) -> dict[str, Any]:
-    """What `provenance.json` says."""
+    """The content of `provenance.json`."""
     return _json(folder / PROVENANCE)
 
 
 def config(folder: str | None) -> DictConfig:
-    """The configuration of a finished run. Raises UserError when the folder holds none."""
+    """The configuration of a finished run. Raises UserError where the folder holds none."""
     if folder is None:
         raise UserError("run: has no value; give the folder of a finished run, run=outputs/…")
     path = Path(folder) / CONFIGS / "config.yaml"
     if not path.is_file():
-        raise UserError(f"run={folder}: has no {CONFIGS}/config.yaml, so it is no run's folder")
+        raise UserError(
+            f"run={folder}: is not the folder of a run: it has no {CONFIGS}/config.yaml"
+        )
     if not (Path(folder) / METRICS).is_file():
         raise UserError(f"run={folder}: has no {METRICS}; that run did not finish")
     loaded = OmegaConf.create(renamed(OmegaConf.to_container(OmegaConf.load(path))))
@@ -99,7 +101,7 @@ def config(folder: str | None) -> DictConfig:
 
 
 def write_config(folder: Path, cfg: DictConfig, settings: DictConfig) -> None:
-    """The configuration of a run, Hydra's own settings (`hydra:` and below) and the overrides."""
+    """Write the configuration of a run, Hydra's settings (the node `hydra`) and the overrides."""
     overrides = settings.hydra.overrides.task
     for name, content in (("config", cfg), ("hydra", settings), ("overrides", overrides)):
         with atomic(folder / CONFIGS / f"{name}.yaml") as path:
@@ -107,13 +109,13 @@ def write_config(folder: Path, cfg: DictConfig, settings: DictConfig) -> None:
 
 
 def cost(folder: Path) -> dict[str, float]:
-    """What a finished run took: seconds of all its stages, peaks of memory in bytes."""
+    """The cost of a finished run: seconds of all stages, peak memory in bytes."""
     stages: list[dict[str, float]] = list(provenance(folder).get("stages", {}).values())
-    found = {"seconds": sum((stage["seconds"] for stage in stages), 0.0)}
+    totals = {"seconds": sum((stage["seconds"] for stage in stages), 0.0)}
     for key in ("peak_rss_bytes", "peak_cuda_bytes"):
         if peaks := [stage[key] for stage in stages if key in stage]:
-            found[key] = float(max(peaks))
-    return found
+            totals[key] = float(max(peaks))
+    return totals
 
 
 def write(
@@ -122,15 +124,17 @@ def write(
     records: Sequence[Any],
     provenance: Provenance,
 ) -> dict[str, float]:
-    """Write the results of a run; `metrics.json` comes last, and its presence means finished.
+    """Write the results of a run. `metrics.json` is written last: its presence means finished.
 
-    `records` are `qexp.methods.step.Record`s (naming the class here would bring torch to --help).
+    records: of class `qexp.step.Record` (importing it here would import torch for --help).
 
-    Metrics are checked before anything is written: each must be a number. Infinity and NaN (the
-    spread over a single window) are numbers here and stand in the file as Python's JSON has them.
+    Metrics are checked before anything is written. Infinity and NaN (the standard error of a single
+    window) are allowed and written as Python's JSON does. Raises TypeError for any non-number.
     """
     numbers = {name: _number(name, value) for name, value in metrics.items()}
-    (folder / METRICS).unlink(missing_ok=True)  # until all is new, nothing is finished
+    (folder / METRICS).unlink(
+        missing_ok=True
+    )  # the run counts as unfinished until all files are new
     with (
         atomic(folder / LAYERS) as path,
         path.open("w", newline="", encoding="utf-8") as file,
@@ -144,7 +148,7 @@ def write(
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """A JSON file, whole or absent; what JSON does not know is written as its string."""
+    """Write a JSON file atomically; values of other types are written as their string."""
     with atomic(path) as temporary:
         text = json.dumps(content, indent=2, default=str, ensure_ascii=False)
         temporary.write_text(text + "\n", encoding="utf-8")

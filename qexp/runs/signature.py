@@ -1,4 +1,4 @@
-"""What makes two runs the same run."""
+"""Signature of a run: a hash of the part of its configuration that can change a result."""
 
 import hashlib
 import json
@@ -6,17 +6,17 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-# what is shown, kept or waited for; none of it can change a number
+# display, storage and scheduling: none of these keys can change a result
 KEPT = ("hydra", "logger", "progress", "threads", "save_weights", "optimize", "label")
 UNSIGNED = frozenset({*KEPT, "dry_run", "retry", "fail_fast", "paper"})
 
 
 def signed(cfg: DictConfig) -> dict[str, Any]:
-    """The resolved part of a configuration that can change a number."""
+    """The part of a configuration that can change a result, resolved."""
     content: dict[str, Any] = {}
     for key in cfg:
         if key not in UNSIGNED:
-            value = cfg[key]  # key by key: the Hydra node asks for this very signature
+            value = cfg[key]  # key by key: the node `hydra` interpolates this signature
             content[str(key)] = (
                 class_names(OmegaConf.to_container(value, resolve=True, throw_on_missing=True))
                 if OmegaConf.is_config(value)
@@ -26,9 +26,9 @@ def signed(cfg: DictConfig) -> dict[str, Any]:
 
 
 def class_names(tree: Any) -> Any:
-    """A configuration whose `_target_`s are names of classes without their modules.
+    """A configuration in which each `_target_` is a class name without its module.
 
-    A run is what it computes, not where its class is: a move renames no run.
+    Moving a class to another module must not change the signature.
     """
     if isinstance(tree, list):
         return [class_names(each) for each in tree]
