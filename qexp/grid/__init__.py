@@ -1,4 +1,4 @@
-"""Grids: the values that a tensor may take, and the range estimators that place them.
+"""Grids: the values that a tensor may take, and the range estimators that scale them.
 
 To add a grid, implement `base.Grid`; a range estimator, `base.Range`; and one yaml in conf/weight/.
 """

@@ -1,4 +1,4 @@
-"""Interfaces: the grid, and the range estimator that places it."""
+"""Interfaces of grids and range estimators."""
 
 from abc import ABC, abstractmethod
 
@@ -21,18 +21,18 @@ class Range(ABC):
         grid: "Grid",
         counts: Float[Tensor, "rows size"] | None = None,
     ) -> Interval:
-        """The lowest and the highest value of each row that the grid should reach."""
+        """The interval (low, high) that the grid should cover, for each row."""
 
     def observer(self) -> Observer:
-        """What has to be gathered of values that come one tensor at a time."""
+        """An observer for values that arrive one tensor at a time."""
         return HistogramObserver()
 
 
 class Grid(ABC):
-    """A finite set of values per row of a matrix, placed by a `Scale`.
+    """A finite set of values per row of a matrix, given by a `Scale` (scale and zero point).
 
-    Granularity is the caller's cut: `fit` gives each row of its argument one scale (one for all of
-    them when `per_tensor`). `group_size` neighbouring columns share a scale; None is the whole row.
+    The caller determines the granularity: `fit` gives each row of its argument one scale (all rows
+    the same if `per_tensor`). `group_size` adjacent columns share a scale; None is the whole row.
     """
 
     group_size: int | None
@@ -47,13 +47,13 @@ class Grid(ABC):
 
     @property
     def rowwise(self) -> bool:
-        """Whether the values of a row depend on that row alone."""
+        """Whether the values of a row depend only on that row."""
         return not (self.per_tensor or self.second_level)
 
     @property
     @abstractmethod
     def second_level(self) -> "dict[str, Grid]":
-        """The grids of its own "scales" and "zeros", where they are quantized in turn."""
+        """The grids of this grid's "scales" and "zeros", where those are quantized too."""
 
     @property
     @abstractmethod
@@ -63,17 +63,17 @@ class Grid(ABC):
     @property
     @abstractmethod
     def bounds(self) -> tuple[float, float]:
-        """The least and the greatest x / scale + zero that is not clipped."""
+        """The smallest and the largest x / scale + zero that is not clipped."""
 
     @property
     @abstractmethod
     def has_zero(self) -> bool:
-        """Whether a zero point must be stored beside each scale."""
+        """Whether a zero point must be stored with each scale."""
 
     def fit(
         self, x: Float[Tensor, "rows size"], counts: Float[Tensor, "rows size"] | None = None
     ) -> Scale:
-        """The scale of each row; `counts` says how often each value occurs (histogram bins)."""
+        """The scale of each row. counts: how often each value occurs (histogram bins)."""
         if self.per_tensor:
             x = x.reshape(1, -1)
             counts = None if counts is None else counts.reshape(1, -1)
@@ -82,7 +82,7 @@ class Grid(ABC):
 
     @abstractmethod
     def scale_for(self, low: Float[Tensor, "rows 1"], high: Float[Tensor, "rows 1"]) -> Scale:
-        """The scale with which the grid reaches from `low` to `high`."""
+        """The scale with which the grid covers `low` to `high`."""
 
     def position(self, x: Float[Tensor, "*shape"], q: Scale) -> Float[Tensor, "*shape"]:
         """The position of each value among the codes, before clamping to [0, top] and rounding.
@@ -105,7 +105,7 @@ class Grid(ABC):
         rounding: Rounding = torch.round,
         clamp: Clamp = torch.clamp,
     ) -> Float[Tensor, "*shape"]:
-        """The code of each value, a whole number in [0, 2^bits) kept in floating point."""
+        """The code of each value, an integer in [0, 2^bits) in a floating-point tensor."""
 
     def code_position(self, v: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """The position of v = x / scale + zero on the axis of codes."""
@@ -113,7 +113,7 @@ class Grid(ABC):
 
     @abstractmethod
     def decode(self, codes: Float[Tensor, "*shape"], q: Scale) -> Float[Tensor, "*shape"]:
-        """The value that each code stands for."""
+        """The value of each code."""
 
     def round(
         self,
@@ -122,22 +122,25 @@ class Grid(ABC):
         rounding: Rounding = torch.round,
         clamp: Clamp = torch.clamp,
     ) -> Float[Tensor, "*shape"]:
-        """Round to nearest, clamp to the ends. The one quantization formula of the project:
-        training hands in other gradients for `rounding` and `clamp`."""
+        """Round to nearest and clamp to the bounds.
+
+        The only quantization formula of the project: training passes a `rounding` and a `clamp`
+        with surrogate gradients.
+        """
         return self.decode(self.encode(x, q, rounding, clamp), q)
 
     def check(self, rows: int, columns: int) -> None:
-        """UserError when a [rows, columns] matrix cannot be cut as the settings say."""
+        """UserError when group sizes do not divide the sides of a [rows, columns] matrix."""
         self.groups(columns)
         for name, grid in self.second_level.items():
             cut(rows, grid.group_size, f"weight.{name}.group_size", "outputs")
 
     def groups(self, columns: int) -> int:
-        """How many groups a row of `columns` is cut into. Raises UserError when it cannot be."""
+        """Number of groups in a row. Raises UserError when `group_size` does not divide it."""
         return cut(columns, self.group_size, "weight.group_size", "inputs")
 
     def cost(self, rows: int, columns: int) -> float:
-        """Bits per weight that storage of a [rows, columns] matrix takes, scales included."""
+        """Stored bits per weight of a [rows, columns] matrix, scales and zero points included."""
         groups = self.groups(columns)
         scales = 1 if self.per_tensor else rows * groups
         each = {"scales": float(torch.finfo(self.stored_dtype).bits), "zeros": self.zero_bits}
@@ -146,7 +149,7 @@ class Grid(ABC):
 
     @property
     def stored_dtype(self) -> torch.dtype:
-        """Of scales, and of zero points that are not whole."""
+        """The dtype of scales, and of zero points that are not integers."""
         dtype: torch.dtype = getattr(torch, self.scale_dtype)
         return dtype
 
@@ -156,7 +159,7 @@ class Grid(ABC):
         return self.bits if self.has_zero else 0
 
     def scales_of(self, x: Float[Tensor, "rows columns"]) -> Scale:
-        """Fit every group of a matrix: scales and zeros [rows, groups]."""
+        """Fit every group of a matrix. Scales and zero points are [rows, groups]."""
         rows, columns = x.shape
         groups = self.groups(columns)
         if self.second_level:  # their groups run along the rows of one group of columns
@@ -172,10 +175,11 @@ class Grid(ABC):
         return self.round(x.reshape(len(q.scale), -1), q, rounding).reshape(x.shape)
 
     def as_stored(self, scale: Float[Tensor, "*rows each"]) -> Float[Tensor, "*rows each"]:
-        """The scale as storage keeps it; rounding must use that one, or reloading changes values.
+        """The scale in its stored precision. Rounding must use it, or reloading changes values.
 
-        A scale that underflows to zero there becomes the smallest that does not. Gradients pass
-        straight through: a cast would cast them too, and overflow."""
+        A scale that would underflow becomes the smallest normal number. The gradient is 1: the
+        backward pass of a cast would cast the gradient, which may overflow.
+        """
         limits = torch.finfo(self.stored_dtype)
-        kept = scale.detach().clamp(limits.smallest_normal, limits.max).to(self.stored_dtype)
-        return kept.to(scale.dtype) + (scale - scale.detach())
+        stored = scale.detach().clamp(limits.smallest_normal, limits.max).to(self.stored_dtype)
+        return stored.to(scale.dtype) + (scale - scale.detach())

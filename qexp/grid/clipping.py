@@ -1,4 +1,4 @@
-"""The code of a value, and whether it was clipped."""
+"""Codes of values by clamping and rounding, and masks of clipped values."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,16 +18,19 @@ def snap(
     rounding: Rounding,
     clamp: Clamp,
 ) -> Float[Tensor, "*shape"]:
-    """The code of each value: clamped to [0, top], then rounded; R = 1 where it was clipped."""
+    """The code of each value: clamped to [0, top], then rounded.
+
+    Where a value was clipped, the gradient of rounding is 1 (R in `qexp.gradients`).
+    """
     c = clamp(v, 0, top)
     if rounding is torch.round:
         return rounding(c)
     return torch.lerp(rounding(c), c, ended(v.detach(), c.detach(), top))
 
 
-# Masks are ones and zeros of the values' own type: truth values cost a processor many times more.
+# Masks are ones and zeros in the values' dtype: boolean masks cost a CPU many times more.
 def ended(v: Tensor, c: Tensor, top: Number) -> Tensor:
-    """Where a value was clipped to an end itself (a soft clamp in the forward pass never does)."""
+    """Mask of values that were clipped to exactly a bound; empty for a soft forward clamp."""
     hard = v.clamp(0, top)
     return (hard - c).eq_(0).mul_(hard.ne_(v))
 

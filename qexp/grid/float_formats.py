@@ -1,4 +1,4 @@
-"""Grids of named floating-point formats: values that are not evenly spaced."""
+"""Grids of floating-point formats and NF4: unevenly spaced values."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -18,9 +18,9 @@ from qexp.grid.scale import Scale
 def levels(kind: str) -> tuple[float, ...]:
     """The sorted values of a named format, unscaled.
 
-    eEmM: E exponent and M mantissa bits with subnormals; e4m3 is the "fn" variant whose top code
-    is NaN, e5m2 the IEEE one whose top exponent is infinity. nf4: quantiles of the normal
-    distribution, 8 positive and 7 negative beside 0 (QLoRA, section 3).
+    eEmM: E exponent and M mantissa bits, with subnormals; e4m3 is the "fn" variant, whose top code
+    is NaN, e5m2 the IEEE variant, whose top exponent is infinity and NaN. nf4: 0 and quantiles of
+    the normal distribution, 8 positive and 7 negative (QLoRA, section 3).
     """
     if kind == "nf4":
         tail = 0.9677083  # mean of 1 - 1/(2·15) and 1 - 1/(2·16), QLoRA's offset
@@ -89,8 +89,8 @@ class LevelGrid(Grid):
         return {}
 
     def scale_for(self, low: Float[Tensor, "rows 1"], high: Float[Tensor, "rows 1"]) -> Scale:
-        reach = torch.maximum(low.abs(), high.abs()).float()
-        scale = self.as_stored(torch.where(reach == 0, 1.0, reach / levels(self.kind)[-1]))
+        max_abs = torch.maximum(low.abs(), high.abs()).float()
+        scale = self.as_stored(torch.where(max_abs == 0, 1.0, max_abs / levels(self.kind)[-1]))
         return Scale(scale, torch.zeros_like(scale))
 
     def encode(
@@ -131,10 +131,10 @@ class LevelGrid(Grid):
         return at + (v - v.detach()).nan_to_num()  # an infinite value is clipped all the same
 
     def _edges(self, device: torch.device) -> Float[Tensor, " edges"]:
-        """Midpoints between levels, lowered by one step of float32 where a tie goes up."""
+        """Midpoints between levels, lowered by one step of float32 where a tie rounds up."""
         table = torch.tensor(levels(self.kind))
         middle = (table[1:] + table[:-1]) / 2
-        # Distance in codes from 0 has the parity of the mantissa.
+        # The distance from 0 in codes has the parity of the mantissa.
         away = (torch.arange(len(table)) - int((table == 0).nonzero())).abs()
         up = away[1:] % 2 == 0
         lowered = torch.nextafter(middle, torch.full_like(middle, -torch.inf))

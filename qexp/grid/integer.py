@@ -1,8 +1,4 @@
-"""The values a tensor may take, and what they cost to store.
-
-A grid knows how to place itself over data (`fit`), how to name a value (`encode`), and what a name
-stands for (`decode`). Everything in the project that rounds, rounds here.
-"""
+"""Integer grids: evenly spaced values, symmetric or with a zero point."""
 
 from dataclasses import dataclass
 
@@ -24,21 +20,21 @@ class IntGrid(Grid):
     positive maximum of a symmetric grid lies half a step beyond the last code, either end of an
     asymmetric one up to half a step, as the zero point is rounded.
 
-    symmetric: full signed range of the GPTQ reference, scale = 2·max|x| / (2^bits - 1) and
+    symmetric: the full signed range of the GPTQ reference, scale = 2·max|x| / (2^bits - 1) and
     zero = 2^(bits-1). Asymmetric: scale = (max - min) / (2^bits - 1), zero = round(-min / scale).
     narrow: symmetric, with scale = max|x| / (2^(bits-1) - 1) (LLM-QAT, QuaRot), so that both ends
     of the range are codes; code 0 is left to values below it.
     include_zero: asymmetric ranges are widened to hold 0 (GPTQ does, SpQR does not).
     real_zero: zero points are not rounded (SpQR's default).
-    scales, zeros: a grid for the scales or zeros of this one, whose groups are runs of rows within
-    one group of columns (SpQR's second level).
+    scales, zeros: the grid of the scales or zero points of this grid. Its groups are adjacent rows
+    within one group of columns (SpQR's second level).
     """
 
     bits: int = 4
     symmetric: bool = False
     narrow: bool = False
     group_size: int | None = None
-    range: Range = MinMax()  # noqa: RUF009 (frozen, so sharing the default is safe)
+    range: Range = MinMax()  # noqa: RUF009 (frozen: sharing the default is safe)
     per_tensor: bool = False
     scale_dtype: str = "float32"
     include_zero: bool = True
@@ -59,14 +55,14 @@ class IntGrid(Grid):
             raise UserError("weight.scales, weight.zeros need weight.per_tensor=false.")
         if self.per_tensor and self.group_size is not None:
             raise UserError(
-                f"per_tensor=true with group_size={self.group_size}: one scale for all leaves "
-                "no groups; give null (weight.per_tensor=true needs weight.group_size=null)."
+                f"per_tensor=true with group_size={self.group_size}: a single scale has no "
+                "groups; give null (weight.per_tensor=true needs weight.group_size=null)."
             )
 
     @property
     def second_level(self) -> dict[str, Grid]:
-        named = {"scales": self.scales, "zeros": None if self.symmetric else self.zeros}
-        return {name: grid for name, grid in named.items() if grid is not None}
+        grids = {"scales": self.scales, "zeros": None if self.symmetric else self.zeros}
+        return {name: grid for name, grid in grids.items() if grid is not None}
 
     @property
     def top(self) -> int:
@@ -93,7 +89,7 @@ class IntGrid(Grid):
             low = -high
         elif self.include_zero:
             low, high = low.clamp(max=0), high.clamp(min=0)
-        # A row of one value has no width: widen to 0, and for a row of zeros to [0, 1].
+        # A constant row has no width: extend it to 0, and a row of zeros to [0, 1].
         constant = low == high
         low = torch.where(constant, low.clamp(max=0), low)
         high = torch.where(constant, high.clamp(min=0), high)
@@ -111,12 +107,12 @@ class IntGrid(Grid):
             zero = (-low / scale).round().clamp(0, self.top)
         if not self.second_level:
             return Scale(scale, zero)
-        # As in SpQR, zeros come from the scale before its own rounding.
+        # As in SpQR, zero points are computed from the scale before it is quantized.
         raw = {"scales": scale, "zeros": zero}
-        coded = raw | {
+        quantized = raw | {
             n: g(raw[n].reshape(1, -1)).reshape(-1, 1) for n, g in self.second_level.items()
         }
-        return Scale(positive(coded["scales"]), coded["zeros"], (scale, zero))
+        return Scale(positive(quantized["scales"]), quantized["zeros"], (scale, zero))
 
     def encode(
         self,

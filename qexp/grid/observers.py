@@ -1,4 +1,4 @@
-"""What a static range needs to know of a stream of tensors, in bounded memory."""
+"""Observers: statistics of a stream of tensors for static ranges, in bounded memory."""
 
 from abc import ABC, abstractmethod
 
@@ -8,34 +8,36 @@ from torch import Tensor
 
 from qexp.common.errors import UserError
 
-# Bins of a streamed histogram. The range doubles as values need it, so at worst half of the bins
-# lie within the data: a bin is 2⁻¹⁵ of the largest magnitude.
+# Bins of an observed histogram. Its range doubles when a value exceeds it, so at worst half of the
+# bins cover the data: a bin is 2⁻¹⁵ of the largest magnitude.
 BINS = 2**16
 
 
 class Observer(ABC):
     @abstractmethod
     def add(self, x: Float[Tensor, "..."]) -> None:
-        """One more tensor. Raises UserError when a value is not finite."""
+        """Observe one more tensor. Raises UserError when a value is not finite."""
 
     @abstractmethod
     def values(self) -> tuple[Float[Tensor, "1 size"], Float[Tensor, "1 size"] | None]:
-        """Values that stand for what was seen, and how often each occurs (None: once each).
+        """Values that represent those observed, and how often each occurs (None: once each).
 
-        Raises UserError when nothing was seen.
+        Raises UserError when nothing was observed.
         """
 
 
 class MinMaxObserver(Observer):
-    """The lowest and the highest value: of all tensors, or with a `momentum` below 1 their moving
-    average, to which the newest tensor adds the share 1 - momentum."""
+    """The lowest and the highest value of all tensors.
+
+    momentum: if given, their moving averages; the newest tensor has the weight 1 - momentum.
+    """
 
     def __init__(self, momentum: float | None = None) -> None:
         self.momentum = momentum
         self.low, self.high = torch.inf, -torch.inf
 
     def add(self, x: Float[Tensor, "..."]) -> None:
-        low, high = _ends(x)
+        low, high = _bounds(x)
         if self.momentum is None or self.low > self.high:
             self.low, self.high = min(self.low, low), max(self.high, high)
         else:
@@ -43,30 +45,30 @@ class MinMaxObserver(Observer):
             self.high += (1 - self.momentum) * (high - self.high)
 
     def values(self) -> tuple[Float[Tensor, "1 size"], None]:
-        _refuse_nothing(self.low, self.high)
+        _check_not_empty(self.low, self.high)
         return torch.tensor([[self.low, self.high]]), None
 
 
 class HistogramObserver(Observer):
-    """How often values of each size occur. The ends are exact; between them are bins."""
+    """A histogram. The lowest and the highest value are exact; those between them are binned."""
 
     def __init__(self) -> None:
         self.low, self.high, self.max_abs = torch.inf, -torch.inf, 0.0
         self.counts = torch.zeros(BINS, dtype=torch.float64)
 
     def add(self, x: Float[Tensor, "..."]) -> None:
-        low, high = _ends(x)
+        low, high = _bounds(x)
         self.low, self.high = min(self.low, low), max(self.high, high)
         self._widen(max(abs(low), abs(high)))
         x = x.detach().float().cpu()
         self.counts += torch.histc(x, BINS, -self.max_abs, self.max_abs).double()
 
     def values(self) -> tuple[Float[Tensor, "1 size"], Float[Tensor, "1 size"]]:
-        _refuse_nothing(self.low, self.high)
+        _check_not_empty(self.low, self.high)
         used = self.counts.nonzero().flatten()
         width = 2 * self.max_abs / BINS
         centers = (-self.max_abs + (used + 0.5) * width).clamp(self.low, self.high).float()
-        # The outermost bins stand for the ends themselves.
+        # The outermost bins represent the bounds.
         centers[0], centers[-1] = self.low, self.high
         return centers[None], self.counts[used][None].float()
 
@@ -80,7 +82,7 @@ class HistogramObserver(Observer):
             self.max_abs *= 2
 
 
-def _ends(x: Tensor) -> tuple[float, float]:
+def _bounds(x: Tensor) -> tuple[float, float]:
     low, high = (float(v) for v in x.detach().aminmax())
     if not (low - low == 0 and high - high == 0):  # NaN or infinity
         raise UserError(
@@ -90,6 +92,6 @@ def _ends(x: Tensor) -> tuple[float, float]:
     return low, high
 
 
-def _refuse_nothing(low: float, high: float) -> None:
+def _check_not_empty(low: float, high: float) -> None:
     if low > high:
         raise UserError("activation: the calibration data never reached a quantized tensor.")

@@ -1,8 +1,7 @@
-"""The interval a grid must cover: range estimators.
+"""Range estimators: the interval that a grid must cover.
 
-Each is called with the values of every row and, when those are histogram bins, how often each
-occurs, so that one estimator serves weights and streamed activations. `stream` is what gathers the
-latter.
+Each is called with the values of every row and, for histogram bins, how often each occurs. So one
+estimator serves weights and activations; an `observer` collects the values of the latter.
 """
 
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from qexp.common.errors import check_int, check_positive, check_range
 from qexp.grid.base import Grid, Interval, Range
 from qexp.grid.observers import MinMaxObserver, Observer
 
-EMPTY = 1e-4  # how often a value occurs where none was seen
+EMPTY = 1e-4  # count of a histogram bin without values
 
 
 def _seen(x: Tensor, counts: Tensor | None, empty: float) -> Tensor:
@@ -42,8 +41,10 @@ class MinMax(Range):
 
 @dataclass(frozen=True)
 class MovingAverage(Range):
-    """Min-max of each tensor, averaged over a stream of them; `momentum` is the share that the past
-    keeps when the next tensor comes. Of a single tensor it is min-max."""
+    """Moving average of the min-max interval over a stream of tensors; min-max of a single tensor.
+
+    momentum: weight of the average so far when a new tensor is observed.
+    """
 
     momentum: float = 0.9
 
@@ -64,8 +65,8 @@ class MovingAverage(Range):
 
 @dataclass(frozen=True)
 class Percentile(Range):
-    """The central share of values: `share` per cent lies at or below the upper end, and as much
-    at or above the lower one. Ends are values that occur (no interpolation)."""
+    """The central part of the values: `share` per cent of them are at most the upper bound, and as
+    many are at least the lower bound. Bounds are values that occur (no interpolation)."""
 
     share: float = 99.9
 
@@ -93,10 +94,10 @@ class Percentile(Range):
 
 @dataclass(frozen=True)
 class MSE(Range):
-    """Shrink the min-max interval towards 0 until sum |x - Q(x)|^norm is least.
+    """The min-max interval, shrunk towards 0 so that sum |x - Q(x)|^norm is smallest.
 
     The search of the GPTQ reference: `steps` equal steps down to 1 - shrink of the full interval,
-    with norm 2.4. The plain mean square error is norm 2.
+    with norm 2.4. Norm 2 gives the mean squared error.
     """
 
     norm: float = 2.4
@@ -131,7 +132,7 @@ class MSE(Range):
 
 @dataclass(frozen=True)
 class RMS(Range):
-    """As many root mean squares to both sides of 0 (QuIP's 2.4, for weights made normal)."""
+    """± `clip_at` root mean squares (QuIP: 2.4, for rotated, nearly normal weights)."""
 
     clip_at: float = 2.4
 
@@ -152,12 +153,12 @@ class RMS(Range):
 
 @dataclass(frozen=True)
 class Entropy(Range):
-    """The clipping that keeps the most of the distribution: TensorRT's calibrator.
+    """Clipping with the least KL divergence: TensorRT's entropy calibrator.
 
-    Over a histogram of `bins` bins, each candidate T clips to [-T, T]; of what it keeps, with the
-    clipped mass in the outermost bins, the divergence (KL) from its rounded form is measured, in
-    which the bins of one code share their mass evenly where there was any. `stride`: bins from one
-    candidate to the next, of which those with no more bins than codes would lose nothing.
+    Each candidate T clips a histogram of `bins` bins to [-T, T] and adds the clipped mass to the
+    outermost bins. Its divergence is measured from the rounded histogram, in which the non-empty
+    bins of one code share their mass evenly. stride: bins between two candidates. The search ends
+    where a candidate has no more bins than codes, since such a one would lose nothing.
     """
 
     bins: int = 2048
@@ -174,9 +175,9 @@ class Entropy(Range):
     ) -> Interval:
         low, high = MinMax()(x, grid, counts)
         weight = torch.ones_like(x) if counts is None else counts
-        ends = [self._row(*row, grid) for row in zip(x, weight, low, high, strict=True)]
-        kept = torch.stack(ends).to(low)
-        return torch.maximum(low, -kept[:, None]), torch.minimum(high, kept[:, None])
+        rows = [self._row(*row, grid) for row in zip(x, weight, low, high, strict=True)]
+        clip_at = torch.stack(rows).to(low)[:, None]
+        return torch.maximum(low, -clip_at), torch.minimum(high, clip_at)
 
     def _row(self, x: Tensor, counts: Tensor, low: Tensor, high: Tensor, grid: Grid) -> Tensor:
         """The best T of one row."""
@@ -187,7 +188,7 @@ class Entropy(Range):
         index = ((x - low) / width).long().clamp(0, self.bins - 1)
         mass = torch.bincount(index, counts.double(), self.bins)
         centers = low + (torch.arange(self.bins, device=x.device) + 0.5) * width
-        best, kept = torch.inf, widest
+        best, clip_at = torch.inf, widest
         for step in range(0, self.bins, self.stride):
             end = widest - step * width
             inside = (centers >= -end) & (centers <= end)
@@ -196,23 +197,23 @@ class Entropy(Range):
             q = grid.scale_for(low.clamp(min=-end)[None], high.clamp(max=end)[None])
             divergence = _divergence(mass, inside, grid.encode(centers[None], q)[0].long())
             if divergence < best:
-                best, kept = divergence, end
-        return kept[0]
+                best, clip_at = divergence, end
+        return clip_at[0]
 
 
 def _divergence(
     mass: Float[Tensor, " bins"], inside: Bool[Tensor, " bins"], codes: Int[Tensor, " bins"]
 ) -> float:
-    """KL from what is inside, the rest added to its ends, to the same with one height per code."""
-    own, codes = mass[inside], codes[inside]
-    clipped = own.clone()
+    """KL divergence of the clipped histogram from the same with one height per code."""
+    unclipped, codes = mass[inside], codes[inside]
+    clipped = unclipped.clone()
     first, last = (int(i) for i in inside.nonzero()[[0, -1], 0])
     clipped[0] += mass[:first].sum()
     clipped[-1] += mass[last + 1 :].sum()
-    filled = (own > 0).double()
-    heights = torch.bincount(codes, own) / torch.bincount(codes, filled).clamp(min=1)
-    # Clipped mass may fall on a bin that had none; MXNet's smoothing keeps that finite.
-    rounded = torch.where(own > 0, heights[codes], EMPTY)
-    there = clipped > 0
-    p, q = clipped[there] / clipped.sum(), rounded[there] / rounded.sum()
+    filled = (unclipped > 0).double()
+    heights = torch.bincount(codes, unclipped) / torch.bincount(codes, filled).clamp(min=1)
+    # Clipped mass may be added to an empty bin; MXNet's smoothing keeps the divergence finite.
+    rounded = torch.where(unclipped > 0, heights[codes], EMPTY)
+    support = clipped > 0
+    p, q = clipped[support] / clipped.sum(), rounded[support] / rounded.sum()
     return float((p * (p / q).log()).sum())

@@ -1,4 +1,4 @@
-"""Where a grid lies, and how many such places a matrix needs."""
+"""Scales and zero points of a grid, and the number of groups in a row."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,12 +9,12 @@ from torch import Tensor
 
 from qexp.common.errors import UserError
 
-# In which numbers may be kept, by their names in a configuration.
+# Dtypes of stored numbers, by their names in a configuration.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Scale(NamedTuple):
-    """Where a grid lies: value = scale · (code - zero).
+    """Scale and zero point of a grid: value = scale · (code - zero).
 
     raw: scale and zero as they were before a second grid rounded them, from which storage derives
     the second level once more; None where there is none.
@@ -29,7 +29,7 @@ class Scale(NamedTuple):
     fitted: tuple[Float[Tensor, "*rows groups"], Float[Tensor, "*rows groups"]] | None = None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Scale":
-        """All tensors reshaped, expanded or permuted alike."""
+        """The same change (reshape, expand, permute) applied to all tensors."""
         raw = None if self.raw is None else (change(self.raw[0]), change(self.raw[1]))
         fitted = None
         if self.fitted is not None:
@@ -58,12 +58,12 @@ class Scale(NamedTuple):
 
 
 def positive(scale: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Scales as decoding uses them: rounding on a second grid may leave some at zero or below."""
+    """Scales as decoding uses them: second-level rounding may make some zero or negative."""
     return scale.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def cut(length: int, size: int | None, key: str, what: str) -> int:
-    """How many runs of `size` make up `length`; None is one run. UserError when none do."""
+    """Number of groups of `size` in `length`; None is one. UserError when it is no divisor."""
     if size is None:
         return 1
     if size < 1 or length % size:

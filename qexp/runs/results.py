@@ -90,9 +90,7 @@ def config(folder: str | None) -> DictConfig:
         raise UserError("run: has no value; give the folder of a finished run, run=outputs/…")
     path = Path(folder) / CONFIGS / "config.yaml"
     if not path.is_file():
-        raise UserError(
-            f"run={folder}: is not the folder of a run: it has no {CONFIGS}/config.yaml"
-        )
+        raise UserError(f"run={folder}: has no {CONFIGS}/config.yaml; give the folder of a run")
     if not (Path(folder) / METRICS).is_file():
         raise UserError(f"run={folder}: has no {METRICS}; that run did not finish")
     loaded = OmegaConf.create(renamed(OmegaConf.to_container(OmegaConf.load(path))))
@@ -132,9 +130,7 @@ def write(
     window) are allowed and written as Python's JSON does. Raises TypeError for any non-number.
     """
     numbers = {name: _number(name, value) for name, value in metrics.items()}
-    (folder / METRICS).unlink(
-        missing_ok=True
-    )  # the run counts as unfinished until all files are new
+    (folder / METRICS).unlink(missing_ok=True)  # unfinished until all files are new
     with (
         atomic(folder / LAYERS) as path,
         path.open("w", newline="", encoding="utf-8") as file,
