@@ -1,1 +1,1 @@
-"""The stored form of a quantized matrix; bits are counted here. The interface is `base.Packed`."""
+"""Stored forms of quantized matrices, which determine the bits. The interface is `base.Packed`."""

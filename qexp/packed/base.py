@@ -1,4 +1,4 @@
-"""Interface of the stored form of a quantized matrix."""
+"""Interface of the stored forms of quantized matrices."""
 
 from abc import ABC, abstractmethod
 from typing import Any
@@ -12,11 +12,11 @@ class Packed(ABC):
 
     @abstractmethod
     def dequantize(self) -> Float[Tensor, "rows columns"]:
-        """The matrix, in float32, bit for bit the one the solver returned."""
+        """The matrix in float32, bit for bit equal to the solver's result."""
 
     @abstractmethod
     def stored(self) -> dict[str, Tensor]:
-        """The tensors as they lie in a file, codes packed to bits."""
+        """The tensors as written to a file, with bit-packed codes."""
 
     @property
     @abstractmethod
@@ -25,7 +25,7 @@ class Packed(ABC):
 
     @abstractmethod
     def size(self) -> int:
-        """Bits that `stored` takes, everything included (not the filling of last bytes)."""
+        """Bits of all tensors of `stored`, without the padding of last bytes."""
 
     def bits(self) -> float:
         """Stored bits per weight."""
@@ -34,11 +34,11 @@ class Packed(ABC):
 
     @abstractmethod
     def rows(self, start: int, stop: int) -> "Packed":
-        """The stored form of some rows alone."""
+        """The stored form of rows `start` to `stop`. ValueError where rows cannot be separated."""
 
     @abstractmethod
     def layout(self) -> dict[str, Any]:
-        """What `restore` must know beside the tensors, fit for JSON."""
+        """What `restore` needs in addition to the tensors, as JSON values."""
 
     @staticmethod
     @abstractmethod

@@ -1,4 +1,4 @@
-"""The stored form of binarized matrices: a sign per weight, and a few numbers per row and block."""
+"""Stored form of binarized matrices: a sign per weight, and levels per row and block."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,10 +14,11 @@ from qexp.packed.bitpacking import pack_bits, unpack_bits
 
 @dataclass(frozen=True)
 class Halves:
-    """Which of its row's values each weight takes.
+    """The bits of a matrix, which select one of its row's values for each weight.
 
-    signs: above or below the mean of its group. high: the other group's weights, outside salient
-    columns. salient: columns with a second sign per weight, `residual`.
+    signs: above or below the mean of the weight's group. high: whether a weight outside the
+    salient columns is in the group of large ones. salient: columns with a second sign per weight,
+    `residual`.
     """
 
     signs: Bool[Tensor, "rows columns"]
@@ -26,46 +27,54 @@ class Halves:
     residual: Bool[Tensor, "rows columns"] | None = None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Halves":
-        """All tensors cut or joined alike, along their last axis."""
+        """The same change, such as a slice, applied to all tensors."""
         parts = (self.signs, self.high, self.salient, self.residual)
         return Halves(*(None if part is None else change(part) for part in parts))  # type: ignore[arg-type]
 
     def at(self, columns: slice) -> "Halves":
-        """Some columns alone."""
+        """A slice of the columns."""
         return self.map(lambda part: part[..., columns])
 
     @staticmethod
     def join(blocks: "list[Halves]") -> "Halves":
-        """Blocks of columns side by side."""
+        """Blocks of columns, concatenated."""
 
-        def together(name: str) -> Tensor | None:
+        def concatenated(name: str) -> Tensor | None:
             parts = [getattr(block, name) for block in blocks]
             return None if parts[0] is None else torch.cat(parts, -1)
 
-        signs = together("signs")
+        signs = concatenated("signs")
         assert signs is not None
-        return Halves(signs, together("high"), together("salient"), together("residual"))
+        high, salient = concatenated("high"), concatenated("salient")
+        return Halves(signs, high, salient, concatenated("residual"))
 
     def decode(self, levels: Float[Tensor, "rows numbers"]) -> Float[Tensor, "rows columns"]:
-        """The values of one block. levels: mean and reach of the low group; then, with `high`, of
-        the high one; then, with `salient`, mean, reach and second reach of the salient columns."""
+        """The values of one block: mean ± alpha, in salient columns mean ± alpha ± second alpha.
+
+        levels: mean and alpha of the low group; then, with `high`, those of the high group; then,
+        with `salient`, mean, alpha and second alpha of the salient columns.
+        """
         sign = self.signs.float().mul_(2).sub_(1)
-        mean, reach, *rest = levels.float()[:, :, None].unbind(1)
+        mean, alpha, *rest = levels.float()[:, :, None].unbind(1)
         if self.high is not None:
             mean = torch.where(self.high, rest[0], mean)
-            reach = torch.where(self.high, rest[1], reach)
-        weight = mean + reach * sign
+            alpha = torch.where(self.high, rest[1], alpha)
+        weight = mean + alpha * sign
         if self.salient is None or self.residual is None:
             return weight
-        mean, reach, second = rest[-3:]
-        more = self.residual.float().mul_(2).sub_(1)
-        return torch.where(self.salient, mean + reach * sign + second * more, weight)
+        mean, alpha, second_alpha = rest[-3:]
+        second_sign = self.residual.float().mul_(2).sub_(1)
+        salient = mean + alpha * sign + second_alpha * second_sign
+        return torch.where(self.salient, salient, weight)
 
 
 @dataclass(frozen=True)
 class Binary(Packed):
-    """Blocks of `block` columns, each with its own `levels` per row, in the dtype they are stored
-    in. Outside the salient columns a bit per weight says its group; inside, one more its sign."""
+    """Blocks of `block` columns, each with `levels` per row, in their stored dtype.
+
+    A weight takes one bit for its sign and one more: outside the salient columns for its group,
+    inside for its second sign.
+    """
 
     block: int
     halves: Halves
@@ -98,14 +107,14 @@ class Binary(Packed):
 
     def stored(self) -> dict[str, Tensor]:
         halves, everywhere = self.halves, slice(None)
-        kept = {"signs": halves.signs, "salient": halves.salient}
+        masks = {"signs": halves.signs, "salient": halves.salient}
         inside = everywhere if halves.salient is None else halves.salient
         outside = everywhere if halves.salient is None else ~halves.salient
         if halves.high is not None:
-            kept["high"] = halves.high[:, outside]
+            masks["high"] = halves.high[:, outside]
         if halves.residual is not None:
-            kept["residual"] = halves.residual[:, inside]
-        packed = {name: pack_bits(t.int(), 1) for name, t in kept.items() if t is not None}
+            masks["residual"] = halves.residual[:, inside]
+        packed = {name: pack_bits(t.int(), 1) for name, t in masks.items() if t is not None}
         return packed | {"levels": self.levels}
 
     def layout(self) -> dict[str, Any]:
@@ -120,7 +129,7 @@ class Binary(Packed):
         everywhere = torch.ones(columns, dtype=torch.bool)
         inside = everywhere if salient is None else salient
 
-        def placed(name: str, where: Tensor) -> Tensor | None:
+        def scattered(name: str, where: Tensor) -> Tensor | None:
             if name not in stored:
                 return None
             whole = torch.zeros(rows, columns, dtype=torch.bool)
@@ -129,6 +138,6 @@ class Binary(Packed):
             return whole
 
         signs = unpack_bits(stored["signs"], 1, (rows, columns)).bool()
-        high = placed("high", everywhere if salient is None else ~salient)
-        halves = Halves(signs, high, salient, placed("residual", inside))
+        high = scattered("high", everywhere if salient is None else ~salient)
+        halves = Halves(signs, high, salient, scattered("residual", inside))
         return Binary(layout["block"], halves, stored["levels"])

@@ -1,4 +1,4 @@
-"""Whole numbers of a few bits, one after another in a byte string."""
+"""Bit packing of integer codes into bytes."""
 
 import numpy as np
 import torch
@@ -7,13 +7,13 @@ from torch import Tensor
 
 
 def pack_bits(codes: Int[Tensor, "*shape"], bits: int) -> Tensor:
-    """Codes of `bits` bits, one after another in a byte string (the last byte filled up)."""
+    """Codes of `bits` bits, packed without gaps into uint8 [bytes]; the last byte is padded."""
     flat = codes.reshape(-1).cpu().numpy()
     size = -(-len(flat) * bits // 8)
     if bits > 8:
         each = (flat.astype(np.uint32)[:, None] >> np.arange(bits, dtype=np.uint32)) & 1
         return torch.from_numpy(np.packbits(each.astype(np.uint8).reshape(-1), bitorder="little"))
-    # Eight codes fill `bits` whole bytes, and fit into one number.
+    # Eight codes fill exactly `bits` bytes, and fit into one 64-bit integer.
     eights = np.zeros((-(-len(flat) // 8), 8), dtype=np.uint8)
     eights.reshape(-1)[: len(flat)] = flat
     numbers = np.zeros(len(eights), dtype="<u8")
@@ -25,13 +25,13 @@ def pack_bits(codes: Int[Tensor, "*shape"], bits: int) -> Tensor:
 def unpack_bits(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Int[Tensor, "..."]:
     """The inverse of `pack_bits`."""
     count = int(np.prod(shape))
-    held = packed.cpu().numpy()
+    stored = packed.cpu().numpy()
     if bits > 8:
-        each = np.unpackbits(held, count=count * bits, bitorder="little")
+        each = np.unpackbits(stored, count=count * bits, bitorder="little")
         weights = (1 << np.arange(bits)).astype(np.int64)
         return torch.from_numpy((each.reshape(count, bits) * weights).sum(1).reshape(shape))
     filled = np.zeros(-(-count // 8) * bits, dtype=np.uint8)
-    filled[: len(held)] = held
+    filled[: len(stored)] = stored
     eights = np.zeros((len(filled) // bits, 8), dtype=np.uint8)
     eights[:, :bits] = filled.reshape(-1, bits)
     numbers = eights.view("<u8")

@@ -1,4 +1,4 @@
-"""What storage keeps of a quantized matrix: enough to rebuild it exactly, and to count its bits."""
+"""Stored form of matrices on a grid: codes, scales and zero points."""
 
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -20,10 +20,10 @@ GRIDS: dict[str, type[IntGrid] | type[LevelGrid]] = {"IntGrid": IntGrid, "LevelG
 class Coded(Packed):
     """Codes of a grid with their scales.
 
-    codes [rows, columns] in the matrix' own column order. `scale`, `zero` [rows, groups] (one row
-    when the grid is per tensor): tensors, or `Coded` in turn where a second grid quantizes them,
-    transposed to [groups, rows]. `group` names each column's group when groups are not runs of
-    neighbours (act_order without static groups).
+    codes: in the column order of the matrix. scale, zero: [rows, groups], or [1, groups] for a
+    per-tensor grid; `Coded`, transposed to [groups, rows], where a second-level grid quantizes
+    them. group: the group of each column, where groups are not adjacent columns (act_order without
+    static groups).
     """
 
     grid: Grid
@@ -41,22 +41,22 @@ class Coded(Packed):
         group: Int[Tensor, " columns"] | None = None,
         outliers: Outliers | None = None,
     ) -> "Coded":
-        """Encode a matrix that lies on the grid, placed by `scales` [rows, groups]."""
+        """Encode a matrix whose values are those of the grid with `scales` [rows, groups]."""
         columns = weight.shape[1]
         wide = _per_column(scales, group, columns)
         codes = grid.encode(weight.float(), wide).to(torch.int32)
-        kept = slice(1 if grid.per_tensor else None)
-        scale: Tensor | Coded = scales.scale[kept, kept]
-        zero: Tensor | Coded | None = scales.zero[kept, kept] if grid.has_zero else None
+        stored = slice(1 if grid.per_tensor else None)
+        scale: Tensor | Coded = scales.scale[stored, stored]
+        zero: Tensor | Coded | None = scales.zero[stored, stored] if grid.has_zero else None
         if grid.second_level:
-            assert scales.raw is not None, "scales of a two-level grid keep their raw values"
+            assert scales.raw is not None, "scales of a two-level grid need their raw values"
             raw = dict(zip(("scales", "zeros"), scales.raw, strict=True))
-            coded = {name: _second(part, raw[name]) for name, part in grid.second_level.items()}
+            coded = {name: _on_grid(part, raw[name]) for name, part in grid.second_level.items()}
             scale, zero = coded.get("scales", scale), coded.get("zeros", zero)
         return Coded(grid, codes, scale, zero, group, outliers)
 
     def scales(self) -> Scale:
-        """Scales and zeros [rows, groups] as decoding uses them."""
+        """Scales and zero points [rows, groups] as decoding uses them."""
         scale = positive(_plain(self.scale))
         if self.zero is not None:
             return Scale(scale, _plain(self.zero))
@@ -64,7 +64,7 @@ class Coded(Packed):
         return Scale(scale, torch.full_like(scale, fixed))
 
     def per_column(self) -> Scale:
-        """Each column's scale and zero, [rows, columns]."""
+        """Scale and zero point of every weight, [rows, columns]."""
         wide = _per_column(self.scales(), self.group, self.codes.shape[1])
         return wide.map(lambda part: part.expand(self.codes.shape))
 
@@ -78,19 +78,19 @@ class Coded(Packed):
         return rows, columns
 
     def size(self) -> int:
-        own = self.codes.numel() * self.grid.bits
+        total = self.codes.numel() * self.grid.bits
         dtype = torch.finfo(getattr(torch, self.grid.scale_dtype)).bits
         for part, bits in ((self.scale, dtype), (self.zero, self.grid.zero_bits)):
             if isinstance(part, Coded):
-                own += part.size()
+                total += part.size()
             elif part is not None:
-                own += part.numel() * bits
-        own += 0 if self.group is None else 16 * len(self.group)
-        return own + (0 if self.outliers is None else self.outliers.size())
+                total += part.numel() * bits
+        total += 0 if self.group is None else 16 * len(self.group)
+        return total + (0 if self.outliers is None else self.outliers.size())
 
     def rows(self, start: int, stop: int) -> "Coded":
         if isinstance(self.scale, Coded) or isinstance(self.zero, Coded):
-            raise ValueError("rows that share second-level scales cannot be cut apart")
+            raise ValueError("rows that share second-level scales cannot be separated")
         return replace(
             self,
             codes=self.codes[start:stop],
@@ -117,7 +117,7 @@ class Coded(Packed):
         grid = {
             each.name: getattr(self.grid, each.name)
             for each in fields(self.grid)  # type: ignore[arg-type]
-            # Where a grid came from is not needed to read it.
+            # Decoding needs neither the range estimator nor the second-level grids.
             if each.name not in ("range", "scales", "zeros")
         }
         layout: dict[str, Any] = {
@@ -165,13 +165,13 @@ def _plain(part: "Tensor | Coded") -> Float[Tensor, "each groups"]:
     return part.dequantize().T if isinstance(part, Coded) else part.float()
 
 
-def _second(grid: Grid, values: Float[Tensor, "rows groups"]) -> Coded:
-    turned = values.T.contiguous()
-    return Coded.of(grid, turned, grid.scales_of(turned))
+def _on_grid(grid: Grid, values: Float[Tensor, "rows groups"]) -> Coded:
+    transposed = values.T.contiguous()
+    return Coded.of(grid, transposed, grid.scales_of(transposed))
 
 
 def _per_column(scales: Scale, group: Int[Tensor, " columns"] | None, columns: int) -> Scale:
-    """Each column's scale and zero, [rows, columns] (or [rows, 1] when one group serves all)."""
+    """Scale and zero point of every weight, [rows, columns] (or [rows, 1] for a single group)."""
     if group is not None:
         return Scale(scales.scale[:, group], scales.zero[:, group])
     groups = scales.scale.shape[1]

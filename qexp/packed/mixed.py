@@ -1,4 +1,4 @@
-"""The stored form of a matrix of which some weights are coded and the others binarized."""
+"""Stored form of matrices in which some weights are coded and the others binarized."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,8 +15,8 @@ from qexp.packed.coded import Coded
 
 @dataclass(frozen=True)
 class Partial(Packed):
-    """A bit per weight says whether it is salient: then it has a code of `coded`, otherwise a sign
-    of `signs`. Both hold the whole matrix in memory, and their own weights alone in storage."""
+    """One bit per weight marks salient weights, which have a code in `coded`; the others have a sign
+    in `signs`. In memory both hold the whole matrix, in storage only their own weights."""
 
     salient: Bool[Tensor, "rows columns"]
     coded: Coded

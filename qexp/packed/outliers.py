@@ -1,4 +1,4 @@
-"""Single weights kept out of the grid, in sparse storage."""
+"""Sparse storage of outliers: single weights in floating point."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Outliers:
-    """Weights kept in floating point, by row: column indices, values and row ends (CSR)."""
+    """Weights stored in floating point, in CSR form: row ends, column indices and values."""
 
     ends: Int[Tensor, " rows"]
     columns: Int[Tensor, " count"]
@@ -19,7 +19,7 @@ class Outliers:
     def of(
         weight: Float[Tensor, "rows columns"], mask: Bool[Tensor, "rows columns"], dtype: str
     ) -> "Outliers":
-        """The masked entries of a matrix, their values as `dtype` keeps them."""
+        """The masked entries of a matrix, with their values in `dtype`."""
         values = weight[mask].to(getattr(torch, dtype))
         return Outliers(mask.sum(1).cumsum(0), mask.nonzero()[:, 1], values)
 
@@ -27,7 +27,7 @@ class Outliers:
         return 32 * len(self.ends) + (16 + 8 * self.values.element_size()) * len(self.values)
 
     def put(self, weight: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
-        """The matrix with the outliers in their places."""
+        """The matrix with its outlier entries replaced by the stored values."""
         counts = self.ends.diff(prepend=self.ends.new_zeros(1))
         rows = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
         return weight.index_put((rows, self.columns), self.values.to(weight.dtype))

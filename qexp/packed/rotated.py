@@ -1,4 +1,4 @@
-"""The stored form of a matrix that was rounded after a random rotation of both its sides."""
+"""Stored form of matrices that were rounded after random rotations of rows and columns."""
 
 from dataclasses import dataclass
 from math import isqrt
@@ -14,9 +14,12 @@ from qexp.packed.coded import Coded
 
 @dataclass(frozen=True)
 class Rotation:
-    """x → (A ⊗ B) P x: a random permutation, then two small random orthogonal matrices whose sizes
-    multiply to the length (QuIP, 2307.13304, section 4). Made again from its seed; float64, so
-    that what comes back rounds to the same float32 on any machine."""
+    """x → (A ⊗ B) P x: a random permutation, then the Kronecker product of two small random
+    orthogonal matrices (QuIP, 2307.13304, section 4).
+
+    It is generated from a seed and not stored. In float64, so that the inverse rounds to the same
+    float32 on any machine.
+    """
 
     left: Float[Tensor, "p p"]
     right: Float[Tensor, "q q"]
@@ -50,14 +53,14 @@ def _orthogonal(size: int, generator: torch.Generator) -> Float[Tensor, "size si
 
 
 def rotations(rows: int, columns: int, seed: int) -> tuple[Rotation, Rotation]:
-    """Of the outputs and of the inputs of a matrix."""
+    """The rotations of the outputs (rows) and of the inputs (columns) of a matrix."""
     generator = torch.Generator().manual_seed(seed)
     return Rotation.random(rows, generator), Rotation.random(columns, generator)
 
 
 @dataclass(frozen=True)
 class Rotated(Packed):
-    """Codes of U (W · stretch) Vᵀ, with the seed of U and V, and a factor per input."""
+    """Codes of U (W · column_scale) Vᵀ, the seed of U and V, and one column scale per input."""
 
     inner: Coded
     seed: int
@@ -65,8 +68,8 @@ class Rotated(Packed):
 
     def dequantize(self) -> Float[Tensor, "rows columns"]:
         outputs, inputs = rotations(*self.shape, self.seed)
-        turned = outputs.undo(inputs.undo(self.inner.dequantize()).T).T
-        return (turned / self.column_scale.double()).float().contiguous()
+        scaled = outputs.undo(inputs.undo(self.inner.dequantize()).T).T
+        return (scaled / self.column_scale.double()).float().contiguous()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -79,7 +82,7 @@ class Rotated(Packed):
         )
 
     def rows(self, start: int, stop: int) -> "Rotated":
-        raise ValueError("rows that were rotated together cannot be cut apart")
+        raise ValueError("rows that were rotated together cannot be separated")
 
     def stored(self) -> dict[str, Tensor]:
         seed = torch.tensor([self.seed])

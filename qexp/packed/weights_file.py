@@ -1,4 +1,4 @@
-"""Quantized weights in one file: bit-packed codes and scales, and how to read them again."""
+"""File of quantized weights: bit-packed codes and scales, written and read."""
 
 import json
 from collections.abc import Mapping
@@ -25,8 +25,8 @@ FORMS: dict[str, type[Packed]] = {form.__name__: form for form in (Coded, Binary
 def save(folder: Path, weights: Mapping[str, Packed], others: Mapping[str, Tensor]) -> None:
     """Write `weights.safetensors` atomically.
 
-    weights: stored forms by linear. others: further tensors that the run changed or made (ranges
-    of static activation quantizers), by their own names.
+    weights: stored forms by name of the linear. others: further tensors that the run changed or
+    created (ranges of static activation quantizers), by their names.
     """
     tensors, layout = flatten(weights)
     tensors |= {f"other:{name}": tensor.contiguous().cpu() for name, tensor in others.items()}
@@ -55,7 +55,7 @@ def load(folder: Path) -> tuple[dict[str, Packed], dict[str, Tensor]]:
 
 
 def flatten(weights: Mapping[str, Packed]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Stored forms as one dict of tensors, and the layout (fit for JSON) that reads it."""
+    """Stored forms as one dict of tensors, and the layout (JSON values) needed to read it."""
     tensors, layout = {}, {}
     for name, packed in weights.items():
         layout[name] = {"form": type(packed).__name__, **packed.layout()}
@@ -65,10 +65,10 @@ def flatten(weights: Mapping[str, Packed]) -> tuple[dict[str, Tensor], dict[str,
 
 
 def unflatten(tensors: Mapping[str, Tensor], layout: Mapping[str, Any]) -> dict[str, Packed]:
-    """The inverse of `flatten`; tensors that the layout does not name are left out."""
-    own: dict[str, dict[str, Tensor]] = {name: {} for name in layout}
+    """The inverse of `flatten`; tensors that the layout does not name are ignored."""
+    stored: dict[str, dict[str, Tensor]] = {name: {} for name in layout}
     for key, tensor in tensors.items():
         name, _, part = key.partition(":")
-        if name in own:
-            own[name][part] = tensor
-    return {name: FORMS[facts["form"]].restore(own[name], facts) for name, facts in layout.items()}
+        if name in stored:
+            stored[name][part] = tensor
+    return {name: FORMS[form["form"]].restore(stored[name], form) for name, form in layout.items()}
