@@ -20,7 +20,7 @@ GRIDS: dict[str, type[IntGrid] | type[LevelGrid]] = {"IntGrid": IntGrid, "LevelG
 class Coded(Packed):
     """Codes of a grid with their scales.
 
-    codes: in the column order of the matrix. scale, zero: [rows, groups], or [1, groups] for a
+    codes: in the column order of the matrix. scale, zero: [rows, groups], or [1, 1] for a
     per-tensor grid; `Coded`, transposed to [groups, rows], where a second-level grid quantizes
     them. group: the group of each column, where groups are not adjacent columns (act_order without
     static groups).

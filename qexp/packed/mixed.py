@@ -15,8 +15,8 @@ from qexp.packed.coded import Coded
 
 @dataclass(frozen=True)
 class Partial(Packed):
-    """One bit per weight marks salient weights, which have a code in `coded`; the others have a sign
-    in `signs`. In memory both hold the whole matrix, in storage only their own weights."""
+    """One bit per weight marks the salient ones: they have a code in `coded`, the others a sign in
+    `signs`. In memory both hold the whole matrix, in storage only their own weights."""
 
     salient: Bool[Tensor, "rows columns"]
     coded: Coded

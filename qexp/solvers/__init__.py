@@ -1,4 +1,4 @@
-"""How a matrix is rounded: solvers that share one column sweep."""
+"""Solvers: algorithms that round one matrix. Most of them share one column sweep."""
 
 from qexp.solvers.base import Solution as Solution
 from qexp.solvers.base import Solver as Solver

@@ -12,8 +12,9 @@ from qexp.packed.base import Packed
 class Solution(NamedTuple):
     """A rounded matrix and its stored form.
 
-    damp: the damping that was needed, as a share of the mean diagonal; 0 where none is used.
-    paper_bits: average bits as the method's own paper counts them, where that is another number.
+    bits: stored bits per weight.
+    damp: the damping that was used, as a share of the mean diagonal of H; 0 for none.
+    paper_bits: average bits as the method's paper counts them, where that number differs.
     """
 
     weight: Float[Tensor, "rows columns"]
@@ -30,24 +31,24 @@ class Solver(ABC):
         weight: Float[Tensor, "rows columns"],
         hessian: Float[Tensor, "columns columns"],
     ) -> Solution:
-        """Round `weight` so that tr(Δ H Δᵀ) is small. The result does not depend on H's scale."""
+        """Round `weight` so that tr(Δ H Δᵀ) is small; scaling H does not change the result."""
 
     @abstractmethod
     def check(self, rows: int, columns: int) -> None:
-        """UserError when a [rows, columns] matrix does not fit the settings."""
+        """UserError when the settings do not fit a [rows, columns] matrix."""
 
     @property
     @abstractmethod
     def rowwise(self) -> bool:
-        """Whether each row's result depends on that row and H alone, so that matrices which share
-        an input may be solved as one stacked matrix."""
+        """Whether each row's result depends only on that row and H, so that matrices with the same
+        input can be solved as one stacked matrix."""
 
     @property
     @abstractmethod
     def baseline(self) -> "Solver":
-        """Rounding to nearest on the same grid: what the result must not be worse than."""
+        """Round-to-nearest on the same grid; the result must not be worse."""
 
     @property
     def tolerance(self) -> float:
-        """By which share the calibrated error may exceed the baseline's all the same."""
+        """By how much the calibrated error may exceed the baseline's, as a share of the latter."""
         return 1e-3

@@ -1,4 +1,4 @@
-"""BiLLM (Huang et al., 2402.04291): one bit per weight, two in the columns that matter most."""
+"""BiLLM (Huang et al., 2402.04291): one bit per weight, two in salient columns."""
 
 from dataclasses import dataclass
 
@@ -17,29 +17,29 @@ from qexp.solvers.sweep import Rule, sweep
 
 @dataclass(frozen=True)
 class BiLLM(Solver):
-    """Blocks of columns binarized at once, their error spread over the blocks after them.
+    """Binarizes whole blocks of columns; each block's error is spread over the later blocks.
 
-    In each block a few whole columns are salient and binarized twice (the residual again); the
-    other weights form two groups per row, of small and of large ones. How many columns, and where
-    the groups part, is searched.
+    In each block a few columns are salient and binarized twice (residual binarization); the other
+    weights form two groups per row, of small and of large ones. The number of salient columns and
+    the break-point between the groups are searched. Binarized values are mean ± alpha, with alpha
+    the mean absolute deviation.
 
-    block: columns binarized at once, with their own means and reaches.
-    damp: share of the mean diagonal.
-    salient_metric: what ranks columns and parts groups: "hessian", M = w² / U_jj², or "magnitude",
-    |w|.
-    search: in what the searches measure their error: "importance", the matrix M itself (a quirk of
-    the reference), or "weight", what is rounded in the end.
-    most_salient: fewer columns of a block than this are salient (and at least one is).
-    scale_dtype: of stored means and reaches, which rounding uses: float32 (the reference), float16
+    block: columns binarized together, with a mean and an alpha per row and group.
+    damp: share of the mean diagonal added to the diagonal.
+    salient_metric: ranks columns and splits groups: "hessian", M = w² / U_jj², or "magnitude", |w|.
+    search: the matrix whose binarization error the searches minimize: "importance", M itself (a
+    quirk of the reference), or "weight", the matrix that is finally rounded.
+    most_salient: upper limit of salient columns in a block, exclusive; at least one is salient.
+    scale_dtype: of stored means and alphas, which rounding uses: float32 (the reference), float16
     or bfloat16.
-    feedback: how a block's errors reach the blocks after it. "columns" (the reference): as if each
-    column's error had been spread before the next was binarized, which it was not; "block": the
-    best change of the columns to come, given all errors of the block; "none".
+    feedback: how a block's errors change later blocks. "columns" (the reference): as if each
+    column's error had been spread before the next column was binarized, which is not the case;
+    "block": the optimal change of later columns, given all errors of the block; "none".
 
-    Other quirks of the reference, kept: U's diagonal, not [H⁻¹]_jj, is in M; columns inside a
-    block do not hear of each other's errors; quantiles for the break-points count the salient
-    columns as zeros. Both were checked against it. Unlike there, a weight equal to its group's mean
-    takes the upper value, since storage has two signs.
+    Other quirks of the reference are kept: M uses U's diagonal, not [H⁻¹]_jj; errors are not spread
+    inside a block; quantiles for the break-points count salient columns as zeros. Results were
+    compared with the reference. One difference: a weight equal to its group's mean takes the upper
+    value, since storage has only two signs.
     """
 
     block: int = 128
@@ -63,7 +63,7 @@ class BiLLM(Solver):
 
     @property
     def rowwise(self) -> bool:
-        return False  # salient columns and break-points are the whole matrix'
+        return False  # salient columns and break-points depend on all rows
 
     @property
     def baseline(self) -> Solver:
@@ -71,8 +71,8 @@ class BiLLM(Solver):
 
     @property
     def tolerance(self) -> float:
-        """Errors inside a block are not compensated, so that a small layer may do worse than plain
-        binarization; twice its error is what a broken calibration looks like."""
+        """1: errors inside a block are not compensated, so a small layer may be worse than plain
+        binarization. Twice the error of that indicates a broken calibration."""
         return 1.0
 
     def __call__(
@@ -97,10 +97,10 @@ class BiLLM(Solver):
             salient[order[:count]] = True
             split = break_point(importance, searched, salient)
             high = (importance.abs() > split) & ~salient
-            part, numbers = binarized(values, high, salient, getattr(torch, self.scale_dtype))
-            halves.append(part)
+            block, numbers = binarized(values, high, salient, getattr(torch, self.scale_dtype))
+            halves.append(block)
             levels.append(numbers)
-            rounded = part.decode(numbers).T.contiguous()
+            rounded = block.decode(numbers).T.contiguous()
             return lambda _, j: rounded[j - first]
 
         weight = weight.float().masked_fill(factor.dead, 0)
@@ -117,20 +117,20 @@ class BiLLM(Solver):
 def jointly(
     upper: Float[Tensor, "columns columns"], block: int
 ) -> Float[Tensor, "columns columns"]:
-    """The factor with which `sweep(within=False)` spreads a block's errors E as
-    E U_bb⁻¹ U_b,later: the least tr(Δ H Δᵀ) that later columns can reach."""
+    """The factor with which `sweep(within=False)` spreads a block's errors E as E U_bb⁻¹ U_b,later,
+    which minimizes tr(Δ H Δᵀ) over the later columns."""
     spread = torch.eye(len(upper), device=upper.device)
     for start in range(0, len(upper) - block, block):
-        own, later = slice(start, start + block), slice(start + block, None)
-        spread[own, later] = torch.linalg.solve_triangular(
-            upper[own, own], upper[own, later], upper=True
+        inside, later = slice(start, start + block), slice(start + block, None)
+        spread[inside, later] = torch.linalg.solve_triangular(
+            upper[inside, inside], upper[inside, later], upper=True
         )
     return spread
 
 
 @dataclass(frozen=True)
 class Binarize(Solver):
-    """Two values per row and block, mean ± mean distance from it, whatever the Hessian."""
+    """Two values per row and block, mean ± mean absolute deviation; ignores the Hessian."""
 
     block: int = 128
     scale_dtype: str = "float32"
@@ -155,9 +155,9 @@ class Binarize(Solver):
         halves, levels = [], []
         for values in weight.float().split(self.block, 1):
             everything = torch.ones_like(values, dtype=torch.bool)
-            mean, reach, signs = two_values(values, everything, dtype)
+            mean, alpha, signs = two_values(values, everything, dtype)
             halves.append(Halves(signs))
-            levels.append(torch.cat([mean, reach], 1).to(dtype))
+            levels.append(torch.cat([mean, alpha], 1).to(dtype))
         packed = Binary(self.block, Halves.join(halves), torch.stack(levels, 1))
         return Solution(packed.dequantize(), packed.bits(), packed, paper_bits=1.0)
 
@@ -168,17 +168,17 @@ def binarized(
     salient: Bool[Tensor, " size"],
     dtype: torch.dtype,
 ) -> tuple[Halves, Float[Tensor, "rows 7"]]:
-    """A block's signs and levels: order 1 in both groups, order 2 in the salient columns."""
+    """A block's signs and levels: first order in both groups, second order in salient columns."""
     low = two_values(values, ~(high | salient), dtype)
     upper = two_values(values, high, dtype)
     first = two_values(values, salient[None], dtype)
     rest = values - first[0] - torch.where(first[2], first[1], -first[1])
     shift = two_values(rest, salient[None], dtype)[0]
-    mean = stored(first[0] + shift, dtype)  # the means of both orders are one number
+    mean = stored(first[0] + shift, dtype)  # the means of both orders are stored as one number
     rest = values - mean - torch.where(first[2], first[1], -first[1])
     count = salient.sum().clamp(min=1)
-    reach = stored(rest.abs().masked_fill(~salient, 0).sum(1, keepdim=True) / count, dtype)
+    second_alpha = stored(rest.abs().masked_fill(~salient, 0).sum(1, keepdim=True) / count, dtype)
     signs = torch.where(salient, first[2], torch.where(high, upper[2], low[2]))
     halves = Halves(signs, high, salient, (rest >= 0) & salient)
-    levels = torch.cat([*low[:2], *upper[:2], mean, first[1], reach], 1)
+    levels = torch.cat([*low[:2], *upper[:2], mean, first[1], second_alpha], 1)
     return halves, levels.to(dtype)

@@ -1,4 +1,4 @@
-"""The Cholesky factor of the damped inverse Hessian, and the order of columns."""
+"""Cholesky factor of the damped inverse Hessian, and the order of columns."""
 
 from typing import NamedTuple
 
@@ -8,8 +8,9 @@ from torch import Tensor
 
 
 class Factor(NamedTuple):
-    """upper: U with (H + damp·mean(diag H)·I)⁻¹ = Uᵀ U, float32, dead columns given diagonal 1.
-    dead: inputs never seen, whose weights GPTQ sets to 0."""
+    """upper: U with (H + damp·mean(diag H)·I)⁻¹ = Uᵀ U, float32; dead columns have diagonal 1 in H.
+    dead: inputs that were always 0, whose weights GPTQ sets to 0. damp: the damping that was used.
+    """
 
     upper: Float[Tensor, "columns columns"]
     dead: Bool[Tensor, " columns"]
@@ -17,8 +18,8 @@ class Factor(NamedTuple):
 
 
 class Ordered(NamedTuple):
-    """A matrix as the sweep takes its columns. weight: in that order, 0 for unseen inputs.
-    order: which column comes when; place: when each column comes."""
+    """A matrix in the column order of the sweep. weight: in that order, 0 in dead columns.
+    order: the column at each position; place: the position of each column."""
 
     weight: Float[Tensor, "rows columns"]
     factor: Factor
@@ -27,14 +28,14 @@ class Ordered(NamedTuple):
 
 
 class NotPositiveDefinite(ValueError):
-    """A Hessian that no damping up to ten times its mean diagonal makes factorable, or one that
-    holds NaN or infinity."""
+    """A Hessian that has no Cholesky factor even with a damping of ten times its mean diagonal, or
+    that contains NaN or infinity."""
 
 
 def damped(
     hessian: Float[Tensor, "columns columns"], damp: float
 ) -> Float[Tensor, "columns columns"]:
-    """H with 1 on the diagonal of unseen inputs and `damp` times its mean added to all."""
+    """H with diagonal 1 for dead inputs, plus `damp` times the mean diagonal on the diagonal."""
     hessian = hessian.clone()
     diagonal = hessian.diagonal()
     diagonal[diagonal == 0] = 1
@@ -43,26 +44,27 @@ def damped(
 
 
 def inverse_factor(hessian: Float[Tensor, "columns columns"], damp: float) -> Factor:
-    """Factor the damped inverse. When float32 fails, float64; then ten times the damping.
+    """Factor the damped inverse Hessian: in float32, else float64, else with ten times the damping.
 
-    Reversing rows and columns turns the lower factor of H into an upper one, R with H = R Rᵀ, and
-    U = R⁻¹: one factorization and one triangular inverse, and no explicit H⁻¹.
+    Raises NotPositiveDefinite when all fail. Reversing rows and columns turns the lower factor of H
+    into an upper one, R with H = R Rᵀ, and U = R⁻¹: one factorization, one
+    triangular inverse and no explicit H⁻¹.
     """
     if not hessian.isfinite().all():
         raise NotPositiveDefinite("its entries are not all finite")
     dead = hessian.diagonal() == 0
-    tried = damp
+    current = damp
     while True:
         for dtype in (torch.float32, torch.float64):
-            matrix = damped(hessian, tried).to(dtype).flip(0, 1)
+            matrix = damped(hessian, current).to(dtype).flip(0, 1)
             lower, failed = torch.linalg.cholesky_ex(matrix)
             if failed == 0:
                 eye = torch.eye(len(matrix), dtype=dtype, device=matrix.device)
                 upper = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1).float()
                 if upper.isfinite().all():
-                    return Factor(upper, dead, tried)
-        tried = max(10 * tried, 1e-4)
-        if tried > 10:
+                    return Factor(upper, dead, current)
+        current = max(10 * current, 1e-4)
+        if current > 10:
             raise NotPositiveDefinite("it is not positive definite even with damping 10")
 
 

@@ -1,4 +1,4 @@
-"""GPTQ / OPTQ (Frantar et al., 2210.17323)."""
+"""GPTQ / OPTQ (Frantar et al., 2210.17323): column-wise rounding with error compensation."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from qexp.solvers.sweep import Rule, sweep
 
 @dataclass(frozen=True)
 class GPTQ(OnGrid):
-    """Columns in turn, each error spread over the columns to come.
+    """Rounds column by column; each error is spread over the remaining columns.
 
     damp: share of the mean diagonal added to the diagonal (reference 0.01).
     act_order: columns by descending diagonal of the Hessian.
@@ -73,7 +73,7 @@ class GPTQ(OnGrid):
 
             def fit(values: Tensor, first: int) -> Rule:
                 def rule(w: Tensor, j: int) -> Tensor:
-                    return self.grid.round(w, Scale(scales[homes[j]], zeros[homes[j]]))
+                    return self.grid.round(w, Scale(scales[groups[j]], zeros[groups[j]]))
 
                 return rule
         else:

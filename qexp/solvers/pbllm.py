@@ -1,4 +1,4 @@
-"""PB-LLM (Shang et al., 2310.00034), its post-training half: a few weights at 8 bits, the others
+"""PB-LLM (Shang et al., 2310.00034), post-training part: salient weights in 8 bits, the others
 binarized."""
 
 from dataclasses import dataclass
@@ -22,16 +22,18 @@ from qexp.solvers.sweep import Rule, sweep
 
 @dataclass(frozen=True)
 class PBLLM(Solver):
-    """GPTQ's sweep, in which the salient weights take the nearest value of `grid` and the others
-    one of their row's two: mean ± mean distance from it.
+    """GPTQ's sweep, in which salient weights take the nearest value of `grid` and the others one of
+    two values per row: mean ± mean absolute deviation (alpha).
 
-    salient: their share, taken where the metric is highest among a group's weights.
+    salient: share of salient weights: those of a group with the highest metric.
     salient_metric: "hessian", w² / U_jj², or "magnitude", |w|.
-    group_size: columns with a choice and two values per row of their own, made when the sweep
-    reaches them; null: the whole row, as the paper.
-    grid: of the salient weights; fitted on the float matrix (8 bits, a scale per row).
-    damp: share of the mean diagonal. block: run time only. feedback: errors are spread at all.
-    scale_dtype: of stored means and distances.
+    group_size: columns per group, for which salient weights and the two values per row are chosen
+    when the sweep reaches it; null: the whole row, as in the paper.
+    grid: of the salient weights, fitted on the float matrix (8 bits, one scale per row).
+    damp: share of the mean diagonal added to the diagonal.
+    scale_dtype: of stored means and alphas.
+    block: columns per lazy batch update; affects speed only.
+    feedback: whether errors are spread over later columns.
 
     salient_as_zeros: salient weights count as zeros in the mean and the distance, as in the
     reference, whose distance is too small by their share; otherwise they are left out.
@@ -65,7 +67,7 @@ class PBLLM(Solver):
 
     @property
     def rowwise(self) -> bool:
-        return False  # the salient ones are chosen among all rows
+        return False  # salient weights are chosen among all rows
 
     @property
     def baseline(self) -> Solver:
@@ -89,10 +91,10 @@ class PBLLM(Solver):
         dtype = getattr(torch, self.scale_dtype)
 
         def fit(values: Tensor, first: int) -> Rule:
-            here = slice(first, first + size)
+            group = slice(first, first + size)
             metric = values.abs()
             if self.salient_metric == "hessian":
-                metric = metric / diagonal[here]
+                metric = metric / diagonal[group]
             count = round(self.salient * metric.numel())
             if count:
                 least = ascending(metric.flatten())[-count]

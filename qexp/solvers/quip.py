@@ -1,4 +1,4 @@
-"""QuIP (Chee et al., 2307.13304): round where neither weights nor Hessian lie along an axis."""
+"""QuIP (Chee et al., 2307.13304): incoherence processing and LDLQ rounding."""
 
 from dataclasses import dataclass, replace
 
@@ -20,10 +20,10 @@ from qexp.solvers.sweep import descend
 class QuIP(OnGrid):
     """Incoherence processing, then LDLQ, then greedy passes.
 
-    Inputs are rescaled by (H_jj / ‖w_j‖²)^¼ and both sides rotated by random orthogonal matrices
-    and permutations, the codes found there. LDLQ, which goes through the columns from last to first
-    with the factor of H = L D Lᵀ, is GPTQ's sweep of the reversed order (the paper's theorem 6),
-    and an order is as random as its reverse here.
+    Inputs are scaled by (H_jj / ‖w_j‖²)^¼, both sides are rotated by random orthogonal matrices and
+    permutations, and the result is rounded. LDLQ takes the columns from last to first with the
+    factor of H = L D Lᵀ: this is GPTQ's sweep in reversed order (the paper's theorem 6), and after
+    a random permutation the reversed order is equally random.
 
     grid: `weight=quip` is the paper's, 2.4 root mean squares to both sides, one scale per matrix.
     damp: share of the mean diagonal. The reference adds 0.01 twice.
@@ -55,7 +55,7 @@ class QuIP(OnGrid):
 
     @property
     def rowwise(self) -> bool:
-        return False  # rows are mixed
+        return False  # the rotation mixes rows
 
     @property
     def baseline(self) -> Solver:
@@ -69,9 +69,10 @@ class QuIP(OnGrid):
         rows, columns = weight.shape
         dead = hessian.diagonal() == 0
         weight = weight.float().masked_fill(dead, 0)
-        column_scale = self._stretch(weight, hessian).masked_fill_(dead, 1)
+        column_scale = self._input_scale(weight, hessian).masked_fill_(dead, 1)
         outputs, inputs = rotations(rows, columns, self.seed)
-        turned = outputs.apply(inputs.apply(weight * column_scale.float()).T).T.float().contiguous()
+        rotated = inputs.apply(weight * column_scale.float())
+        rotated = outputs.apply(rotated.T).T.float().contiguous()
         scaled = hessian / column_scale.float() / column_scale.float()[:, None]
         scaled = inputs.apply(inputs.apply(scaled).T).float()
         scaled = (scaled + scaled.T) / 2
@@ -109,7 +110,7 @@ class QuIP(OnGrid):
         weight: Float[Tensor, "rows columns"],
         hessian: Float[Tensor, "columns columns"],
     ) -> Coded:
-        """Other codes, after the greedy passes, for the same scales."""
+        """The codes after the greedy passes; scales do not change."""
         if not self.greedy:
             return coded
         wide = coded.per_column()
@@ -122,15 +123,15 @@ class QuIP(OnGrid):
             rounded = descend(weight, rounded, hessian, nearest, self.block)
         return replace(coded, codes=self.grid.encode(rounded, wide).to(torch.int32))
 
-    def _stretch(
+    def _input_scale(
         self, weight: Float[Tensor, "rows columns"], hessian: Float[Tensor, "columns columns"]
     ) -> Float[Tensor, " columns"]:
-        """As stored, in half precision around 1."""
+        """The scale of each input, as stored: float16, with geometric mean 1."""
         if not self.rescale:
             return torch.ones(weight.shape[1], dtype=torch.float16, device=weight.device)
         tiny = torch.finfo(torch.float32).tiny
         energy = weight.square().sum(0).clamp(min=tiny)
         log = (hessian.diagonal().clamp(min=tiny).log() - energy.log()) / 4
         alive = (hessian.diagonal() > 0) & (energy > tiny)
-        middle = log[alive].mean() if alive.any() else 0.0
-        return (log - middle).clamp(-9, 9).exp().masked_fill(~alive, 1).half()
+        mean = log[alive].mean() if alive.any() else 0.0
+        return (log - mean).clamp(-9, 9).exp().masked_fill(~alive, 1).half()

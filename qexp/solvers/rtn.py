@@ -1,4 +1,4 @@
-"""Round to nearest: every weight on its own."""
+"""Round-to-nearest (RTN): every weight is rounded independently."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from qexp.solvers.base import Solution, Solver
 
 
 class OnGrid(Solver):
-    """Solvers whose values are those of a grid."""
+    """Solvers that round to the values of a grid."""
 
     grid: Grid
 
@@ -29,7 +29,7 @@ class OnGrid(Solver):
 
 @dataclass(frozen=True)
 class RTN(OnGrid):
-    """The nearest value of the grid, group by group; the Hessian is not looked at."""
+    """The nearest value of the grid for every weight; ignores the Hessian."""
 
     grid: Grid
 

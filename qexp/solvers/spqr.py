@@ -1,4 +1,4 @@
-"""SpQR (Dettmers et al., 2306.03078): sparse outliers, and scales that are quantized in turn."""
+"""SpQR (Dettmers et al., 2306.03078): sparse outliers and second-level quantized scales."""
 
 from dataclasses import dataclass, replace
 from math import inf
@@ -20,25 +20,25 @@ from qexp.solvers.sweep import Rule, sweep
 
 @dataclass(frozen=True)
 class SpQR(OnGrid):
-    """GPTQ's sweep on a grid fitted without outliers, which stay in floating point.
+    """GPTQ's sweep on a grid that is fitted without outliers; those stay in floating point.
 
     threshold: a weight is an outlier when its error e² = (w - Q(w))² / U_jj² exceeds `threshold`
-    times the mean over columns of Var(w_j) / U_jj². Infinity: none, and the grid is fitted on
-    everything.
-    grid: its `scales` and `zeros` are the second level; the reference's ranges do not include 0 and
-    its zero points are real (`weight=spqr`).
+    times the mean over columns of Var(w_j) / U_jj². Infinity: no outliers; the grid is fitted on
+    all weights.
+    grid: its `scales` and `zeros` are the second level. In the reference ranges need not include 0
+    and zero points are real numbers (`weight=spqr`).
     damp: share of the mean diagonal (reference default 0.01, its near-lossless recipe 1.0).
-    act_order: columns by descending diagonal; groups are then cut from that order, and each
-    column's group is stored.
-    outlier_dtype: in which outliers are stored, and so used: float32 (as the reference computes;
-    its bits count 16), float16 or bfloat16.
-    block: columns finished before the rest is updated; no effect on the result.
+    act_order: columns by descending diagonal. Groups then follow that order, and each column's
+    group is stored.
+    outlier_dtype: of stored outliers, which rounding uses: float32 (the reference computes with it,
+    but counts 16 bits), float16 or bfloat16.
+    block: columns per lazy batch update; affects speed only.
 
-    As the reference, and checked against it: a group is fitted when its first column is
-    reached, on weights that carry all earlier errors; likely outliers are found with scales that
-    the second level has not touched, replaced by the mean of the others, and only then the group's
-    two-level grid is fitted; zero points come from scales before the second level; row statistics
-    stay in float32 (grid.scale_dtype) and so do outliers.
+    As in the reference, with which results were compared: a group is fitted when the sweep reaches
+    its first column, on weights that include all earlier errors. Likely outliers are found with
+    scales without a second level and replaced by the mean of the others; then the group's two-level
+    grid is fitted. Zero points are computed from scales before the second level. Row statistics
+    (grid.scale_dtype) and outliers are float32.
     """
 
     grid: IntGrid
@@ -69,10 +69,8 @@ class SpQR(OnGrid):
         limit = inf
         if self.threshold < inf and rows > 1:
             limit = self.threshold * float((weight.var(0) / diagonal.square()).mean())
-        plain, kept = (
-            replace(self.grid, scales=None, zeros=None),
-            getattr(torch, self.outlier_dtype),
-        )
+        plain = replace(self.grid, scales=None, zeros=None)
+        outlier_dtype = getattr(torch, self.outlier_dtype)
         steps = diagonal.tolist()
         outlying = torch.zeros(columns, rows, dtype=torch.bool, device=weight.device)
         fitted: list[Scale] = []
@@ -88,9 +86,9 @@ class SpQR(OnGrid):
             def rule(w: Tensor, j: int) -> Tensor:
                 rounded = self.grid.round(w, flat)
                 if limit < inf:
-                    # (w - Q(w))² > limit · U_jj², without a square
+                    # (w - Q(w))² > limit · U_jj², without squaring
                     torch.gt((w - rounded).abs_(), limit**0.5 * steps[j], out=outlying[j])
-                    rounded = torch.where(outlying[j], w.to(kept).float(), rounded)
+                    rounded = torch.where(outlying[j], w.to(outlier_dtype).float(), rounded)
                 return rounded
 
             return rule
@@ -112,11 +110,11 @@ class SpQR(OnGrid):
 def gains_alone(
     values: Float[Tensor, "rows size"], diagonal: Float[Tensor, " size"], grid: IntGrid
 ) -> Float[Tensor, "rows size"]:
-    """How much a group's error Σ (w - Q(w))² / U_jj² falls when one weight is left out, from the
-    fit and from the sum, for each in turn.
+    """Decrease of a group's error Σ (w - Q(w))² / U_jj² when one weight is left out of the fit and
+    of the sum, for each weight.
 
-    Leaving out a weight moves the range only if it is the smallest or the largest, so three fits
-    serve all; for the others the gain is their own error.
+    Only leaving out the smallest or the largest weight changes the range, so three fits suffice;
+    for the others the gain is their own error.
     """
 
     def errors(q: Scale) -> Tensor:
@@ -133,24 +131,26 @@ def gains_alone(
         (lowest, grid.scale_for(inner_low, high)),
         (highest, grid.scale_for(low, inner_high)),
     ):
-        left = errors(q).scatter_(1, index, 0).sum(1, keepdim=True)
-        gains.scatter_(1, index, total - left)
+        remaining = errors(q).scatter_(1, index, 0).sum(1, keepdim=True)
+        gains.scatter_(1, index, total - remaining)
     return gains
 
 
 def filled(
     values: Float[Tensor, "rows size"], mask: Bool[Tensor, "rows size"]
 ) -> Float[Tensor, "rows size"]:
-    """Masked entries replaced by the mean of their row's others (0 where there are none)."""
-    kept = values.masked_fill(mask, 0)
-    mean = kept.sum(1, keepdim=True) / (~mask).sum(1, keepdim=True).clamp_(min=1)
+    """Masked entries replaced by the mean of the row's other entries (0 where there are none)."""
+    others = values.masked_fill(mask, 0)
+    mean = others.sum(1, keepdim=True) / (~mask).sum(1, keepdim=True).clamp_(min=1)
     return torch.where(mask, mean, values)
 
 
 def paper_bits(grid: IntGrid, size: int, outliers: float) -> float:
-    """Average bits as the SpQR code counts them: row pointers and column order are left out, an
-    outlier takes 32 bits and each second-level group two (with real zero points four) 16-bit
-    numbers. `size`: columns per group; `outliers`: their share."""
+    """Average bits as the SpQR code counts them, without row pointers and column order: 32 bits per
+    outlier and two 16-bit numbers per second-level group (four with real zero points).
+
+    size: columns per group. outliers: share of outliers.
+    """
     scale = grid.scales.bits if grid.scales is not None else 16
     zero = grid.bits if not grid.real_zero else grid.zeros.bits if grid.zeros is not None else 16
     bits = grid.bits + (scale + (0 if grid.symmetric else zero)) / size + 32 * outliers

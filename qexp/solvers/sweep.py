@@ -1,8 +1,8 @@
-"""The column loop that every error-compensating solver shares.
+"""Column sweep with error compensation, and coordinate descent on the same objective.
 
 Notation of the GPTQ paper (2210.17323), section 3: columns are rounded one after another, and the
-error of each is spread over the columns still to come through U, the upper Cholesky factor of the
-inverse Hessian (H⁻¹ = Uᵀ U).
+error of each is spread over the remaining columns with U, the upper Cholesky factor of the inverse
+Hessian (H⁻¹ = Uᵀ U).
 """
 
 from collections.abc import Callable
@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# (values of a column, its index) → its rounded values. One per group of columns.
+# (values of a column, its index) → its rounded values. One rule per group of columns.
 Rule = Callable[[Float[Tensor, " rows"], int], Float[Tensor, " rows"]]
-# (values of the columns of a group as the sweep left them, first index) → the group's rule.
+# (current values of the columns of a group, first index) → the rule of the group.
 Fit = Callable[[Float[Tensor, "rows size"], int], Rule]
 
 
@@ -27,17 +27,17 @@ def sweep(
     within: bool = True,
     fit_every: int = 1,
 ) -> Float[Tensor, "rows columns"]:
-    """Round column by column, spreading each error over the columns to come.
+    """Round column by column, spreading each error over the remaining columns.
 
-    fit: called once per `group` of columns with their values by then: at the group's first column,
-    or, with `fit_every`, at the last multiple of so many columns before it.
-    block: columns finished before the rest hears of their errors; run time, never the result.
-    within: whether columns inside a block hear of each other's errors (BiLLM's do not).
+    fit: called once per `group` of columns with their current values: at the group's first column
+    or, with `fit_every`, at the last multiple of this many columns before it.
+    block: columns per lazy batch update (GPTQ, section 3.3); affects speed only.
+    within: whether errors are spread inside a block (BiLLM does not).
     """
     columns = weight.shape[1]
     window = max(group, fit_every)
     if group < columns:
-        # Whoever is fitted must have heard of every error before: fits happen where a block starts.
+        # A fit needs all earlier errors, so it must happen where a block starts.
         block = gcd(block, window) if within else group
     rest = weight.float().T.contiguous()  # [columns, rows]: a column is contiguous
     out = torch.empty_like(rest)
@@ -67,11 +67,13 @@ def descend(
     nearest: Rule,
     block: int = 128,
 ) -> Float[Tensor, "rows columns"]:
-    """One pass of coordinate descent on tr(Δ H Δᵀ) over the values of a grid, from the last column
-    to the first as QuIP's: each takes those `nearest` to its best while the others stay, which
-    never makes the objective greater. (QuIP's code clamps after the pass, and may.)
+    """One pass of coordinate descent on tr(Δ H Δᵀ) over the values of a grid.
 
-    block: columns finished before the rest hears of their steps; run time, never the result.
+    From the last column to the first, as in QuIP: each column takes the values `nearest` to its
+    optimum while the others are fixed, which never increases the objective. (QuIP's code clamps
+    only after the pass, and may increase it.)
+
+    block: columns per lazy batch update; affects speed only.
     """
     out = rounded.float().T.contiguous()  # [columns, rows]: a column is contiguous
     change = out - weight.float().T
