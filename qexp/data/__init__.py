@@ -1,1 +1,1 @@
-"""Texts and images: where they come from, and how calibration batches are cut from them."""
+"""Corpora of texts and images, and calibration batches made from them."""

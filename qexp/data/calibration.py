@@ -1,4 +1,4 @@
-"""Calibration recipes: which batches of which text a method sees."""
+"""Calibration recipe: windows of one corpus as a calibration or training batch."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from qexp.task import Task
 
 log = logging.getLogger(__name__)
 BOS = ("none", "start")
-IGNORED = -100  # the label of a token that no loss counts: torch's convention
+IGNORED = -100  # the label of tokens without a loss: torch's convention
 MASKED_SHARE = 0.15
 
 
@@ -27,11 +27,14 @@ MASKED_SHARE = 0.15
 class Calibration(Recipe):
     """`sequences` windows of `length` tokens from one split of a corpus, as one batch.
 
-    `split`: null is the corpus's own calibration split. `join`: null takes the running text as it
-    stands, else the documents are joined by it. `bos`: `none` or `start` (what the tokenizer itself
-    puts before a text). `sampling`: a key of SAMPLINGS; with `shuffled`, `share` of the windows
-    that there are instead of `sequences` of them. Classifiers get so many labelled rows instead:
-    the first of the split, or with any other sampling some drawn by `seed`.
+    split: null is the corpus's calibration split.
+    sampling: a key of SAMPLINGS.
+    join: null takes the running text of the corpus; a string joins the documents by it.
+    bos: `none`, or `start`: the special tokens that the tokenizer adds to a text.
+    share: with `shuffled`, this share of all windows instead of `sequences` of them.
+
+    Classifiers get `sequences` labelled rows: the first of the split or, with any other sampling,
+    rows drawn with `seed`.
     """
 
     corpus: Corpus
@@ -50,7 +53,9 @@ class Calibration(Recipe):
             ("bos", self.bos, BOS),
         ):
             if value not in known:
-                raise UserError(f"calibration.{key}: {value!r} is none of {', '.join(known)}")
+                raise UserError(
+                    f"calibration.{key}: {value!r} is unknown; choose from {', '.join(known)}"
+                )
         for key, number, least in (("sequences", self.sequences, 1), ("length", self.length, 2)):
             if number < least:
                 raise UserError(f"calibration.{key}: {number} must be at least {least}")
@@ -75,25 +80,25 @@ class Calibration(Recipe):
         return [(self.corpus, self.chosen_split())]
 
     def windows(self, task: Task, length: int) -> Int64[Tensor, "sequences length"]:
-        """The token ids. Fewer than asked where the text is short (logged); none is an error."""
+        """The token ids. A short text gives fewer windows and a warning; none is a UserError."""
         check_length(task.model, self.length, "calibration.length")
         windows = SAMPLINGS[self.sampling](self, task, length)
-        found, text = len(windows), f"the {self.chosen_split()} split of {self.corpus.name}"
-        if found == 0:
+        count, text = len(windows), f"the {self.chosen_split()} split of {self.corpus.name}"
+        if count == 0:
             raise UserError(
                 f"calibration.length: {text} is shorter than one window of {length} tokens; "
                 "choose a smaller length or another text"
             )
-        if self.share is None and found < self.sequences:
+        if self.share is None and count < self.sequences:
             log.warning(
-                "calibration.sequences=%d: %s gives only %d windows of %d tokens; using these",
-                *(self.sequences, text, found, length),
+                "calibration.sequences=%d: %s has only %d windows of %d tokens; using these",
+                *(self.sequences, text, count, length),
             )
         return windows
 
     def rows(self, total: int) -> Sequence[int]:
-        """Which of `total` labelled rows: with sampling `first` the first, else some drawn by the
-        seed."""
+        """Indices of the labelled rows to use, of `total`: the first with sampling `first`, else
+        drawn with the seed."""
         wanted = self.sequences if self.share is None else max(round(self.share * total), 1)
         if wanted > total:
             log.warning(
@@ -172,26 +177,26 @@ def _causal(recipe: Calibration, task: Task) -> Batch:
 
 
 def _masked(recipe: Calibration, task: Task) -> Batch:
-    """15 % of the tokens (one per sequence at least) are masked and are the labels.
+    """15 % of the tokens, at least one per sequence, are masked; they are the labels.
 
-    Where the tokenizer has them, each sequence stands between its [CLS] and [SEP].
+    Each sequence is enclosed in [CLS] and [SEP] where the tokenizer has them.
     """
     tokenizer = task.tokenizer
     if tokenizer is None or tokenizer.mask_token_id is None:
         raise UserError("model: masked language modelling needs a tokenizer with a mask token")
-    ends = (tokenizer.cls_token_id, tokenizer.sep_token_id)
-    framed = None not in ends
-    ids = recipe.windows(task, recipe.length - 2 if framed else recipe.length)
+    special = (tokenizer.cls_token_id, tokenizer.sep_token_id)
+    enclosed = None not in special
+    ids = recipe.windows(task, recipe.length - 2 if enclosed else recipe.length)
     generator = torch.Generator().manual_seed(recipe.seed)
     chance = torch.rand(ids.shape, generator=generator)
     masked = (chance < MASKED_SHARE) | (chance == chance.amin(dim=1, keepdim=True))
     labels = ids.where(masked, IGNORED)
     ids = ids.masked_fill(masked, tokenizer.mask_token_id)
-    if framed:
-        first, last = (ids.new_full((len(ids), 1), end) for end in ends)
-        nothing = torch.full_like(first, IGNORED)
+    if enclosed:
+        first, last = (ids.new_full((len(ids), 1), token) for token in special)
+        ignored = torch.full_like(first, IGNORED)
         ids = torch.cat([first, ids, last], dim=1)
-        labels = torch.cat([nothing, labels, nothing], dim=1)
+        labels = torch.cat([ignored, labels, ignored], dim=1)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 

@@ -1,4 +1,4 @@
-"""Where known corpora are: on the hub, and as files in the folder QEXP_DATA_DIR. One table."""
+"""Catalog of standard corpora: their place on the hub, and their files below QEXP_DATA_DIR."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,20 +12,21 @@ FIRST, LAST = (0.0, 0.5), (0.5, 1.0)
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """One split: a local file, a split or shard of the hub, and the fraction of each it takes."""
+    """One split: a local file, a split or shard of the hub, and the fraction taken of each."""
 
     local: str | None
     hub: str
-    shard: str | None = None  # a file inside the hub's repository, where the whole is too large
+    shard: str | None = None  # a file of the hub's repository, where the whole split is too large
     local_share: tuple[float, float] = WHOLE
     hub_share: tuple[float, float] = WHOLE
-    instead: str = ""  # what to do where the local file is known to be missing
+    instead: str = ""  # an alternative, where the local file is often missing
 
 
 @dataclass(frozen=True)
 class CorpusInfo:
-    """A corpus. `revision` is a commit where one is known, else a branch. `example`: the text
-    and label of a labelled record."""
+    """One corpus. revision: a commit, or a branch. record: the text of a hub record. rows: the
+    documents of a local file. text: the running text of rows. example: the text and label of a
+    labelled record."""
 
     hub: str
     parts: dict[str, SplitInfo]
@@ -49,7 +50,7 @@ def _wiki_rows(text: str) -> list[str]:
 
 
 def _wiki_text(rows: list[str]) -> str:
-    return "".join(row or " \n" for row in rows)  # blank lines of the files hold one space
+    return "".join(row or " \n" for row in rows)  # blank lines of the files contain one space
 
 
 def _ptb_rows(text: str) -> list[str]:
@@ -65,7 +66,7 @@ def _stories(text: str) -> list[str]:
 
 
 def _books(text: str) -> list[str]:
-    """Each book without the line that names it."""
+    """Each book without its title line."""
     books = text.split("_BOOK_TITLE_ : ")[1:]
     return [book.partition("\n")[2] for book in books]
 
@@ -83,7 +84,7 @@ def _wikitext(pattern: str, instead: str = "") -> dict[str, SplitInfo]:
 
 
 def _halves(local: str | None, hub: str) -> dict[str, SplitInfo]:
-    """A corpus with one file: its first documents to calibrate on, its last to be measured."""
+    """A corpus of one file: the first half for calibration, the second for evaluation."""
     return {
         "train": SplitInfo(local, hub, local_share=FIRST, hub_share=FIRST),
         "test": SplitInfo(local, hub, local_share=LAST, hub_share=LAST),
@@ -137,7 +138,7 @@ CATALOG: dict[str, CorpusInfo] = {
         rows=_ptb_rows,
         text=_ptb_text,
     ),
-    "c4": CorpusInfo(  # the local sample is one file: its halves stand for the two shards
+    "c4": CorpusInfo(  # the local sample is one file: its halves replace the two shards
         "allenai/c4",
         {
             "train": SplitInfo(
@@ -167,7 +168,7 @@ CATALOG: dict[str, CorpusInfo] = {
         record=lambda record: record["content"],
         rows=_books,
     ),
-    # The local file is the head of the training text; its tail is held out.
+    # The local file is the beginning of the training text; its last tenth is held out.
     "tinystories": CorpusInfo(
         "roneneldan/TinyStories",
         {

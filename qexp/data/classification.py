@@ -1,4 +1,4 @@
-"""Labelled rows as batches: texts and images for classification."""
+"""Batches of labelled texts or images for classification."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,12 +9,12 @@ from qexp.common.errors import UserError
 from qexp.data.corpus import Corpus
 from qexp.task import Batch, Task
 
-# Chooses rows: their numbers, from how many there are.
+# The total number of rows → the indices of the chosen ones.
 Choose = Callable[[int], Sequence[int]]
 
 
 def sentences(task: Task, corpus: Corpus, split: str, choose: Choose, length: int) -> Batch:
-    """Texts or pairs of texts, cut to `length` tokens and padded to the longest."""
+    """Texts or pairs of texts, truncated to `length` tokens and padded to the longest."""
     tokenizer = task.tokenizer
     if tokenizer is None or tokenizer.pad_token_id is None:
         raise UserError("model: classification of texts needs a tokenizer with a padding token")
@@ -35,7 +35,7 @@ def sentences(task: Task, corpus: Corpus, split: str, choose: Choose, length: in
 
 
 def images(task: Task, corpus: Corpus, split: str, choose: Choose, length: int) -> Batch:
-    """Pixels as the model takes them; `length` has no meaning for images."""
+    """Pixels in the model's input shape; `length` is ignored."""
     config = task.model.config
     shape = (config.num_channels, config.image_size, config.image_size)
     chosen = choose(corpus.total(split))
@@ -45,12 +45,12 @@ def images(task: Task, corpus: Corpus, split: str, choose: Choose, length: int) 
 
 
 def refuse(labels: Tensor, task: Task, name: str) -> None:
-    """UserError for labels that the model has no class for."""
+    """UserError for labels outside the model's classes."""
     classes = task.model.config.num_labels
     if int(labels.max()) >= classes or int(labels.min()) < 0:
         raise UserError(
-            f"data={name}: has the class {int(labels.max())}, and the model {classes} classes; "
-            "choose another split or data set, or model.head.classes"
+            f"data={name}: has the label {int(labels.max())}, but the model has {classes} classes; "
+            "choose another split or data set, or set model.head.classes"
         )
 
 

@@ -1,4 +1,4 @@
-"""What every source of text (or images) answers."""
+"""Interface of corpora: named texts or images with splits."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -25,7 +25,7 @@ class Example(NamedTuple):
 class Corpus(ABC):
     """A named text with splits. Fields are the keys of conf/data/.
 
-    Methods and evaluators read `calibration_split` and `evaluation_split` unless a recipe or a
+    Calibration reads `calibration_split` and evaluation `evaluation_split`, unless a recipe or a
     protocol names another split.
     """
 
@@ -35,19 +35,19 @@ class Corpus(ABC):
 
     @abstractmethod
     def documents(self, split: str) -> list[str]:
-        """The rows as a data hub has them; for wikitext a row is one line with its newline, and a
-        blank line is an empty row."""
+        """The rows as on the Hugging Face hub. For WikiText a row is one line with its newline, and
+        a blank line is an empty row."""
 
     @abstractmethod
     def text(self, split: str) -> str:
-        """The running text as the file stands; documents without one are joined by blank lines."""
+        """The running text as in the file, or else the documents joined by blank lines."""
 
     @abstractmethod
     def files(self, split: str) -> list[Path]:
-        """The local files that `split` is read from; empty for the hub and for made-up text."""
+        """The local files that `split` is read from; empty for the hub and for synthetic text."""
 
     def fingerprint(self, split: str) -> str:
-        """The sha256 of the content: of the rows with their limits, and of the running text."""
+        """The sha256 of the content: the rows with their boundaries, and the running text."""
         return digest([*self.documents(split), self.text(split)])
 
     def overlaps(self, split: str, other: "Corpus", other_split: str) -> bool:
@@ -55,44 +55,45 @@ class Corpus(ABC):
         return (self.name, split) == (other.name, other_split)
 
     def ids(self, split: str, vocabulary: int, count: int) -> Int64[Tensor, " tokens"]:
-        """Token ids for a model without a tokenizer; only made-up corpora have them."""
+        """Token ids for a model without a tokenizer; only the synthetic corpus has them."""
         raise UserError(
             f"data.name: {self.name} is text and this model has no tokenizer; choose data=synthetic"
         )
 
     def examples(self, split: str) -> list[Example]:
-        """The labelled rows, for classification."""
+        """The labelled rows, for classification of texts."""
         raise UserError(f"data.name: {self.name} has no labelled rows; choose data=sst2")
 
     def total(self, split: str) -> int:
-        """How many labelled images there are."""
+        """Number of labelled images."""
         raise UserError(f"data.name: {self.name} has no images; choose data=cifar10")
 
     def images(
         self, split: str, shape: Sequence[int], classes: int, rows: Sequence[int]
     ) -> tuple[Float[Tensor, "images channels height width"], Int64[Tensor, " images"]]:
-        """The images of these numbers, in `shape` (channels, height, width) and as a model expects
-        them, and their labels, all below `classes`."""
+        """The images with the indices `rows`, in `shape` (channels, height, width), normalized; and
+        their labels, all below `classes`."""
         raise UserError(f"data.name: {self.name} has no images; choose data=cifar10")
 
 
 def digest(texts: Sequence[str]) -> str:
-    """The sha256 of a list of texts, their limits included."""
-    found = hashlib.sha256()
+    """The sha256 of a list of texts, including their boundaries."""
+    hashed = hashlib.sha256()
     for text in texts:
         content = text.encode("utf-8", "surrogatepass")
-        found.update(f"{len(content)}\n".encode())
-        found.update(content)
-    return found.hexdigest()
+        hashed.update(f"{len(content)}\n".encode())
+        hashed.update(content)
+    return hashed.hexdigest()
 
 
 def share(documents: list[Any], part: tuple[float, float]) -> list[Any]:
-    """The documents from one fraction of the list to another: parts that meet never overlap."""
+    """The documents between two fractions of the list; adjacent parts never overlap."""
     start, stop = (round(fraction * len(documents)) for fraction in part)
     return documents[start:stop]
 
 
 def check_split(corpus: Corpus, split: str, known: Sequence[str]) -> None:
+    """UserError unless `split` is one of the corpus's splits."""
     if split not in known:
         raise UserError(
             f"data.name: {corpus.name} has no split {split!r}; it has {', '.join(known)}"

@@ -1,4 +1,4 @@
-"""Labelled images: files on this disk, or a set of the hub."""
+"""Corpora of labelled images: local files, or a data set of the hub."""
 
 import gzip
 import io
@@ -25,14 +25,14 @@ from qexp.data.corpus import Corpus, check_split, digest
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-IDX = {"train": "train", "test": "t10k"}  # how MNIST's files call the splits
+IDX = {"train": "train", "test": "t10k"}  # names of the splits in MNIST's files
 
 
 Read = Callable[[], Image.Image]
 
 
 class Row(NamedTuple):
-    """An image that is read when it is asked for."""
+    """A labelled image, read on demand."""
 
     read: Read
     label: int
@@ -40,13 +40,12 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Images(Corpus):
-    """Files `split/class/image`, in a folder or a tar archive, or MNIST's idx files, or a hub set.
+    """Files `split/class/image` in a folder or a tar archive, MNIST's idx files, or a hub data set.
 
-    `path`: of the folder or archive, here or in the folder QEXP_DATA_DIR; where there is none, or
-    `path` is null, the images are those of `hub`. Classes are counted in the order of their names.
-    `mean`, `std`: of a channel's values between 0 and 1, taken off and divided by, as the model
-    was trained with them. `crop`: the central share of the shorter side that is resized to the
-    model's size.
+    path: the folder or archive, also looked for below QEXP_DATA_DIR. Where it does not exist or is
+    null, images come from `hub`. Classes are numbered in the order of their names.
+    mean, std: normalization of channel values between 0 and 1, as in the model's training.
+    crop: the central share of the shorter side that is resized to the model's image size.
     """
 
     name: str
@@ -55,7 +54,7 @@ class Images(Corpus):
     path: str | None = None
     hub: str | None = None
     revision: str = "main"
-    image: str = "image"  # columns of the hub set
+    image: str = "image"  # columns of the hub data set
     label: str = "label"
     splits: tuple[str, ...] | list[str] = ("train", "test")
     mean: float | tuple[float, ...] | list[float] = 0.5
@@ -74,11 +73,11 @@ class Images(Corpus):
     def images(
         self, split: str, shape: Sequence[int], classes: int, rows: Sequence[int]
     ) -> tuple[Float[Tensor, "images channels height width"], Int64[Tensor, " images"]]:
-        found = self._rows(split)
+        available = self._rows(split)
         pixels = torch.empty(len(rows), *shape)
         for at, number in enumerate(rows):
-            pixels[at] = self._pixels(found[number].read(), shape)
-        return pixels, torch.tensor([found[number].label for number in rows])
+            pixels[at] = self._pixels(available[number].read(), shape)
+        return pixels, torch.tensor([available[number].label for number in rows])
 
     def files(self, split: str) -> list[Path]:
         path = self._path()
@@ -91,7 +90,7 @@ class Images(Corpus):
         return digest([*content, f"{self.mean} {self.std} {self.crop}"])
 
     def _path(self) -> Path | None:
-        """Of the local files; None where the hub is to be asked."""
+        """The folder or archive; None where images come from the hub."""
         path = locate(self.path) if self.path is not None else None
         if path is not None and path.exists():
             return path
@@ -141,20 +140,20 @@ def _open(source: Path | bytes) -> Image.Image:
     return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
 
 
-def _by_class(found: list[tuple[str, Read]]) -> list[Row]:
-    labels = {name: label for label, name in enumerate(sorted({name for name, _ in found}))}
-    return [Row(read, labels[name]) for name, read in found]
+def _by_class(images: list[tuple[str, Read]]) -> list[Row]:
+    labels = {name: label for label, name in enumerate(sorted({name for name, _ in images}))}
+    return [Row(read, labels[name]) for name, read in images]
 
 
 def _tree(folder: Path, split: str) -> list[tuple[str, Path]]:
-    """Class and file of every image."""
+    """Class name and file of every image."""
     paths = sorted((folder / split).glob("*/*"))
     return [(path.parent.name, path) for path in paths if path.suffix.lower() in SUFFIXES]
 
 
 @lru_cache(maxsize=2)
 def _archive_rows(path: Path, mtime_ns: int, split: str) -> list[Row]:
-    found: list[tuple[str, Read]] = []
+    images: list[tuple[str, Read]] = []
     try:
         with tarfile.open(path) as archive:
             for member in archive:
@@ -163,17 +162,17 @@ def _archive_rows(path: Path, mtime_ns: int, split: str) -> list[Row]:
                 if image and len(parts) >= 3 and parts[-3] == split:
                     file = archive.extractfile(member)
                     assert file is not None
-                    found.append((parts[-2], partial(_open, file.read())))
+                    images.append((parts[-2], partial(_open, file.read())))
     except (OSError, EOFError, tarfile.TarError) as error:
         raise UserError(f"data.path: {path} cannot be read as a tar archive ({error})") from error
-    return _by_class(found)
+    return _by_class(images)
 
 
 def _idx_files(folder: Path, split: str) -> list[Path]:
-    """MNIST's two files of a split, images and labels; empty where the folder has none."""
+    """MNIST's files of a split, [images, labels]; empty where the folder has none."""
     names = [f"{IDX.get(split, split)}-{kind}" for kind in ("images-idx3", "labels-idx1")]
-    found = [sorted(folder.glob(f"{name}-ubyte*")) for name in names]
-    return [paths[0] for paths in found] if all(found) else []
+    matches = [sorted(folder.glob(f"{name}-ubyte*")) for name in names]
+    return [paths[0] for paths in matches] if all(matches) else []
 
 
 def _idx_rows(images: Path, labels: Path) -> list[Row]:
@@ -185,7 +184,7 @@ def _idx_rows(images: Path, labels: Path) -> list[Row]:
 
 
 def _idx(path: Path) -> np.ndarray:
-    """Two zero bytes, the type (8: bytes), the number of axes, their lengths, the values."""
+    """The array of an idx file: two zero bytes, type (8: uint8), number of axes, sizes, values."""
     content = path.read_bytes()
     try:
         content = gzip.decompress(content) if path.suffix == ".gz" else content
@@ -195,12 +194,12 @@ def _idx(path: Path) -> np.ndarray:
             raise ValueError(f"type {kind} instead of bytes")
         return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape)
     except (OSError, EOFError, ValueError, struct.error) as error:
-        raise UserError(f"{path}: is no idx file ({error})") from error
+        raise UserError(f"{path}: is not an idx file ({error})") from error
 
 
 @lru_cache(maxsize=2)
 def _hub_rows(hub: str, revision: str, split: str, image: str, label: str, place: str) -> list[Row]:
-    from datasets import load_dataset  # seconds to import, and local files never need it
+    from datasets import load_dataset  # takes seconds to import; local files do not need it
 
     log.info("reading the %s split of %s from the hub", split, hub)
     try:
@@ -208,7 +207,7 @@ def _hub_rows(hub: str, revision: str, split: str, image: str, label: str, place
     except Exception as error:  # no network, no such repository, a changed layout, …
         reason = str(error).partition("\n")[0]
         raise UserError(
-            f"data.hub: {hub} did not answer ({type(error).__name__}: {reason}); "
+            f"data.hub: {hub} cannot be read ({type(error).__name__}: {reason}); "
             f"put the images at {place}, as SPLIT/CLASS/FILE in a folder or tar archive"
         ) from error
     for name in (image, label):
@@ -219,5 +218,5 @@ def _hub_rows(hub: str, revision: str, split: str, image: str, label: str, place
 
 
 def _column(rows: Any, name: str, at: int) -> Image.Image:
-    found: Image.Image = rows[at][name]
-    return found
+    image: Image.Image = rows[at][name]
+    return image

@@ -1,4 +1,4 @@
-"""A text of the user's own."""
+"""Corpus of one text file that the user provides."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +12,12 @@ RECORDS = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
 
 @dataclass(frozen=True)
 class Local(Corpus):
-    """One file for calibration and evaluation, cut in two without overlap.
+    """One file, divided without overlap into calibration and evaluation text.
 
-    `path`: a .jsonl, .json (either also .gz) or .parquet file whose records hold a text in `field`,
-    or else a plain UTF-8 text. The first `calibration_share` of it is the split `train`, the rest
-    is `test`: whole records, or for a plain text whole lines (words where lines are long),
-    measured in characters.
+    path: a .jsonl, .json (either also .gz) or .parquet file whose records have a text in `field`,
+    or else plain UTF-8 text. The first `calibration_share` of it is the split `train`, the rest
+    `test`. Records are not split; plain text is split by characters at the end of a line, or of a
+    word where lines are long.
     """
 
     path: str
@@ -45,7 +45,9 @@ class Local(Corpus):
     def _file(self) -> Path:
         path = Path(self.path).expanduser().resolve()
         if not path.is_file():
-            raise UserError(f"data.path: {self.path} is not a file; give a text, jsonl or parquet")
+            raise UserError(
+                f"data.path: {self.path} is not a file; give a text, jsonl or parquet file"
+            )
         return path
 
     def _has_records(self) -> bool:
@@ -68,12 +70,12 @@ class Local(Corpus):
         check_split(self, split, ("train", "test"))
         text = read_text(self._file())
         wanted = round(len(text) * self.calibration_share)
-        # At a line break if one is not far before the share, else between words, else anywhere.
+        # Split at a line break if one is shortly before the share, else at a space, else anywhere.
         near = round(0.8 * wanted)
         at = text.rfind("\n", near, wanted) + 1 or text.rfind(" ", near, wanted) + 1 or wanted
         if not text[:at].strip() or not text[at:].strip():
             raise UserError(
-                f"data.path: {self.path} holds too little text to be cut into a calibration and an "
-                "evaluation part; give a longer file"
+                f"data.path: {self.path} has too little text for a calibration and an evaluation "
+                "part; give a longer file"
             )
         return text[:at] if split == "train" else text[at:]

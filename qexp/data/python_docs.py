@@ -1,4 +1,4 @@
-"""The Python language's own documentation, which comes with every interpreter."""
+"""Corpus of the Python documentation that is part of every interpreter."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,10 +14,10 @@ LONG = 60  # characters; shorter paragraphs ("Changed in version 3.8.") may repe
 class PythonDocs(Corpus):
     """The help topics of `pydoc_data`, divided by topic; needs no file and no network.
 
-    Many topics quote one another. Topics that share a paragraph longer than 60 characters are one
-    family; families, largest first, go whole to the half with less text so far: `train` or `test`.
-    So no such paragraph is in both, and inside a half the second copy of one is left out. Within a
-    half topics stand in alphabetical order. The text differs between Python versions.
+    Many topics quote each other. Topics that share a paragraph longer than 60 characters form one
+    family. Whole families, largest first, are added to the split with less text so far, `train` or
+    `test`. So no such paragraph is in both splits; repetitions inside a split are left out. Topics
+    of a split are in alphabetical order. The text differs between Python versions.
     """
 
     name: str = "python_docs"

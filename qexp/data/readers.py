@@ -1,4 +1,4 @@
-"""Files of text and of records, read whole, with errors that name the file."""
+"""Readers of text files and record files, whose errors name the file."""
 
 import csv
 import gzip
@@ -10,6 +10,7 @@ from qexp.common.errors import UserError
 
 
 def read_text(path: Path) -> str:
+    """The UTF-8 text of a file, also gzipped, with \\n as newline."""
     try:
         content = path.read_bytes()
         if path.suffix == ".gz":
@@ -25,7 +26,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     if path.suffix == ".parquet":
         return _parquet(path)
     content = read_text(path)
-    if path.suffix == ".tsv":  # names in the first line, no quotes
+    if path.suffix == ".tsv":  # column names in the first line, no quoting
         lines = content.removesuffix("\n").split("\n")
         return list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
     try:
@@ -34,14 +35,14 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         else:
             records = [json.loads(line) for line in content.split("\n") if line.strip()]
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not JSON, line {error.lineno} ({error.msg})") from error
+        raise UserError(f"{path}: is not JSON, line {error.lineno} ({error.msg})") from error
     if not all(isinstance(record, dict) for record in records):
         raise UserError(f"{path}: every record must be a JSON object with a text field")
     return records
 
 
 def _parquet(path: Path) -> list[dict[str, Any]]:
-    from pyarrow import ArrowException, parquet  # heavy, and few texts need it
+    from pyarrow import ArrowException, parquet  # slow to import, and few texts need it
 
     try:
         return parquet.read_table(path).to_pylist()

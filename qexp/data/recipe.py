@@ -14,19 +14,19 @@ Batch = dict[str, Tensor]
 
 
 class Recipe(ABC):
-    """Batches for a model, in the form that its objective needs."""
+    """Batches for a model, in the form that its objective requires."""
 
     @abstractmethod
     def __call__(self, task: Task) -> list[Batch]:
-        """On the CPU."""
+        """The batches, on the CPU."""
 
     @abstractmethod
     def definition(self) -> dict[str, Any]:
-        """Everything besides the model that the batches depend on, contents as sha256."""
+        """Everything except the model that the batches depend on; contents as sha256."""
 
     @abstractmethod
     def files(self) -> list[Path]:
-        """The local files it reads."""
+        """The local files that the recipe reads."""
 
     def reads(self) -> list[tuple[Corpus, str]]:
         """The corpora and splits that it takes text from."""
@@ -35,7 +35,7 @@ class Recipe(ABC):
 
 @dataclass(frozen=True)
 class NoCalibration(Recipe):
-    """No data at all, for methods that look at weights only."""
+    """No data, for methods that use only the weights."""
 
     def __call__(self, task: Task) -> list[Batch]:
         return []

@@ -1,4 +1,4 @@
-"""How windows of equal length are cut from texts: the samplings of the calibration recipes."""
+"""Sampling of fixed-length windows from text, for calibration and training."""
 
 import logging
 import random
@@ -23,17 +23,17 @@ Windows = Int64[Tensor, "windows length"]
 
 
 def consecutive(ids: Int64[Tensor, " tokens"], length: int, count: int) -> Windows:
-    """The first `count` windows that do not overlap, or as many as there are; the tail is left."""
-    found = min(count, len(ids) // length)
-    return ids[: found * length].reshape(found, length)
+    """The first `count` windows without overlap, or fewer where the text is short."""
+    available = min(count, len(ids) // length)
+    return ids[: available * length].reshape(available, length)
 
 
 def random_windows(
     ids: Int64[Tensor, " tokens"], length: int, count: int, seed: int
 ) -> Int64[Tensor, "windows length"]:
-    """Windows anywhere in a text, drawn by Python's `random`, as GPTQ's wikitext2 recipe does.
+    """Windows at random positions, drawn with Python's `random` (GPTQ's WikiText-2 recipe).
 
-    `randint(0, tokens - length - 1)` never reaches the last window; that is the reference's choice.
+    `randint(0, tokens - length - 1)` never draws the last window, as in the reference.
     """
     if len(ids) < length:
         return ids.new_empty(0, length)
@@ -52,32 +52,32 @@ def random_documents(
 ) -> Int64[Tensor, "windows length"]:
     """A random window in each of `count` random documents of at least `length` tokens (GPTQ's C4).
 
-    Documents are drawn with replacement until one is long enough; one stream of Python's `random`
-    draws documents and starts.
+    Documents are drawn with replacement until one is long enough. One generator of Python's
+    `random` draws documents and positions. UserError where no document is long enough.
     """
 
     def build() -> dict[str, Tensor]:
         rng = random.Random(seed)
-        known: dict[int, list[int]] = {}
-        hopeless = {i for i, text in enumerate(documents) if _too_short(text, length)}
+        encoded: dict[int, list[int]] = {}
+        too_short = {i for i, text in enumerate(documents) if _too_short(text, length)}
         windows = []
         for _ in bar(range(count), "drawing documents"):
             while True:
-                if len(hopeless) == len(documents):
+                if len(too_short) == len(documents):
                     raise UserError(
-                        f"no document has {length} tokens, so none can be drawn; "
+                        f"calibration.length: no document has {length} tokens; "
                         "choose a smaller length or another corpus"
                     )
                 drawn = rng.randint(0, len(documents) - 1)
-                if drawn in hopeless:
+                if drawn in too_short:
                     continue
-                if drawn not in known:
-                    known[drawn] = encode_now(tokenizer, documents[drawn], special)
-                if len(known[drawn]) >= length:
+                if drawn not in encoded:
+                    encoded[drawn] = encode_now(tokenizer, documents[drawn], special)
+                if len(encoded[drawn]) >= length:
                     break
-                hopeless.add(drawn)
-            start = rng.randint(0, max(0, len(known[drawn]) - length - 1))
-            windows.append(known[drawn][start : start + length])
+                too_short.add(drawn)
+            start = rng.randint(0, max(0, len(encoded[drawn]) - length - 1))
+            windows.append(encoded[drawn][start : start + length])
         return {"windows": torch.tensor(windows, dtype=torch.int64)}
 
     key = {
@@ -100,10 +100,10 @@ def short_documents(
     seed: int,
     special: bool,
 ) -> Int64[Tensor, "windows length"]:
-    """AWQ's recipe for the Pile: `count` documents of at most `length` tokens, strung together.
+    """AWQ's recipe for the Pile: `count` documents of at most `length` tokens, concatenated.
 
-    Documents come in the order of numpy's `default_rng(seed).permutation`, which is the order that
-    `datasets` shuffles to; windows are then cut from the string, so there are fewer than `count`.
+    Documents are in the order of numpy's `default_rng(seed).permutation`, as `datasets` shuffles
+    them. The concatenation is divided into windows, so there are fewer than `count`.
     """
     ids: list[int] = []
     used = 0
@@ -118,6 +118,6 @@ def short_documents(
 
 
 def _too_short(text: str, length: int) -> bool:
-    """Whether no tokenizer could reach `length`: a token covers a byte or more, but for a few
-    special ones. Spares tokenising most of C4; draws the same documents."""
+    """Whether a text has fewer than `length` tokens with any tokenizer: apart from a few special
+    ones, a token covers at least one byte. Avoids tokenizing most of C4; the draw is the same."""
     return len(text) * 4 + 8 < length or len(text.encode("utf-8", "replace")) + 8 < length

@@ -1,4 +1,4 @@
-"""Corpora that everyone knows, from local files or from the hub: the same rows either way."""
+"""Standard corpora, read from local files or from the hub with the same rows."""
 
 import logging
 from collections.abc import Callable
@@ -20,11 +20,11 @@ SOURCES = ("auto", "local", "hub")
 
 @dataclass(frozen=True)
 class StandardCorpus(Corpus):
-    """A corpus of the table of facts.
+    """A corpus of the catalog.
 
-    `source`: `local` = files in `folder` (null: the folder that QEXP_DATA_DIR names), `hub` = the
-    Hugging Face hub, `auto` = local files where they are, else the hub. `hub` overrides the
-    repository: a mirror, or a local folder laid out like it.
+    source: `local`: files in `folder` (null: the folder QEXP_DATA_DIR); `hub`: the Hugging Face
+    hub; `auto`: local files where they exist, else the hub.
+    hub: replaces the repository by a mirror, or by a local folder with the same layout.
     """
 
     name: str
@@ -36,9 +36,13 @@ class StandardCorpus(Corpus):
 
     def __post_init__(self) -> None:
         if self.name not in CATALOG:
-            raise UserError(f"data.name: {self.name!r} is none of {', '.join(CATALOG)}")
+            raise UserError(
+                f"data.name: {self.name!r} is unknown; choose from {', '.join(CATALOG)}"
+            )
         if self.source not in SOURCES:
-            raise UserError(f"data.source: {self.source!r} is none of {', '.join(SOURCES)}")
+            raise UserError(
+                f"data.source: {self.source!r} is unknown; choose from {', '.join(SOURCES)}"
+            )
 
     def documents(self, split: str) -> list[str]:
         return self._rows(split, labelled=False)
@@ -53,18 +57,18 @@ class StandardCorpus(Corpus):
         return digest([*self.documents(split), self.text(split), *labels])
 
     def _rows(self, split: str, labelled: bool) -> list[Any]:
-        facts, part = self._part(split)
+        info, part = self._part(split)
         if path := self._local(part):
             rows = _file_rows(self.name, path, path.stat().st_mtime_ns, labelled)
             return share(rows, part.local_share)
         if self.source == "local":
-            raise UserError(self._missing(split, part, "data.source=local asks for the file"))
-        hub = self.hub or facts.hub
+            raise UserError(self._missing(split, part, "data.source=local needs the file"))
+        hub = self.hub or info.hub
         try:
             rows = _hub_rows(self.name, hub, split, labelled)
         except Exception as error:  # no network, no such repository, a changed layout, …
             reason = str(error).partition("\n")[0]
-            why = f"the hub's {hub} did not answer ({type(error).__name__}: {reason})"
+            why = f"{hub} of the hub cannot be read ({type(error).__name__}: {reason})"
             raise UserError(self._missing(split, part, why)) from error
         return share(rows, part.hub_share)
 
@@ -86,9 +90,9 @@ class StandardCorpus(Corpus):
         return [path] if path else []
 
     def _part(self, split: str) -> tuple[CorpusInfo, SplitInfo]:
-        facts = CATALOG[self.name]
-        check_split(self, split, tuple(facts.parts))
-        return facts, facts.parts[split]
+        info = CATALOG[self.name]
+        check_split(self, split, tuple(info.parts))
+        return info, info.parts[split]
 
     def _local(self, part: SplitInfo) -> Path | None:
         folder = data_folder(self.folder)
@@ -98,38 +102,38 @@ class StandardCorpus(Corpus):
         return path if path.is_file() else None
 
     def _missing(self, split: str, part: SplitInfo, why: str) -> str:
-        place = f"{data_folder(self.folder) or '$QEXP_DATA_DIR'}/{part.local}"
-        put = f"put the {split} text at {place}" if part.local else "the hub must be reachable"
-        options = "; or ".join(filter(None, [put, part.instead]))
+        path = f"{data_folder(self.folder) or '$QEXP_DATA_DIR'}/{part.local}"
+        remedy = f"put the {split} text at {path}" if part.local else "the hub must be reachable"
+        options = "; or ".join(filter(None, [remedy, part.instead]))
         return f"data={self.name}: no {split} split here: {why}; {options}"
 
 
 @lru_cache(maxsize=4)
 def _file_rows(name: str, path: Path, mtime_ns: int, labelled: bool) -> list[Any]:
-    facts = CATALOG[name]
+    info = CATALOG[name]
     if path.name.endswith((".jsonl", ".json.gz", ".tsv")):
-        return [_read(facts, labelled)(record) for record in read_records(path)]
-    return facts.rows(read_text(path))
+        return [_read(info, labelled)(record) for record in read_records(path)]
+    return info.rows(read_text(path))
 
 
 @lru_cache(maxsize=4)
 def _hub_rows(name: str, hub: str, split: str, labelled: bool) -> list[Any]:
-    from datasets import load_dataset  # seconds to import, and local files never need it
+    from datasets import load_dataset  # takes seconds to import; local files do not need it
 
-    facts, part = CATALOG[name], CATALOG[name].parts[split]
+    info, part = CATALOG[name], CATALOG[name].parts[split]
     log.info("data=%s: reading the %s split of %s from the hub", name, part.hub, hub)
-    streaming = facts.take is not None
+    streaming = info.take is not None
     dataset = load_dataset(
         hub,
-        facts.config,
+        info.config,
         split=part.hub,
         data_files={part.hub: part.shard} if part.shard else None,
-        revision=None if Path(hub).is_dir() else facts.revision,
+        revision=None if Path(hub).is_dir() else info.revision,
         streaming=streaming,
     )
-    rows = dataset.take(facts.take) if streaming else dataset
-    return [_read(facts, labelled)(record) for record in rows]
+    rows = dataset.take(info.take) if streaming else dataset
+    return [_read(info, labelled)(record) for record in rows]
 
 
-def _read(facts: CorpusInfo, labelled: bool) -> Callable[[dict[str, Any]], Any]:
-    return facts.example if labelled and facts.example is not None else facts.record
+def _read(info: CorpusInfo, labelled: bool) -> Callable[[dict[str, Any]], Any]:
+    return info.example if labelled and info.example is not None else info.record

@@ -1,4 +1,4 @@
-"""Made-up text, token ids and images: any model runs on them, and no number means anything."""
+"""Synthetic text, token ids and images for tests; results on them have no meaning."""
 
 import random
 from collections.abc import Sequence
@@ -27,8 +27,8 @@ class Synthetic(Corpus):
         check_split(self, split, SPLITS)
         rng = random.Random(f"{self.seed} {split}")
         letters = "etaoinshrdlu"
-        known = ["".join(rng.choices(letters, k=rng.randint(1, 8))) for _ in range(500)]
-        return [" ".join(rng.choices(known, k=self.words)) + ".\n" for _ in range(self.count)]
+        vocabulary = ["".join(rng.choices(letters, k=rng.randint(1, 8))) for _ in range(500)]
+        return [" ".join(rng.choices(vocabulary, k=self.words)) + ".\n" for _ in range(self.count)]
 
     def text(self, split: str) -> str:
         return "".join(self.documents(split))
@@ -40,13 +40,13 @@ class Synthetic(Corpus):
         return torch.randint(vocabulary, (count,), generator=self._generator(split))
 
     def examples(self, split: str) -> list[Example]:
-        """Words without an e for class 0, with one for class 1, in turn."""
-        found = []
+        """Alternately words without the letter e (class 0) and words with it (class 1)."""
+        examples = []
         for index, document in enumerate(self.documents(split)):
             label = index % 2
             words = [word for word in document.split() if ("e" in word) == bool(label)]
-            found.append(Example(" ".join(words[:12]), None, label))
-        return found
+            examples.append(Example(" ".join(words[:12]), None, label))
+        return examples
 
     def total(self, split: str) -> int:
         return self.count
@@ -54,7 +54,7 @@ class Synthetic(Corpus):
     def images(
         self, split: str, shape: Sequence[int], classes: int, rows: Sequence[int]
     ) -> tuple[Float[Tensor, "images channels height width"], Int64[Tensor, " images"]]:
-        """Noise about one picture per class."""
+        """One picture per class plus noise."""
         pictures = torch.randn(classes, *shape, generator=self._generator("train"))
         generator = self._generator(split)
         labels = torch.randint(classes, (self.count,), generator=generator)

@@ -1,4 +1,4 @@
-"""Text to token ids, once per text and tokenizer."""
+"""Tokenization of texts, cached per text and tokenizer."""
 
 import torch
 from jaxtyping import Int64
@@ -12,8 +12,8 @@ from qexp.data.corpus import Corpus, digest
 
 
 def encode_now(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:
-    """The ids of `text`; `special` adds what the tokenizer itself puts at the ends (BOS)."""
-    # verbose=False: a text longer than the model's context is what we want here
+    """The ids of `text`; `special` adds the special tokens of the tokenizer (BOS)."""
+    # verbose=False: a text longer than the model's context is intended here
     return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
 
 
@@ -29,7 +29,7 @@ def begins(tokenizer: PreTrainedTokenizerBase | None) -> int | None:
 def encode(
     tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False
 ) -> Int64[Tensor, " tokens"]:
-    """The ids of `text`, from the cache if it was tokenised before."""
+    """The ids of `text`, from the cache where it was tokenized before."""
 
     def build() -> dict[str, Tensor]:
         return {"ids": torch.tensor(encode_now(tokenizer, text, special), dtype=torch.int64)}
@@ -50,8 +50,8 @@ def running(
 ) -> Int64[Tensor, " tokens"]:
     """A split as one sequence of ids.
 
-    `join` None takes the text as it stands; else the (first) `documents` are joined by it. A model
-    without a tokenizer gets `enough` ids from a made-up corpus.
+    join: None takes the running text; a string joins the documents by it, or only the first
+    `documents` of them. A model without a tokenizer gets `enough` ids of the synthetic corpus.
     """
     if tokenizer is None:
         return corpus.ids(split, model.config.vocab_size, enough)

@@ -194,7 +194,7 @@ def test_accuracy_needs_classes():
     task = TASKS["causal_lm"](*tiny("llama")[:2])
     with pytest.raises(UserError, match="needs a classifier"):
         Accuracy("a", Calibration(Synthetic()))(task)
-    with pytest.raises(UserError, match="has the class 1, and the model 1 classes"):
+    with pytest.raises(UserError, match="has the label 1, but the model has 1 classes"):
         Calibration(Synthetic())(classifier(sizes={"num_labels": 1}))
 
 
