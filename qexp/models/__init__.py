@@ -1,1 +1,1 @@
-"""Where a model comes from: one file per kind of source."""
+"""Model sources (hub, folder, GGUF, finished run, random), and their preparation."""

@@ -1,4 +1,4 @@
-"""What every source of a model answers, and the checks that all of them share."""
+"""Interface of model sources, and the checks that all of them share."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -35,12 +35,12 @@ class Loaded(NamedTuple):
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
-    # What is left to do once the model is a task on its device (quantizers of an earlier run).
+    # Called with the task once it is on its device: attaches the quantizers of an earlier run.
     finish: Callable[[Task], None] = lambda task: None
 
 
 class ModelSource(ABC):
-    """A model that can be loaded, and what identifies it. Fields are the keys of conf/model/."""
+    """A model that can be loaded, with its identity. Fields are the keys of conf/model/."""
 
     dtype: str
     objective: str
@@ -51,11 +51,11 @@ class ModelSource(ABC):
 
     @abstractmethod
     def fingerprint(self) -> dict[str, str]:
-        """What the loaded weights and tokenizer depend on; equal only if they are equal."""
+        """Everything that the loaded weights and tokenizer depend on."""
 
     @abstractmethod
     def files(self) -> list[Path]:
-        """The local files that loading reads; a run recorded with others is stale."""
+        """The local files that loading reads; a run recorded with other files is stale."""
 
     def settled_dtype(self) -> str:
         """`dtype`, decided where it is `auto`; the same in every process, nothing loaded."""
@@ -78,11 +78,13 @@ def check(source: ModelSource, auto: bool = False) -> None:
     if source.dtype not in known:
         raise UserError(f"model.dtype: {source.dtype!r} is none of {', '.join(known)}")
     if source.objective not in AUTO:
-        raise UserError(f"model.objective: {source.objective!r} is none of {', '.join(AUTO)}")
+        raise UserError(
+            f"model.objective: {source.objective!r} is unknown; choose from {', '.join(AUTO)}"
+        )
 
 
 def ready(model: PreTrainedModel) -> PreTrainedModel:
-    """The last step of every `load`: linears, eval mode."""
+    """The last step of every `load`: `linearize`, eval mode."""
     if hasattr(model.config, "use_cache"):
-        model.config.use_cache = False  # nothing here generates token by token
+        model.config.use_cache = False  # models are evaluated on whole sequences
     return linearize(model).eval()

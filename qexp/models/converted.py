@@ -1,4 +1,4 @@
-"""Models whose conversion takes long, kept converted in the user's cache folder."""
+"""Cache of converted models, for formats that are slow to convert."""
 
 import hashlib
 import json
@@ -23,10 +23,11 @@ FORM = 2  # of what is kept; since 2 a tokenizer follows its file's flag for BOS
 
 
 def kept(source: ModelSource, convert: Callable[[], Loaded]) -> Loaded:
-    """What `convert` gives, from the second time on read from a folder (4 bytes a weight).
+    """The result of `convert`, read from the cache folder if it is there (4 bytes per weight).
 
-    The folder's name holds what the model depends on; its files are checked by sha256, and a folder
-    that is damaged is made again. A cache that cannot be written costs a warning, never a run.
+    The folder's name is a hash of everything that the model depends on. Its files are checked by
+    sha256; a damaged folder is converted again. A cache that cannot be written only causes a
+    warning.
     """
     key = {**source.fingerprint(), "objective": source.objective, "by": transformers.__version__}
     key["form"] = str(FORM)
@@ -35,19 +36,19 @@ def kept(source: ModelSource, convert: Callable[[], Loaded]) -> Loaded:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):
-            if not _whole(folder):
+            if not _is_intact(folder):
                 loaded = convert()
-                _keep(loaded, folder)
+                _store(loaded, folder)
                 return loaded
     except OSError as error:
-        log.warning("%s cannot be written (%s): going on without it", folder, error)
+        log.warning("%s cannot be written (%s); continuing without it", folder, error)
         return convert()
     name = f"cache {folder}"
     model = pretrained(str(folder), name, source, local_files_only=True)
     return Loaded(model, tokenizer_of(str(folder), name, source, local_files_only=True))
 
 
-def _keep(loaded: Loaded, folder: Path) -> None:
+def _store(loaded: Loaded, folder: Path) -> None:
     try:
         with atomic_folder(folder) as temporary:
             loaded.model.save_pretrained(temporary)
@@ -56,18 +57,18 @@ def _keep(loaded: Loaded, folder: Path) -> None:
             sums = {path.name: sha256(path) for path in temporary.iterdir()}
             (temporary / SUMS).write_text(json.dumps(sums))
             shutil.rmtree(folder, ignore_errors=True)
-    except Exception as error:  # a full disk has a different exception in every writer
-        log.warning("%s was not written (%s): going on without it", folder, error)
+    except Exception as error:  # a full disk raises a different exception in every writer
+        log.warning("%s was not written (%s); continuing without it", folder, error)
 
 
-def _whole(folder: Path) -> bool:
+def _is_intact(folder: Path) -> bool:
     if not folder.is_dir():
         return False
     try:
         sums = json.loads((folder / SUMS).read_text())
-        whole = all(sha256(folder / name) == value for name, value in sums.items())
+        intact = all(sha256(folder / name) == value for name, value in sums.items())
     except (OSError, ValueError, AttributeError):
-        whole = False
-    if not whole:
-        log.warning("%s is damaged: converting again", folder)
-    return whole
+        intact = False
+    if not intact:
+        log.warning("%s is damaged; converting again", folder)
+    return intact

@@ -1,4 +1,4 @@
-"""Where the model lies: whole on one device, or one block at a time."""
+"""Device of the model: all of it on one device, or one block at a time (offloading)."""
 
 from typing import Any
 
@@ -13,9 +13,9 @@ from qexp.task import TASKS, Task
 
 
 def place(task: Task, device: str, offload: bool) -> None:
-    """Move the model to `device` (`auto`: the process's own accelerator, else the CPU).
+    """Move the model to `device` (`auto`: the accelerator of this process's rank, else the CPU).
 
-    offload: blocks stay on the host, and each is on the device only while it runs, so that the
+    offload: blocks stay in host memory and each is on the device only while it runs, so that the
     device holds one block, the embeddings and the head. Raises UserError for an unusable device.
     """
     target = _device(device)
@@ -25,8 +25,8 @@ def place(task: Task, device: str, offload: bool) -> None:
     blocks = list(task.blocks)
     for module in task.model.modules():
         if not any(module is inner for block in blocks for inner in block.modules()):
-            for own in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-                own.data = own.data.to(target)
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                tensor.data = tensor.data.to(target)
     for block in blocks:
         block.register_forward_pre_hook(_mover(target))
         block.register_forward_hook(_mover(torch.device("cpu")), always_call=True)
@@ -44,8 +44,8 @@ def _device(name: str) -> torch.device:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         if accelerator is None:
             return torch.device("cpu")
-        own = ranks.local_rank()
-        return torch.device(accelerator.type, own) if own else accelerator
+        index = ranks.local_rank()
+        return torch.device(accelerator.type, index) if index else accelerator
     try:
         device = torch.device(name)
         if device.index is None and device.type != "cpu" and ranks.local_rank():
@@ -60,7 +60,7 @@ def _device(name: str) -> torch.device:
 
 
 def as_task(source: ModelSource, loaded: Loaded, cfg: DictConfig) -> Task:
-    """The loaded model on its device."""
+    """The task of a loaded model, on the device of the configuration."""
     task = TASKS[source.objective](loaded.model, loaded.tokenizer).eval()
     place(task, cfg.device, cfg.offload)
     return task

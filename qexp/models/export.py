@@ -1,4 +1,4 @@
-"""The model that a run left, as a Hugging Face folder; and training that ends in one."""
+"""Export of a finished run's model as a Hugging Face folder."""
 
 import logging
 from pathlib import Path
@@ -13,22 +13,22 @@ log = logging.getLogger(__name__)
 
 
 def check(out: Path) -> None:
-    """UserError where something stands that a folder of ours would replace."""
+    """UserError where `out` exists and is not an empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: stands already; name another folder, or delete it")
+        raise UserError(f"{out}: already exists; name another folder, or delete it")
 
 
 def export(run: Path, out: Path) -> None:
-    """Write the model and the tokenizer of a finished run, whole or not at all, as transformers
-    reads them: `model=local model.path=OUT`.
+    """Write the model and the tokenizer of a finished run atomically, as transformers reads them:
+    `model=local model.path=OUT`.
 
-    Raises UserError for what such a folder cannot hold: quantizers of activations, and parameters
-    that the family does not have.
+    Raises UserError for what such a folder cannot hold: activation quantizers, and parameters that
+    the family does not have.
     """
     check(out)
     _, others = weights_file.load(run)
     if any(name.startswith("quantizers.") for name in others):
-        raise UserError(f"{run}: its activations are quantized, which no model folder can say")
+        raise UserError(f"{run}: its activations are quantized, which a model folder cannot hold")
     loaded = FromRun(str(run)).load()
     with atomic_folder(out) as folder:
         loaded.model.save_pretrained(folder, state_dict=published(loaded.model))

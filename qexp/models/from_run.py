@@ -1,4 +1,4 @@
-"""The model that an earlier run left: `qexp model=from_run run=FOLDER`."""
+"""Models saved by an earlier run: `qexp model=from_run run=FOLDER`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,8 @@ from qexp.task import Task
 
 @dataclass(frozen=True)
 class FromRun(ModelSource):
-    """The float model that the run started from, with the weights, whatever else the run changed,
-    and the activation quantizers that it ended with."""
+    """The float model of the run with its final weights, all other tensors that it changed, and its
+    activation quantizers."""
 
     folder: str
 
@@ -55,8 +55,8 @@ class FromRun(ModelSource):
     def files(self) -> list[Path]:
         folder = Path(self.folder)
         results.config(self.folder)
-        own = [folder / weights_file.FILE, folder / ".hydra" / "config.yaml"]
-        return [*self._origin().files(), *own]
+        written = [folder / weights_file.FILE, folder / ".hydra" / "config.yaml"]
+        return [*self._origin().files(), *written]
 
     def settled_dtype(self) -> str:
         return self._origin().settled_dtype()

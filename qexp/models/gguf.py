@@ -1,4 +1,4 @@
-"""GGUF files, dequantized: from here on a float model like any other."""
+"""GGUF files, dequantized to a float model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +23,10 @@ FLAGS = ("is_quantized", "quantization_method", "hf_quantizer")
 
 @dataclass(frozen=True)
 class GGUF(ModelSource):
-    """A .gguf file of an architecture that transformers can read, with the tokenizer inside it.
+    """A .gguf file of an architecture that transformers can read, with the tokenizer in it.
 
-    The weights sit on the file's own grid already (Q4_1: 4 bits in blocks of 32 columns), so
-    rounding them to that same grid again would cost nothing: quantize below it.
+    The weights are already values of the file's grid (Q4_1: 4 bits in blocks of 32 columns). To
+    round them to the same grid again changes nothing: use fewer bits.
     """
 
     path: str
@@ -47,7 +47,7 @@ class GGUF(ModelSource):
         options: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
         name = f"model.path: {path}"
         try:
-            # handed on, or each of the two below would parse the header (seconds) once more
+            # passed on, or both calls below would parse the header again (seconds)
             config = AutoConfig.from_pretrained(where, **options)
             tokenizer = tokenizer_of(where, name, self, config=config, **options)
             unpack = GgufConfig(dequantize=True)  # even where kernels could compute on the blocks
@@ -118,7 +118,7 @@ def _follow(path: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
 
 
 def _unflagged(model: PreTrainedModel) -> PreTrainedModel:
-    """Its weights are floats now; the flags would forbid .to(dtype), training and saving."""
+    """The model without quantization flags, which would forbid .to(dtype), training and saving."""
     for flag in FLAGS:
         model.__dict__.pop(flag, None)
     if hasattr(model.config, "quantization_config"):

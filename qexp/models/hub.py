@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub, downloaded once into its own cache."""
+"""Models of the Hugging Face hub, downloaded once into the hub's cache."""
 
 import json
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from qexp.models.pretrained import (
 class Hub(ModelSource):
     """Any hub id, at a branch, tag or commit.
 
-    Gated models need `HF_TOKEN`; `HF_HOME` moves the cache, `HF_HUB_OFFLINE=1` uses nothing else.
+    Gated models need `HF_TOKEN`. `HF_HOME` moves the cache, `HF_HUB_OFFLINE=1` uses only the cache.
     """
 
     id: str
@@ -64,7 +64,7 @@ class Hub(ModelSource):
         return checkpoint_dtype(str(self._snapshot()), self._name, self)
 
     def files(self) -> list[Path]:
-        """None: a commit is its content, and `fingerprint` holds it."""
+        """Empty: the commit in `fingerprint` determines the content."""
         return []
 
     @property
@@ -84,19 +84,18 @@ class Hub(ModelSource):
 
     def _refused(self, error: BaseException) -> UserError:
         return UserError(
-            f"{self._name} can neither be fetched nor found in the local cache "
+            f"{self._name} can be neither downloaded nor found in the local cache "
             f"({first_line(error)}); for a copy on this disk use model=local model.path=FOLDER"
         )
 
 
 @cache
 def _reachable(endpoint: str) -> bool:
-    """Whether anything can be connected to there. A download would try for 25 s before it says
-    that nothing can."""
+    """Whether the endpoint accepts connections. A download would retry for 25 s before it fails."""
     try:
         http_backoff("HEAD", endpoint, max_retries=1, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except (OfflineModeIsEnabled, httpx.ConnectError):
         return False
-    except (OSError, httpx.HTTPError):  # an answer, or none yet: the download finds out
+    except (OSError, httpx.HTTPError):  # an answer, or a timeout: the download reports the error
         return True
     return True

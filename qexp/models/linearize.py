@@ -1,4 +1,4 @@
-"""Normalize at the door: every linear map of a loaded model is an nn.Linear."""
+"""Normalization of loaded models: every linear map becomes an nn.Linear."""
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +11,13 @@ from qexp.common.errors import UserError
 def linearize(model: PreTrainedModel) -> PreTrainedModel:
     """Replace GPT-2's `Conv1D` (weight stored [columns, rows]) by nn.Linear, in place.
 
-    Logits are unchanged up to the order of summation, modules and weights that were shared stay
-    shared. The state dict is no longer that of the published checkpoint (weights are transposed).
+    Logits are unchanged up to the order of summation; shared modules and weights stay shared. The
+    state dict differs from that of the published checkpoint (weights are transposed).
     """
     linears: dict[int, nn.Linear] = {}
     weights: dict[int, nn.Parameter] = {}
     for parent in list(model.modules()):
-        for name, child in parent._modules.items():  # named_children() hides a module seen before
+        for name, child in parent._modules.items():  # named_children() skips repeated modules
             if not isinstance(child, Conv1D):
                 continue
             if id(child) not in linears:
@@ -32,15 +32,15 @@ def _linear(conv: Conv1D, weights: dict[int, nn.Parameter]) -> nn.Linear:
         weights[id(conv.weight)] = nn.Parameter(
             conv.weight.detach().T.contiguous(), requires_grad=conv.weight.requires_grad
         )
-    with torch.device("meta"):  # no time spent on an initialization that is thrown away
+    with torch.device("meta"):  # skips the initialization
         linear = nn.Linear(columns, rows)
     linear.weight, linear.bias = weights[id(conv.weight)], conv.bias
     return linear.train(conv.training)
 
 
 def published(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The state dict as transformers writes the family's: `linearize` undone. UserError for a
-    parameter that the family does not have (a bias that took a shift)."""
+    """The state dict in the format of transformers: the inverse of `linearize`. UserError for a
+    parameter that the family does not have (a bias that was added to hold a shift)."""
     with torch.device("meta"):
         family = type(model)(model.config)
     state = model.state_dict()

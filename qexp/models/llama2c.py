@@ -1,4 +1,4 @@
-"""The .bin checkpoints of llama2.c (version 0), as transformers' Llama."""
+"""Checkpoints of llama2.c (.bin, version 0), loaded as transformers' Llama."""
 
 import struct
 from dataclasses import dataclass
@@ -27,12 +27,11 @@ HEADER = struct.Struct("<7i")
 
 @dataclass(frozen=True)
 class Llama2C(ModelSource):
-    """`path` is the .bin, `tokenizer` the sentencepiece model it was trained with, both looked for
-    in the folder QEXP_DATA_DIR too.
+    """path: the .bin file. tokenizer: its sentencepiece model. Both may be below QEXP_DATA_DIR.
 
-    Layout (github.com/karpathy/llama2.c, `legacy_export`): seven int32, then float32 weights kind
-    by kind, each for all layers. RoPE rotates neighbouring pairs there and halves in transformers,
-    so the rows of wq and wk are permuted.
+    Layout (github.com/karpathy/llama2.c, `legacy_export`): seven int32, then float32 weights by
+    kind, each for all layers. RoPE rotates adjacent pairs there and halves in transformers, so the
+    rows of wq and wk are permuted.
     """
 
     path: str
@@ -46,7 +45,7 @@ class Llama2C(ModelSource):
     def load(self) -> Loaded:
         path, tokenizer = self.files()
         config, weights = _header(path)
-        with torch.random.fork_rng(devices=[]):  # its initialization is thrown away
+        with torch.random.fork_rng(devices=[]):  # keeps the caller's random state
             model = LlamaForCausalLM(config)
         model.load_state_dict(_state(config, weights), strict=False)
         model.tie_weights()
@@ -57,19 +56,19 @@ class Llama2C(ModelSource):
         return {"weights": sha256(path), "tokenizer": sha256(tokenizer), "dtype": self.dtype}
 
     def files(self) -> list[Path]:
-        found = []
+        files = []
         for key in ("path", "tokenizer"):
             file = locate(getattr(self, key))
             if not file.is_file():
                 raise UserError(
-                    f"model.{key}: {file} is not a file; QEXP_DATA_DIR names the folder of models/"
+                    f"model.{key}: {file} is not a file; set QEXP_DATA_DIR to its data folder"
                 )
-            found.append(file)
-        return found
+            files.append(file)
+        return files
 
 
 def _header(path: Path) -> tuple[LlamaConfig, Float32[Tensor, " numbers"]]:
-    """The sizes, and all numbers that follow; UserError unless they are as many as announced."""
+    """The configuration and all weights; UserError where the file size contradicts the header."""
     content = bytearray(path.read_bytes())
     if len(content) < HEADER.size:
         raise UserError(f"model.path: {path} is shorter than the header of a llama2.c file")
@@ -86,21 +85,21 @@ def _header(path: Path) -> tuple[LlamaConfig, Float32[Tensor, " numbers"]]:
         num_key_value_heads=kv_heads,
         max_position_embeddings=length,
         rms_norm_eps=1e-5,
-        tie_word_embeddings=vocab > 0,  # a negative size announces a classifier of its own
+        tie_word_embeddings=vocab > 0,  # a negative size means a separate lm_head
         bos_token_id=1,
         eos_token_id=2,
     )
     expected = HEADER.size + 4 * sum(shape.numel() for _, shape in _layout(config))
     if len(content) != expected:
         raise UserError(
-            f"model.path: {path} has {len(content)} bytes where its header announces {expected}: "
-            "truncated, or another format than llama2.c version 0"
+            f"model.path: {path} has {len(content)} bytes, but its header requires {expected}: "
+            "truncated, or not in the format of llama2.c version 0"
         )
     return config, torch.frombuffer(content, dtype=torch.float32, offset=HEADER.size)
 
 
 def _layout(config: LlamaConfig) -> list[tuple[str, torch.Size]]:
-    """What stands in the file, in order; `{}` is a layer's number, whose axis comes first."""
+    """Names and shapes of the tensors in file order; `{}` is the layer index, the first axis."""
     dim, hidden, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     size = dim // config.num_attention_heads
     values = size * config.num_key_value_heads
@@ -146,8 +145,8 @@ def _state(config: LlamaConfig, weights: Float32[Tensor, " numbers"]) -> dict[st
 def sentencepiece_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """A BPE sentencepiece model as a fast tokenizer; <s> is prepended as a special token.
 
-    Sentencepiece joins the two pieces whose union has the highest score, so the merges in order of
-    that score are the same tokenizer. It also collapses runs of spaces, as the training text was.
+    Sentencepiece merges the two pieces whose union has the highest score, so merges in order of
+    that score give the same tokenizer. Repeated spaces are collapsed, as in the training text.
     """
     try:
         pieces = SentencePieceProcessor(model_file=str(path))

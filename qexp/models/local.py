@@ -1,4 +1,4 @@
-"""Models on this disk: a folder as save_pretrained writes it, or a GGUF file."""
+"""Local models: a folder as save_pretrained writes it, or a GGUF file."""
 
 import json
 from dataclasses import dataclass
@@ -20,13 +20,13 @@ from qexp.models.pretrained import (
 )
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-# any one of these makes a tokenizer, alone or with those beside it
+# one of these is enough for a tokenizer, with or without further files
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
 @dataclass(frozen=True)
 class Local(ModelSource):
-    """`path` is a folder with config.json, weights and tokenizer, or a .gguf file."""
+    """path: a folder with config.json, weights and tokenizer, or a .gguf file."""
 
     path: str
     dtype: str = AUTO_DTYPE
@@ -40,7 +40,7 @@ class Local(ModelSource):
         if gguf := self._gguf():
             return gguf.load()
         folder, name = self._folder(), f"model.path: {self.path}"
-        self.files()  # says which file is missing, in our words
+        self.files()  # a UserError that names a missing file
         try:
             refuse_quantized(json.loads((folder / "config.json").read_text()), name)
             model = pretrained(str(folder), name, self, self.head, local_files_only=True)
@@ -62,12 +62,12 @@ class Local(ModelSource):
         return checkpoint_dtype(str(self._folder()), f"model.path: {self.path}", self)
 
     def files(self) -> list[Path]:
-        """Every file of the folder that belongs to the model; UserError names one that lacks."""
+        """Every file of the folder that belongs to the model. UserError for a missing one."""
         if gguf := self._gguf():
             return gguf.files()
         folder = self._folder()
         if not (folder / "config.json").is_file():
-            raise UserError(f"model.path: {folder} has no config.json, so it is no model folder")
+            raise UserError(f"model.path: {folder} is not a model folder: it has no config.json")
         weights = _weights(folder)
         texts = self.objective != "image_classification"
         if texts and not any((folder / name).is_file() for name in TOKENIZERS):
@@ -102,7 +102,7 @@ class Local(ModelSource):
 
 
 def _weights(folder: Path) -> list[Path]:
-    """The weight files of a folder; safetensors first, whole or in shards."""
+    """The weight files of a folder, one file or shards; safetensors are preferred."""
     for name in WEIGHTS:
         if (folder / name).is_file():
             return [folder / name]

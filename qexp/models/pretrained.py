@@ -1,4 +1,4 @@
-"""What hub ids, folders and GGUF files have in common: transformers' from_pretrained, checked."""
+"""Checked loading with transformers' from_pretrained, for hub ids, folders and GGUF files."""
 
 import logging
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ LARGE = 10**9
 
 @dataclass(frozen=True)
 class Head:
-    """A classification head of so many classes, made from `seed` unless the checkpoint has it."""
+    """A classification head of `classes`, initialized from `seed` unless the checkpoint has one."""
 
     classes: int
     seed: int = 0
@@ -28,10 +28,10 @@ class Head:
 def pretrained(
     where: str, name: str, source: ModelSource, head: Head | None = None, **options: Any
 ) -> PreTrainedModel:
-    """The model of a hub id or folder `where`, as it stands there, and whole but for the `head`.
+    """The model of a hub id or folder `where`. UserError if weights outside `head` are missing.
 
-    `name` is the config key and value that errors speak of. transformers fills missing weights
-    with random ones and only warns, so a head that was never trained would be measured.
+    name: the config key and value, for error messages. transformers initializes missing weights
+    randomly and only warns, so that an untrained model would be evaluated.
     """
     if head is not None:
         if not source.objective.endswith("classification"):
@@ -47,14 +47,14 @@ def pretrained(
             **options,
         )
     missing = sorted(report["missing_keys"])
-    if head is not None:  # what is not of the model below it is the head
-        below = f"{model.base_model_prefix}."
-        missing = [key for key in missing if key.startswith(below)]
+    if head is not None:  # the head is everything outside the base model
+        base = f"{model.base_model_prefix}."
+        missing = [key for key in missing if key.startswith(base)]
     if missing:
         raise UserError(
             f"{name}: the checkpoint has no {missing[0]} ({len(missing)} missing), which "
             f"model.objective={source.objective} needs; choose a checkpoint with it or another "
-            "objective, or give a classifier a fresh head (model.head)"
+            "objective, or give a classifier a new head (model.head)"
         )
     return model
 
@@ -85,12 +85,12 @@ def checkpoint_dtype(folder: str, name: str, source: ModelSource) -> str:
 
 
 def marked(fingerprint: dict[str, str], head: Head | None) -> dict[str, str]:
-    """What identifies a model with that head."""
+    """The fingerprint of a model with that head."""
     return fingerprint if head is None else {**fingerprint, "head": repr(head)}
 
 
 def refuse_quantized(config: dict[str, Any], name: str) -> None:
-    """UserError for a checkpoint that is stored quantized, from its config.json."""
+    """UserError for a quantized checkpoint. config: the content of its config.json."""
     if stored := config.get("quantization_config"):
         method = stored.get("quant_method", "an unnamed method")
         raise UserError(
@@ -101,7 +101,7 @@ def refuse_quantized(config: dict[str, Any], name: str) -> None:
 def tokenizer_of(
     where: str, name: str, source: ModelSource, **options: Any
 ) -> PreTrainedTokenizerBase | None:
-    """Of a hub id or folder; None for images."""
+    """The tokenizer of a hub id or folder; None for images."""
     if source.objective == "image_classification":
         return None
     try:
@@ -109,5 +109,5 @@ def tokenizer_of(
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{name}: its tokenizer cannot be loaded ({first_line(error)}); a language model needs "
-            "tokenizer.json or tokenizer.model beside its weights"
+            "tokenizer.json or tokenizer.model next to its weights"
         ) from error

@@ -1,4 +1,4 @@
-"""Random models of any family: small, seeded, no network."""
+"""Randomly initialized models of any family, seeded; they need no network."""
 
 import hashlib
 from dataclasses import dataclass, field
@@ -29,9 +29,9 @@ SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "mask_
 class Random(ModelSource):
     """A transformers config of `family` with `sizes`, initialized from `seed`.
 
-    noise: the deviation of what is added to biases and norm weights: at their usual zeros and ones
-    a test's mistake with them would stay unseen. tokenizer: its folder, looked for below the folder
-    QEXP_DATA_DIR too; null takes the 256 bytes.
+    noise: standard deviation of the noise on biases and norm weights. With their usual zeros and
+    ones, tests would not detect errors in them.
+    tokenizer: its folder, also looked for below QEXP_DATA_DIR; null: `byte_tokenizer`.
     """
 
     family: str
@@ -67,7 +67,7 @@ class Random(ModelSource):
         folder = locate(self.tokenizer)
         if not folder.is_dir():
             raise UserError(
-                f"model.tokenizer: {folder} is no folder; give one with vocab.json, or set "
+                f"model.tokenizer: {folder} is not a folder; give one with vocab.json, or set "
                 "QEXP_DATA_DIR"
             )
         return sorted(path for path in folder.iterdir() if path.is_file())
@@ -78,7 +78,7 @@ class Random(ModelSource):
         if self.tokenizer is None:
             return byte_tokenizer()
         name = f"model.tokenizer: {self.tokenizer}"
-        # The folder may hold a vocabulary and nothing that names its kind: that is the family's.
+        # The folder may contain only a vocabulary; its kind is then that of the family.
         options = {"config": self._config(), "local_files_only": True}
         return tokenizer_of(str(locate(self.tokenizer)), name, self, **options)
 
@@ -87,7 +87,7 @@ class Random(ModelSource):
             known = AutoConfig.for_model(self.family)
         except ValueError as error:
             raise UserError(
-                f"model.family: {self.family!r} is no model type of transformers"
+                f"model.family: {self.family!r} is not a model type of transformers"
             ) from error
         if unknown := [key for key in self.sizes if not hasattr(known, key)]:
             raise UserError(f"model.sizes.{unknown[0]}: {type(known).__name__} has no such field")
@@ -101,7 +101,7 @@ def _disturb(model: PreTrainedModel, noise: float) -> None:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:
-    """256 bytes, then <s> </s> <pad> <mask>: 260 tokens, any text, nothing added by itself."""
+    """256 bytes, <s>, </s>, <pad> and <mask>: 260 tokens; adds no special tokens to a text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

