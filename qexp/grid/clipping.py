@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Number = float | int  # shape checks tell the two apart
+Number = float | int  # shape checks distinguish the two
 Rounding = Callable[[Tensor], Tensor]
 Clamp = Callable[[Tensor, float, float], Tensor]
 
