@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-CHECKPOINTS = "training-"  # first letters of the folders from which killed training resumes
+CHECKPOINTS = "training-"  # prefix of the folders from which killed training resumes
 
 
 class Workspace:
@@ -21,9 +21,9 @@ class Workspace:
             self.clear()
 
     def clear(self) -> None:
-        """Remove what the run would have resumed from: its results are on disk."""
+        """Remove the files from which the run could resume; its results are on disk."""
         while self._removals:
             self._removals.pop()()
         if self.folder is not None:  # also checkpoints of an earlier attempt with other code
-            for left in self.folder.glob(f"{CHECKPOINTS}*"):
-                shutil.rmtree(left, ignore_errors=True)
+            for leftover in self.folder.glob(f"{CHECKPOINTS}*"):
+                shutil.rmtree(leftover, ignore_errors=True)
