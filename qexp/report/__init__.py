@@ -1,1 +1,1 @@
-"""Finished runs as tables, plots and pages; loggers."""
+"""Tables, plots and HTML pages of finished runs; loggers."""

@@ -1,4 +1,4 @@
-"""A figure whose marks can be asked what they are."""
+"""Matplotlib figures as PNG, and as SVG with a tooltip for each mark."""
 
 import io
 import re
@@ -11,44 +11,45 @@ from qexp.common.files import atomic
 
 
 def figure(width: float, height: float) -> Any:
-    """An empty matplotlib figure of so many inches that needs no screen."""
+    """An empty matplotlib figure, sizes in inches, on a canvas that needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    made = Figure(figsize=(width, height), dpi=160, layout="constrained")
-    FigureCanvasAgg(made)
-    return made
+    empty = Figure(figsize=(width, height), dpi=160, layout="constrained")
+    FigureCanvasAgg(empty)
+    return empty
 
 
 @dataclass
 class Picture:
-    """A figure, and what to say of the marks in it that have an id."""
+    """A figure, and the tooltip of each mark by the mark's id."""
 
     figure: Any
     says: dict[str, str] = field(default_factory=dict)
 
     def name(self, text: str) -> str:
-        """An id for a mark of which `text` is to be said."""
+        """A new id for a mark whose tooltip is `text`."""
         mark = f"mark{len(self.says)}"
         self.says[mark] = text
         return mark
 
     def png(self, path: Path) -> None:
-        """Write it as a PNG."""
+        """Write the figure as a PNG file."""
         with atomic(path) as temporary:
             self.figure.savefig(temporary, format="png")
 
     def svg(self) -> str:
-        """An `<svg>` element whose marks carry titles; its text stays text."""
+        """An `<svg>` element with a `<title>` in each mark; text is kept as text, not as paths."""
         from matplotlib import rc_context
 
         file = io.StringIO()
-        with rc_context({"svg.fonttype": "none", "svg.hashsalt": "qexp"}):  # no random ids
+        # a fixed salt makes the ids, and so the file, reproducible
+        with rc_context({"svg.fonttype": "none", "svg.hashsalt": "qexp"}):
             self.figure.savefig(file, format="svg", metadata={"Date": None})
         text = file.getvalue()
         text = text[text.index("<svg") :]
         text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-        # tenths of a point are finer than a screen
+        # one decimal of a point is finer than a screen pixel
         text = re.sub(r' d="[^"]+"', lambda path: re.sub(r"(\.\d)\d+", r"\1", path[0]), text)
         text = re.sub(r"\s*\n\s*", " ", text)
         return re.sub(r'<g id="(mark\d+)">', self._titled, text)

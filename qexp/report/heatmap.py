@@ -1,4 +1,4 @@
-"""Errors layer by layer as HTML: blocks down, the linears of a block across, a shade for each."""
+"""HTML heat map of layer errors: a row per block, a column per linear of a block."""
 
 import math
 import re
@@ -17,7 +17,10 @@ SHADES = 32
 
 
 def heat_map(errors: Mapping[str, float], limits: tuple[float, float]) -> str:
-    """The logarithm of each error as a shade between those of the limits; white where it is 0."""
+    """Colours the logarithm of each error between `limits`; zero and non-finite errors are white.
+
+    `errors`: by the linear's full name.
+    """
     places = {place(name): name for name in errors}
     blocks = sorted({block for block, _ in places})
     kinds = list(dict.fromkeys(kind for _, kind in places))
@@ -34,29 +37,29 @@ def heat_map(errors: Mapping[str, float], limits: tuple[float, float]) -> str:
             if error > 0 and math.isfinite(error):
                 share = (math.log(error) - low) / max(high - low, 1e-9)
                 shade = shades[round(min(max(share, 0), 1) * (SHADES - 1))]
-            said = escape(f"{name}: {error:.3g}")
-            cells.append(f'<i style="background:{shade}" title="{said}"></i>')
+            tooltip = escape(f"{name}: {error:.3g}")
+            cells.append(f'<i style="background:{shade}" title="{tooltip}"></i>')
     columns = f"grid-template-columns:auto repeat({len(kinds)},auto)"
     return f'<div class="heat" style="{columns}">{"".join(cells)}</div>'
 
 
 def scale(limits: tuple[float, float]) -> str:
-    """Which error each shade is."""
+    """The colour bar that belongs to `limits`."""
     bar = f'<i class="scale" style="background:linear-gradient(90deg,{",".join(_shades())})"></i>'
     return f'<span class="bar">≤ {limits[0]:.2g}{bar}≥ {limits[1]:.2g}</span>'
 
 
 def place(name: str) -> tuple[int, str]:
-    """The block of a linear, and its name there."""
-    found = re.match(r"(?:.*?\.)?(\d+)\.(.+)", name)
-    return (int(found[1]), found[2]) if found else (0, name)
+    """The block index of a linear, and its name inside the block."""
+    match = re.match(r"(?:.*?\.)?(\d+)\.(.+)", name)
+    return (int(match[1]), match[2]) if match else (0, name)
 
 
 def span(values: Iterable[float]) -> tuple[float, float]:
-    """Between which 96 of 100 lie; the few beyond have the shades at the ends."""
+    """The limits that contain the middle 96% of the positive values; the rest is clipped."""
     shown = sorted(value for value in values if value > 0 and math.isfinite(value))
-    beyond = len(shown) // 50
-    return (shown[beyond], shown[-1 - beyond]) if shown else (1e-6, 1.0)
+    clipped = len(shown) // 50
+    return (shown[clipped], shown[-1 - clipped]) if shown else (1e-6, 1.0)
 
 
 def _shades() -> list[str]:

@@ -1,4 +1,4 @@
-"""A report as one HTML file that needs nothing else: no network, no server, no other file."""
+"""Report as one self-contained HTML file: no network, no server, no other file."""
 
 import json
 import re
@@ -39,7 +39,7 @@ figcaption { font-size: .8rem; margin-bottom: .3rem }
   padding: .4rem .6rem; border-radius: .3rem; font-size: .82rem; white-space: pre-line;
   pointer-events: none }
 """
-# titles show at once instead of after the browser's second; a click on a title sorts
+# tooltips appear without the browser's delay; a click on a column title sorts the rows
 SCRIPT = """
 const tip = document.getElementById('tip');
 for (const title of document.querySelectorAll('.mark > title')) {
@@ -74,7 +74,10 @@ def page(
     notes: Sequence[str],
     x: str = "weight/bits",
 ) -> str:
-    """The whole document: table, pictures, errors by layer, runs, protocols, what was left out."""
+    """The whole document: plots, table, errors by layer, runs, protocols and skipped runs.
+
+    `notes`: one line per skipped run. `x`: the quantity on the plots' x axis.
+    """
     settings = table.settings
     runs = [run for setting in settings for run in setting.runs]
 
@@ -112,13 +115,13 @@ def page(
 
 
 def common(settings: Sequence[Setting]) -> str:
-    """What all settings share, of what a reader asks first."""
-    found = []
+    """The main choices (model, data, bits …) that all settings share, as `key=value`."""
+    shared = []
     for key in ("model", "data", "calibration", "weight", "weight.group_size", "activation", "kv"):
         labels = {setting.label(key) for setting in settings} - {"", "float"}
         if len(labels) == 1 and (label := labels.pop()) != "none":
-            found.append(f"{key}={label}")
-    return ", ".join(found)
+            shared.append(f"{key}={label}")
+    return ", ".join(shared)
 
 
 def _table(sheet: tables.Sheet) -> str:
@@ -156,8 +159,8 @@ def _cell(cell: tables.Cell, is_number: bool, sheet: tables.Sheet, title: str) -
     value = f' data-value="{cell.value}"' if cell.value == cell.value else ""
     hover = ""
     if cell.setting is not None:
-        told = [cell.setting.run.command, *(str(run.folder) for run in cell.setting.runs)]
-        hover = f' title="{escape(chr(10).join(told))}"'
+        tooltip = [cell.setting.run.command, *(str(run.folder) for run in cell.setting.runs)]
+        hover = f' title="{escape(chr(10).join(tooltip))}"'
     note = f"<small>{escape(cell.note)}</small>" if cell.note else ""
     text = escape(cell.text)
     if cell.setting is not None and text:
@@ -166,19 +169,19 @@ def _cell(cell: tables.Cell, is_number: bool, sheet: tables.Sheet, title: str) -
 
 
 def _breakable(title: str) -> str:
-    """A title that may go on in the next line after the marks that part its words."""
+    """A title that may be wrapped after `/`, `_` and `.`."""
     return re.sub(r"([/_.])", r"\1<wbr>", escape(title))
 
 
 def _maps(settings: Sequence[Setting], numbers: Mapping[int, int]) -> list[str]:
-    """Errors by layer, all on one scale, so that two maps can be held against each other."""
-    found = [(setting, errors) for setting in settings if (errors := setting.layers)]
-    if not found:
+    """Heat maps of the errors by layer, all on one colour scale so that they can be compared."""
+    measured = [(setting, errors) for setting in settings if (errors := setting.layers)]
+    if not measured:
         return []
-    limits = heatmap.span(value for _, errors in found for value in errors.values())
-    keys = differing([setting for setting, _ in found])
+    limits = heatmap.span(value for _, errors in measured for value in errors.values())
+    keys = differing([setting for setting, _ in measured])
     figures = []
-    for setting, errors in found:
+    for setting, errors in measured:
         words = [word for word in setting.words(keys).values() if word != "none"]
         name = f"<b>{numbers[id(setting)]}</b> {escape(', '.join(words))}"
         picture = heatmap.heat_map(errors, limits)
@@ -209,19 +212,19 @@ def _runs(settings: Iterable[Setting], numbers: Mapping[int, int]) -> str:
 
 
 def _run(run: Run, number: int, first: bool) -> str:
-    known = run.provenance
-    git = known.get("git") or {}
+    provenance = run.provenance
+    git = provenance.get("git") or {}
     revision = (git.get("revision") or "")[:10] + (" and changes" if git.get("dirty") else "")
-    machine = known.get("machine") or {}
+    machine = provenance.get("machine") or {}
     stages = ", ".join(
-        f"{name} {stage['seconds']:.1f}" for name, stage in known.get("stages", {}).items()
+        f"{name} {stage['seconds']:.1f}" for name, stage in provenance.get("stages", {}).items()
     )
     where = machine.get("cuda") or [machine.get("processor")]
     cells = [
         f"<code>{escape(run.command)}<br>{escape(str(run.folder))}</code>",
         escape(str(run.leaves.get("seed", ""))),
         escape(stages),
-        escape(str(known.get("code", ""))[:8]),
+        escape(str(provenance.get("code", ""))[:8]),
         escape(revision),
         escape(", ".join(str(each) for each in where if each)),
     ]
@@ -230,7 +233,7 @@ def _run(run: Run, number: int, first: bool) -> str:
 
 
 def _protocols(runs: Iterable[Run]) -> str:
-    found = {}
+    definitions = {}
     for run in runs:
         for name, entry in run.provenance.get("protocols", {}).items():
             definition = json.dumps(entry.get("definition", {}), indent=1, ensure_ascii=False)
@@ -241,5 +244,5 @@ def _protocols(runs: Iterable[Run]) -> str:
             found[f"{name} [{entry.get('digest', '')}]{note}"] = definition
     return "".join(
         f"<details><summary>{escape(name)}</summary><code>{escape(text)}</code></details>"
-        for name, text in found.items()
+        for name, text in definitions.items()
     )

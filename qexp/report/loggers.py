@@ -1,4 +1,4 @@
-"""Where a run's numbers are shown besides the files of its folder."""
+"""Loggers: a run's metrics as a CSV file or in Weights & Biases."""
 
 import csv
 import os
@@ -19,23 +19,26 @@ Log = Callable[[Mapping[str, float]], None]
 
 
 class Logger(ABC):
-    """One place to show numbers."""
+    """One destination for the metrics of a job."""
 
     @abstractmethod
     def open(
         self, config: dict[str, Any], folder: Path, group: str | None
     ) -> AbstractContextManager[Log]:
-        """Open it for one job: `config` is flat and resolved, with the choices of groups under
-        `choices.`; `group` names the sweep the job is part of."""
+        """Open it for one job, and give the function that logs metrics.
+
+        `config` is flat and resolved, with the choices of config groups under `choices.`. `group`
+        is the name of the sweep that the job belongs to.
+        """
 
 
 @dataclass(frozen=True)
 class Csv(Logger):
-    """`metrics.csv` in the run's folder, a line per metric: for spreadsheets and `grep`."""
+    """`metrics.csv` in the run's folder, one line per metric, for spreadsheets and `grep`."""
 
     @contextmanager
     def open(self, config: dict[str, Any], folder: Path, group: str | None) -> Iterator[Log]:
-        """Written when the job logs, so that a failed job leaves none."""
+        """The file is written when the job logs, so a failed job writes none."""
 
         def log(metrics: Mapping[str, float]) -> None:
             with atomic(folder / "metrics.csv") as path, path.open("w", newline="") as file:
@@ -48,11 +51,11 @@ class Csv(Logger):
 
 @dataclass(frozen=True)
 class Wandb(Logger):
-    """One Weights & Biases run per job, finished inside the job, grouped by its sweep.
+    """One Weights & Biases run per job, grouped by its sweep.
 
-    A run that is still open when the next job of the same process starts would take that job's
-    numbers too. Without WANDB_MODE in the environment it stays offline: no account, no question,
-    files in the run's folder that `wandb sync` uploads. W&B samples the machine by itself.
+    The W&B run is finished inside the job; otherwise it would receive the metrics of the next job
+    in the same process. If WANDB_MODE is not set it runs offline: no account and no login, only
+    files in the run's folder, which `wandb sync` uploads. W&B samples the machine's load itself.
     """
 
     project: str = "qexp"
@@ -61,8 +64,9 @@ class Wandb(Logger):
 
     @contextmanager
     def open(self, config: dict[str, Any], folder: Path, group: str | None) -> Iterator[Log]:
-        """The W&B run is named as the folder, and failed when the job fails."""
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its own faults go to a server
+        """The W&B run has the folder's name; it is marked as failed when the job fails."""
+        # otherwise wandb sends its own errors to a server
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
         run = wandb.init(
@@ -82,7 +86,7 @@ class Wandb(Logger):
             for line in _lines(folder / results.TRAINING):
                 run.log({f"training/{k}": float(v) for k, v in line.items() if v})
             run.log({**metrics, **_shown(folder)})
-            for text in folder.glob("*.md"):  # what evaluators left to be read
+            for text in folder.glob("*.md"):  # texts written by evaluators
                 run.save(str(text), base_path=str(folder), policy="now")
 
         code = 1
@@ -95,7 +99,7 @@ class Wandb(Logger):
 
 @contextmanager
 def opened(cfg: DictConfig, folder: Path, group: str | None = None) -> Iterator[Log]:
-    """All loggers of a configuration as one, closed in the reverse order."""
+    """All loggers of a configuration as one log function; they are closed in reverse order."""
     resolved: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     chosen = finished.choices(folder) if (folder / ".hydra").is_dir() else {}
     config = finished.flat(resolved) | {f"choices.{k}": v for k, v in chosen.items()}
@@ -114,7 +118,7 @@ def opened(cfg: DictConfig, folder: Path, group: str | None = None) -> Iterator[
 
 
 def _lines(path: Path) -> list[dict[str, str]]:
-    """A CSV file by lines, none where there is no file."""
+    """The lines of a CSV file; empty if the file does not exist."""
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:
@@ -122,26 +126,26 @@ def _lines(path: Path) -> list[dict[str, str]]:
 
 
 def _shown(folder: Path) -> dict[str, Any]:
-    """The layers as a table and a picture, other pictures of the run, and what it cost."""
+    """The layer errors as a table and a heat map, the run's PNG files, and its costs by stage."""
     import wandb
 
     from qexp.report import heatmap
 
-    found: dict[str, Any] = {}
+    shown: dict[str, Any] = {}
     if layers := _lines(folder / results.LAYERS):
         names: list[Any] = list(layers[0])
         rows = [[_number(line[name]) for name in names] for line in layers]
-        found["layers"] = wandb.Table(columns=names, data=rows)
+        shown["layers"] = wandb.Table(columns=names, data=rows)
         errors = {line["name"]: float(line["error"]) for line in layers}
         limits = heatmap.span(errors.values())
         head = f"<style>{heatmap.STYLE}</style>{heatmap.scale(limits)}"
         page = f"{head}<p>{heatmap.heat_map(errors, limits)}"
-        found["figures/layers"] = wandb.Html(page)
+        shown["figures/layers"] = wandb.Html(page)
     for path in sorted(folder.glob("*.png")):
-        found[f"figures/{path.stem}"] = wandb.Image(str(path))
+        shown[f"figures/{path.stem}"] = wandb.Image(str(path))
     for stage, cost in results.provenance(folder).get("stages", {}).items():
-        found |= {f"cost/{stage}/{key}": value for key, value in cost.items()}
-    return found
+        shown |= {f"cost/{stage}/{key}": value for key, value in cost.items()}
+    return shown
 
 
 def _number(text: str) -> float | str | None:

@@ -1,4 +1,4 @@
-"""Runs that differ in their seed alone are one setting: its mean, its spread, its rivals."""
+"""Settings (runs that differ only in their seed) and pivot tables of their metrics."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from qexp.common.errors import UserError
 from qexp.runs.finished import Column, Run
 
 SEED = ("seed",)
-MOST = 6  # keys that have a column each where none were chosen
+MOST = 6  # keys that get a column each if no rows were chosen
 FIRST = ("model", "data", "calibration", "transform", "method", "activation", "kv", "weight.bits")
 
 
@@ -23,17 +23,17 @@ class Spread:
 
     @property
     def count(self) -> int:
-        """How many seeds."""
+        """The number of seeds."""
         return len(self.values)
 
     @property
     def mean(self) -> float:
-        """NaN where nothing was measured."""
+        """NaN if nothing was measured."""
         return statistics.fmean(self.values.values()) if self.values else math.nan
 
     @property
     def deviation(self) -> float:
-        """Of a sample; NaN for fewer than two finite values."""
+        """The sample standard deviation; NaN for fewer than two values or a non-finite one."""
         values = list(self.values.values())
         if len(values) < 2 or not all(map(math.isfinite, values)):
             return math.nan
@@ -42,26 +42,26 @@ class Spread:
 
 @dataclass(frozen=True)
 class Setting:
-    """The runs of one configuration over its seeds, the oldest first."""
+    """The runs of one configuration over its seeds, oldest first. `over`: the keys that vary."""
 
     runs: tuple[Run, ...]
     over: tuple[str, ...] = SEED
 
     @property
     def run(self) -> Run:
-        """The one that speaks for all where only seeds differ."""
+        """The first run, for everything that does not depend on the seed."""
         return self.runs[0]
 
     def label(self, key: str) -> str:
-        """A choice or value that all of its runs have."""
+        """The choice or value of `key`, the same in all runs."""
         return self.run.label(key)
 
     def words(self, keys: Sequence[str]) -> dict[str, str]:
-        """The same where no title stands above: `mse`, `damp=0.1`, for those keys that it has."""
+        """Labels that need no column title, such as `mse` or `damp=0.1`, by key where defined."""
         found = {}
         for key, name in names(keys).items():
             label = self.label(key)
-            if key.endswith("._target_"):  # a class, of which a reader knows the name
+            if key.endswith("._target_"):  # the class name is enough
                 label = label.rpartition(".")[2]
             if label:
                 found[key] = label if key in self.run.choices else f"{name}={label}"
@@ -69,7 +69,7 @@ class Setting:
 
     @cached_property
     def seeded(self) -> dict[Column, dict[str, Run]]:
-        """The latest run of each seed that has the column."""
+        """By column, the latest run of each seed that measured it."""
         found: dict[Column, dict[str, Run]] = {}
         for run in self.runs:
             seed = " ".join(str(run.leaves.get(key)) for key in self.over)
@@ -78,28 +78,28 @@ class Setting:
         return found
 
     def spread(self, column: Column) -> Spread:
-        """The column's values by seed, none where it was not measured."""
+        """The column's values by seed; empty if it was not measured."""
         runs = self.seeded.get(column, {})
         return Spread({seed: run.metrics[column.name] for seed, run in runs.items()})
 
     def error(self, column: Column) -> float:
-        """The standard error over what was evaluated, of the only seed; NaN for several."""
+        """The standard error over the evaluated examples if there is one seed; otherwise NaN."""
         runs = list(self.seeded.get(column, {}).values())
         name = f"{column.name}_stderr"
         return runs[0].metrics.get(name, math.nan) if len(runs) == 1 else math.nan
 
     @property
     def bits(self) -> float:
-        """Measured bits per quantized weight, the mean over runs; NaN where none is quantized."""
+        """Measured bits per quantized weight, the mean over runs; NaN if none is quantized."""
         return self.value("weight/bits")
 
     def value(self, name: str) -> float:
-        """A metric by its name or a number of the configuration, the mean over runs."""
+        """A metric or a number of the configuration by its name, the mean over runs."""
         return _mean(run.value(name) for run in self.runs)
 
     @property
     def layers(self) -> dict[str, float]:
-        """The error of each linear, the mean over runs."""
+        """The error of each linear by its name, the mean over runs."""
         found: dict[str, list[float]] = {}
         for run in self.runs:
             for layer in run.layers:
@@ -112,13 +112,13 @@ class Setting:
         return _mean(run.seconds for run in self.runs)
 
     def peak(self, kind: str) -> float:
-        """The highest of all runs in GB."""
+        """The highest peak memory of all runs in GB; NaN if unknown. `kind`: `rss` or `cuda`."""
         return max((run.peak(kind) for run in self.runs), key=lambda peak: (peak == peak, peak))
 
 
 @dataclass(frozen=True)
 class Row:
-    """Labels, and a setting for each place in the columns that has one."""
+    """Row labels, and settings by the labels of the column keys."""
 
     labels: tuple[str, ...]
     cells: Mapping[tuple[str, ...], Setting]
@@ -126,45 +126,48 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Settings by the keys of rows and columns; under each place, metrics by their definition."""
+    """Settings by row and column keys; each cell shows the metrics in `columns`."""
 
     row_keys: tuple[str, ...]
     column_keys: tuple[str, ...]
     rows: tuple[Row, ...]
-    places: tuple[tuple[str, ...], ...]  # labels of the column keys, in order
+    places: tuple[tuple[str, ...], ...]  # distinct labels of the column keys, in order
     columns: tuple[Column, ...]
-    together: tuple[str, ...] = ()  # those of the row keys that share one column
+    together: tuple[str, ...] = ()  # row keys that share one column
 
     @property
     def settings(self) -> list[Setting]:
-        """All of them, by rows."""
+        """All settings, row by row."""
         return [setting for row in self.rows for setting in row.cells.values()]
 
 
 def group(runs: Iterable[Run], over: Sequence[str] = SEED) -> list[Setting]:
-    """Settings in the order of their first runs; `over` are the keys that may differ within one.
+    """Settings in the order of their first runs. `over`: keys that may differ inside a setting.
 
-    What was evaluated does not count: a setting may have been measured in several runs.
+    Runs may also differ in their evaluators: a setting may have been measured in several runs.
     """
-    found: dict[str, list[Run]] = {}
+    groups: dict[str, list[Run]] = {}
     for run in runs:
         content = {key: value for key, value in run.leaves.items() if key not in over}
-        found.setdefault(json.dumps(content, sort_keys=True, default=str), []).append(run)
-    return [Setting(tuple(sorted(members, key=_finished)), (*over,)) for members in found.values()]
+        groups.setdefault(json.dumps(content, sort_keys=True, default=str), []).append(run)
+    return [Setting(tuple(sorted(members, key=_finished)), (*over,)) for members in groups.values()]
 
 
 def differing(settings: Sequence[Setting]) -> list[str]:
-    """The keys that tell settings apart: first those that a reader looks for, where they vary, then
-    the fewest others, choices of groups before single values."""
-    kept = [key for key in FIRST if len({setting.label(key) for setting in settings}) > 1]
-    known = [key for setting in settings for key in setting.run.settings]
+    """The keys that distinguish settings.
+
+    The main keys (FIRST) that vary come first, then as few others as needed, with choices of
+    config groups before single values.
+    """
+    keys = [key for key in FIRST if len({setting.label(key) for setting in settings}) > 1]
+    candidates = [key for setting in settings for key in setting.run.settings]
     over = {key for setting in settings for key in setting.over}
-    parts = len({_told(setting, kept) for setting in settings})
-    for key in dict.fromkeys(known):
-        told = {_told(setting, [*kept, key]) for setting in settings}
-        if len(told) > parts and key not in over:
-            kept, parts = [*kept, key], len(told)
-    return kept
+    distinct = len({_values(setting, keys) for setting in settings})
+    for key in dict.fromkeys(candidates):
+        values = {_values(setting, [*keys, key]) for setting in settings}
+        if len(values) > distinct and key not in over:
+            keys, distinct = [*keys, key], len(values)
+    return keys
 
 
 def pivot(
@@ -175,10 +178,10 @@ def pivot(
 ) -> Table:
     """A table with `rows` down and `columns` across.
 
-    By default the rows are all keys that differ; of more than MOST, those that a reader does not
-    look for share a column.
+    The rows are all keys that differ by default; if there are more than MOST, the keys that are
+    not in FIRST share a column.
 
-    Raises UserError when two settings fall into one cell: settings are never averaged.
+    Raises UserError if two settings fall into one cell: settings are never averaged.
     """
     apart = differing(settings)
     together: list[str] = []
@@ -193,7 +196,7 @@ def pivot(
         if place in cells:
             keys = differing([cells[place], setting])
             raise UserError(
-                f"--rows {','.join(rows)}: {' '.join(labels) or 'one row'} would stand for several "
+                f"--rows {','.join(rows)}: {' '.join(labels) or 'one row'} would contain several "
                 f"settings; add {' or '.join(keys) or 'a key'} to --rows or --columns"
             )
         cells[place] = setting
@@ -210,26 +213,26 @@ def pivot(
 
 
 def names(keys: Sequence[str]) -> dict[str, str]:
-    """For each key its last parts, as many as no other of them ends with."""
-    whole = {key: key.removesuffix("._target_") for key in keys}
-    found = {}
-    for key, name in whole.items():
+    """For each key its shortest suffix of dotted parts that no other key ends with."""
+    full = {key: key.removesuffix("._target_") for key in keys}
+    short = {}
+    for key, name in full.items():
         parts = name.split(".")
-        ends = [".".join(parts[at:]) for at in range(len(parts) - 1, -1, -1)]
-        others = [f".{other}" for each, other in whole.items() if each != key]
-        alone = [end for end in ends if not any(each.endswith(f".{end}") for each in others)]
-        found[key] = alone[0] if alone else name
-    return found
+        suffixes = [".".join(parts[at:]) for at in range(len(parts) - 1, -1, -1)]
+        others = [f".{other}" for each, other in full.items() if each != key]
+        unique = [end for end in suffixes if not any(each.endswith(f".{end}") for each in others)]
+        short[key] = unique[0] if unique else name
+    return short
 
 
 def _finished(run: Run) -> str:
     return str(run.provenance.get("finished", ""))
 
 
-def _told(setting: Setting, keys: Sequence[str]) -> tuple[str, ...]:
+def _values(setting: Setting, keys: Sequence[str]) -> tuple[str, ...]:
     return tuple(str(setting.run.settings.get(key)) for key in keys)
 
 
 def _mean(values: Iterable[float]) -> float:
-    known = [value for value in values if not math.isnan(value)]
-    return statistics.fmean(known) if known else math.nan
+    measured = [value for value in values if not math.isnan(value)]
+    return statistics.fmean(measured) if measured else math.nan

@@ -1,4 +1,4 @@
-"""Pictures of settings: a metric against bits."""
+"""Plots of a metric against bits, with one line per method."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -9,15 +9,15 @@ from qexp.report.pivot import FIRST, Setting, differing
 from qexp.report.tables import number
 from qexp.runs.finished import Column
 
-# Okabe and Ito, grey for yellow: told apart with any colour vision, and in grey by their markers
+# Okabe and Ito's palette for colour-blind readers, with grey instead of yellow
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"]
 COLOURS += ["#000000", "#999999"]
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
-LONGEST = 16  # letters of a name that has room beside its line
-MOST = 6  # names beside their lines
-CROWD = 10  # more lines than these are drawn by what a reader looks for first
+LONGEST = 16  # letters: longer names go to the legend instead of next to the line
+MOST = 6  # lines: with more of them all names go to the legend
+CROWD = 10  # lines: with more of them only the main keys (FIRST) separate lines
 GREY = "#666666"
-PANEL = ("model", "data", "calibration")  # what a panel has in common
+PANEL = ("model", "data", "calibration")  # equal for all settings of a panel
 
 Say = Callable[[Setting, Column], str]
 
@@ -28,21 +28,21 @@ def against_bits(
     x: str = "weight/bits",
     say: Say = lambda setting, column: setting.run.command,
 ) -> Picture:
-    """A panel for each column, model and data; a method looks alike in all of them.
+    """One panel per metric, model and data; a method has the same colour and marker in all.
 
-    `x`: a metric or a number of the configuration.
+    `x`: a metric or a number of the configuration. `say`: the tooltip of a point.
     """
     lines = _series(settings, x)
-    beside = len(lines) <= MOST and max(map(len, lines), default=0) <= LONGEST
+    label_lines = len(lines) <= MOST and max(map(len, lines), default=0) <= LONGEST
     panels: list[tuple[Column, str, list[Setting]]] = []
     for column in columns:
-        found: dict[str, list[Setting]] = {}
+        by_subject: dict[str, list[Setting]] = {}
         for setting in settings:
             if math.isfinite(setting.spread(column).mean):
                 subject = ", ".join(setting.label(key) for key in PANEL)
-                found.setdefault(subject, []).append(setting)
-        panels += [(column, subject, members) for subject, members in found.items()]
-    # one setting alone is against nothing
+                by_subject.setdefault(subject, []).append(setting)
+        panels += [(column, subject, members) for subject, members in by_subject.items()]
+    # a panel with one setting compares nothing
     panels = [panel for panel in panels if len(panel[2]) > 1] or panels
     across = min(len(panels), 3) or 1
     down = math.ceil(len(panels) / across) or 1
@@ -54,9 +54,9 @@ def against_bits(
         named = f"{protocol} [{column.digest}]" if column.digest else protocol
         axes.set_title(f"{named}\n{subject}", loc="left", fontsize=10)
         axes.set_ylabel("perplexity" if key == "ppl" else key)
-        if beside:
+        if label_lines:
             _label(axes, labels)
-    if lines and not beside:  # names would cover the lines, or each other
+    if lines and not label_lines:  # names would cover the lines, or each other
         from matplotlib.lines import Line2D
 
         shown = [Line2D([], [], **look, label=name) for name, (look, _) in lines.items()]
@@ -77,20 +77,20 @@ def _panel(
     x: str,
     say: Say,
 ) -> list[tuple[float, float, str, str]]:
-    """The value is where each line ends at few bits, its name and its colour."""
+    """Draws one panel. Returns x, y, name and colour of each line's end at the fewest bits."""
     labels: list[tuple[float, float, str, str]] = []
     front: list[tuple[float, float]] = []
     shown = set(map(id, settings))
     for name, (look, all_members) in lines.items():
         members = [setting for setting in all_members if id(setting) in shown]
-        found = [(setting.value(x), setting.spread(column).mean, setting) for setting in members]
-        points = sorted((p for p in found if math.isfinite(p[0])), key=lambda point: point[:2])
+        all_points = [(each.value(x), each.spread(column).mean, each) for each in members]
+        points = sorted((p for p in all_points if math.isfinite(p[0])), key=lambda point: point[:2])
         if not points:
             continue
         front += [(at, value) for at, value, _ in points]
         line, colour = [point[:2] for point in points], look["color"]
         if set(differing(members)) - {*PANEL, "weight.bits", x}:
-            line = pareto(line, column.higher)  # of many settings the best
+            line = pareto(line, column.higher)  # other keys vary too: connect only the best
         axes.plot(*zip(*line, strict=True), color=colour, lw=1.6)
         for at, value, setting in points:
             spread = setting.spread(column).deviation
@@ -98,7 +98,7 @@ def _panel(
             error = spread if math.isfinite(spread) else 0.0
             axes.errorbar([at], [value], yerr=[error], color=colour, lw=1, capsize=2)
             mark = picture.name(say(setting, column))
-            # points of lines that meet stay apart by their white edges
+            # white edges separate the points of lines that meet
             axes.plot([at], [value], **look, ms=7, mec="white", ls="", gid=mark, zorder=3)
         labels.append((points[0][0], points[0][1], name, colour))
     best = pareto(front, column.higher)
@@ -107,7 +107,7 @@ def _panel(
         axes.axhline(value, color=GREY, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
         note = axes.annotate(
             f"float {number(value)}",
-            (0, value),  # at the left the lines are far away
+            (0, value),  # the lines are far from the float line at the left
             xycoords=("axes fraction", "data"),
             xytext=(4, 3),
             textcoords="offset points",
@@ -124,29 +124,31 @@ def _panel(
 
 
 def pareto(points: Iterable[tuple[float, float]], higher: bool) -> list[tuple[float, float]]:
-    """Those than which no other is both at most as large and better, by size."""
-    kept: list[tuple[float, float]] = []
+    """The Pareto front of `(size, metric)`, in the order of size. `higher`: more is better."""
+    front: list[tuple[float, float]] = []
     for at, value in sorted(points, key=lambda p: (p[0], -p[1] if higher else p[1])):
-        if not kept or (value > kept[-1][1] if higher else value < kept[-1][1]):
-            kept.append((at, value))
-    return kept
+        if not front or (value > front[-1][1] if higher else value < front[-1][1]):
+            front.append((at, value))
+    return front
 
 
 def _series(settings: Sequence[Setting], x: str) -> dict[str, tuple[dict[str, Any], list[Setting]]]:
-    """Quantized settings that differ in bits alone form a line, named by what differs between; the
-    value is how it looks, and they."""
+    """Lines by name: their look and their settings, which are quantized and differ only in bits.
+
+    A name consists of the values in which the lines differ.
+    """
     quantized = [setting for setting in settings if not setting.run.is_float]
     keys = [key for key in differing(quantized) if key not in (*PANEL, "weight.bits", x)]
-    for kept in (keys, [key for key in keys if key in FIRST]):
+    for separating in (keys, [key for key in keys if key in FIRST]):
         series: dict[str, list[Setting]] = {}
         for setting in quantized:
-            words = setting.words(list(dict.fromkeys(["method", *kept, "weight.bits"])))
-            words.pop("weight.bits", None)  # names of other bits are told from it
+            words = setting.words(list(dict.fromkeys(["method", *separating, "weight.bits"])))
+            words.pop("weight.bits", None)  # asked for only so that other `bits` are named in full
             name = ", ".join(word for word in words.values() if word != "none")
             series.setdefault(name, []).append(setting)
         if len(series) <= CROWD:
             break
-    # a colour that comes again has another marker, as 8 and 9 have no common divisor
+    # 8 and 9 are coprime, so a colour that is used again has another marker
     looks = [
         {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
         for i in range(len(series))
@@ -157,7 +159,7 @@ def _series(settings: Sequence[Setting], x: str) -> dict[str, tuple[dict[str, An
 
 
 def _plain_ticks(axes: Any) -> None:
-    """Numbers as a table prints them instead of powers of ten, and few of them."""
+    """A few tick labels as decimal numbers instead of powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     low, high = axes.get_ylim()
@@ -169,7 +171,7 @@ def _plain_ticks(axes: Any) -> None:
 
 
 def _label(axes: Any, labels: Sequence[tuple[float, float, str, str]]) -> None:
-    """Names beside the low-bit ends of the lines, pushed off each other."""
+    """Writes names to the left of the lines' low-bit ends, without overlap."""
     longest = max((len(name) for _, _, name, _ in labels), default=0)
     low, high = axes.get_xlim()
     room = 0.03 + 0.02 * longest  # fractions of the axis; a bold letter is about 0.02

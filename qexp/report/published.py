@@ -1,4 +1,4 @@
-"""What papers published, and what is expected of runs: the key `paper` of an experiment."""
+"""Published numbers of papers and the checks of runs against them: an experiment's key `paper`."""
 
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -14,11 +14,11 @@ from qexp.runs.finished import Column
 
 @dataclass(frozen=True)
 class Place:
-    """A column of the table: a model under a metric.
+    """A column of the table: a metric of a model.
 
-    `replaced`: what is not the paper's; such a column is judged by `orders` alone, and not even by
-    them where `judged` is false (a random model). `rows`: other overrides for some rows. `orders`:
-    its own, instead of the table's.
+    `replaced`: what differs from the paper (model, data); the numbers of such a column are not
+    compared, only its `orders` are. `judged`: false if not even those are checked (a random model).
+    `rows`: overrides for some rows, instead of theirs. `orders`: instead of the table's.
     """
 
     metric: str
@@ -32,8 +32,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Row:
-    """A method, with its published numbers by column. `tolerance`: a share of the number.
-    `seeded`: whether a seed can change it."""
+    """A method and its published numbers by column.
+
+    `tolerance`: relative to the published number; the table's if None. `seeded`: whether the
+    result depends on the seed.
+    """
 
     overrides: list[str] = field(default_factory=list)
     published: dict[str, float] = field(default_factory=dict)
@@ -43,7 +46,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Paper:
-    """A published table. `orders`: rows whose numbers are expected to rise, as `float < a < b`."""
+    """A published table. `orders`: rows by increasing expected number, such as `float < a < b`."""
 
     title: str
     source: str
@@ -54,7 +57,7 @@ class Paper:
     orders: list[str] = field(default_factory=list)
 
     def pairs(self, column: str) -> list[tuple[str, str]]:
-        """Neighbours in the orders that are expected of a column; none where it is not judged."""
+        """Neighbouring rows in the expected orders of a column; none if it is not judged."""
         place = self.columns[column]
         orders = (self.orders if place.orders is None else place.orders) if place.judged else []
         chains = [[word.strip() for word in order.split("<")] for order in orders]
@@ -70,19 +73,22 @@ class Paper:
         return replace(self, columns=columns)
 
     def wanted(self, column: str) -> list[str]:
-        """The rows that say something in a column: published there, or of a stand-in."""
+        """The rows to run for a column: those with a published number, all if it is replaced."""
         replaced = self.columns[column].replaced
         return [name for name, row in self.rows.items() if replaced or column in row.published]
 
     def jobs(self, row: str, column: str) -> list[list[str]]:
-        """The overrides of each job of a cell, the row's after the column's."""
+        """The overrides of each job of a cell; the row's come after the column's."""
         place = self.columns[column]
-        own = place.rows.get(row, self.rows[row].overrides)
+        row_overrides = place.rows.get(row, self.rows[row].overrides)
         seeds = place.seeds if self.rows[row].seeded else place.seeds[:1]
-        return [[*place.overrides, *own, f"seed={seed}"] for seed in seeds]
+        return [[*place.overrides, *row_overrides, f"seed={seed}"] for seed in seeds]
 
     def verdict(self, row: str, column: str, measured: Spread, replaced: str = "") -> str:
-        """Of a number against the published one. `replaced`: what turned out not to be theirs."""
+        """Compares a measured number with the published one.
+
+        `replaced`: a replacement that was only known at run time, such as the data.
+        """
         published = self.rows[row].published.get(column)
         if not measured.count:
             return "not run"
@@ -96,7 +102,10 @@ class Paper:
 
 
 def read(node: DictConfig, name: str) -> Paper:
-    """The `paper` of a composed experiment. Raises UserError for what is not as it should be."""
+    """The `paper` of a composed experiment.
+
+    Raises UserError for an unknown or missing field, row or column.
+    """
     content: Any = OmegaConf.to_container(node, resolve=True)
     try:
         columns = {key: Place(**place) for key, place in content.pop("columns").items()}
@@ -113,7 +122,7 @@ def read(node: DictConfig, name: str) -> Paper:
     unknown |= {row for place in paper.columns.values() for row in place.rows} - set(paper.rows)
     if unknown:
         names = ", ".join(sorted(unknown))
-        raise UserError(f"experiment/paper/{name}.yaml: {names}: is neither a row nor a column")
+        raise UserError(f"experiment/paper/{name}.yaml: {names}: neither a row nor a column")
     return paper
 
 

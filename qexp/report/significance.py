@@ -1,4 +1,4 @@
-"""Which setting is best, and how far one is from another over the seeds they share."""
+"""Best setting per column, and differences from a baseline with paired t-tests over seeds."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -42,7 +42,7 @@ def best(table: Table) -> set[tuple[int, Column]]:
     Only quantized settings of one model and placement whose measured bits differ by no more than
     NEAR compete; a setting that has no rival is not the best.
     """
-    found: set[tuple[int, Column]] = set()
+    winners: set[tuple[int, Column]] = set()
     for column in table.columns:
         alike: dict[tuple[str, ...], list[tuple[float, Setting]]] = {}
         for row in table.rows:
@@ -96,21 +96,24 @@ def effect(pairs: Sequence[tuple[Setting, Setting]], column: Column) -> Differen
 
 
 def counterparts(settings: Sequence[Setting], chosen: Mapping[str, str]) -> dict[int, Setting]:
-    """For each setting (by its id) the baseline that is like it in all else, where one alone is.
+    """For each setting (by its id) the baseline that agrees with it in all other keys.
 
-    A key that either of the two does not have (a solver's damping, against round-to-nearest) does
-    not count, and of a float baseline only model and data do.
+    `chosen`: the labels of a baseline. A key that one of the two does not have (a solver's
+    damping, compared with round-to-nearest) is ignored; a float baseline must only have the same
+    model, data and calibration. A setting with several such baselines has none.
+
+    Raises UserError if no setting is a baseline.
     """
-    known = [each for each in settings if all(each.label(k) == v for k, v in chosen.items())]
-    if not known:
+    baselines = [each for each in settings if all(each.label(k) == v for k, v in chosen.items())]
+    if not baselines:
         wanted = ",".join(f"{key}={value}" for key, value in chosen.items())
         seen = sorted({each.label(key) for each in settings for key in chosen})
-        raise UserError(f"--baseline {wanted}: no run is so; there are {', '.join(seen)}")
+        raise UserError(f"--baseline {wanted}: no run has it; there are {', '.join(seen)}")
     keys = [key for key in differing(settings) if key not in chosen]
     found = {}
     for setting in settings:
-        like = [each for each in known if each is not setting and _alike(setting, each, keys)]
-        if len(like) == 1 and setting not in known:
+        like = [each for each in baselines if each is not setting and _alike(setting, each, keys)]
+        if len(like) == 1 and setting not in baselines:
             found[id(setting)] = like[0]
     return found
 

@@ -1,4 +1,4 @@
-"""A table of settings as text: for people, for spreadsheets, for a paper."""
+"""Tables of settings as Markdown, LaTeX and CSV."""
 
 import csv
 import io
@@ -18,15 +18,15 @@ LEGEND = (
     f"their mean. The best of a column among several settings within {NEAR} bits of it is bold."
 )
 TOGETHER = "settings"
-UNSAID = f"Where the column {TOGETHER} does not say otherwise, of settings with such a key: "
+UNSAID = f"Values that the column {TOGETHER} omits, for settings with such a key: "
 AGAINST = (
-    "Δ is the difference from {baseline} over the seeds both have, p that of a paired t-test "
-    "(perplexities by their logarithms; not corrected for several tests)."
+    "Δ is the difference from {baseline} over shared seeds, p that of a paired t-test "
+    "(on logarithms for perplexities; not corrected for multiple tests)."
 )
 
 
 class Cell(NamedTuple):
-    """What stands in one place; `value` is what it sorts by."""
+    """The content of one cell; `value` is its sort key."""
 
     text: str
     value: float = math.nan
@@ -37,37 +37,37 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table laid out: under `above` (the labels of the column keys) a title, then cells."""
+    """A table as rows of cells; a column's head is a label of the column keys, and a title."""
 
     heads: tuple[tuple[str, str], ...]
-    labels: int  # how many columns are labels
+    labels: int  # the number of leading columns that are labels
     rows: tuple[tuple[Cell, ...], ...]
     numbers: Mapping[int, int]  # id of a setting → its number in the list of runs
-    notes: tuple[str, ...] = ()  # what has to be known to read it
+    notes: tuple[str, ...] = ()  # explanations under the table
 
     @property
     def titles(self) -> list[str]:
-        """One line of titles."""
+        """Both parts of each column's head in one line."""
         return [f"{above}: {title}" if above else title for above, title in self.heads]
 
 
 def lay(table: Table, baselines: Mapping[int, Setting]) -> Sheet:
-    """Labels, then bits and metrics for each place in the columns, costs, and numbers of runs.
+    """Labels, then bits and metrics for each label of the column keys, costs and run numbers.
 
-    `baselines`: by id of the setting that is compared. Columns in which nothing stands are gone.
+    `baselines`: by id of the setting that is compared with it. Empty columns are removed.
     """
     numbers = {id(setting): number for number, setting in enumerate(table.settings, 1)}
     bold = best(table)
     places = [(_above(table, place), place) for place in table.places]
-    alone = [i for i, key in enumerate(table.row_keys) if key not in table.together]
-    heads = [("", table.row_keys[i]) for i in alone] + [("", TOGETHER)]
+    separate = [i for i, key in enumerate(table.row_keys) if key not in table.together]
+    heads = [("", table.row_keys[i]) for i in separate] + [("", TOGETHER)]
     usual = _usual(table)
     for above, _ in places:
         heads += [(above, "bits"), *((above, column.title) for column in table.columns)]
     heads += [("", title) for title in ("seconds", "memory GB", "cuda GB", "run")]
     rows = []
     for row in table.rows:
-        cells = [Cell(row.labels[i]) for i in alone] + [Cell(_rest(table, row, alone, usual))]
+        cells = [*(Cell(row.labels[i]) for i in separate), Cell(_rest(table, row, separate, usual))]
         for _, place in places:
             if (setting := row.cells.get(place)) is None:
                 cells += [Cell("")] * (1 + len(table.columns))
@@ -76,26 +76,26 @@ def lay(table: Table, baselines: Mapping[int, Setting]) -> Sheet:
             for column in table.columns:
                 marked = (id(setting), column) in bold
                 cells.append(_cell(setting, column, marked, baselines.get(id(setting))))
-        found = list(row.cells.values())
-        seconds = sum(setting.seconds for setting in found)
+        settings = list(row.cells.values())
+        seconds = sum(setting.seconds for setting in settings)
         cells.append(Cell(_plain(seconds, 0 if seconds >= 10 else 1), seconds))
         for kind in ("rss", "cuda"):
-            peak = max((p for s in found if (p := s.peak(kind)) == p), default=math.nan)
+            peak = max((p for s in settings if (p := s.peak(kind)) == p), default=math.nan)
             cells.append(Cell(_plain(peak, 2), peak))
-        cells.append(Cell(", ".join(str(numbers[id(setting)]) for setting in found)))
+        cells.append(Cell(", ".join(str(numbers[id(setting)]) for setting in settings)))
         rows.append(cells)
-    kept = [i for i in range(len(heads)) if any(cells[i].text for cells in rows)]
+    filled = [i for i in range(len(heads)) if any(cells[i].text for cells in rows)]
     return Sheet(
-        tuple(heads[i] for i in kept),
-        sum(1 for i in kept if i <= len(alone)),
-        tuple(tuple(cells[i] for i in kept) for cells in rows),
+        tuple(heads[i] for i in filled),
+        sum(1 for i in filled if i <= len(separate)),
+        tuple(tuple(cells[i] for i in filled) for cells in rows),
         numbers,
         (UNSAID + ", ".join(f"{k}={v}" for k, v in usual.items()),) if usual else (),
     )
 
 
 def markdown(sheet: Sheet) -> str:
-    """For people: aligned, so that it is read in a terminal too."""
+    """A Markdown table with aligned columns, so that it is readable in a terminal."""
     lines = [sheet.titles]
     for cells in sheet.rows:
         texts = [
@@ -117,7 +117,7 @@ def markdown(sheet: Sheet) -> str:
 
 
 def latex(sheet: Sheet) -> str:
-    """For a paper: booktabs."""
+    """A LaTeX `tabular` for the package booktabs."""
     align = "".join("l" if i < sheet.labels else "r" for i in range(len(sheet.heads)))
     lines = [f"\\begin{{tabular}}{{{align}}}", "\\toprule"]
     lines.append(" & ".join(_tex(title) for title in sheet.titles) + r" \\")
@@ -132,7 +132,7 @@ def latex(sheet: Sheet) -> str:
 
 
 def spreadsheet(table: Table, baselines: Mapping[int, Setting]) -> str:
-    """As CSV: a line per setting, every number of it, its command and its folders."""
+    """CSV with a line per setting: all of its numbers, its command and its folders."""
     lines = list(_numbers(table, baselines))
     file = io.StringIO()
     writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
@@ -142,8 +142,10 @@ def spreadsheet(table: Table, baselines: Mapping[int, Setting]) -> str:
 
 
 def number(value: float, beside: float | None = None, digits: int = 2) -> str:
-    """As papers print: `digits` decimals, four below 1, powers of ten once nobody would read them.
-    An error has the digits of the number `beside` it."""
+    """`digits` decimals, four below 1, an exponent from 10^4; empty for NaN.
+
+    `beside`: the number whose error `value` is; the error gets the decimals of that number.
+    """
     size = abs(value if beside is None else beside)
     if math.isnan(value):
         return ""
@@ -159,7 +161,7 @@ def number(value: float, beside: float | None = None, digits: int = 2) -> str:
 
 
 def spread(setting: Setting, column: Column) -> str:
-    """A mean with what is known of its error."""
+    """A mean with its deviation over seeds, or with the standard error of the only seed."""
     found = setting.spread(column)
     if not found.count:
         return ""
@@ -172,7 +174,7 @@ def spread(setting: Setting, column: Column) -> str:
 
 
 def said(moved: Difference) -> str:
-    """A difference with its p where there is one."""
+    """A difference, and its p value if there is one."""
     sign = "+" if moved.mean > 0 else "-" if moved.mean < 0 else ""
     text = f"Δ {sign}{number(abs(moved.mean))}"
     return text if math.isnan(moved.p) else f"{text}, p {moved.p:.2g}"
@@ -211,27 +213,27 @@ def _above(table: Table, place: Sequence[str]) -> str:
 
 
 def _usual(table: Table) -> dict[str, str]:
-    """Of the keys in the shared column, the value that most settings with such a key have."""
-    found: dict[str, str] = {}
+    """For keys in the shared column, the value of more than half of the rows with such a key."""
+    usual: dict[str, str] = {}
     for key in table.together:
         at = table.row_keys.index(key)
-        seen = Counter(row.labels[at] for row in table.rows if row.labels[at])
-        for value, count in seen.items():
-            if 2 * count > seen.total():
-                found[key] = value
-    return found
+        counts = Counter(row.labels[at] for row in table.rows if row.labels[at])
+        for value, count in counts.items():
+            if 2 * count > counts.total():
+                usual[key] = value
+    return usual
 
 
-def _rest(table: Table, row: Row, alone: Sequence[int], usual: Mapping[str, str]) -> str:
-    """What is unusual in a row, and what tells it from rows whose other labels are the same."""
-    said = next(iter(row.cells.values())).words([*table.row_keys, *table.column_keys])
-    words = []
-    alike = [each for each in table.rows if all(each.labels[i] == row.labels[i] for i in alone)]
+def _rest(table: Table, row: Row, separate: Sequence[int], usual: Mapping[str, str]) -> str:
+    """The shared column: unusual values, and those that distinguish rows with the same labels."""
+    words = next(iter(row.cells.values())).words([*table.row_keys, *table.column_keys])
+    shown = []
+    alike = [each for each in table.rows if all(each.labels[i] == row.labels[i] for i in separate)]
     for at, key in enumerate(table.row_keys):
-        label, parts = row.labels[at], len({each.labels[at] for each in alike}) > 1
-        if key in table.together and label and (parts or label != usual.get(key)):
-            words.append(said[key])
-    return ", ".join(words)
+        label, distinguishes = row.labels[at], len({each.labels[at] for each in alike}) > 1
+        if key in table.together and label and (distinguishes or label != usual.get(key)):
+            shown.append(words[key])
+    return ", ".join(shown)
 
 
 def _joined(text: str, note: str) -> str:

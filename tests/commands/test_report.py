@@ -293,7 +293,7 @@ def test_a_damaged_run_is_left_out_with_a_note(sweep) -> None:
     ("options", "said"),
     [
         (["--baseline", "method"], "is not key=value"),
-        (["--baseline", "method=awq"], "no run is so; there are gptq, none"),
+        (["--baseline", "method=awq"], "no run has it; there are gptq, none"),
         (["--metrics", "*/acc"], "none fits; there are held_out/ppl"),
         (["--rows", "method"], "add weight.bits"),
         (["--rows", "method,weigth.bits"], "weigth.bits: no run has this key; perhaps weight.bits"),

@@ -80,7 +80,7 @@ def test_rows_and_columns_are_chosen() -> None:
     assert table.places == (("2",), ("3",))
     assert [row.labels for row in table.rows] == [("rtn",), ("gptq",)]
     assert table.rows[1].cells["3",].spread(PPL).mean == 3
-    with pytest.raises(UserError, match=r"rtn would stand for several settings; add weight.bits"):
+    with pytest.raises(UserError, match=r"rtn would contain several settings; add weight.bits"):
         pivot.pivot(pivot.group(runs), rows=["method"])
 
 
@@ -168,7 +168,7 @@ def test_the_baseline_is_like_the_setting_in_all_else() -> None:
     ppl = {s.spread(PPL).mean: found[id(s)].spread(PPL).mean for s in settings if id(s) in found}
     assert ppl == {10: 20, 9: 20, 6: 8}
     assert len(significance.counterparts(settings, {"method": "none"})) == 5
-    with pytest.raises(UserError, match="no run is so; there are gptq, none, rtn"):
+    with pytest.raises(UserError, match="no run has it; there are gptq, none, rtn"):
         significance.counterparts(settings, {"method": "awq"})
 
 
