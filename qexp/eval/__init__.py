@@ -1,1 +1,1 @@
-"""Measurements of a model, each with a name and a definition."""
+"""Evaluators: measurements of a model, each with a name and a definition."""

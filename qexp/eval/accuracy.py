@@ -1,4 +1,4 @@
-"""Accuracy of a classifier."""
+"""Top-1 accuracy of a classifier."""
 
 import math
 from collections.abc import Collection
@@ -18,9 +18,9 @@ from qexp.task import Classifier, Task, trimmed
 
 @dataclass(frozen=True)
 class Accuracy(Evaluator):
-    """The share of rows whose largest logit is the label's, with its standard error over rows.
+    """Top-1 accuracy in [0, 1], with its standard error over rows.
 
-    `batch_rows`: rows that go through the model at once; changes no number.
+    `batch_rows`: rows per forward pass; does not change the result.
     """
 
     name: str
@@ -46,12 +46,12 @@ class Accuracy(Evaluator):
                     logits = task.logits(few)
                 if not logits.isfinite().all():
                     raise UserError(
-                        f"eval {self.name}: there is NaN or infinity in the model's weights or "
-                        "activations"
+                        f"eval {self.name}: a logit is not finite: the model's weights or "
+                        "activations contain NaN or infinity"
                     )
                 right.append((logits.argmax(-1).cpu() == few["labels"]).double())
         if not right:
-            raise UserError(f"eval {self.name}: no rows to classify")
+            raise UserError(f"eval {self.name}: batches: the data has no rows to classify")
         hits = torch.cat(right)
         rows, share = len(hits), float(hits.mean())
         error = math.sqrt(share * (1 - share) / (rows - 1)) if rows > 1 else math.nan

@@ -1,4 +1,4 @@
-"""What quantization changes, token by token and item by item, against the float model."""
+"""Quantized against float model: KL divergence, agreement and loss change per token or item."""
 
 import copy
 import math
@@ -21,16 +21,16 @@ from qexp.eval.token_losses import Window, check_causal, states
 from qexp.eval.windowed import Windowed, ratio
 from qexp.task import CausalLM, Task
 
-# Resamplings of the windows for the standard error of the percentile.
+# Bootstrap rounds for the standard error of the percentile.
 ROUNDS = 200
 
 
 @dataclass(frozen=True, kw_only=True)
 class AgainstFloat(Evaluator):
-    """The next-token distribution against the float model's, on the windows of a perplexity.
+    """Compares next-token distributions with the float model's on the windows of a perplexity.
 
-    Exact, from one float pass: its final hidden states are kept, a width per token, and its logits
-    are made again from them by a copy of the float head.
+    The float model runs once. Only its final hidden states are stored ([tokens, width]); a copy of
+    the float head recomputes its logits from them exactly.
     """
 
     name: str
@@ -40,15 +40,15 @@ class AgainstFloat(Evaluator):
         check_causal(task, self.name)
 
     def __call__(self, task: Task) -> dict[str, float]:
-        raise UserError(f"eval {self.name}: compares two models; run it through `qexp`")
+        raise UserError(f"eval {self.name}: it needs the float model too; run it through `qexp`")
 
     def measure_float(self, start: FloatModel) -> Evaluator:
         task = start.task()
         windows = self._windows(task)
 
         def build() -> dict[str, Tensor]:
-            found = [hidden.flatten(0, 1) for _, hidden in self._states(task, windows)]
-            return {"hidden": torch.cat([part.cpu() for part in found])}
+            parts = [hidden.flatten(0, 1).cpu() for _, hidden in self._states(task, windows)]
+            return {"hidden": torch.cat(parts)}
 
         key = {
             "model": dict(start.model),
@@ -104,10 +104,10 @@ class AgainstFloat(Evaluator):
                 parts += [compare(*chunk).cpu() for chunk in zip(*logits, strict=True)]
         if not (found := torch.cat(parts, dim=1).double()).isfinite().all():
             raise UserError(
-                f"eval {self.name}: a logit is not a finite number: NaN or infinity is in the "
-                "model's weights or activations"
+                f"eval {self.name}: a logit is not finite: the model's weights or activations "
+                "contain NaN or infinity"
             )
-        return summary(found, [window.scored for window in windows])
+        return summary(measures, [window.scored for window in windows])
 
 
 MEASURES = ("kl", "agreement", "right_to_wrong", "wrong_to_right", "loss_change")
@@ -118,8 +118,10 @@ def compare(
     new: Float[Tensor, "positions vocabulary"],
     targets: Int64[Tensor, " positions"],
 ) -> Float[Tensor, "measures positions"]:
-    """MEASURES of each position: KL(old ‖ new) in nats; whether the first choices are the same;
-    whether the old one was the target and the new one is not, and the reverse; new less old loss.
+    """MEASURES per position from the logits of the float (`old`) and the quantized model (`new`).
+
+    They are KL(old ‖ new) in nats; whether the top-1 tokens agree; whether top-1 changed from right
+    to wrong, and from wrong to right; new minus old loss in nats.
     """
     p, q = old.log_softmax(-1), new.log_softmax(-1)
     before, after = old.argmax(-1), new.argmax(-1)
@@ -130,17 +132,20 @@ def compare(
     return torch.cat([kl[None], flags, change[None]])
 
 
-def summary(found: Float[Tensor, "measures positions"], scored: list[int]) -> dict[str, float]:
-    """Means over tokens and the 99th percentile of the loss change, with standard errors over
-    windows: of a ratio of sums, and of a bootstrap for the percentile."""
+def summary(measures: Float[Tensor, "measures positions"], scored: list[int]) -> dict[str, float]:
+    """Means over tokens and the 99th percentile of the loss change.
+
+    `scored`: scored tokens per window. Standard errors are over windows, from `ratio` for means
+    and from a bootstrap for the percentile.
+    """
     units = torch.tensor(scored, dtype=torch.float64)
     numbers: dict[str, float] = {}
-    for name, values in zip(MEASURES, found, strict=True):
+    for name, values in zip(MEASURES, measures, strict=True):
         totals = torch.stack([part.sum() for part in values.split(scored)])
         mean, error = ratio(totals, units)
         numbers |= {name: float(mean), f"{name}_stderr": float(error)}
-    changed = found[-1].split(scored)
-    numbers["loss_change_p99"] = percentile(found[-1], 0.99)
+    changed = measures[-1].split(scored)
+    numbers["loss_change_p99"] = percentile(measures[-1], 0.99)
     numbers["loss_change_p99_stderr"] = _bootstrap(changed)
     return {**numbers, "windows": float(len(scored)), "tokens": float(sum(scored))}
 
@@ -150,25 +155,27 @@ def _bootstrap(windows: tuple[Float[Tensor, " _"], ...]) -> float:
         return math.nan
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(len(windows), (ROUNDS, len(windows)), generator=generator)
-    found = [
+    percentiles = [
         percentile(torch.cat([windows[index] for index in row.tolist()]), 0.99) for row in drawn
     ]
-    return float(torch.tensor(found, dtype=torch.float64).std())
+    return float(torch.tensor(percentiles, dtype=torch.float64).std())
 
 
 def percentile(values: Float[Tensor, " values"], share: float) -> float:
-    """Between neighbours in proportion, as numpy's (torch.quantile stops at 16 million values)."""
+    """Linear interpolation, as numpy does (torch.quantile is limited to 16 million values)."""
     at = share * (len(values) - 1)
     low = math.floor(at)
-    few = values.topk(len(values) - low).values  # the largest, in falling order
+    few = values.topk(len(values) - low).values  # in descending order
     lower = float(few[-1])
     upper = float(few[-2]) if len(few) > 1 else lower
     return lower + (at - low) * (upper - lower)
 
 
 def changes(before: Float[Tensor, " items"], after: Float[Tensor, " items"]) -> dict[str, float]:
-    """Shares of items that went from right (1) to wrong (0) and back, and the change of the mean
-    item by item, each with its standard error over items."""
+    """Shares of items that changed from right (1) to wrong (0) and back, and the mean change.
+
+    Each comes with its standard error over items (paired).
+    """
     columns = {
         "right_to_wrong": before * (1 - after),
         "wrong_to_right": after * (1 - before),

@@ -1,4 +1,4 @@
-"""What every measurement answers."""
+"""Interface of evaluators."""
 
 import hashlib
 import json
@@ -13,15 +13,15 @@ from qexp.task import Task
 
 
 class FloatModel(NamedTuple):
-    """A run before anything in its model is changed."""
+    """The float model of a run, before anything in it is changed."""
 
-    model: Mapping[str, str]  # what the float model's numbers depend on, for keys of caches
-    task: Callable[[], Task]  # the float model, loaded at the first call if it is not yet
-    folder: Path  # of the run, for what is not a number
+    model: Mapping[str, str]  # everything the float model's metrics depend on, for cache keys
+    task: Callable[[], Task]  # loads the float model at the first call if necessary
+    folder: Path  # of the run, for output other than metrics
 
 
 class Evaluator(ABC):
-    """A name and, for a model, numbers. Nothing else knows how a metric is computed."""
+    """A named measurement of a model. Metrics are computed only in evaluators."""
 
     name: str
 
@@ -31,21 +31,27 @@ class Evaluator(ABC):
         return ()
 
     def check(self, task: Task) -> None:  # noqa: B027 (optional)
-        """UserError, before any work, for a model of which it can say nothing."""
+        """Raises UserError, before any computation, if it cannot measure this model."""
 
     def measure_float(self, start: FloatModel) -> "Evaluator":
-        """What to call once the model is quantized. Who compares with the float model measures it
-        here, through the cache, so that a sweep does it once."""
+        """The evaluator to call on the quantized model.
+
+        Evaluators that compare with the float model measure it here. They use the cache, so a
+        sweep measures it once.
+        """
         return self
 
     @abstractmethod
     def __call__(self, task: Task) -> dict[str, float]:
-        """Metrics by key, without the name."""
+        """Metrics by key, without the evaluator's name."""
 
     @abstractmethod
     def definition(self) -> dict[str, Any]:
-        """Everything besides the model that the numbers depend on, as JSON; no paths, no batch
-        sizes. Two numbers may stand in one column of a table if their definitions are equal."""
+        """Everything that the metrics depend on, apart from the model, as JSON.
+
+        Paths and batch sizes are excluded. Metrics with equal definitions are comparable and share
+        a column of a table.
+        """
 
     def facts(self, task: Task) -> dict[str, Any]:
         """What is recorded of a measurement beside its definition."""
@@ -58,7 +64,7 @@ class Evaluator(ABC):
 
     @abstractmethod
     def files(self) -> list[Path]:
-        """The local files it reads."""
+        """The local files that it reads."""
 
     @abstractmethod
     def reads(self) -> list[tuple[Corpus, str]]:
@@ -73,7 +79,7 @@ class Evaluator(ABC):
 
 @dataclass(frozen=True)
 class WithReference(Evaluator):
-    """An evaluator that has seen the float model: `measure` knows what was seen."""
+    """An evaluator after the float model was measured; `measure` holds the float results."""
 
     plain: Evaluator
     measure: Callable[[Task], dict[str, float]]
@@ -114,5 +120,5 @@ def dtype_of(task: Task) -> str:
 
 
 def digest(definition: Mapping[str, Any]) -> str:
-    """Eight hex digits of a definition."""
+    """The first eight hex digits of the SHA-256 of a definition."""
     return hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()[:8]

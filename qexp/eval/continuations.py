@@ -1,4 +1,4 @@
-"""A few texts as the float model and the quantized one go on: to look at."""
+"""Greedy continuations of prompts by the float and the quantized model, for inspection."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -26,11 +26,11 @@ PARTING = " ‖ "
 
 @dataclass(frozen=True, kw_only=True)
 class Continuations(Evaluator):
-    """Greedy continuations of `length` tokens, float beside quantized, in continuations.md.
+    """Writes greedy continuations of `length` tokens, float and quantized, to continuations.md.
 
-    `prompts`: texts (null: the first `prompt_tokens` tokens of `count` places spread over the
-    text). The numbers: how many tokens agree before the first difference, and the share of
-    continuations that are the same throughout.
+    `prompts`: texts (null: `count` prompts of `prompt_tokens` tokens at equal distances in the
+    text). Metrics: the number of equal tokens before the first difference, and the share of
+    continuations that are identical.
     """
 
     name: str
@@ -42,12 +42,12 @@ class Continuations(Evaluator):
     length: int = 48
 
     def __call__(self, task: Task) -> dict[str, float]:
-        raise UserError(f"eval {self.name}: compares two models; run it through `qexp`")
+        raise UserError(f"eval {self.name}: it needs the float model too; run it through `qexp`")
 
     def check(self, task: Task) -> None:
         if not isinstance(task, CausalLM) or task.tokenizer is None:
             raise UserError(
-                f"eval {self.name}: only a causal language model with a tokenizer continues a text"
+                f"eval {self.name}: continuations need a causal language model with a tokenizer"
             )
 
     def measure_float(self, start: FloatModel) -> Evaluator:
@@ -58,12 +58,11 @@ class Continuations(Evaluator):
         prompts = self._prompts(tokenizer)
 
         def build() -> dict[str, Tensor]:
-            found = self._continue(task, prompts)
-            return {str(index): tokens for index, tokens in enumerate(found)}
+            return {str(index): ids for index, ids in enumerate(self._continue(task, prompts))}
 
         key = {"model": dict(start.model), "definition": self.definition()}
-        kept = Cache().get("continuations", key, build)
-        plain = [kept[str(index)] for index in range(len(prompts))]
+        cached = Cache().get("continuations", key, build)
+        plain = [cached[str(index)] for index in range(len(prompts))]
 
         def measure(task: Task) -> dict[str, float]:
             changed = self._continue(task, prompts)
@@ -107,23 +106,23 @@ class Continuations(Evaluator):
             return [encode_now(tokenizer, text, special=True) for text in self.prompts]
         ids = encode_now(tokenizer, self.corpus.text(self.split), special=False)
         starts = range(0, len(ids), max(1, len(ids) // self.count))[: self.count]
-        found = [ids[start : start + self.prompt_tokens] for start in starts]
-        if not found or len(found[-1]) < self.prompt_tokens:
+        prompts = [ids[start : start + self.prompt_tokens] for start in starts]
+        if not prompts or len(prompts[-1]) < self.prompt_tokens:
             raise UserError(
                 f"eval {self.name}: the {self.split} split of {self.corpus.name} has {len(ids)} "
                 f"tokens: too few for {self.count} prompts of {self.prompt_tokens}"
             )
-        return found
+        return prompts
 
     def _continue(self, task: Task, prompts: list[list[int]]) -> list[Int64[Tensor, " tokens"]]:
-        """One by one: nothing is padded, so no neighbour changes a text."""
+        """Runs one prompt at a time: without padding, prompts cannot affect each other."""
         assert task.tokenizer is not None
         end = task.tokenizer.eos_token_id
-        found = []
+        continuations = []
         for prompt in bar(prompts, self.name):
             ids = torch.tensor([prompt], device=task.device)
             with torch.no_grad():
-                made = task.model.generate(
+                tokens = task.model.generate(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
                     max_new_tokens=self.length,
@@ -131,8 +130,8 @@ class Continuations(Evaluator):
                     use_cache=True,
                     pad_token_id=end,
                 )
-            found.append(made[0, len(prompt) :].cpu())
-        return found
+            continuations.append(tokens[0, len(prompt) :].cpu())
+        return continuations
 
 
 def page(
@@ -142,10 +141,10 @@ def page(
     changed: Sequence[Tensor],
     agreed: Sequence[int],
 ) -> str:
-    """Markdown: each prompt, then both continuations, with a mark where they part."""
+    """Markdown: each prompt and both continuations, with a mark at the first difference."""
     parts = [
         "# Continuations",
-        f"Greedy. `{PARTING.strip()}` stands where float and quantized part.",
+        f"Greedy. `{PARTING.strip()}` marks the first difference between float and quantized.",
     ]
     for index, (prompt, a, b, same) in enumerate(
         zip(prompts, plain, changed, agreed, strict=True), start=1
@@ -160,12 +159,12 @@ def page(
 
 
 def _quoted(text: str) -> str:
-    """As code, so that nothing in it is taken for markdown."""
+    """A code block, so that the text is not read as Markdown."""
     return "\n".join(f"    {line}" for line in text.split("\n"))
 
 
 def _agreed(one: Tensor, other: Tensor) -> int:
-    """How many first tokens are the same."""
+    """The length of the common prefix."""
     count = min(len(one), len(other))
     differs = (one[:count] != other[:count]).nonzero()
     return int(differs[0]) if len(differs) else count

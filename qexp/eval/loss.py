@@ -1,4 +1,4 @@
-"""The model's own loss on held-out batches: for encoders and image models."""
+"""Mean training loss of the model on held-out batches, for encoders and image models."""
 
 import math
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ from qexp.task import Task
 
 @dataclass(frozen=True)
 class MeanLoss(Evaluator):
-    """The mean of task.loss over the rows of `batches`, `batch_rows` at a time, in nats.
+    """The mean of task.loss over the rows of `batches`, in nats.
 
-    The standard error is over these small batches.
+    `batch_rows`: rows per forward pass. The standard error is over these small batches.
     """
 
     name: str
@@ -35,11 +35,11 @@ class MeanLoss(Evaluator):
                     losses.append(float(task.loss({key: part[few] for key, part in batch.items()})))
                     rows.append(min(self.batch_rows, count - start))
         if not losses:
-            raise UserError(f"eval {self.name}: no batches to measure the loss on")
+            raise UserError(f"eval {self.name}: batches: the data has no rows")
         if not all(map(math.isfinite, losses)):
             raise UserError(
-                f"eval {self.name}: the loss is not a finite number: there is NaN or infinity in "
-                "the model's weights or activations"
+                f"eval {self.name}: the loss is not finite: the model's weights or activations "
+                "contain NaN or infinity"
             )
         total = sum(rows)
         mean = sum(n * x for n, x in zip(rows, losses, strict=True)) / total

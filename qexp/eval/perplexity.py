@@ -1,6 +1,6 @@
-"""Perplexity has a name: every protocol in use is one of three classes with its settings.
+"""Perplexity protocols: windows over a text, random crops, or documents scored per word.
 
-The protocols themselves, with their sources, are the files of conf/eval/.
+The settings of each published protocol, with their sources, are in conf/eval/.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ BOS = ("none", "start", "each")
 
 @dataclass(frozen=True, kw_only=True)
 class Perplexity(Windowed):
-    """Windows of `length` tokens, one after the other over a whole text.
+    """Consecutive windows of `length` tokens over a whole text.
 
     `join`: null takes the text as it stands, else the first `documents` (null: all) joined by it.
     `context`: tokens at the start of a window that are seen but never scored, at least 1.
@@ -45,7 +45,7 @@ class Perplexity(Windowed):
 
     def __post_init__(self) -> None:
         if self.bos not in BOS:
-            raise UserError(f"eval {self.name}: bos {self.bos!r} is none of {', '.join(BOS)}")
+            raise UserError(f"eval {self.name}: bos {self.bos!r} is not one of {', '.join(BOS)}")
         if not 1 <= self.context < self.length:
             raise UserError(
                 f"eval {self.name}: context {self.context} must be between 1 and length - 1 "
@@ -63,21 +63,21 @@ class Perplexity(Windowed):
         check_length(task.model, self.length, f"eval {self.name}: length")
         ids = self._ids(task)
         stride = self.stride or self.length
-        found: list[Window] = []
-        reached = 0
+        windows: list[Window] = []
+        scored_until = 0
         for start in range(0, len(ids), stride):
             end = min(start + self.length, len(ids))
             if end - start < self.length and not self.tail:
                 break
-            scored = min(end - start - self.context, end - reached)
+            scored = min(end - start - self.context, end - scored_until)
             if scored > 0:
-                found.append(Window(self._begun(task, ids[start:end]), scored))
-            reached = end
-            if end == len(ids) or len(found) == self.limit:
+                windows.append(Window(self._with_bos(task, ids[start:end]), scored))
+            scored_until = end
+            if end == len(ids) or len(windows) == self.limit:
                 break
-        if not found or len(ids) < self.length:
+        if not windows or len(ids) < self.length:
             raise self.too_short(len(ids), self.length)
-        return [Passage([window], window.scored) for window in found]
+        return [Passage([window], window.scored) for window in windows]
 
     def _ids(self, task: Task) -> Int64[Tensor, " tokens"]:
         ids = running(
@@ -106,9 +106,10 @@ class Perplexity(Windowed):
 
 @dataclass(frozen=True, kw_only=True)
 class CropPerplexity(Windowed):
-    """A random window in each of `count` random documents that are long enough (GPTQ's first C4).
+    """One random window in each of `count` random documents (GPTQ's first C4 protocol).
 
-    Each document is tokenised by itself, with the tokenizer's own beginning if `bos` is `start`.
+    Only documents of at least `length` tokens are used. Each document is tokenized separately;
+    with `bos: start` the tokenizer adds its special tokens.
     """
 
     length: int
@@ -133,11 +134,11 @@ class CropPerplexity(Windowed):
 
 @dataclass(frozen=True, kw_only=True)
 class WordPerplexity(Windowed):
-    """exp(loss per word) over the pages of WikiText, as lm-eval's task `wikitext` defines it.
+    """exp(loss per word) over the pages of WikiText, as in lm-eval's task `wikitext`.
 
-    A page is detokenised, then scored from a prefix token on (BOS, else EOS) in windows of `length`
-    (null: the model's context), of which the last reaches back for full context. Words are those
-    of the page before it was detokenised. `limit`: pages to use.
+    Each page is detokenized and scored after a prefix token (BOS, else EOS) in windows of `length`
+    (null: the model's context length). The last window starts earlier, so that it has full length.
+    Words are counted before detokenization. `limit`: number of pages (null: all).
     """
 
     length: int | None = None
@@ -153,17 +154,17 @@ class WordPerplexity(Windowed):
             prefix = task.tokenizer.eos_token_id
         if prefix is None:
             raise UserError(f"eval {self.name}: the tokenizer has neither a BOS nor an EOS token")
-        found = []
+        passages = []
         for page in pages(self.corpus.text(self.split))[: self.limit]:
             ids = encode(task.tokenizer, detokenize(page), special=True)
-            seen = torch.cat([ids.new_tensor([prefix]), ids])  # seen[i] comes before ids[i]
+            prefixed = torch.cat([ids.new_tensor([prefix]), ids])  # prefixed[i + 1] is ids[i]
             windows = []
             for start in range(0, len(ids), length):
                 end = min(start + length, len(ids))
-                tokens = seen[max(0, end - length) : end + 1]
+                tokens = prefixed[max(0, end - length) : end + 1]
                 windows.append(Window(tokens, end - start))
             if windows:
-                found.append(Passage(windows, words(page)))
-        if not found:
+                passages.append(Passage(windows, words(page)))
+        if not passages:
             raise self.too_short(0, length)
         return found

@@ -1,4 +1,4 @@
-"""Losses of tokens in windows, with the logits streamed."""
+"""Cross-entropy per token in windows, computed without storing all logits."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from qexp.task import CausalLM, Classifier, Task
 
 
 class Window(NamedTuple):
-    """Tokens that the model sees together; the last `scored` of them are targets."""
+    """The tokens of one forward pass; the last `scored` of them are targets."""
 
     tokens: Int64[Tensor, " tokens"]
     scored: int
@@ -22,10 +22,10 @@ class Window(NamedTuple):
 def token_losses(
     task: Task, windows: Sequence[Window], batch_tokens: int, name: str
 ) -> list[Float[Tensor, " scored"]]:
-    """The cross-entropy of every target in nats, in float32, per window, on the CPU.
+    """The cross-entropy of every target in nats, float32 on the CPU, one tensor per window.
 
-    Logits exist for a few hundred positions at a time (task.token_losses). A loss that is not
-    finite raises a UserError that names the protocol.
+    Logits are computed for a few hundred positions at a time (task.token_losses). Raises UserError
+    with the protocol's `name` if a loss is not finite.
     """
     losses: list[Float[Tensor, " scored"]] = []
     for batch, hidden in states(task, windows, batch_tokens, name):
@@ -33,31 +33,31 @@ def token_losses(
         scored = batch[0].scored
         targets = torch.cat([window.tokens[-scored:] for window in batch])
         with torch.no_grad():
-            found = task.token_losses(hidden.flatten(0, 1), targets).cpu()
-        if not found.isfinite().all():
+            batch_losses = task.token_losses(hidden.flatten(0, 1), targets).cpu()
+        if not batch_losses.isfinite().all():
             raise UserError(
-                f"eval {name}: the loss of window {len(losses)} or near it is not a finite "
-                "number: there is NaN or infinity in the model's weights or activations"
+                f"eval {name}: the loss is not finite in or near window {len(losses)}: the model's "
+                "weights or activations contain NaN or infinity"
             )
-        losses.extend(found.view(len(batch), scored))
+        losses.extend(batch_losses.view(len(batch), scored))
     return losses
 
 
 def states(
     task: Task, windows: Sequence[Window], batch_tokens: int, name: str
 ) -> Iterator[tuple[list[Window], Float[Tensor, "windows scored width"]]]:
-    """Windows of one shape and the hidden states that predict their targets, without gradient."""
+    """Batches of windows and the hidden states that predict their targets, without gradient."""
     check_causal(task, name)
     assert isinstance(task, CausalLM)
     for batch in bar(list(_batches(windows, batch_tokens)), name):
         ids = torch.stack([window.tokens for window in batch])
         with torch.no_grad():
-            hidden = task.hidden(ids[:, :-1])  # the last token predicts none
+            hidden = task.hidden(ids[:, :-1])  # the last token has no target
         yield batch, hidden[:, -batch[0].scored :]
 
 
 def check_causal(task: Task, name: str) -> None:
-    """UserError for a model that does not predict the next token."""
+    """Raises UserError if the model does not predict the next token."""
     if not isinstance(task, CausalLM):
         other = "accuracy" if isinstance(task, Classifier) else "loss"
         raise UserError(
@@ -67,7 +67,7 @@ def check_causal(task: Task, name: str) -> None:
 
 
 def _batches(windows: Sequence[Window], batch_tokens: int) -> Iterator[list[Window]]:
-    """Neighbours of equal shape, up to `batch_tokens` together: no padding anywhere."""
+    """Consecutive windows of equal shape, so without padding; at most `batch_tokens` per batch."""
     batch: list[Window] = []
     for window in windows:
         shape = (len(window.tokens), window.scored)

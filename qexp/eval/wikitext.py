@@ -1,4 +1,4 @@
-"""WikiText as pages, with its tokenisation undone: what lm-eval's `wikitext` task scores."""
+"""WikiText pages and their detokenization, as in lm-eval's task `wikitext`."""
 
 import re
 
@@ -9,26 +9,28 @@ LAST = ((" ° ", "°"), (" \n", "\n"), ("\n ", "\n"), (" N ", " 1 "), (" 's", "'
 
 
 def pages(text: str) -> list[str]:
-    """The text cut before each level-1 heading; pages without any word are left out."""
-    found: list[list[str]] = [[]]
+    """The text split before each level-1 heading; empty pages are removed."""
+    sections: list[list[str]] = [[]]
     for line in text.split("\n"):
         if TITLE.fullmatch(line.strip()):
-            found.append([])
-        found[-1].append(line)
-    whole = ["\n".join(lines) for lines in found]
-    return [page for page in whole if page.strip()]
+            sections.append([])
+        sections[-1].append(line)
+    joined = ["\n".join(lines) for lines in sections]
+    return [page for page in joined if page.strip()]
 
 
 def words(page: str) -> int:
-    """Pieces between runs of white space. The empty pieces before and after a page's outer white
-    space count as well, as they do in lm-eval."""
+    """The number of words as lm-eval counts them: parts between runs of white space.
+
+    An empty part before or after outer white space counts as well.
+    """
     return len(re.split(r"\s+", page))
 
 
 def detokenize(page: str) -> str:
-    """English as it was before WikiText set spaces around its tokens, following lm-eval's rules.
+    """Removes the spaces that WikiText has around its tokens, by lm-eval's rules.
 
-    The order of the rules matters: each sees what the ones before it left.
+    The order of the rules matters: each is applied to the result of the previous ones.
     """
     page = page.replace("s '", "s'")
     for mark in "-,.":

@@ -1,4 +1,4 @@
-"""Perplexity as a ratio: losses of scored tokens over units, whatever the windows are."""
+"""Perplexity over windows of text, as a ratio of summed losses to units."""
 
 import logging
 import math
@@ -24,8 +24,10 @@ log = logging.getLogger(__name__)
 def ratio(
     totals: Float[Tensor, " samples"], units: Float[Tensor, " samples"]
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """The sum of totals over the sum of units, and its standard error over samples (delta method
-    for a ratio of sums; NaN for one sample)."""
+    """sum(totals) / sum(units), and its standard error over samples by the delta method.
+
+    The standard error is NaN for one sample.
+    """
     rate = totals.sum() / units.sum()
     count = len(totals)
     spread = ((totals - rate * units) ** 2).sum() / units.sum() ** 2
@@ -33,7 +35,7 @@ def ratio(
 
 
 class Passage(NamedTuple):
-    """What counts as one sample for the standard error: windows, and the units they are worth."""
+    """One sample for the standard error: its windows, and its number of units."""
 
     windows: list[Window]
     units: int
@@ -41,7 +43,7 @@ class Passage(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Windowed(Evaluator):
-    """exp(sum of the losses of all scored tokens / units). A unit is a token unless said otherwise.
+    """exp(sum of the losses of all scored tokens / units). A unit is a scored token by default.
 
     `batch_tokens`: tokens that go through the model at once; changes no number. `dtype`: of the
     models in the papers that define the protocol (null: none is known); a model of another one is
@@ -73,10 +75,10 @@ class Windowed(Evaluator):
 
     @abstractmethod
     def passages(self, task: Task) -> list[Passage]:
-        """The text, cut into what is scored."""
+        """The windows of the text, by sample of the standard error."""
 
     def token_losses(self, task: Task) -> list[Float[Tensor, " scored"]]:
-        """The loss in nats of every scored token, window by window."""
+        """The loss in nats of every scored token, one tensor per window."""
         return self._losses(task, self.passages(task))
 
     def losses(self, task: Task) -> Float[Tensor, " windows"]:
@@ -84,8 +86,7 @@ class Windowed(Evaluator):
         return torch.stack([losses.mean() for losses in self.token_losses(task)])
 
     def __call__(self, task: Task) -> dict[str, float]:
-        """`ppl` with its standard error over passages, and how many windows and scored tokens it
-        rests on."""
+        """`ppl` with its standard error over passages, and the numbers of windows and tokens."""
         passages = self.passages(task)
         losses = iter(self._losses(task, passages))
         totals = torch.tensor(
@@ -128,5 +129,5 @@ class Windowed(Evaluator):
     def too_short(self, tokens: int, length: int) -> UserError:
         return UserError(
             f"eval {self.name}: the {self.split} split of {self.corpus.name} has {tokens} tokens, "
-            f"less than one window of {length}; choose a smaller length or another text"
+            f"fewer than one window of {length}; choose a smaller length or another text"
         )

@@ -1,3 +1,3 @@
-"""Tasks of the lm-evaluation-harness on the model in memory."""
+"""Zero-shot and few-shot tasks of EleutherAI's lm-evaluation-harness."""
 
 from qexp.eval.harness.evaluator import Harness as Harness

@@ -1,4 +1,4 @@
-"""Tasks of EleutherAI's lm-evaluation-harness on the model in memory."""
+"""Evaluator that runs lm-evaluation-harness tasks on the model in memory."""
 
 import hashlib
 import io
@@ -28,26 +28,24 @@ from qexp.task import CausalLM, Task
 
 
 class Outcome(NamedTuple):
-    """Numbers by key; for each metric that is right or wrong its value of every item; what the
-    model answered to every request, a log-likelihood or a text."""
+    """The results of the harness."""
 
-    numbers: dict[str, float]
-    items: dict[str, Tensor]
-    answers: list[float | str]
+    numbers: dict[str, float]  # metrics by key
+    items: dict[str, Tensor]  # for each metric with values 0 and 1, its value per item
+    answers: list[float | str]  # per request, a log-likelihood or a generated text
 
 
 @dataclass(frozen=True, kw_only=True)
 class Harness(Evaluator):
-    """Harness tasks, its prompts, metrics and standard errors as they are.
+    """Harness tasks, with the harness's prompts, metrics and standard errors.
 
-    `tasks`: names of the harness (tasks, groups, tags), or tasks of one's own as in its yaml files.
-    `shots`: examples before each item (null: as each task says). `limit`: the first items of each
-    task. `batch_size`: inputs that go through the model at once, or trees of inputs with as many
-    tokens; part of the definition, because the last digits of a log-likelihood depend on it.
-    `bootstrap`: rounds of the harness's bootstrap for metrics whose standard error has no formula.
-    `source`: `local` files below `folder` (null: QEXP_DATA_DIR), the `hub`, or `auto`: local files
-    where they are. `against_float`: also count the items that quantization turns from right to
-    wrong and from wrong to right.
+    `tasks`: names of the harness (tasks, groups, tags), or new tasks with the fields of its yaml
+    files. `shots`: few-shot examples (null: each task's default). `limit`: number of items per
+    task. `batch_size`: inputs per forward pass, or trees of inputs with as many tokens; part of the
+    definition, because the last digits of a log-likelihood depend on it. `bootstrap`: rounds of
+    the harness's bootstrap, for metrics without a formula for the standard error. `source`: `local`
+    files in `folder` (null: QEXP_DATA_DIR), the `hub`, or `auto` (local files if they exist).
+    `against_float`: also count items that change from right to wrong and from wrong to right.
     """
 
     name: str
@@ -62,17 +60,17 @@ class Harness(Evaluator):
 
     def __post_init__(self) -> None:
         if not self.tasks:
-            raise UserError(f"eval {self.name}: tasks is empty; give names of harness tasks")
+            raise UserError(f"eval {self.name}: tasks is empty; add names of harness tasks")
         for key, least in (("limit", 1), ("shots", 0), ("batch_size", 1), ("bootstrap", 0)):
             if (value := getattr(self, key)) is not None and value < least:
                 raise UserError(f"eval {self.name}: {key} {value} must be at least {least}")
         if self.source not in SOURCES:
             raise UserError(
-                f"eval {self.name}: source {self.source!r} is none of {', '.join(SOURCES)}"
+                f"eval {self.name}: source {self.source!r} is not one of {', '.join(SOURCES)}"
             )
 
     def check(self, task: Task) -> None:
-        self._loaded  # noqa: B018 - whether the harness is installed
+        self._loaded  # noqa: B018 - raises UserError if the harness is not installed
         if not isinstance(task, CausalLM) or task.tokenizer is None:
             raise UserError(
                 f"eval {self.name}: the harness needs a causal language model with a tokenizer and "
@@ -94,39 +92,39 @@ class Harness(Evaluator):
         plain = Cache().get("harness", key, build)
 
         def measure(task: Task) -> dict[str, float]:
-            found = self.outcome(task)
-            numbers = dict(found.numbers)
-            before, after = self._with_groups(plain), self._with_groups(found.items)
+            outcome = self.outcome(task)
+            numbers = dict(outcome.numbers)
+            before, after = self._with_groups(plain), self._with_groups(outcome.items)
             for name, items in after.items():
-                if name in found.numbers:
-                    moved = changes(before[name], items)
-                    numbers |= {f"{name}_{key}": value for key, value in moved.items()}
+                if name in outcome.numbers:
+                    changed = changes(before[name], items)
+                    numbers |= {f"{name}_{key}": value for key, value in changed.items()}
             return numbers
 
         return WithReference(self, measure)
 
     def outcome(self, task: Task) -> Outcome:
-        """What the harness says of the model."""
+        """The harness's results for the model."""
         self.check(task)
         from qexp.eval.harness.model import Model
 
         return self.outcome_of(Model(task, self.batch_size, self.name))
 
     def outcome_of(self, model: Any) -> Outcome:
-        """What the harness says of any model of its kind."""
-        said = self.ask(model)
-        samples = said["samples"]
+        """The harness's results for any model with the harness's interface."""
+        results = self.ask(model)
+        samples = results["samples"]
         return Outcome(
-            _numbers(said["results"], said["versions"]), _items(samples), _answers(samples)
+            _numbers(results["results"], results["versions"]), _items(samples), _answers(samples)
         )
 
     def ask(self, model: Any) -> dict[str, Any]:
-        """The harness's own results."""
+        """The dictionary that the harness's `evaluate` returns."""
         tasks = self._loaded
         from lm_eval.evaluator import evaluate
 
         self._same_shots()
-        with redirect_stdout(io.StringIO()):  # it announces every bootstrap
+        with redirect_stdout(io.StringIO()):  # the harness prints a line per bootstrap
             return evaluate(model, tasks, limit=self.limit, bootstrap_iters=self.bootstrap)
 
     @property
@@ -135,8 +133,10 @@ class Harness(Evaluator):
         return {key for task in tasks for key, higher in task.higher_is_better().items() if higher}
 
     def definition(self) -> dict[str, Any]:
-        """The version of the harness and of the tasks, and a hash of all prompts and targets:
-        equal for local rows and for the hub's where these say the same."""
+        """The versions of the harness and of the tasks, and a hash of all prompts and targets.
+
+        The hash is the same for local files and for the hub if their rows are equal.
+        """
         tasks: Mapping[str, Any] = self._loaded["tasks"]
         return {
             "kind": "Harness",
@@ -155,8 +155,8 @@ class Harness(Evaluator):
         }
 
     def files(self) -> list[Path]:
-        found = (getattr(task, "files", []) for task in self._loaded["tasks"].values())
-        return sorted({path for paths in found for path in paths})
+        by_task = (getattr(task, "files", []) for task in self._loaded["tasks"].values())
+        return sorted({path for paths in by_task for path in paths})
 
     def reads(self) -> list[tuple[Corpus, str]]:
         """None that a recipe could name: the tasks have files of their own."""
@@ -170,15 +170,17 @@ class Harness(Evaluator):
         if find_spec("lm_eval") is None:
             raise UserError(
                 f"eval {self.name}: lm-evaluation-harness is not installed; "
-                "`pip install -e .[eval]` brings it"
+                "install it with `pip install -e .[eval]`"
             )
         from qexp.eval.harness import tasks
 
         return tasks.load(self.tasks, self.source, self.folder, self.shots)
 
     def _with_groups(self, items: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The items of each task, and of each group those of its tasks, one after another by name:
-        what comes from the cache has an order of its own."""
+        """The items of each task, and of each group the items of its tasks concatenated by name.
+
+        Sorting makes cached and new items comparable: the cache does not keep the order.
+        """
         joined: dict[str, list[Tensor]] = {key: [each] for key, each in items.items()}
         for name, group in self._loaded["groups"].items():
             members = {id(task) for task in group.get_all_tasks()}
@@ -190,20 +192,20 @@ class Harness(Evaluator):
 
     @cached_property
     def _prompts(self) -> dict[str, str]:
-        """The sha256 of what each task asks and of what would be right."""
+        """The SHA-256 of each task's prompts and targets."""
         self._same_shots()
-        found = {}
+        hashes = {}
         for name, task in self._loaded["tasks"].items():
             task.build_all_requests(limit=self.limit)
             digest = hashlib.sha256()
             for request in task.instances:
-                said = [request.args, str(task.doc_to_target(request.doc))]
-                digest.update(json.dumps(said, default=str).encode())
-            found[name] = digest.hexdigest()
-        return found
+                prompt = [request.args, str(task.doc_to_target(request.doc))]
+                digest.update(json.dumps(prompt, default=str).encode())
+            hashes[name] = digest.hexdigest()
+        return hashes
 
     def _same_shots(self) -> None:
-        """The same examples before the same items, however often the tasks are built."""
+        """Resets the few-shot seed, so that an item gets the same examples in every build."""
         from qexp.eval.harness.tasks import SHOT_SEED
 
         for task in self._loaded["tasks"].values():
@@ -211,14 +213,14 @@ class Harness(Evaluator):
 
 
 def _code() -> list[ModuleType]:
-    """What answers depend on; imported here because these modules import lm_eval."""
+    """The modules that answers depend on; imported here because they import lm_eval."""
     from qexp.eval.harness import local_rows, model, scoring, tasks
 
     return [sys.modules[__name__], model, local_rows, scoring, tasks]
 
 
 def _numbers(results: Mapping[str, Any], versions: Mapping[str, Any]) -> dict[str, float]:
-    """`task/metric`, or `task/filter/metric` where a task has filters; `task/version`, `/items`."""
+    """`task/metric`, `task/filter/metric` if a task has filters, `task/version`, `task/items`."""
     numbers: dict[str, float] = {}
     for task, values in results.items():
         measured = {key: value for key, value in values.items() if "," in key}
@@ -228,13 +230,13 @@ def _numbers(results: Mapping[str, Any], versions: Mapping[str, Any]) -> dict[st
             numbers[f"{place}/{metric}"] = math.nan if value == "N/A" else float(value)
         if measured and "sample_len" in values:
             numbers[f"{task}/items"] = float(values["sample_len"])
-            if isinstance(said := versions.get(task), int | float):  # groups have none
-                numbers[f"{task}/version"] = float(said)
+            if isinstance(number := versions.get(task), int | float):  # groups have none
+                numbers[f"{task}/version"] = float(number)
     return numbers
 
 
 def _items(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Tensor]:
-    """1 or 0 for each item in order, by the metric's key."""
+    """By the metric's key, 1 or 0 for each item in order; other metrics are left out."""
     columns: dict[str, list[float]] = {}
     for task, rows in samples.items():
         for row in rows:
@@ -249,6 +251,6 @@ def _items(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Tens
 
 
 def _answers(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[float | str]:
-    """Item by item. The harness gives a pair where it asks for greediness too."""
-    found = (each for rows in samples.values() for row in rows for each in row["filtered_resps"])
-    return [each[0] if isinstance(each, tuple) else each for each in found]
+    """Answers in the order of items. Log-likelihood requests answer a pair (value, is greedy)."""
+    resps = (each for rows in samples.values() for row in rows for each in row["filtered_resps"])
+    return [each[0] if isinstance(each, tuple) else each for each in resps]

@@ -1,6 +1,6 @@
-"""Where the rows of harness tasks are as local files, and what turns them into the hub's rows.
+"""Local files of harness tasks, and their conversion to the hub's row format.
 
-One table, keyed as the harness names its data. Paths are below the folder QEXP_DATA_DIR.
+The keys of the table are the harness's data set names. Paths are relative to QEXP_DATA_DIR.
 """
 
 import csv
@@ -24,10 +24,10 @@ def _same(row: Row) -> Row:
 
 @dataclass(frozen=True)
 class Facts:
-    """Files by split (`{}` is the data set's name, as in blimp), and the hub's row of each row.
+    """Files by split (`{}` is replaced by the data set's name), and the conversion of a row.
 
-    `by`: a field that the file has and the hub does not, because there each of its values is a data
-    set of its own.
+    `by`: a field of the file that selects rows by the data set's name, where the hub has a
+    separate data set for each value.
     """
 
     files: dict[str, str]
@@ -36,7 +36,7 @@ class Facts:
 
 
 def _arc(row: Row) -> Row:
-    """Where the labels of the choices are lost, they are letters: prompts never show them."""
+    """Labels the choices with letters if the file has no labels: prompts never show them."""
     if "answerKey" in row:
         return row
     labels = [chr(ord("A") + index) for index in range(len(row["choices"]))]
@@ -46,16 +46,18 @@ def _arc(row: Row) -> Row:
 
 
 def _hellaswag(row: Row) -> Row:
-    """`query` is "activity: context"; a context that does not end a sentence goes on with the
-    words that the ending completes (the hub's ctx_b)."""
+    """Splits `query` ("activity: context") into the hub's fields.
+
+    If the context ends inside a sentence, that unfinished sentence is the hub's ctx_b.
+    """
     if "ctx_a" in row:
         return row
     activity, _, context = row["query"].partition(": ")
     whole = re.fullmatch(r"(.*[.?!][\"')]*) +(.*[^.?!\"')])", context, re.DOTALL)
     first, second = whole.groups() if whole else (context, "")
-    ends = {"ctx_a": first, "ctx_b": second, "ctx": context}
+    contexts = {"ctx_a": first, "ctx_b": second, "ctx": context}
     label = str(row["label"])
-    return {**ends, "activity_label": activity, "endings": row["endings"], "label": label}
+    return {**contexts, "activity_label": activity, "endings": row["endings"], "label": label}
 
 
 def _boolq(row: Row) -> Row:
@@ -71,7 +73,7 @@ def _lambada(row: Row) -> Row:
 
 
 def _truthfulqa(row: Row) -> Row:
-    """The published table's columns, answers parted as the hub's script does."""
+    """Converts the published table's columns; answers are split as in the hub's script."""
     if "question" in row:
         return row
     plain = {key: row[key.title()] for key in ("type", "category", "question", "source")}
@@ -104,7 +106,7 @@ FACTS: dict[tuple[str, str | None], Facts] = {
     ("allenai/ai2_arc", "ARC-Challenge"): Facts(
         _files("tasks/arc/arc_challenge", *_TWO, "test"), _arc
     ),
-    # the file has Google's rows: without the title that the hub's super_glue puts before a passage
+    # Google's rows: without the title that the hub's super_glue adds before a passage
     ("aps/super_glue", "boolq"): Facts(_files("tasks/boolq/boolq", *_TWO), _boolq),
     ("cais/mmlu", None): Facts(
         _files("tasks/mmlu/mmlu", "dev", "validation", "test"), by="subject"
@@ -117,8 +119,8 @@ FACTS: dict[tuple[str, str | None], Facts] = {
     ("tau/commonsense_qa", None): Facts(_files("tasks/commonsenseqa/csqa", *_TWO)),
     ("lighteval/siqa", None): Facts(_files("tasks/socialiqa/socialiqa", *_TWO)),
     ("google-research-datasets/nq_open", None): Facts(_files("tasks/nq_open/nq_open", *_TWO)),
-    # The table of questions is truthfulqa_gen's. The choices of truthfulqa_mc1 and mc2 are a file
-    # of their own (mc_task.json): which of the answers, in what words, the table does not tell.
+    # This table is for truthfulqa_gen. The choices of truthfulqa_mc1 and mc2 are in another file
+    # (mc_task.json) and cannot be derived from the table.
     ("truthfulqa/truthful_qa", "generation"): Facts(
         {"validation": "tasks/truthfulqa/TruthfulQA.csv"}, _truthfulqa
     ),
@@ -133,23 +135,23 @@ FACTS: dict[tuple[str, str | None], Facts] = {
 
 
 def find(path: str | None, name: str | None) -> Facts | None:
-    """The facts of a data set of the harness, if it has any here."""
+    """The table's entry for a data set of the harness, if there is one."""
     return FACTS.get((path or "", name)) or FACTS.get((path or "", None))
 
 
 def local(facts: Facts, name: str | None, where: Path) -> Iterator[tuple[str, Path]]:
-    """The splits whose files are there."""
+    """The splits whose files exist."""
     for split, pattern in facts.files.items():
         if (path := where / pattern.format(name)).is_file():
             yield split, path
 
 
 def rows(facts: Facts, name: str | None, path: Path) -> list[Row]:
-    """The rows of one file, as the hub has them."""
-    found = _read(path, path.stat().st_mtime_ns)
+    """The rows of one file in the hub's format."""
+    content = _read(path, path.stat().st_mtime_ns)
     if facts.by is not None:
-        found = [row for row in found if row[facts.by] == name]
-    return [facts.row(row) for row in found]
+        content = [row for row in content if row[facts.by] == name]
+    return [facts.row(row) for row in content]
 
 
 @lru_cache(maxsize=8)

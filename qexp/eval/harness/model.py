@@ -1,6 +1,6 @@
-"""The model in memory, with whatever is quantized in it, as lm-evaluation-harness asks it.
+"""Adapter from a quantized model in memory to lm-evaluation-harness's model interface.
 
-Imports the harness, so it is imported only where the harness is used.
+This module imports the harness; import it only where the harness is used.
 """
 
 from typing import Any
@@ -23,14 +23,15 @@ from qexp.common.progress import bar
 from qexp.eval.harness.scoring import Request, score
 from qexp.task import CausalLM, Task
 
-# Tokens that a task gets which names no number of its own, as in the harness's model `hf`.
+# New tokens for tasks that set no number, as in the harness's model `hf`.
 NEW_TOKENS = 256
 
 
 class Model(TemplateLM):
-    """Answers requests as the harness's model `hf` does, `rows` at a time; sums in float32.
+    """Answers requests as the harness's model `hf` does; log-softmax is in float32.
 
-    Where a text begins, the prefix is BOS, else EOS; what is too long loses its beginning.
+    `rows`: inputs per forward pass. The prefix before a text is BOS, else EOS. Inputs longer than
+    the model's context are truncated on the left.
     """
 
     def __init__(self, task: Task, rows: int, name: str) -> None:
@@ -40,7 +41,7 @@ class Model(TemplateLM):
         self.tokenizer = task.tokenizer
         self.max_length = resolve_max_length(task.model.config, self.tokenizer)
         self._device = task.device
-        self._known: dict[tuple[str, bool | None], list[int]] = {}
+        self._encoded: dict[tuple[str, bool | None], list[int]] = {}
 
     @property
     def eot_token_id(self) -> int:
@@ -54,37 +55,38 @@ class Model(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """The ids; each text once, because the choices of an item repeat its context."""
+        """Token ids; memoized, because the choices of an item repeat its context."""
         key = (string, add_special_tokens)
-        if key not in self._known:
+        if key not in self._encoded:
             special = add_special_tokens
             if special is None:
                 prefix = self.tokenizer.decode(self.prefix_token_id)
                 special = not has_bos_prefix(string, prefix)
             ids = self.tokenizer.encode(string, add_special_tokens=special, verbose=False)
-            self._known[key] = ids
-        return self._known[key]
+            self._encoded[key] = ids
+        return self._encoded[key]
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = True
     ) -> list[tuple[float, bool]]:
         answers = TemplateLM.loglikelihood(self, requests, disable_tqdm=True)
-        self._known.clear()
+        self._encoded.clear()
         return answers
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        found = [
+        scored = [
             Request(tuple((context + target)[-(self.max_length + 1) :]), len(target))
             for _, context, target in requests
         ]
-        return [(gain, greedy) for gain, greedy in score(self.task, found, self.rows, self.name)]
+        answers = score(self.task, scored, self.rows, self.name)
+        return [(answer.loglikelihood, answer.greedy) for answer in answers]
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = True
     ) -> list[float]:
-        """Texts in windows of the model's context, the last with as much context as fits."""
+        """Texts in windows of the model's context length; the last has as much context as fits."""
         owners: list[int] = []
         windows: list[tuple[Any, list[int], list[int]]] = []
         for owner, (text,) in enumerate(request.args for request in requests):
@@ -96,12 +98,13 @@ class Model(TemplateLM):
                 owners.append(owner)
                 windows.append((None, context, target))
         totals = [0.0] * len(requests)
-        for owner, (gain, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
-            totals[owner] += gain
+        answers = self._loglikelihood_tokens(windows)
+        for owner, (loglikelihood, _) in zip(owners, answers, strict=True):
+            totals[owner] += loglikelihood
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        """Greedy or sampled as the task says; requests of similar length go together."""
+        """Greedy or sampled as the task requests; prompts of similar length form a batch."""
         order = sorted(
             range(len(requests)),
             key=lambda i: (repr(requests[i].args[1]), -len(self.tok_encode(requests[i].args[0]))),
@@ -122,7 +125,7 @@ class Model(TemplateLM):
             prompts = [self.tok_encode(requests[i].args[0]) for i in batch]
             for index, text in zip(batch, self._generate(prompts, requests[batch[0]]), strict=True):
                 texts[index] = text
-        self._known.clear()
+        self._encoded.clear()
         return texts
 
     def _generate(self, prompts: list[list[int]], like: Instance) -> list[str]:
@@ -136,7 +139,7 @@ class Model(TemplateLM):
                 f"{self.max_length}"
             )
         if settings.get("temperature") == 0.0:
-            settings.pop("temperature")  # transformers warns of it where nothing is sampled
+            settings.pop("temperature")  # transformers warns about it when it does not sample
         width = min(max(map(len, prompts)), room)
         cut = [prompt[-width:] for prompt in prompts]
         pad = self.tokenizer.pad_token_id

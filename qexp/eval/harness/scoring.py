@@ -1,7 +1,7 @@
-"""Log-likelihoods of continuations, with what requests have in common computed once.
+"""Log-likelihoods of continuations, with shared prefixes computed once (tree attention).
 
-Requests whose tokens begin alike go through the model as one tree: each token once, at its depth,
-seeing only what comes before it in its own text. So the answers are those of one request at a time.
+Requests with a common prefix form one tree. Each token of a tree is computed once. Its position is
+its depth, and it attends only to its ancestors, so the results are those of separate requests.
 """
 
 import math
@@ -17,17 +17,17 @@ from qexp.common.errors import UserError
 from qexp.common.progress import bar
 from qexp.task import CausalLM
 
-# A beginning of fewer tokens is not worth a tree.
+# Shorter common prefixes are not worth a tree.
 SHARED = 4
-# What it costs a token to attend to one token more, in tokens: measured at a width of 576, less in
-# wider models. In a tree every token attends to all others, and the mask takes most of it back.
+# Cost of one more attended token, relative to the cost of a token, measured at a width of 576
+# (less in wider models). In a tree attention is computed between all tokens, then mostly masked.
 PAIR = 1e-3
-# A tree smaller than this share of another begins a batch of its own: the rest would be padding.
+# A tree smaller than this share of the batch's largest starts a new batch, to limit the padding.
 SIMILAR = 0.8
-# Positions whose logits exist at one time: at 50 k tokens they stay in a processor's cache.
+# Positions per block of logits; with a vocabulary of 50k the block fits in the processor's cache.
 POSITIONS = 128
 
-Tokens = tuple[int, ...]  # of an input: of a request without its last target
+Tokens = tuple[int, ...]  # an input: a request without its last target
 
 
 class Request(NamedTuple):
@@ -39,11 +39,11 @@ class Request(NamedTuple):
 
 class Answer(NamedTuple):
     loglikelihood: float
-    greedy: bool  # whether every target is the model's first choice
+    greedy: bool  # whether every target has the largest logit
 
 
 class Tree:
-    """Inputs that begin alike; a token that follows the same tokens is one node."""
+    """The prefix tree (trie) of inputs; a node is a token with all tokens before it."""
 
     def __init__(self, inputs: list[Tokens]) -> None:
         self.inputs = inputs
@@ -59,14 +59,15 @@ class Tree:
         self.longest = max(map(len, inputs))
 
     def depths(self) -> list[int]:
-        found = [0] * len(self.tokens)
+        """The position of each node in its inputs, from 0."""
+        depths = [0] * len(self.tokens)
         for path in self.paths:
             for depth, node in enumerate(path):
-                found[node] = depth
-        return found
+                depths[node] = depth
+        return depths
 
     def sees(self, size: int) -> Bool[Tensor, "size size"]:
-        """Which node is on the way to which; up to `size`, what is no node sees itself."""
+        """The attention mask: [i, j] is true if j is i or an ancestor of i. Padding sees itself."""
         sees = torch.eye(size, dtype=torch.bool)
         for path in self.paths:
             way = torch.tensor(path)
@@ -75,37 +76,44 @@ class Tree:
 
 
 def score(task: CausalLM, requests: Sequence[Request], rows: int, name: str) -> list[Answer]:
-    """The answer to each request, in order; about as many tokens go through the model at once as
-    `rows` inputs have."""
-    asked: dict[Tokens, list[int]] = {}
-    for index, request in enumerate(requests):  # A, B, C and D after one question: one input
-        asked.setdefault(request.tokens[:-1], []).append(index)
+    """The answer to each request, in order. `rows`: the batch size, counted in single inputs.
+
+    Raises UserError with the evaluator's `name` if a log-likelihood is not finite.
+    """
+    # requests that differ only in their last token (choices A, B, C, D) have one input
+    by_input: dict[Tokens, list[int]] = {}
+    for index, request in enumerate(requests):
+        by_input.setdefault(request.tokens[:-1], []).append(index)
     answers: dict[int, Answer] = {}
     with torch.no_grad():
-        for batch in bar(list(batches(trees(list(asked), rows, _window(task)), rows)), name):
+        forest = trees(list(by_input), rows, _window(task))
+        for batch in bar(list(batches(forest, rows)), name):
             hidden = _hidden(task, batch)
             size = hidden.shape[1]
             order: list[int] = []
-            places: list[int] = []  # of the hidden states that predict the targets of each
+            places: list[int] = []  # indices of the hidden states that predict the targets
             for row, tree in enumerate(batch):
                 for tokens, path in zip(tree.inputs, tree.paths, strict=True):
-                    for index in asked[tokens]:
+                    for index in by_input[tokens]:
                         order.append(index)
                         places += [row * size + node for node in path[-requests[index].scored :]]
-            found = _answers(task, hidden.flatten(0, 1), places, [requests[i] for i in order])
-            answers |= zip(order, found, strict=True)
+            part = _answers(task, hidden.flatten(0, 1), places, [requests[i] for i in order])
+            answers |= zip(order, part, strict=True)
     if not all(math.isfinite(answer.loglikelihood) for answer in answers.values()):
         raise UserError(
-            f"eval {name}: a log-likelihood is not a finite number: there is NaN or infinity in "
-            "the model's weights or activations"
+            f"eval {name}: a log-likelihood is not finite: the model's weights or activations "
+            "contain NaN or infinity"
         )
     return [answers[index] for index in range(len(requests))]
 
 
 def trees(inputs: Sequence[Tokens], rows: int, window: float = math.inf) -> Iterator[Tree]:
-    """Sorted inputs, cut where a neighbour has much more in common with the other side, or where
-    attention within a larger tree would cost more than what is shared. Inputs longer than `window`
-    stay alone."""
+    """Groups sorted inputs into trees of at most `rows` inputs.
+
+    A new tree starts at an input that shares much more with its successor than with its
+    predecessor, and where attention in a larger tree would cost more than the shared tokens save.
+    An input longer than `window` (sliding-window attention) gets its own tree.
+    """
     ordered = sorted(inputs)
     common = [_common(a, b) for a, b in pairwise(ordered)]
     members: list[Tokens] = []
@@ -124,9 +132,12 @@ def trees(inputs: Sequence[Tokens], rows: int, window: float = math.inf) -> Iter
 
 
 def batches(found: Iterable[Tree], rows: int) -> Iterator[list[Tree]]:
-    """Trees of similar size, with padding no more tokens than `rows` inputs as long as their
-    longest, which is what the harness's model has at a time. The largest first: what does not fit
-    into memory fails at once. Inputs that share nothing go apart: they need no mask."""
+    """Batches of trees of similar size, largest first, so that running out of memory shows early.
+
+    A batch has at most as many tokens, with padding, as `rows` inputs of the longest length, which
+    is the batch of the harness's own model. Trees of one input form separate batches: they need
+    no mask.
+    """
 
     def shape(tree: Tree) -> tuple[bool, int]:
         return len(tree.inputs) > 1, len(tree.tokens)
@@ -147,7 +158,7 @@ def batches(found: Iterable[Tree], rows: int) -> Iterator[list[Tree]]:
 
 
 def _hidden(task: CausalLM, batch: list[Tree]) -> Float[Tensor, "trees nodes width"]:
-    """The hidden states of all nodes."""
+    """The hidden states of all nodes, padded to the largest tree."""
     ids = _padded([tree.tokens for tree in batch])
     if all(len(tree.inputs) == 1 for tree in batch):
         return task.hidden(ids)
@@ -164,7 +175,7 @@ def _hidden(task: CausalLM, batch: list[Tree]) -> Float[Tensor, "trees nodes wid
 
 
 def _window(task: CausalLM) -> float:
-    """How far back attention sees: a mask of one's own knows no window."""
+    """The sliding window of attention in tokens, which an explicit mask would ignore."""
     return float(getattr(task.model.config, "sliding_window", None) or math.inf)
 
 
@@ -174,8 +185,10 @@ def _answers(
     places: list[int],
     requests: list[Request],
 ) -> Iterator[Answer]:
-    """The answers to requests whose targets are predicted at `places`, one after the other. The
-    logits of a place are made once, however many targets it predicts."""
+    """The answers to requests; `places`: the nodes that predict their targets, concatenated.
+
+    The logits of a node are computed once, also if it predicts several targets.
+    """
     target = torch.tensor([token for each in requests for token in each.tokens[-each.scored :]])
     nodes, where = torch.tensor(places).unique(return_inverse=True)
     gains, hits = torch.empty(len(where)), torch.empty(len(where), dtype=torch.bool)
@@ -184,23 +197,23 @@ def _answers(
         inside = (where >= start) & (where < start + POSITIONS)
         rows = (where[inside] - start).to(logits.device)
         columns = target[inside].to(logits.device)
-        gains[inside] = logits.log_softmax(-1)[rows, columns].cpu()
+        logprobs[inside] = logits.log_softmax(-1)[rows, columns].cpu()
         hits[inside] = (logits.argmax(-1)[rows] == columns).cpu()
     at = 0
     for each in requests:
         part = slice(at, at + each.scored)
-        yield Answer(float(gains[part].double().sum()), bool(hits[part].all()))
+        yield Answer(float(logprobs[part].double().sum()), bool(hits[part].all()))
         at += each.scored
 
 
 def _padded(sequences: Sequence[Sequence[int]]) -> Int64[Tensor, "rows tokens"]:
-    """Zeros behind the shorter ones: no real token sees them."""
+    """Pads on the right with zeros, to which no real token attends."""
     width = max(map(len, sequences))
     return torch.tensor([[*tokens, *[0] * (width - len(tokens))] for tokens in sequences])
 
 
 def _common(one: Tokens, other: Tokens) -> int:
-    """How many first tokens are the same."""
+    """The length of the common prefix."""
     for index, (a, b) in enumerate(zip(one, other, strict=False)):
         if a != b:
             return index

@@ -1,6 +1,6 @@
-"""Tasks of lm-evaluation-harness, its prompts and metrics untouched: only where rows come from.
+"""Loading of lm-evaluation-harness tasks with rows from local files; prompts are not changed.
 
-Imports the harness, so it is imported only where the harness is used.
+This module imports the harness; import it only where the harness is used.
 """
 
 import io
@@ -25,14 +25,14 @@ from qexp.common.errors import UserError, first_line
 from qexp.common.files import data_folder
 from qexp.eval.harness import local_rows
 
-# Those of the harness's own command, so that few-shot examples are the same.
+# The defaults of the harness's command, so that few-shot examples are the same.
 SEED, NUMPY_SEED, TORCH_SEED, SHOT_SEED = 0, 1234, 1234, 1234
 
-logging.getLogger("lm_eval").setLevel(logging.ERROR)  # a page of remarks on every task
+logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it logs a page of warnings per task
 
 
 class Splits(dict[str, datasets.Dataset]):
-    """Local splits. One that has no file is empty: the harness looks at all, and uses few."""
+    """Local splits; a split without a file is empty, as the harness accesses unused splits too."""
 
     def __missing__(self, split: str) -> datasets.Dataset:
         return next(iter(self.values())).select([])
@@ -59,7 +59,7 @@ class LocalTask(ConfigurableTask):
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        own = ("class", "qexp_source", "qexp_folder")
+        ours = ("class", "qexp_source", "qexp_folder")
         self.source: str = config["qexp_source"]
         self.folder = data_folder(config["qexp_folder"])
         self.files: list[Path] = []
@@ -74,34 +74,34 @@ class LocalTask(ConfigurableTask):
         path, name = self.DATASET_PATH, self.DATASET_NAME
         given = (dataset_kwargs or {}).get("data_files")
         if path == "json" and given is not None:
-            self.dataset = self._own(given)
+            self.dataset = self._user_files(given)
             return
         facts = local_rows.find(path, name)
         if facts is not None and self.source != "hub" and self.folder is not None:
-            there = dict(local_rows.local(facts, name, self.folder))
-            if there and (self._evaluated(facts) in there):
-                self.files = list(there.values())
+            paths = dict(local_rows.local(facts, name, self.folder))
+            if paths and (self._evaluated(facts) in paths):
+                self.files = list(paths.values())
                 self.dataset = Splits(
                     (split, datasets.Dataset.from_list(local_rows.rows(facts, name, file)))
-                    for split, file in there.items()
+                    for split, file in paths.items()
                 )
                 return
         if self.source == "local":
-            raise UserError(self._missing(facts, "eval.source=local asks for the file"))
+            raise UserError(self._missing(facts, "eval.source=local needs the file"))
         try:
             ConfigurableTask.download(self, dataset_kwargs)
         except Exception as error:  # no network, no such data set, a changed layout, …
             reason = str(error).partition("\n")[0]
-            why = f"the hub's {path} did not answer ({type(error).__name__}: {reason})"
+            why = f"loading {path} from the hub failed ({type(error).__name__}: {reason})"
             raise UserError(self._missing(facts, why)) from error
 
     @cached_property
     def eval_docs(self) -> datasets.Dataset:
-        """What is evaluated, made once: the harness would process all rows at every look."""
+        """The evaluated rows, cached: the harness would process all rows at every access."""
         return ConfigurableTask.eval_docs.fget(self)
 
     def build_all_requests(self, **settings: Any) -> None:
-        """Without the harness's own progress bar, which nothing silences."""
+        """Hides the harness's progress bar, which has no switch."""
         with redirect_stderr(io.StringIO()):
             ConfigurableTask.build_all_requests(self, **settings)
 
@@ -156,7 +156,7 @@ class LocalTask(ConfigurableTask):
             )
 
     def check_shots(self, shots: int) -> None:
-        """UserError if examples are asked for and the split they come from has no file."""
+        """Raises UserError if the split of the few-shot examples has no file."""
         split = self.fewshot_cfg.split or self.config.training_split or self.config.validation_split
         if shots and isinstance(self.dataset, Splits) and split not in self.dataset:
             facts = local_rows.find(self.DATASET_PATH, self.DATASET_NAME)
@@ -167,18 +167,18 @@ class LocalTask(ConfigurableTask):
         return self.config.test_split or self.config.validation_split or next(iter(facts.files))
 
     def _missing(self, facts: local_rows.Facts | None, why: str, split: str | None = None) -> str:
-        """What is wrong, and where the rows of `split` (null: those to evaluate) belong."""
+        """The error message, with the file where `split` (None: the evaluated one) is expected."""
         advice = "only the hub has its rows"
         if facts is not None:
             path = facts.files.get(split or self._evaluated(facts), "").format(self.DATASET_NAME)
             advice = f"put them at {self.folder or '$QEXP_DATA_DIR'}/{path}" if path else advice
-        return f"eval task {self.config.task}: no rows here: {why}; {advice}"
+        return f"eval task {self.config.task}: no local rows: {why}; {advice}"
 
-    def _own(self, given: Any) -> Splits:
-        """A user's files by split; one file alone is `validation` (or the split that is asked)."""
+    def _user_files(self, given: Any) -> Splits:
+        """The user's files by split; a single file is the evaluated split."""
         split = self.config.test_split or self.config.validation_split or "validation"
         by_split = dict(given) if isinstance(given, Mapping) else {split: given}
-        made = {}
+        splits = {}
         for key, names in by_split.items():
             paths = [Path(name) for name in ([names] if isinstance(names, str) else names)]
             for path in paths:
@@ -200,25 +200,27 @@ class LocalTask(ConfigurableTask):
 
 @cache
 def manager() -> TaskManager:
-    """The harness's index of its tasks: seconds to build, once per process."""
+    """The harness's index of its tasks, cached because building it takes seconds."""
     return TaskManager()
 
 
 def load(
     specs: Sequence[str | dict[str, Any]], source: str, folder: str | None, shots: int | None
 ) -> dict[str, Any]:
-    """Tasks and groups by name, ready to be evaluated, as the harness's own command makes them.
+    """Tasks and groups by name, ready for evaluation, as the harness's own command creates them.
 
-    A spec is a name of the harness (task, group or tag), or a task of the user's own: the fields
-    of a harness task yaml, with `dataset_path: json` and `dataset_kwargs.data_files`.
+    A spec is a name of the harness (task, group or tag), or a new task: the fields of a harness
+    task yaml, with `dataset_path: json` and `dataset_kwargs.data_files`.
+
+    Raises UserError for an unknown name, and for data that is neither local nor on the hub.
     """
     ours = {"class": LocalTask, "qexp_source": source, "qexp_folder": folder}
-    known = manager().task_index
+    index = manager().task_index
     for spec in specs:
-        if not isinstance(spec, Mapping) and spec not in known:
+        if not isinstance(spec, Mapping) and spec not in index:
             raise UserError(
-                f"eval task {spec}: the harness knows no such task, group or tag; "
-                "`lm-eval ls tasks` prints them"
+                f"eval task {spec}: the harness has no such task, group or tag; "
+                "`lm-eval ls tasks` lists them"
             )
     if not progress.drawn():
         datasets.disable_progress_bars()
@@ -231,14 +233,14 @@ def load(
             if isinstance(spec, Mapping):
                 wanted.append({**spec, **ours})
                 continue
-            # The manager's own load() hands a group's list of tasks on to its members as their name
-            # when there is anything to override.
-            made = TaskFactory().build(known[spec], overrides=ours, registry=known)
-            wanted += made if isinstance(made, list) else [made]
+            # with overrides, the manager's own load() passes a group's list of tasks to its members
+            # as their name
+            built = TaskFactory().build(index[spec], overrides=ours, registry=index)
+            wanted += built if isinstance(built, list) else [built]
         loaded = manager().load(wanted)
     for task in loaded["tasks"].values():
-        own = task.get_config("num_fewshot")
-        count = (own or 0) if shots is None or own == 0 else shots
+        default = task.get_config("num_fewshot")
+        count = (default or 0) if shots is None or default == 0 else shots
         task.set_config(key="num_fewshot", value=count)
         if isinstance(task, LocalTask):
             task.check_shots(count)
