@@ -1,1 +1,1 @@
-"""Changes of a model that leave its function alone and make it easier to quantize."""
+"""Transforms before quantization: channel scales and shifts, rotation, weight clipping."""

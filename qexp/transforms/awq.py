@@ -1,4 +1,4 @@
-"""AWQ (2306.00978): weights that read large activations are scaled up before they are rounded."""
+"""AWQ (2306.00978): activation-aware channel scales and weight clipping."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,9 +27,7 @@ from qexp.walk import Block, walk
 
 @dataclass(frozen=True)
 class AWQ(Step):
-    """s = mean|X|^a / √(max · min) with the best of `points` values a in [0, 1), by the output of
-    the group's module with weights on `grid`; then each group of weights is clipped to the best of
-    ten shares of its largest magnitude, queries and keys left out. Weight-only, as published.
+    """Scale s = mean|X|^a, divided by √(max · min) of itself, per channel; then weight clipping.
 
     grouped_values: also value → output projection where several query heads share a value head,
     which the reference leaves out, since the shapes of the two differ there.
@@ -75,9 +73,10 @@ class AWQ(Step):
         def visit(names: tuple[str, ...], inputs: Iterator[Tensor]) -> None:
             moments.update(dict.fromkeys(names, second_moment(inputs)))
 
-        block.advance(visit)  # the next block receives what unclipped weights make
-        sources = {group.producer for group in block.groups}
-        attention = set(block.groups[0].linears) - sources  # the first group is the attention's
+        block.advance(visit)  # the next block's inputs are those of unclipped weights
+        producers = {group.producer for group in block.groups}
+        # the first group is the attention's; values are the producer of the output projection
+        attention = set(block.groups[0].linears) - producers
         with on_device(block):
             for name, linear in block.linears.items():
                 if name not in attention:
@@ -87,8 +86,13 @@ class AWQ(Step):
 def clipped(
     linear: nn.Linear, moment: Float[Tensor, "columns columns"], grid: Grid
 ) -> Float[Tensor, "rows columns"]:
-    """The weights, each group of each row clipped at the share 1, 0.95 … 0.55 of its largest
-    magnitude that leaves the least error in the output: δᵀ (Σ x xᵀ) δ over the group's columns."""
+    """The weights, with each group of each row clipped at a share of its largest magnitude.
+
+    The share is the one of 1, 0.95 … 0.55 with the smallest output error δᵀ (Σ x xᵀ) δ over the
+    group's columns.
+
+    moment: Σ x xᵀ of the linear's inputs.
+    """
     weight = linear.weight.detach().float()
     rows, columns = weight.shape
     size = columns // grid.groups(columns)
@@ -97,7 +101,7 @@ def clipped(
     largest = weight.reshape(rows, -1, size).abs().amax(2)
     if grid.per_tensor:
         largest = largest.max().expand_as(largest)
-    best, kept = torch.full_like(largest, torch.inf), largest
+    best_error, best_limit = torch.full_like(largest, torch.inf), largest
     for step in range(10):
         limit = largest * (1 - step / 20)
         wide = limit.repeat_interleave(size, 1)
@@ -105,7 +109,7 @@ def clipped(
         error = torch.einsum("rgi,gij,rgj->rg", change, blocks, change)
         if grid.per_tensor:
             error = error.sum().expand_as(error)
-        kept = torch.where(error < best, limit, kept)
-        best = torch.minimum(best, error)
-    wide = kept.repeat_interleave(size, 1)
+        best_limit = torch.where(error < best_error, limit, best_limit)
+        best_error = torch.minimum(best_error, error)
+    wide = best_limit.repeat_interleave(size, 1)
     return weight.clamp(-wide, wide).to(linear.weight)

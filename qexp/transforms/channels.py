@@ -1,7 +1,7 @@
-"""Channel scales: what makes a tensor divides its channels, what reads it multiplies them back.
+"""Per-channel scales and shifts of activations, folded into a producer and its linears.
 
-With y the tensor, s and z a scale and a shift per channel: the source makes (y - z) / s, and the
-linears have W diag(s) and b + W z. The model's function is unchanged; what is rounded is not.
+With y an activation, s a scale and z a shift per channel: the producer outputs (y - z) / s, and the
+linears that read it have W diag(s) and b + W z. The model computes the same function.
 """
 
 import logging
@@ -20,7 +20,7 @@ from qexp.task import Task
 
 log = logging.getLogger(__name__)
 
-# What a scale or a shift is at the moment.
+# The current value of a scale or a shift.
 Follow = Callable[[], Float[Tensor, " channels"]]
 
 SITES = ("norms", "norms+value", "norms+value+up")
@@ -28,12 +28,12 @@ SITES = ("norms", "norms+value", "norms+value+up")
 
 @dataclass(frozen=True)
 class Channels:
-    """The channels that the linears of a group read, and the norm or linear that makes them.
+    """The channels that the linears of a group read, and the norm or linear that produces them.
 
-    name: of the source. offset: what a norm adds to its weight. heads, repeats: a value head is
-    read by so many query heads, hence one row of the values by so many columns of the output
-    projection. shiftable: the source has a bias, and nothing but sums that weigh to 1 (attention)
-    stands between.
+    name: the producer's. offset: 1 for norms that store their weight minus 1. heads, repeats: value
+    heads, and query heads per value head (grouped-query attention); a row of the value projection
+    belongs to `repeats` columns of the output projection. shiftable: the producer has a bias, and
+    only attention (whose weights sum to 1) may lie between.
     """
 
     name: str
@@ -45,15 +45,15 @@ class Channels:
     shiftable: bool = False
 
     def spread(self, x: Float[Tensor, " channels"]) -> Float[Tensor, " columns"]:
-        """From channels of the source to columns of the linears."""
+        """Expands channels of the producer to columns of the linears."""
         return x.reshape(self.heads, 1, -1).expand(-1, self.repeats, -1).flatten()
 
     def gather(self, x: Float[Tensor, " columns"]) -> Float[Tensor, " channels"]:
-        """From columns to channels: the largest of those that share one."""
+        """Reduces columns to channels by the maximum."""
         return x.reshape(self.heads, self.repeats, -1).amax(1).flatten()
 
     def weights(self) -> Float[Tensor, " channels"]:
-        """The largest magnitude among the weights that read each channel."""
+        """The largest magnitude of the weights that read each channel."""
         columns = torch.stack([linear.weight.detach().abs().amax(0) for linear in self.linears])
         return self.gather(columns.amax(0)).float()
 
@@ -61,46 +61,47 @@ class Channels:
     def fold(
         self, scale: Float[Tensor, " channels"], shift: Float[Tensor, " channels"] | None = None
     ) -> None:
-        """Change source and linears for good. A shift gives linears that have no bias one."""
+        """Changes producer and linears permanently. A shift adds a bias to linears without one."""
         if not (scale.isfinite().all() and (scale > 0).all()):
-            raise RuntimeError(f"{self.name}: a channel scale is not a positive number")
+            raise RuntimeError(f"{self.name}: a channel scale is not a positive, finite number")
         self.shift_into(shift)
         for name, parameter in self.producer.named_parameters(recurse=False):
-            parameter.data = self._made(name, _wide(parameter), scale, shift).to(parameter)
+            parameter.data = self._scaled(name, _wide(parameter), scale, shift).to(parameter)
         self.multiply(scale)
 
     def shift_into(self, shift: Float[Tensor, " channels"] | None) -> None:
-        """b + W z: the linears' half of a shift."""
+        """Applies a shift to the linears: b + W z."""
         if shift is None:
             return
         for linear in self.linears:
             weight = _wide(linear.weight)
-            moved = weight @ self.spread(shift).to(weight)
+            added = weight @ self.spread(shift).to(weight)
             _give_bias(linear)
-            linear.bias.data = (_wide(linear.bias) + moved).to(linear.bias)
+            linear.bias.data = (_wide(linear.bias) + added).to(linear.bias)
 
     def multiply(self, scale: Float[Tensor, " channels"]) -> None:
-        """W diag(s): the linears' half of a scale."""
+        """Applies a scale to the linears: W diag(s)."""
         for linear in self.linears:
-            linear.weight.data = self._read(_wide(linear.weight), scale).to(linear.weight)
+            linear.weight.data = self._multiplied(_wide(linear.weight), scale).to(linear.weight)
 
     @contextmanager
     def live(self, scale: Follow, shift: Follow | None = None) -> Iterator[None]:
-        """Source and linears follow `scale` and `shift` as they change, gradients included, until
-        the end of the context, when they are what they were."""
+        """Applies the current `scale` and `shift` in every forward pass, with gradients.
+
+        At the end of the context, producer and linears have their original parameters.
+        """
         with ExitStack() as stack:
             for module, name, change in self._followers(scale, shift):
                 stack.enter_context(parametrized(module, name, change))
             yield
 
     def install(self, scale: Follow) -> None:
-        """Source and linears follow `scale` from now on, until `settle`."""
+        """Applies the current `scale` in every forward pass until `bake`."""
         for module, name, change in self._followers(scale, None):
             parametrize.register_parametrization(module, name, change)
 
     def bake(self) -> None:
-        """What follows a scale keeps the values that it has now; what was made plain already (a
-        rounded weight) is left alone."""
+        """Makes the current values permanent. Parameters without parametrization are skipped."""
         for module in (self.producer, *self.linears):
             for name in ("weight", "bias"):
                 if parametrize.is_parametrized(module, name):
@@ -112,41 +113,41 @@ class Channels:
         for linear in self.linears:
             if shift is not None:
                 _give_bias(linear)
-                yield linear, "bias", _Moved(self, _wide(linear.weight), shift)
-            yield linear, "weight", _Read(self, scale)
-        # By name: a parameter that another site follows already is none of the module's own.
+                yield linear, "bias", _Shifted(self, _wide(linear.weight), shift)
+            yield linear, "weight", _Multiplied(self, scale)
+        # By name: a parameter that is already parametrized is not among named_parameters.
         for name in ("weight", "bias"):
             if getattr(self.producer, name, None) is not None:
-                yield self.producer, name, _Made(self, name, scale, shift)
+                yield self.producer, name, _Scaled(self, name, scale, shift)
 
-    def _made(self, name: str, value: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
-        # In float32 at least, so that a half-precision model is judged by what will be folded.
+    def _scaled(self, name: str, value: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
+        # At least float32, as in `fold`, so that both give the same result in half precision.
         wide = torch.promote_types(value.dtype, torch.float32)
         x, scale = value.to(wide), scale.to(wide)
         if name == "bias":
-            made = (x if shift is None else x - shift.to(wide)) / scale
+            scaled = (x if shift is None else x - shift.to(wide)) / scale
         elif x.ndim == 2:
-            made = x / scale[:, None]
+            scaled = x / scale[:, None]
         else:
-            made = (x + self.offset) / scale - self.offset
-        return made.to(value)
+            scaled = (x + self.offset) / scale - self.offset
+        return scaled.to(value)
 
-    def _read(self, weight: Tensor, scale: Tensor) -> Tensor:
+    def _multiplied(self, weight: Tensor, scale: Tensor) -> Tensor:
         wide = torch.promote_types(weight.dtype, torch.float32)
         return (weight.to(wide) * self.spread(scale).to(wide)).to(weight)
 
 
-class _Made(nn.Module):
+class _Scaled(nn.Module):
     def __init__(self, channels: Channels, name: str, scale: Follow, shift: Follow | None) -> None:
         super().__init__()
         self.channels, self.name, self.scale, self.shift = channels, name, scale, shift
 
     def forward(self, value: Tensor) -> Tensor:
         shift = None if self.shift is None else self.shift()
-        return self.channels._made(self.name, value, self.scale(), shift)
+        return self.channels._scaled(self.name, value, self.scale(), shift)
 
 
-class _Moved(nn.Module):
+class _Shifted(nn.Module):
     def __init__(self, channels: Channels, weight: Tensor, shift: Follow) -> None:
         super().__init__()
         self.channels, self.weight, self.shift = channels, weight, shift
@@ -155,19 +156,18 @@ class _Moved(nn.Module):
         return bias + (self.weight @ self.channels.spread(self.shift()).to(self.weight)).to(bias)
 
 
-class _Read(nn.Module):
+class _Multiplied(nn.Module):
     def __init__(self, channels: Channels, scale: Follow) -> None:
         super().__init__()
         self.channels, self.scale = channels, scale
 
     def forward(self, weight: Tensor) -> Tensor:
-        return self.channels._read(weight, self.scale())
+        return self.channels._multiplied(weight, self.scale())
 
 
 @contextmanager
 def parametrized(module: nn.Module, name: str, change: nn.Module) -> Iterator[None]:
-    """The parameter passes through `change` wherever it is read. Nested contexts on one parameter
-    apply in the order of entering."""
+    """Replaces a parameter by `change` of it; nested contexts apply in the order of entering."""
     parametrize.register_parametrization(module, name, change)
     try:
         yield
@@ -181,7 +181,7 @@ def parametrized(module: nn.Module, name: str, change: nn.Module) -> Iterator[No
 
 
 def channels_of(task: Task, index: int, sites: str, key: str = "transform.sites") -> list[Channels]:
-    """Where block `index` can be scaled, in execution order; UserError, naming `key`, when nowhere.
+    """The channels of block `index` that can be scaled, in execution order.
 
     sites: `norms` (norm → linears); `norms+value` (also value → output projection); or
     `norms+value+up` (also up → down in a gated MLP, or fc1 → fc2 through ReLU).
@@ -189,9 +189,9 @@ def channels_of(task: Task, index: int, sites: str, key: str = "transform.sites"
     arch = task.arch
     groups = _groups(arch, sites, key)
     if index == 0 and arch.post_norm:
-        log.info("norms are not scaled: they stand behind the residual sums and make the stream")
+        log.info("norms are not scaled: in a post-norm model their output is the residual stream")
     elif index == 0 and sites != "norms" and groups == _groups(arch, "norms", key):
-        log.info("%s=%s: this family has no sites besides its norms", key, sites)
+        log.info("%s=%s: this model family has no sites other than its norms", key, sites)
     return [_channels(task, index, group) for group in groups]
 
 
@@ -199,9 +199,9 @@ def _groups(arch: Arch, sites: str, key: str) -> list[Group]:
     if sites not in SITES:
         raise UserError(f"{key}={sites} is unknown: give one of {', '.join(SITES)}.")
     norms = [group for group in arch.groups if group.producer in arch.norms]
-    found = [group for group in arch.groups if group.producer is not None]
+    groups = [group for group in arch.groups if group.producer is not None]
     if arch.post_norm:
-        found = [group for group in found if group not in norms]
+        groups = [group for group in groups if group not in norms]
         norms = []
     if sites != "norms+value+up":  # the last writer ends the MLP
         found = [group for group in found if group.linears[0] != arch.writers[-1]]
@@ -209,10 +209,10 @@ def _groups(arch: Arch, sites: str, key: str) -> list[Group]:
     if not found:
         more = "; sites=norms+value scales its values" if sites == "norms" else ""
         raise UserError(
-            f"{key}={sites}: in this family norms stand behind the residual sums, so "
-            f"what they make is the stream itself and its channels cannot be scaled{more}."
+            f"{key}={sites}: this model family is post-norm: its norms output the residual "
+            f"stream, whose channels cannot be scaled{advice}."
         )
-    return found
+    return groups
 
 
 def _channels(task: Task, index: int, group: Group) -> Channels:
@@ -232,7 +232,7 @@ def _channels(task: Task, index: int, group: Group) -> Channels:
         offset=1.0 if norm and arch.unit_offset else 0.0,
         heads=heads,
         repeats=repeats,
-        # A gated MLP multiplies its up projection, and a shift does not pass a product.
+        # Not the up projection of a gated MLP: a shift cannot be moved through a product.
         shiftable=getattr(producer, "bias", None) is not None
         and (norm or group.linears[0] == arch.writers[0]),
     )
@@ -245,5 +245,5 @@ def _give_bias(linear: nn.Linear) -> None:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """Without gradients, in float32 at least."""
+    """Detached, at least float32."""
     return x.detach().to(torch.promote_types(x.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""Cross-layer equalization (1906.04721), on the sites of transformers."""
+"""Cross-layer equalization (1906.04721) for transformers."""
 
 from dataclasses import dataclass
 
@@ -14,8 +14,11 @@ from qexp.transforms.channels import SITES, Channels, channels_of
 
 @dataclass(frozen=True)
 class Equalize(Step):
-    """s = √(r₁ / r₂) for each channel, with r₁ how far its source reaches and r₂ its largest
-    weight, so that both are √(r₁ r₂) after. No data. Sites share linears, hence `rounds`."""
+    """s = √(r₁ / r₂) per channel, so that both ranges become √(r₁ r₂). Needs no data.
+
+    r₁ is the producer's range (`reach`), r₂ the largest weight that reads the channel. Sites share
+    linears, so the equalization is repeated for `rounds`.
+    """
 
     sites: str = "norms"
     rounds: int = 10
@@ -30,15 +33,18 @@ class Equalize(Step):
             sites = channels_of(task, index, self.sites)
             for _ in range(self.rounds):
                 for channels in sites:
-                    made, weights = reach(channels), channels.weights()
-                    alive = (made > 0) & (weights > 0)
-                    channels.fold(torch.where(alive, (made / weights).sqrt(), 1.0))
+                    outputs, weights = reach(channels), channels.weights()
+                    alive = (outputs > 0) & (weights > 0)
+                    channels.fold(torch.where(alive, (outputs / weights).sqrt(), 1.0))
         return []
 
 
 def reach(channels: Channels) -> Float[Tensor, " channels"]:
-    """How far each channel of a source reaches: the largest weight of a linear's row; for a norm,
-    whose results have mean b and deviation w, |b| + 3 |w|."""
+    """The range of each output channel of a producer, without data.
+
+    It is the largest weight in the row of a linear, and |b| + 3 |w| for a norm, whose outputs have
+    mean b and standard deviation w.
+    """
     parameters = dict(channels.producer.named_parameters(recurse=False))
     weight = parameters["weight"].float()
     if weight.ndim == 2:

@@ -1,4 +1,4 @@
-"""OmniQuant (2308.13137): clipping of weights and channel scales, learned block by block."""
+"""OmniQuant (2308.13137): learnable weight clipping and channel scales, block by block."""
 
 import logging
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 class Clipping(nn.Module):
-    """Each group of a weight's rows reaches from sigmoid(low) min to sigmoid(high) max."""
+    """Learnable weight clipping: each group's range is sigmoid(low) min to sigmoid(high) max."""
 
     def __init__(self, grid: Grid, weight: Float[Tensor, "rows columns"]) -> None:
         super().__init__()
@@ -48,8 +48,8 @@ class Clipping(nn.Module):
         high = torch.sigmoid(self.high) * groups.amax(1, keepdim=True)
         if self.grid.has_zero:
             return low, high
-        reach = torch.maximum(low.abs(), high.abs())  # a symmetric grid's ends are one
-        return -reach, reach
+        bound = torch.maximum(low.abs(), high.abs())  # a symmetric grid has one bound
+        return -bound, bound
 
     def forward(self, weight: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
         groups = weight.float().reshape(len(self.low), -1)
@@ -58,24 +58,24 @@ class Clipping(nn.Module):
 
     @torch.no_grad()
     def clamp(self, weight: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
-        """A weight whose own least and largest values are those ends."""
+        """The weight clipped to its learned bounds."""
         groups = weight.float().reshape(len(self.low), -1)
         return groups.clamp(*self.ends(groups)).reshape(weight.shape).to(weight)
 
 
 class Shape(nn.Module):
-    """A learned scale exp(theta) of some channels, and a learned shift."""
+    """A learned scale exp(theta) per channel, and optionally a learned shift."""
 
     def __init__(self, site: SiteStatistics, shift: bool) -> None:
         super().__init__()
         self.channels = site.channels
         low, high = site.ends
         self.shift = None
-        reach = site.largest
+        largest = site.largest
         if shift and self.channels.shiftable:
             self.shift = nn.Parameter((low + high) / 2)
-            reach = (high - low) / 2
-        self.theta = nn.Parameter(smoothed(reach, self.channels.weights(), 0.5).log())
+            largest = (high - low) / 2
+        self.theta = nn.Parameter(smoothed(largest, self.channels.weights(), 0.5).log())
 
     def forward(self) -> Float[Tensor, " channels"]:
         return torch.exp(self.theta)
@@ -92,10 +92,7 @@ class Shape(nn.Module):
 
 @dataclass(frozen=True)
 class OmniQuant(Step):
-    """The quantized block, on what quantized blocks before it make, learns to return what the float
-    block makes of float inputs: ends of the weights' ranges (from sigmoid(4) of the whole) and, if
-    `sites` says where, channel scales (from SmoothQuant's) and shifts (from the middle of each
-    range, where the source can take one).
+    """Block-wise reconstruction of the float block's output with learned clipping and scales.
 
     shift: null is the reference's rule, shifts only where activations are quantized.
     query_key: with sites, also a scale between queries and keys, where they are linears of their
@@ -104,9 +101,13 @@ class OmniQuant(Step):
     augmented: the loss also asks for what the float block makes of the quantized block's inputs
     (`aug_loss` of the reference).
 
-    Clipping changes weights for good, as part of how they will be rounded, and with it the float
-    model's logits; it is the grid's own range that a solver must find again, so weight.range must
-    be minmax. Learned scales and shifts do not.
+    query_key: with sites, also a scale between queries and keys, if they are separate linears. It
+    affects neither inputs nor weights with one scale per row.
+    augmented: adds the error to the float block's output for the quantized block's inputs
+    (`aug_loss` of the reference code).
+
+    Clipping changes the weights and so the float model's logits; scales and shifts do not. A solver
+    must find the clipped range again, so weight.range must be minmax.
     """
 
     grid: Grid
@@ -132,13 +133,13 @@ class OmniQuant(Step):
         )  # at 0 nothing is learned of these
         if not isinstance(self.grid.range, MinMax):
             raise UserError(
-                f"weight.range={self.grid.range}: transform=omniquant learns ends that only "
-                "min-max finds again; give weight/range=minmax."
+                f"weight.range={self.grid.range}: transform=omniquant learns bounds that only "
+                "min-max reproduces; give weight/range=minmax."
             )
         if self.grid.second_level:
             raise UserError(
-                "transform=omniquant: clipping is not learned for scales that are quantized in "
-                "turn; set weight.scales and weight.zeros to null."
+                "transform=omniquant: clipping cannot be learned with quantized scales; "
+                "set weight.scales and weight.zeros to null."
             )
 
     @torch.no_grad()
@@ -148,15 +149,15 @@ class OmniQuant(Step):
         for block in walk(task, first(batches(), self.sequences), self.batch):
             inputs = inputs or block.inputs
             sites = [] if self.sites is None else channels_of(task, block.index, self.sites)
-            found = collect_statistics(block, sites, replay=False)
+            statistics = collect_statistics(block, sites, replay=False)
             with on_device(block):
-                inputs = self._block(block, found, inputs, generator)
+                inputs = self._block(block, statistics, inputs, generator)
         return []
 
     def _block(
         self,
         block: Block,
-        found: list[SiteStatistics],
+        statistics: list[SiteStatistics],
         inputs: list[Tensor],
         generator: torch.Generator,
     ) -> list[Tensor]:
@@ -177,8 +178,8 @@ class OmniQuant(Step):
             | {"lr": self.clip_rate},
         ]
         if learned:
-            moving = [p for shape in learned for p in shape.parameters()]
-            groups.append({"params": moving, "lr": self.scale_rate})
+            scales = [p for shape in learned for p in shape.parameters()]
+            groups.append({"params": scales, "lr": self.scale_rate})
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
         with ExitStack() as stack:
             for shape in learned:

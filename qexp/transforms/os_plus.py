@@ -1,4 +1,4 @@
-"""Outlier Suppression+ (2304.09145): channels are centred, those that reach far are shrunk."""
+"""Outlier Suppression+ (2304.09145): channel-wise shifting and scaling."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Quadapter (2211.16912): channel scales learned for the quantizers, all weights frozen."""
+"""Quadapter (2211.16912), phase 1: learned channel scales with frozen weights."""
 
 import logging
 from contextlib import ExitStack
@@ -32,16 +32,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Quadapter(Step):
-    """Phase 1: each block on its own learns alpha = exp(theta) per channel, by the squared error
-    between the block with quantizers and the float block, both on the float block's input; alpha is
-    then folded into the norm (times alpha) and the linears (divided by it). A block that ends with
-    a larger error than at alpha = 1 keeps alpha = 1.
+    """Learns alpha = exp(theta) per channel, for each block separately (phase 1 of the paper).
 
-    grid: on which folded weights are rounded. activation: how the inputs of all linears are;
-    ranges are taken from each batch, and differentiated.
-    init: `ones`, or `smooth`: SmoothQuant's scale with its alpha at one half.
-    steps of Adam with `batch` sequences at `rate`; 0 steps leave what `init` gives.
-    sequences: of each calibration batch.
+    The loss is the squared error between the quantized and the float block, both with the float
+    block's input. Alpha is then folded into the norm (times alpha) and the linears (divided by
+    alpha). If the final error is larger than with alpha = 1, the block keeps alpha = 1.
+
+    grid: for the folded weights. activation: for the inputs of all linears; the range of each batch
+    is used and differentiated.
+    init: `ones`, or `smooth` (SmoothQuant's scale with its alpha = 0.5).
+    steps, batch, rate: of Adam, with `batch` sequences per step; 0 steps keep the initial values.
+    sequences: used from each calibration batch; null uses all.
     """
 
     grid: Grid
@@ -67,20 +68,21 @@ class Quadapter(Step):
 
     @torch.no_grad()
     def adapt(self, block: Block) -> None:
-        """Learn the scales of one block, and fold them. The order of its pieces depends on the
-        seed and the block's place alone."""
+        """Learns and folds the scales of one block.
+
+        The order of its chunks depends only on the seed and the block's index.
+        """
         generator = torch.Generator().manual_seed(self.seed + block.index)
         sites = channels_of(block.task, block.index, self.sites)
-        found = collect_statistics(
-            block, sites, replay=False
-        )  # settles what the block makes in float
+        # this also stores the float block's outputs in block.left
+        statistics = collect_statistics(block, sites, replay=False)
         with on_device(block):
-            starts = [self._start(site) for site in found]
+            starts = [self._start(site) for site in statistics]
             for channels, scale in self._learn(block, sites, starts, generator):
                 channels.fold(scale)
 
     def _start(self, site: SiteStatistics) -> Float[Tensor, " channels"]:
-        """theta to begin with."""
+        """The initial theta."""
         if self.init == "ones":
             return torch.zeros_like(site.largest)
         return -smoothed(site.largest, site.channels.weights(), 0.5).log()

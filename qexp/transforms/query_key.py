@@ -1,4 +1,7 @@
-"""The scale between queries and keys (OmniQuant, 2308.13137, equation 5): no score feels it."""
+"""Learned scale between queries and keys, which leaves attention scores unchanged.
+
+Source: OmniQuant (2308.13137), equation 5.
+"""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,10 +15,10 @@ from qexp.transforms.channels import Channels
 
 
 class QueryKey(nn.Module):
-    """Rows of the queries are divided by exp(theta), those of the keys multiplied by it.
+    """Divides rows of the query projection by exp(theta) and multiplies those of the keys by it.
 
-    repeats: query heads that read one key head, and so share its scale. rotary: so do the two
-    channels of a head that a rotary embedding turns into each other, of which theta has one.
+    heads: the number of key heads. repeats: query heads per key head, which share its scale.
+    rotary: the two channels that a rotary embedding rotates into each other share one theta.
     """
 
     def __init__(
@@ -44,7 +47,7 @@ class QueryKey(nn.Module):
 
 
 def query_keys(task: Task, index: int) -> list[QueryKey]:
-    """Of block `index`; none where values are fused with them or a norm stands behind them."""
+    """The query-key scale of block `index`; empty for fused projections and query or key norms."""
     arch, block = task.arch, task.blocks[index]
     names = arch.groups[0].linears  # the first group is the attention's
     if len(names) != 3 or any(norm.endswith(("q_norm", "k_norm")) for norm in arch.norms):

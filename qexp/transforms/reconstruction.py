@@ -1,5 +1,7 @@
-"""Training a few numbers of one block, so that the block with quantizers does what it did without
-them."""
+"""Block-wise reconstruction: training of a few parameters of one block to match its float output.
+
+The quantized block is trained to reproduce the output of the float block.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,8 +26,10 @@ LEAST = 0.5  # share of a parameter's channels that must receive a gradient; som
 
 @contextmanager
 def quantized(block: Block, rules: dict[str, Rule], activation: Activations) -> Iterator[None]:
-    """Every linear of the block has its weight passed through its rule, and its input rounded with
-    scales from the input itself, gradients passing straight through."""
+    """Fake-quantizes every linear of the block: its weight by its rule, its input by `activation`.
+
+    Scales of the input come from the input itself; gradients pass straight through the rounding.
+    """
 
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (activation.rounded(args[0], Straight()), *args[1:])
@@ -33,7 +37,7 @@ def quantized(block: Block, rules: dict[str, Rule], activation: Activations) -> 
     handles = [linear.register_forward_pre_hook(hook) for linear in block.linears.values()]
     with ExitStack() as stack:
         for name, linear in block.linears.items():
-            stack.enter_context(parametrized(linear, "weight", _Passed(rules[name])))
+            stack.enter_context(parametrized(linear, "weight", _Quantized(rules[name])))
         try:
             yield
         finally:
@@ -41,7 +45,7 @@ def quantized(block: Block, rules: dict[str, Rule], activation: Activations) -> 
                 handle.remove()
 
 
-class _Passed(nn.Module):
+class _Quantized(nn.Module):
     def __init__(self, rule: Rule) -> None:
         super().__init__()
         self.rule = rule
@@ -52,23 +56,22 @@ class _Passed(nn.Module):
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What a block receives, and what it should make of that, piece by piece; several `targets`
-    count alike."""
+    """Inputs and target outputs of a block by chunk. Several `targets` have equal weights."""
 
     block: Block
     inputs: Sequence[Tensor]
     targets: Sequence[Sequence[Tensor]]
 
     def error(self, chunk: int) -> Float[Tensor, ""]:
-        """Squares summed over channels, their mean over tokens."""
+        """The squared error, summed over channels and targets, averaged over tokens."""
         output = self.block.replay(chunk, self.inputs[chunk])
-        wanted = [each[chunk].to(output.device).float() for each in self.targets]
-        errors = [(output.float() - target).square().sum(-1).mean() for target in wanted]
+        targets = [each[chunk].to(output.device).float() for each in self.targets]
+        errors = [(output.float() - target).square().sum(-1).mean() for target in targets]
         return torch.stack(errors).sum()
 
     @torch.no_grad()
     def total(self) -> float:
-        """The mean error over all pieces, as the block stands."""
+        """The mean error over all chunks with the current parameters."""
         return sum(float(self.error(n)) for n in range(len(self.inputs))) / len(self.inputs)
 
     def fit(

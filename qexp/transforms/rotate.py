@@ -23,11 +23,15 @@ class Rotate(Step):
     which takes the weights g of the final norm, E diag(g) Qᵀ. One matrix would need Q diag(g) Qᵀ
     between norm and head, which no family has a place for. `weight/bits` counts the second one.
 
-    kind: `hadamard` (Sylvester's, with random signs; a width 2^k m takes a random orthogonal m by m
-    matrix beside it, as a Kronecker product), or `random` (uniform over the orthogonal group).
+    Q is folded into the outputs of the embeddings and of linears that write to the stream, and into
+    the inputs of linears that read from it and of the head. The weights of norms are first moved
+    into the linears behind them. Tied embeddings are untied.
 
-    Q leaves the vector of ones where it is, so that the mean a LayerNorm subtracts is the same
-    before and after: such norms stay what they are, and nothing need be centred.
+    kind: `hadamard` (Sylvester's, with random signs; for a width 2^k m, its Kronecker product with
+    a random orthogonal m by m matrix), or `random` (uniform over the orthogonal group).
+
+    Q maps the vector of ones to itself, so the mean that a LayerNorm subtracts is unchanged, and
+    LayerNorms need no conversion to RMS norms.
     """
 
     kind: str = "hadamard"
@@ -42,12 +46,12 @@ class Rotate(Step):
         arch, model = task.arch, task.model
         if not arch.pre_norm:
             raise UserError(
-                "transform=rotate: norms of this family stand between what a branch writes and the "
-                "stream, so no rotation of the stream can be folded into weights; choose a scale "
+                "transform=rotate: this model family has norms between its branches and the "
+                "residual stream, so no rotation can be folded into weights; choose channel scales "
                 "(transform=smooth)."
             )
         _untie(task)
-        _empty_norms(task)
+        _fold_norms(task)
         generator = torch.Generator().manual_seed(self.seed)
         q = rotation(model.config.hidden_size, self.kind, generator).to(task.device)
         for name in arch.embeddings:
@@ -74,7 +78,7 @@ def rotation(width: int, kind: str, generator: torch.Generator) -> Matrix:
         q = torch.cat([torch.cat([q, q], 1), torch.cat([q, -q], 1)]) / 2**0.5
     signs = torch.randint(2, (width,), generator=generator) * 2 - 1
     q = torch.kron(_orthogonal(width // power, generator), q) * signs
-    # A reflection brings the image of the ones back to the ones.
+    # A Householder reflection maps the image of the ones back to the ones.
     ones = torch.full((width,), width**-0.5, dtype=torch.float64)
     normal = q @ ones - ones
     if float(normal.norm()) < 1e-9:
@@ -90,13 +94,13 @@ def _orthogonal(size: int, generator: torch.Generator) -> Matrix:
 
 
 def _turn(parameter: Tensor, q: Matrix, axis: int) -> None:
-    """Rotate the vectors that lie along an axis."""
-    moved = parameter.data.to(q).movedim(axis, -1) @ q.T
-    parameter.data = moved.movedim(-1, axis).contiguous().to(parameter)
+    """Rotates the vectors along an axis."""
+    rotated = parameter.data.to(q).movedim(axis, -1) @ q.T
+    parameter.data = rotated.movedim(-1, axis).contiguous().to(parameter)
 
 
-def _empty_norms(task: Task) -> None:
-    """Weights and biases of norms go into the linears behind them."""
+def _fold_norms(task: Task) -> None:
+    """Moves the weights and biases of norms into the linears behind them."""
     arch = task.arch
     sites = [c for index in range(len(task.blocks)) for c in channels_of(task, index, "norms")]
     assert arch.norm is not None
@@ -108,7 +112,7 @@ def _empty_norms(task: Task) -> None:
         parameters = dict(channels.producer.named_parameters(recurse=False))
         channels.shift_into(parameters["bias"].data if "bias" in parameters else None)
         channels.multiply(parameters["weight"].data + channels.offset)
-        # A fold would divide, and a channel whose weight is 0 must become one of weight 1.
+        # not channels.fold, which would divide by the weight, and a weight may be 0
         parameters["weight"].data.fill_(1 - channels.offset)
         if "bias" in parameters:
             parameters["bias"].data.zero_()

@@ -1,5 +1,4 @@
-"""What one forward of a block tells of the tensors that its linears read, and how well a candidate
-scale does on them."""
+"""Statistics of the inputs of a block's linears, and search for the best channel scale."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,10 +27,10 @@ class ScaleShift(NamedTuple):
 
 @dataclass
 class SiteStatistics:
-    """The input of the linears of one group, column by column, over all calibration tokens.
+    """Statistics per column of the input of one group's linears, over all calibration tokens.
 
-    module: the smallest one that holds the linears (attention, MLP, or the linear itself), with
-    the calls that it received and what it returned.
+    module: the smallest one that contains the linears (attention, MLP, or the linear itself).
+    calls, outputs: its recorded calls and what it returned, for `best`.
     """
 
     channels: Channels
@@ -67,8 +66,10 @@ class SiteStatistics:
     def best(
         self, changes: Sequence[ScaleShift], grid: Grid, activation: Activations
     ) -> ScaleShift:
-        """The change after which rounding weights and inputs moves the module's output least; the
-        only one without looking."""
+        """The change with the smallest output error of the module after quantization.
+
+        A single change is returned without evaluation.
+        """
         if len(changes) == 1:
             return changes[0]
         errors = [self._error(change, grid, activation) for change in changes]
@@ -78,8 +79,8 @@ class SiteStatistics:
         error = 0.0
         with _rounded(self.channels, change, grid, activation):
             for (args, kwargs), output in zip(self.calls, self.outputs, strict=True):
-                moved = _first(self.module(*args, **kwargs)).float() - output.float()
-                error += float(moved.square().sum(dtype=torch.float64))
+                difference = _first(self.module(*args, **kwargs)).float() - output.float()
+                error += float(difference.square().sum(dtype=torch.float64))
         return error
 
 
@@ -93,12 +94,14 @@ def search_and_fold(
     activation: Activations,
     searched: bool,
 ) -> None:
-    """Walk the blocks and fold, at each site, the best change that `propose` names. searched: it
-    may name several."""
+    """Folds, at each site of each block, the best change that `propose` returns.
+
+    searched: whether `propose` may return several.
+    """
     for block in walk(task, batches):
-        found = collect_statistics(block, channels_of(task, block.index, sites), searched)
+        statistics = collect_statistics(block, channels_of(task, block.index, sites), searched)
         with on_device(block):
-            for site in found:
+            for site in statistics:
                 change = site.best(propose(site), grid, activation)
                 site.channels.fold(change.scale, change.shift)
 
@@ -106,9 +109,12 @@ def search_and_fold(
 def collect_statistics(
     block: Block, sites: Iterable[Channels], replay: bool
 ) -> list[SiteStatistics]:
-    """Run the block once and tell of each site. What comes out is what the next block receives:
-    the caller changes no function. replay: keep what `Watched.best` needs."""
-    found = [SiteStatistics(channels, _holder(block, channels)) for channels in sites]
+    """Runs the block once and collects statistics at each site.
+
+    The outputs are the next block's inputs, as folded changes do not change the block's function.
+    replay: also record the calls that `SiteStatistics.best` needs.
+    """
+    statistics = [SiteStatistics(channels, _container(block, channels)) for channels in sites]
     with ExitStack() as hooks:
         for each in found:
             hooks.enter_context(_listening(each, replay))
@@ -118,7 +124,7 @@ def collect_statistics(
 
 @contextmanager
 def on_device(block: Block) -> Iterator[None]:
-    """The block lies on the task's device, where its parts can run alone."""
+    """Moves the block to the task's device for the context, so that its parts can be called."""
     home = next(block.module.parameters()).device
     block.module.to(block.task.device)
     try:
@@ -128,12 +134,15 @@ def on_device(block: Block) -> Iterator[None]:
 
 
 def first(batches: Iterable[Batch], sequences: int | None) -> list[Batch]:
-    """The first so many sequences of each batch; None is all of them."""
+    """The first `sequences` sequences of each batch; all if None."""
     return [{key: value[:sequences] for key, value in batch.items()} for batch in batches]
 
 
-def _holder(block: Block, channels: Channels) -> nn.Module:
-    """A linear that reads another is judged by itself; those behind a norm by what they are for."""
+def _container(block: Block, channels: Channels) -> nn.Module:
+    """The module whose output error is measured.
+
+    This is the linear itself if its producer is a linear, and otherwise the parent of the linears.
+    """
     if len(channels.linears) == 1 and isinstance(channels.producer, nn.Linear):
         return channels.linears[0]
     names = {module: name for name, module in block.module.named_modules()}
@@ -142,7 +151,7 @@ def _holder(block: Block, channels: Channels) -> nn.Module:
 
 
 @contextmanager
-def _listening(site: SiteStatistics, replay: bool) -> Iterator[None]:
+def _observed(site: SiteStatistics, replay: bool) -> Iterator[None]:
     def input_hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         site.add(args[0])
 
@@ -164,8 +173,10 @@ def _listening(site: SiteStatistics, replay: bool) -> Iterator[None]:
 def _rounded(
     channels: Channels, change: ScaleShift, grid: Grid, activation: Activations
 ) -> Iterator[None]:
-    """The linears as folding and rounding will leave them, Q_w(W s) and b + W z, reading
-    Q_a((x - z) / s) of the x that the module's recorded calls hold."""
+    """Gives the linears the weights Q_w(W s), the biases b + W z and the inputs Q_a((x - z) / s).
+
+    So the module's recorded calls, with inputs x, can be replayed as after folding and rounding.
+    """
     scale = channels.spread(change.scale)
     shift = torch.zeros_like(scale) if change.shift is None else channels.spread(change.shift)
 

@@ -1,4 +1,4 @@
-"""SmoothQuant (2211.10438): outliers move from activations into weights."""
+"""SmoothQuant (2211.10438): channel scales that move outliers from activations to weights."""
 
 from dataclasses import dataclass
 
@@ -20,11 +20,12 @@ from qexp.transforms.scale_search import (
 
 @dataclass(frozen=True)
 class Smooth(Step):
-    """s = max|X|^alpha / max|W|^(1 - alpha) for each channel, folded where `sites` says.
+    """s = max|X|^alpha / max|W|^(1 - alpha) per channel, folded at `sites`.
 
-    alpha: one for all groups; or several, of which each group takes the one that moves its module's
-    output least when weights are rounded to `grid` and inputs as `activation` will.
-    sequences: of each calibration batch; null is all of them.
+    alpha: a number for all groups, or a list. From a list each group takes the alpha with the
+    smallest output error of its module, with weights rounded to `grid` and inputs quantized as
+    `activation`.
+    sequences: used from each calibration batch; null uses all.
     """
 
     grid: Grid
@@ -36,15 +37,15 @@ class Smooth(Step):
     def __post_init__(self) -> None:
         check_settings(self)
         check_choice("transform", self, sites=SITES)
-        fine = (type(each) in (int, float) and 0 <= each <= 1 for each in self.alphas)
-        if not self.alphas or not all(fine):
+        valid = (type(each) in (int, float) and 0 <= each <= 1 for each in self.alphas)
+        if not self.alphas or not all(valid):
             raise UserError(
-                f"transform.alpha={self.alpha}: give a number from 0 to 1, or a list of such."
+                f"transform.alpha={self.alpha}: give a number from 0 to 1, or a list of them."
             )
 
     @property
     def alphas(self) -> list[float]:
-        """All that are tried."""
+        """The candidates."""
         return self.alpha if isinstance(self.alpha, list) else [self.alpha]
 
     def __call__(self, task: Task, batches: Batches) -> list[Record]:

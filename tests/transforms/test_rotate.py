@@ -51,7 +51,7 @@ def test_a_shared_embedding_is_shared_no_longer():
 
 @pytest.mark.parametrize("family", ["bert", "gemma3"])
 def test_families_that_norm_what_is_written_are_refused(family):
-    with pytest.raises(UserError, match="stand between"):
+    with pytest.raises(UserError, match="norms between"):
         Rotate()(task_of(family), lambda: [])
     with pytest.raises(UserError, match="hadamard or random"):
         Rotate("givens")
