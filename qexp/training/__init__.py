@@ -1,1 +1,1 @@
-"""One training loop for every method that trains."""
+"""Training loop, losses and optimizer of all methods that train."""

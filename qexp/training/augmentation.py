@@ -1,4 +1,4 @@
-"""Images that differ a little each time they are trained on."""
+"""Image augmentation for training: random shifts and horizontal flips."""
 
 from dataclasses import dataclass
 
@@ -15,8 +15,11 @@ from qexp.training.losses import Objective
 
 @dataclass(frozen=True)
 class Augmented(Objective):
-    """The task's own loss, in training on images shifted by up to `shift` pixels, dark around,
-    and with `flip` mirrored or not."""
+    """The task's own loss on augmented images during training.
+
+    shift: largest shift in pixels; the border has the darkest value of the batch. flip: whether
+    half of the images are mirrored. The augmentation depends on torch's global random state.
+    """
 
     shift: int = 4
     flip: bool = True
@@ -28,8 +31,8 @@ class Augmented(Objective):
     def check(self, task: Task) -> None:
         if task.objective != "image_classification":
             raise UserError(
-                f"method.loss: only images can be shifted, and this model is {task.objective}; "
-                "give method/loss=cross_entropy."
+                f"method.loss: augmentation needs an image classifier and this model is "
+                f"{task.objective}; give method/loss=cross_entropy."
             )
 
     def __call__(

@@ -10,8 +10,11 @@ from qexp.task import Batch
 
 
 class SeededBatches(Dataset[Batch]):
-    """Batches of some sequences of a whole, in an order that depends on the seed alone, dealt out
-    one by one to `ranks` processes."""
+    """Batches of `rows` sequences of a data set, in an order that depends only on the seed.
+
+    The batches `first` … `first + count - 1` are distributed in turn to `ranks` processes. Each
+    pass through the data has a new order.
+    """
 
     def __init__(
         self,
@@ -43,7 +46,7 @@ class SeededBatches(Dataset[Batch]):
 
 
 def random_state(device: torch.device) -> list[Tensor]:
-    """The state of the CPU's generator, and of the device's where it has its own."""
+    """The state of the CPU's random generator, and of the device's if it has one."""
     states = [torch.get_rng_state()]
     if device.type != "cpu":
         states.append(torch.get_device_module(device).get_rng_state(device))

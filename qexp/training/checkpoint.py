@@ -1,4 +1,4 @@
-"""Checkpoints of a training run."""
+"""Checkpoint files of training, and their discovery for resuming."""
 
 import logging
 import pickle
@@ -17,36 +17,41 @@ LAST, BEST = "last.ckpt", "best.ckpt"
 
 
 class Checkpoints(NamedTuple):
-    """What a run that was killed has left: its last checkpoint, and its best where it validates."""
+    """Checkpoints of an earlier run: the last, and with validation the best."""
 
     last: dict[str, Any]
     best: dict[str, Any] | None
 
 
 def find_checkpoints(kept: Path) -> Checkpoints | None:
-    """None where there is nothing; what cannot be read is told of and taken away."""
+    """The checkpoints in folder `kept`, None if there are none.
+
+    A folder that cannot be read is deleted with a warning.
+    """
     if not (kept / LAST).exists():
         return None
     try:
         best = _load(kept / BEST) if (kept / BEST).exists() else None
         return Checkpoints(_load(kept / LAST), best)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as reason:
-        said = str(reason).partition("\n")[0]
-        log.warning("%s: cannot be read (%s); training begins anew", kept, said)
+        summary = str(reason).partition("\n")[0]
+        log.warning("%s: cannot be read (%s); training starts again from step 0", kept, summary)
         if not ranks.rank():
             shutil.rmtree(kept, ignore_errors=True)
         return None
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """A checkpoint, of whose tensors only what is used is read."""
-    kept: dict[str, Any] = torch.load(path, weights_only=False, mmap=True)
-    return kept
+    """A checkpoint with memory-mapped tensors, so that unused ones are not read."""
+    content: dict[str, Any] = torch.load(path, weights_only=False, mmap=True)
+    return content
 
 
 class Checkpoint(ModelCheckpoint):
-    """One file, written anew after every leg, or after those in which `monitor` is least so far,
-    also in a run whose folder was moved meanwhile."""
+    """One file, overwritten after each interval, or only when `monitor` reaches a new minimum.
+
+    Unlike Lightning's callback it can be resumed after the run's folder was moved.
+    """
 
     def __init__(self, path: Path, monitor: str | None = None) -> None:
         super().__init__(
@@ -59,14 +64,14 @@ class Checkpoint(ModelCheckpoint):
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Lightning forgets the best one where the folder is another than it was."""
+        """Replaces the old folder by the new one: Lightning drops the best score otherwise."""
 
-        def here(path: str) -> str:
+        def relocate(path: str) -> str:
             return str(Path(str(self.dirpath)) / Path(path).name) if path else path
 
         paths = ("best_model_path", "kth_best_model_path", "last_model_path")
-        moved = {key: here(state_dict[key]) for key in paths if key in state_dict}
-        best = {here(path): score for path, score in state_dict["best_k_models"].items()}
+        moved = {key: relocate(state_dict[key]) for key in paths if key in state_dict}
+        best = {relocate(path): score for path, score in state_dict["best_k_models"].items()}
         super().load_state_dict(
             {**state_dict, **moved, "best_k_models": best, "dirpath": self.dirpath}
         )

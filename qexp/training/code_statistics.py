@@ -1,4 +1,4 @@
-"""What training does to codes and scales: shares and trajectories for the log of each leg."""
+"""Statistics of quantization codes and scales during training: clipping, flips, oscillations."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -15,14 +15,14 @@ from qexp.quantizers.weight import FakeWeight, Rounded
 
 
 class Snapshot(NamedTuple):
-    """Numbers of the whole model, and of each tensor by its name."""
+    """Statistics of the whole model, and of each tensor by its name."""
 
     whole: Mapping[str, float] = MappingProxyType({})
     tensors: Mapping[str, Mapping[str, float]] = MappingProxyType({})
 
 
 class CodeStatistics:
-    """Codes and scales of weights, and ranges of activations, from one call to the next.
+    """Changes of codes and scales of weights, and of activation ranges, between calls.
 
     clipped: weights beyond the ends of their grid, or of the range fitted to them where that is
     done at every step: those whose gradient a hard clamp stops. flipped: weights whose code is
@@ -51,7 +51,7 @@ class CodeStatistics:
 
     @torch.no_grad()
     def __call__(self) -> Snapshot:
-        """The shares since the last call; the first one only looks."""
+        """The shares since the last call; the first call is the reference."""
         whole: dict[str, float] = {}
         weights, sizes = {}, {}
         for name, (rounded, linear) in self.weights.items():
@@ -60,18 +60,19 @@ class CodeStatistics:
             sizes[name] = size if isinstance(rounded, Rounded) else 0
         if total := sum(sizes.values()):
             for share in ("clipped", "flipped", "oscillated"):
-                counts = (weights[name].get(share, 0.0) * size for name, size in sizes.items())
-                whole[share] = sum(counts) / total
+                parts = (weights[name].get(share, 0.0) * size for name, size in sizes.items())
+                whole[share] = sum(parts) / total
         ranges = {}
         if self.ranges:
-            seen = self._seen()
-            if count := sum(values for _, values in seen.values()):
-                whole["clipped_activations"] = 1 - sum(kept for kept, _ in seen.values()) / count
+            counts = self._count_inside()
+            if total := sum(values for _, values in counts.values()):
+                inside_all = sum(inner for inner, _ in counts.values())
+                whole["clipped_activations"] = 1 - inside_all / total
             for name, quantizer in self.ranges.items():
-                inner, values = seen.get(name, (0, 0))
-                own = {"clipped": 1 - inner / values} if values else {}
+                inner, values = counts.get(name, (0, 0))
+                clipped = {"clipped": 1 - inner / values} if values else {}
                 q = quantizer.place()
-                ranges[name] = own | {"scale": self._against(name, q.scale)}
+                ranges[name] = clipped | {"scale": self._against(name, q.scale)}
                 ranges[name]["zero"] = float(q.zero.mean())
         for key, tensors in (("scale", weights), ("scale_activations", ranges)):
             if tensors:
@@ -83,9 +84,9 @@ class CodeStatistics:
         self, name: str, rounded: FakeWeight, weight: Float[Tensor, "rows columns"]
     ) -> dict[str, float]:
         q = rounded.scales(weight)
-        place = {"scale": self._against(name, q.scale), "zero": float(q.zero.float().mean())}
+        means = {"scale": self._against(name, q.scale), "zero": float(q.zero.float().mean())}
         if not isinstance(rounded, Rounded):
-            return place
+            return means
         before, moves = self.notes["codes"], self.notes["moves"]
         flat = q.map(lambda part: part.reshape(-1, 1))
         groups = weight.reshape(len(flat.scale), -1)
@@ -93,7 +94,7 @@ class CodeStatistics:
         size = weight.numel()
         clipped = size - _count(inside(v, 0, rounded.grid.top))
         codes = rounded.grid.encode(groups, flat)
-        # a checkpoint brings them back on the CPU
+        # codes from a checkpoint are on the CPU
         move = (codes - before.get(name, codes).to(codes.device)).sign_()
         last = moves.get(name, torch.zeros_like(move)).to(codes.device).float()
         moved = move.abs()
@@ -101,11 +102,11 @@ class CodeStatistics:
         before[name] = codes.to(torch.uint8 if rounded.grid.bits <= 8 else torch.int32)
         moves[name] = last.addcmul(last, moved, value=-1).add_(move).to(torch.int8)
         counts = {"clipped": clipped, "flipped": _count(moved), "oscillated": oscillated}
-        return {share: count / size for share, count in counts.items()} | place
+        return {share: count / size for share, count in counts.items()} | means
 
-    def _seen(self) -> dict[str, tuple[int, int]]:
-        """By quantizer, how many values of one forward lie inside its grid, of how many."""
-        seen: dict[str, tuple[int, int]] = {}
+    def _count_inside(self) -> dict[str, tuple[int, int]]:
+        """By quantizer, the numbers of values inside its bounds and of all values in one probe."""
+        counts: dict[str, tuple[int, int]] = {}
 
         def counting(name: str, quantizer: FakeQuant) -> Any:
             def count(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -123,15 +124,15 @@ class CodeStatistics:
         finally:
             for handle in handles:
                 handle.remove()
-        return seen
+        return counts
 
     def _against(self, name: str, scale: Tensor) -> float:
-        """The geometric mean of scales, in units of what it was at first."""
+        """The geometric mean of scales, relative to its value at the first call."""
         mean = float(scale.double().log().mean())
         start: float = self.notes["starts"].setdefault(name, mean)
         return float(torch.tensor(mean - start, dtype=torch.float64).exp())
 
 
 def _count(ones: Float[Tensor, "*rows size"]) -> int:
-    """Their sum; truth values, or all at once in double, would take many times longer."""
+    """The sum of zeros and ones: in two stages, as one sum in float64 or of bools is slower."""
     return int(ones.sum(-1).sum(dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""What went wrong first in a training step that is not finite."""
+"""Diagnosis of a non-finite training step: the first layer with NaN or infinity."""
 
 from typing import Any
 
@@ -13,26 +13,32 @@ ADVICE = "lower method.optimizer's rates or its clip, or train in trainer.precis
 
 
 class Diverged(UserError):
-    """A fault that all processes that train together meet at the same step."""
+    """A loss or gradient that is not finite; raised in all training processes at the same step."""
 
 
 def same_on_all_ranks(fault: Diverged, own: bool) -> Diverged:
-    """In every process the fault of the first whose `own` it is."""
+    """The same fault in every process: that of the first process where `own` is true.
+
+    own: whether this process found the fault itself.
+    """
     if is_single_process():
         return fault
-    said: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(said, (own, str(fault)))
-    return Diverged(next(text for its, text in said if its))
+    faults: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(faults, (own, str(fault)))
+    return Diverged(next(text for is_own, text in faults if is_own))
 
 
 def diagnose_loss(task: Task, batch: Batch, step: int, what: str = "loss") -> Diverged:
-    """The first layer whose weights, else whose outputs, are not finite."""
+    """Reports the first layer with non-finite weights, or else with non-finite outputs.
+
+    step: counted from 0. what: the quantity that is not finite, for the message.
+    """
     for name, parameter in task.model.named_parameters():
         if not full_tensor(parameter.detach()).isfinite().all():
-            return Diverged(f"training: step {step}: {name} is no longer finite: {ADVICE}")
+            return Diverged(f"training: step {step}: {name} is not finite any more: {ADVICE}")
     first: list[str] = []
     handles = [
-        module.register_forward_hook(_noting(name, first))
+        module.register_forward_hook(_record_if_not_finite(name, first))
         for name, module in task.model.named_modules()
         if name
     ]
@@ -40,33 +46,37 @@ def diagnose_loss(task: Task, batch: Batch, step: int, what: str = "loss") -> Di
         task.loss(batch)
     for handle in handles:
         handle.remove()
-    where = f"the first outputs that are not finite leave {first[0]}" if first else "no layer shows"
+    where = "the outputs of all layers are finite"
+    if first:
+        where = f"the first layer with non-finite outputs is {first[0]}"
     return Diverged(f"training: step {step}: the {what} is not finite; {where}: {ADVICE}")
 
 
 def diagnose_gradient(task: Task, step: int) -> Diverged:
-    """The layer nearest to the loss whose gradient is not finite: there it began. Where each is,
-    and their norm is not, the one with the largest: steep surrogates multiply from layer to layer.
+    """Reports the layer nearest to the loss with a non-finite gradient, where it originated.
+
+    If all gradients are finite and only their norm overflows, reports the largest gradient: steep
+    surrogate gradients multiply from layer to layer.
     """
-    found = [
+    gradients = [
         (name.removeprefix("model."), full_tensor(parameter.grad))
         for name, parameter in task.named_parameters()
         if parameter.grad is not None
     ]
-    bad = [name for name, grad in found if not grad.isfinite().all()]
+    bad = [name for name, grad in gradients if not grad.isfinite().all()]
     if bad:
         return Diverged(f"training: step {step}: the gradient of {bad[-1]} is not finite: {ADVICE}")
-    name, grad = max(found, key=lambda pair: float(pair[1].abs().max()))
+    name, grad = max(gradients, key=lambda pair: float(pair[1].abs().max()))
     return Diverged(
-        f"training: step {step}: the norm of all gradients is not finite; the largest, "
+        f"training: step {step}: the norm of all gradients is not finite; the largest gradient, "
         f"{float(grad.abs().max()):.1g}, is that of {name}: {ADVICE}"
     )
 
 
-def _noting(name: str, first: list[str]) -> Any:
+def _record_if_not_finite(name: str, layers: list[str]) -> Any:
     def hook(_: nn.Module, __: Any, output: Any) -> None:
-        made = output[0] if isinstance(output, tuple) else output
-        if isinstance(made, Tensor) and made.is_floating_point() and not made.isfinite().all():
-            first.append(name)
+        x = output[0] if isinstance(output, tuple) else output
+        if isinstance(x, Tensor) and x.is_floating_point() and not x.isfinite().all():
+            layers.append(name)
 
     return hook

@@ -1,4 +1,4 @@
-"""Training with every parameter, its gradient and its moments dealt out over the processes."""
+"""Fully sharded data-parallel training (FSDP), and collectives for training processes."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,11 +21,12 @@ WHOLE = StateDictOptions(full_state_dict=True)
 
 
 class FullySharded(DDPStrategy):
-    """Fully sharded data-parallel (2304.11277) by torch's `fully_shard`: a process holds its rows
-    of every parameter, and all of a block's only while that block computes.
+    """Fully sharded data-parallel training (2304.11277) with torch's `fully_shard`.
 
-    Lightning's own strategies for it want a GPU, or cannot fork. Checkpoints are those of one
-    process. The model comes whole and is whole again, the same objects, where training ends.
+    A process holds its rows of every parameter, gradient and moment, and all rows of a block only
+    while that block computes. Lightning's own FSDP strategies need a GPU, or cannot fork.
+    Checkpoints have the format of a single process. After training the model is unsharded again,
+    with the original objects.
     """
 
     model: Any  # the module itself
@@ -33,9 +34,9 @@ class FullySharded(DDPStrategy):
 
     def configure_ddp(self) -> None:
         training: Any = self.model
-        # What `fully_shard` changes has no way back of its own: classes, hooks and parameters.
+        # `fully_shard` cannot be undone: save the classes, hooks and parameters that it changes.
         self.modules = {
-            module: (type(module), {k: _own(v) for k, v in vars(module).items()})
+            module: (type(module), {k: _copied(v) for k, v in vars(module).items()})
             for module in training.modules()
         }
         mesh = init_device_mesh(self.root_device.type, (self.world_size,))
@@ -44,17 +45,18 @@ class FullySharded(DDPStrategy):
         for name in training.forwards:
             register_fsdp_forward_method(training, name)
         for parameter in self._parameters():
-            parameter.data = parameter.data.new_empty(0)  # others hold on to it
+            # frees the memory; the parameter itself is still referenced elsewhere
+            parameter.data = parameter.data.new_empty(0)
 
     def on_train_end(self) -> None:
-        """The model as it came, with the trained values."""
+        """Restores the original modules, with the trained values."""
         with unsharded(self.model):
             for parameter, trained in self._parameters().items():
                 parameter.data = trained.detach().clone()
         self._unwrap()
 
     def on_exception(self, exception: BaseException) -> None:
-        self._unwrap()  # else what Lightning does next fails too, and hides the reason
+        self._unwrap()  # otherwise Lightning's clean-up fails too and hides the exception
 
     def _unwrap(self) -> None:
         for module, (kind, attributes) in self.modules.items():
@@ -64,7 +66,7 @@ class FullySharded(DDPStrategy):
             vars(module).update({k: v for k, v in attributes.items() if isinstance(v, dict)})
 
     def _parameters(self) -> dict[nn.Parameter, Any]:
-        """What each parameter was, and what stands in its place."""
+        """The sharded parameter by the original one."""
         return {
             parameter: module._parameters[name]
             for module, (_, attributes) in self.modules.items()
@@ -73,7 +75,7 @@ class FullySharded(DDPStrategy):
         }
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        self.model.reshard()  # validation, without a backward, leaves what is outermost whole
+        self.model.reshard()  # validation has no backward pass, which reshards the root module
         return super().lightning_module_state_dict()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -86,7 +88,7 @@ class FullySharded(DDPStrategy):
 
 @contextmanager
 def unsharded(module: nn.Module) -> Iterator[None]:
-    """All parameters at hand, in every process."""
+    """Gathers all parameters in every process for the context."""
     shards = [each for each in module.modules() if isinstance(each, FSDPModule)]
     for each in shards:
         each.unshard()
@@ -98,17 +100,17 @@ def unsharded(module: nn.Module) -> Iterator[None]:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor of which every process may hold a part."""
+    """The full tensor of a sharded one; collective, all processes must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def is_single_process() -> bool:
-    """Whether no other process trains with this one."""
+    """Whether training has one process."""
     return not distributed.is_initialized() or distributed.get_world_size() == 1
 
 
 def mean_over_ranks(tensor: Tensor) -> Tensor:
-    """The mean over the processes that train together; the tensor itself where there is one."""
+    """The mean over training processes; the tensor itself for one process."""
     if is_single_process():
         return tensor
     total = tensor.detach().clone()
@@ -116,5 +118,5 @@ def mean_over_ranks(tensor: Tensor) -> Tensor:
     return total / distributed.get_world_size()
 
 
-def _own(value: Any) -> Any:
+def _copied(value: Any) -> Any:
     return value.copy() if isinstance(value, dict) else value

@@ -1,7 +1,7 @@
-"""The other processes of a run that trains on several devices.
+"""Processes of a training run on several devices.
 
-Under `torchrun` all of them begin at once, each with the whole command; otherwise the run starts
-the others as it comes to its training, and they repeat it from its configuration up to there.
+`torchrun` starts all processes with the same command. Otherwise the run starts the others when it
+reaches training, and they repeat the run from its saved configuration up to that point.
 """
 
 import os
@@ -24,26 +24,32 @@ from torch import distributed
 from qexp.common import ranks
 from qexp.common.errors import UserError
 
-CALL = "QEXP_CALL"  # number of the socket on which a process that was started is called
+CALL = "QEXP_CALL"  # file descriptor of a started process's socket to the process that started it
 CONFIG = Path(".hydra") / "config.yaml"
 
 
 def cluster() -> ClusterEnvironment:
-    """Who started the processes, for Lightning. Slurm's tasks are none of them: each may be at
-    another job of a sweep."""
-    return TorchElasticEnvironment() if TorchElasticEnvironment.detect() else _Told()
+    """Lightning's cluster environment: torchrun or processes of this run.
+
+    Never Slurm, whose tasks may run different jobs of a sweep.
+    """
+    return TorchElasticEnvironment() if TorchElasticEnvironment.detect() else _Environment()
 
 
-class _Told(LightningEnvironment):
+class _Environment(LightningEnvironment):
     def teardown(self) -> None:
-        """What the environment says stays: the process is still the one it was."""
+        """Keeps the environment variables: the process keeps its rank after training."""
 
 
 @contextmanager
 def processes(folder: Path | None, count: int) -> Iterator[None]:
-    """`count` processes on this machine, each with its share of the threads, as long as the context
-    lasts; those that `torchrun` did not start are started. UserError if there are others than
-    `count`, or if one of them ends before all are there."""
+    """Provides `count` processes on this machine for the context, with divided CPU threads.
+
+    Processes that `torchrun` did not start are started from the run's folder.
+
+    Raises UserError if the number of running processes is not `count`, if this is not a run of
+    the command qexp, or if a process ends early.
+    """
     elastic, world, nodes = TorchElasticEnvironment.detect(), ranks.world(), ranks.nodes()
     if (elastic or world > 1) and count * nodes != world:
         raise UserError(
@@ -68,7 +74,7 @@ def _leave() -> None:
 
 @contextmanager
 def _shared(count: int) -> Iterator[None]:
-    """A share of the threads, which Lightning would choose if the environment did not name it."""
+    """Divides the CPU threads; sets OMP_NUM_THREADS too, as Lightning sets it otherwise."""
     threads = torch.get_num_threads()
     torch.set_num_threads(share := max(threads // count, 1))
     try:
@@ -80,10 +86,10 @@ def _shared(count: int) -> Iterator[None]:
 
 @contextmanager
 def _started(folder: Path | None, count: int) -> Iterator[None]:
-    """The other processes of the run in `folder`, all of them at the same point as this one."""
+    """Starts the other processes of the run in `folder`, and waits until all reach this point."""
     if count > 1 and (folder is None or not (folder / CONFIG).is_file()):
         raise UserError(
-            f"trainer.devices={count}: only the command qexp starts other processes; start this "
+            f"trainer.devices={count}: only the command qexp can start processes; start this "
             "program with torchrun."
         )
     with socket.socket() as free:
@@ -95,37 +101,37 @@ def _started(folder: Path | None, count: int) -> Iterator[None]:
     calls: list[socket.socket] = []
     try:
         for number in range(1, count):
-            own, theirs = socket.socketpair()
-            with theirs:
-                told = {"LOCAL_RANK": str(number), CALL: str(theirs.fileno())}
+            call, remote = socket.socketpair()
+            with remote:
+                rank = {"LOCAL_RANK": str(number), CALL: str(remote.fileno())}
                 others.append(
                     subprocess.Popen(
                         [sys.executable, "-m", "qexp.sweeps.worker", str(folder)],
-                        env={**os.environ, **place, **told},
-                        pass_fds=[theirs.fileno()],
+                        env={**os.environ, **place, **rank},
+                        pass_fds=[remote.fileno()],
                     )
                 )
-            calls.append(own)
+            calls.append(call)
         for number, call in enumerate(calls, 1):
-            if not _heard(call):
+            if not _receive(call):
                 raise UserError(
-                    f"trainer.devices={count}: process {number + 1} ended before training began; "
-                    "what it said stands above."
+                    f"trainer.devices={count}: process {number + 1} ended before training started; "
+                    "its output is above."
                 )
         for call in calls:
-            _say(call)
+            _send(call)
         with _environment(**place):
             yield
-        _ended(others, 60.0)  # they have nothing left to do
+        _wait(others, 60.0)  # they end without further work
     except Exception as error:
-        gone = isinstance(error, distributed.DistError) or "gloo" in str(error)
-        codes = [code for code in _ended(others, 5.0) if code] if gone else []
+        lost_peer = isinstance(error, distributed.DistError) or "gloo" in str(error)
+        codes = [code for code in _wait(others, 5.0) if code] if lost_peer else []
         if not codes:
             raise
-        killed = "; the system kills what takes too much memory" if codes[0] == -9 else ""
+        killed = "; possibly killed by the system for lack of memory" if codes[0] == -9 else ""
         raise UserError(
-            f"trainer.devices={count}: {len(codes)} of the other processes ended in the midst of "
-            f"training (exit code {codes[0]}{killed}); what they said stands above."
+            f"trainer.devices={count}: {len(codes)} of the other processes ended during training "
+            f"(exit code {codes[0]}{killed}); their output is above."
         ) from error
     finally:
         for call in calls:
@@ -136,8 +142,8 @@ def _started(folder: Path | None, count: int) -> Iterator[None]:
                 other.wait()
 
 
-def _ended(others: Sequence[subprocess.Popen[bytes]], seconds: float) -> list[int | None]:
-    """Exit codes after some time at most; None of those that go on."""
+def _wait(others: Sequence[subprocess.Popen[bytes]], seconds: float) -> list[int | None]:
+    """Waits at most `seconds`. Returns exit codes, None for processes that still run."""
     until = time.monotonic() + seconds
     for other in others:
         with suppress(subprocess.TimeoutExpired):
@@ -147,7 +153,7 @@ def _ended(others: Sequence[subprocess.Popen[bytes]], seconds: float) -> list[in
 
 @contextmanager
 def _environment(**changes: str) -> Iterator[None]:
-    """These variables, as long as the context lasts."""
+    """Sets environment variables for the context."""
     before = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)
     try:
@@ -160,23 +166,26 @@ def _environment(**changes: str) -> Iterator[None]:
 
 
 def _answer() -> None:
-    """Say to the process that started this one, if one did, that it is here, and wait until all
-    are: a process that waited for others in torch would not see that one of them ended."""
+    """In a started process, reports to its starter and waits until all processes have reported.
+
+    A process that waits in torch instead would not notice that another one ended. Raises
+    ranks.Done if the starter has ended.
+    """
     number = os.environ.pop(CALL, None)
     if number is None:
         return
     with socket.socket(fileno=int(number)) as call:
-        _say(call)
-        if not _heard(call):
+        _send(call)
+        if not _receive(call):
             raise ranks.Done
 
 
-def _say(call: socket.socket) -> None:
-    with suppress(OSError):  # who is gone is found out when its answer is missing
+def _send(call: socket.socket) -> None:
+    with suppress(OSError):  # _receive detects a process that has ended
         call.send(b"!")
 
 
-def _heard(call: socket.socket) -> bool:
+def _receive(call: socket.socket) -> bool:
     try:
         return bool(call.recv(1))
     except OSError:

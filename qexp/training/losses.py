@@ -1,4 +1,4 @@
-"""What training makes small: against the data, against the float model, and penalties beside."""
+"""Training losses: the task's own, distillation from the float model, and penalty terms."""
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
@@ -23,11 +23,11 @@ class Objective(ABC):
 
     @property
     def reaches_all(self) -> bool:
-        """Whether every parameter has a part in it."""
+        """Whether it depends on every parameter."""
         return True
 
     def check(self, task: Task) -> None:  # noqa: B027 (optional)
-        """UserError, before any work, for a model that it cannot be measured on."""
+        """Raises UserError, before any computation, if it is not defined for this model."""
 
     @abstractmethod
     def __call__(
@@ -49,7 +49,7 @@ class CrossEntropy(Objective):
 
 @dataclass(frozen=True)
 class FromTeacher(Objective):
-    """How far the model is from the float one; task: weight of the task's own loss beside it."""
+    """A distance from the float model. task: weight of the task's own loss, which is added."""
 
     task: float | int = 0.0
     teacher = True
@@ -74,20 +74,25 @@ class FromTeacher(Objective):
 
 @dataclass(frozen=True)
 class LogitKL(FromTeacher):
-    """KL(float model || quantized model) of the predictions, mean over positions (LLM-QAT sums over
-    a sequence's; under AdamW that is another epsilon, no more)."""
+    """KL(float model || quantized model) of the predictions, in nats, mean over positions.
+
+    LLM-QAT sums over the positions of a sequence; with AdamW this only changes the effective
+    epsilon.
+    """
 
     def distance(self, output: ModelOutput, target: ModelOutput) -> Float[Tensor, ""]:
-        own, other = (
+        student, teacher = (
             each.logits.flatten(0, -2).float().log_softmax(-1) for each in (output, target)
         )
-        return F.kl_div(own, other, reduction="batchmean", log_target=True)
+        return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
 @dataclass(frozen=True)
 class HiddenL2(FromTeacher):
-    """Squared distance of the hidden states after every block from the float model's, each as a
-    share of the latter's square."""
+    """Squared distance of the hidden states after each block, relative to the float model's norm.
+
+    The mean over blocks of ‖h - h_float‖² / ‖h_float‖².
+    """
 
     hidden = True
 
@@ -96,29 +101,30 @@ class HiddenL2(FromTeacher):
         return bool(self.task)
 
     def distance(self, output: ModelOutput, target: ModelOutput) -> Float[Tensor, ""]:
-        shares = [
-            (own.float() - other.float()).square().mean() / other.float().square().mean()
-            for own, other in zip(output.hidden_states[1:], target.hidden_states[1:], strict=True)
+        pairs = zip(output.hidden_states[1:], target.hidden_states[1:], strict=True)
+        errors = [
+            (student.float() - teacher.float()).square().mean() / teacher.float().square().mean()
+            for student, teacher in pairs
         ]
-        return torch.stack(shares).mean()
+        return torch.stack(errors).mean()
 
 
 class Penalty(ABC):
-    """Something beside the objective, measured on what passes through the model."""
+    """A term added to the objective, computed from activations."""
 
     @abstractmethod
     def watch(self, task: Task) -> "AbstractContextManager[Watch]":
-        """Put hooks on the model for as long as the context lasts."""
+        """Registers hooks on the model for the context."""
 
 
 class Watch(ABC):
-    """A penalty's hooks at work."""
+    """The registered hooks of a penalty."""
 
     @abstractmethod
     def take(self, loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
-        """The penalty of the forward pass that just made `loss`, weighted, and a clean slate."""
+        """The weighted penalty of the forward pass that computed `loss`; resets the watch."""
 
     @property
     def notes(self) -> dict[str, Any]:
-        """What later steps need of earlier ones: kept with a checkpoint, and filled from it."""
+        """State between steps, saved in checkpoints and updated from them."""
         return {}

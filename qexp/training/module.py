@@ -1,8 +1,8 @@
-"""What is trained on what, as Lightning sees it.
+"""LightningModule of a training setup.
 
-Training is cut into legs of so many optimizer steps, Lightning's epochs; each ends with validation,
-a line of the log and a checkpoint. Which sequences a step sees depends on the seed and its number
-alone, so a run that was killed goes on from its last leg to the weights it would have had.
+Training is divided into intervals of `every` optimizer steps (Lightning's epochs). Each ends with
+validation, a line of the log and a checkpoint. The sequences of a step depend only on the seed and
+the step's number, so a killed run resumes from its last interval and reaches the same weights.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,11 +30,12 @@ Loss = Callable[[Batch], Float[Tensor, ""]]
 
 @dataclass
 class TrainingSetup:
-    """What is trained on what: `parameters` by kind, `loss` of a batch, and the batches.
+    """The parameters to train by kind, the loss of a batch, and the data.
 
-    measure: numbers for the logs at the end of each leg. identity: what the result depends on, so
-    that only a run of the same may go on from its checkpoint. notes: what the loss and `measure`
-    remember from step to step. reaches_all: whether every parameter has a part in the loss.
+    measure: statistics for the log at the end of each interval. identity: digest of everything the
+    result depends on; only a run with the same identity resumes from its checkpoint. notes: state
+    of the loss and of `measure`, saved in checkpoints. reaches_all: whether the loss depends on
+    every parameter.
     """
 
     task: Task
@@ -54,7 +55,7 @@ class TrainingSetup:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Steps in all, steps of a leg, batches of a step, sequences of a batch."""
+    """Optimizer steps in total and per interval, batches per step, sequences per batch."""
 
     steps: int
     every: int
@@ -63,10 +64,10 @@ class Schedule:
 
 
 class TrainingModule(L.LightningModule):
-    """A course under way."""
+    """Training steps, validation and checkpoints of a training setup."""
 
-    strict_loading = False  # checkpoints hold what trains, nothing else
-    forwards = ("training_step", "validation_step", "measure")  # what computes with the model
+    strict_loading = False  # checkpoints contain only the trainable parameters
+    forwards = ("training_step", "validation_step", "measure")  # methods that run the model
 
     def __init__(self, setup: TrainingSetup, schedule: Schedule, folder: Path) -> None:
         super().__init__()
@@ -83,7 +84,7 @@ class TrainingModule(L.LightningModule):
         return {name: full_tensor(p.detach()) for name, p in self._chosen()}
 
     def _chosen(self, kind: str | None = None) -> Iterator[tuple[str, nn.Parameter]]:
-        """What trains, by name: a strategy may have put others in the parameters' places."""
+        """The trainable parameters, by name because a strategy may replace parameter objects."""
         for name, parameter in self.named_parameters():
             if name in self.kinds and kind in (None, self.kinds[name]):
                 yield name, parameter
@@ -114,13 +115,13 @@ class TrainingModule(L.LightningModule):
         return DataLoader(rows, batch_size=None, generator=torch.Generator())
 
     def val_dataloader(self) -> list[DataLoader[Batch]]:
-        """All of it in every process, so that the loss is that of one."""
+        """All validation data in every process, so that the loss is that of a single process."""
         if not self.training_setup.validation:
             return []
-        whole, rows = stack(self.training_setup.validation), self.schedule.sequences
+        data, rows = stack(self.training_setup.validation), self.schedule.sequences
         parts = [
-            {key: value[start : start + rows] for key, value in whole.items()}
-            for start in range(0, len(next(iter(whole.values()))), rows)
+            {key: value[start : start + rows] for key, value in data.items()}
+            for start in range(0, len(next(iter(data.values()))), rows)
         ]
         return [DataLoader(parts, batch_size=None, generator=torch.Generator())]  # type: ignore[arg-type]
 
@@ -155,12 +156,12 @@ class TrainingModule(L.LightningModule):
             return self.training_setup.measure()
 
     def on_train_start(self) -> None:
-        self.measure()  # what it measures, it measures from here
+        self.measure()  # the reference for later changes
         if self.random:
             restore_random(self.random, self.device)
 
     def on_train_epoch_end(self) -> None:
-        if not self.losses:  # resumed at the end of a leg, which Lightning ends once more
+        if not self.losses:  # resumed at the end of an interval: Lightning calls this hook again
             return
         line = {"step": float(self.global_step)}
         loss = torch.stack(self.losses).mean()
@@ -168,9 +169,9 @@ class TrainingModule(L.LightningModule):
         self.losses.clear()
         if "validation" in self.trainer.callback_metrics:
             line["validation"] = float(self.trainer.callback_metrics["validation"])
-        moved = self.measure()
-        self.lines.append(line | dict(moved.whole))
-        for name, numbers in moved.tensors.items():
+        snapshot = self.measure()
+        self.lines.append(line | dict(snapshot.whole))
+        for name, numbers in snapshot.tensors.items():
             self.tensors.append({"step": self.global_step, "name": name, **numbers})
         if self.trainer.is_global_zero:
             write_rows(self.folder / TRAINING, self.lines)
@@ -178,12 +179,12 @@ class TrainingModule(L.LightningModule):
                 write_rows(self.folder / TENSORS, self.tensors)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        kept = {"lines": self.lines, "tensors": self.tensors, "notes": self.training_setup.notes}
+        logged = {"lines": self.lines, "tensors": self.tensors, "notes": self.training_setup.notes}
         ended = self.trainer.should_stop or self.global_step >= self.schedule.steps
-        checkpoint["course"] = {**kept, "random": random_state(self.device), "ended": ended}
+        checkpoint["course"] = {**logged, "random": random_state(self.device), "ended": ended}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        kept = checkpoint["course"]
-        self.lines, self.tensors, self.random = kept["lines"], kept["tensors"], kept["random"]
-        for notes, before in zip(self.training_setup.notes, kept["notes"], strict=True):
+        saved = checkpoint["course"]
+        self.lines, self.tensors, self.random = saved["lines"], saved["tensors"], saved["random"]
+        for notes, before in zip(self.training_setup.notes, saved["notes"], strict=True):
             notes.update(before)

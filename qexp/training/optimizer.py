@@ -1,4 +1,4 @@
-"""How fast each kind of parameter moves."""
+"""AdamW with learning rates per kind of parameter, and the learning rate schedule."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,14 +16,14 @@ KINDS = ("weights", "scales", "offsets", "channels")
 
 @dataclass(frozen=True)
 class AdamW:
-    """AdamW with a learning rate of its own for weights, scales, offsets (zero points) and channels
-    (logarithms of channel scales); a rise over the first `warmup` share of all steps, then a cosine
-    down to `floor` of the rate.
+    """AdamW with separate learning rates, linear warmup and cosine decay.
 
-    relative: the rate of scales is in units of each tensor's mean scale at the start. Adam moves a
-    parameter by about its rate whatever the gradient's size, and the scales of one model lie
-    between 1e-3 and 10: an absolute rate that suits the first leaves the last, the ranges that
-    outliers made, where they are. Offsets are in codes.
+    weights, scales, offsets, channels: learning rates of weights, scales, zero points (in codes)
+    and logarithms of channel scales. relative: the rate of scales is relative to each tensor's
+    initial mean scale. Adam changes a parameter by about its rate per step, whatever its gradient,
+    and the scales of one model lie between 1e-3 and 10: an absolute rate for small scales would
+    hardly change large ones, which come from outliers. warmup: share of all steps. floor: final
+    rate relative to the peak. clip: largest norm of all gradients together; null for none.
     """
 
     weights: float = 2e-5
@@ -31,19 +31,19 @@ class AdamW:
     offsets: float = 3e-2
     channels: float = 1e-3
     relative: bool = True
-    weight_decay: float = 0.0  # of weights alone
+    weight_decay: float = 0.0  # only for weights
     betas: tuple[float, float] | list[float] = (0.9, 0.999)
     warmup: float = 0.05
     floor: float = 0.0
-    clip: float | None = 1.0  # largest norm of all gradients together
+    clip: float | None = 1.0
 
     def __post_init__(self) -> None:
         check_finite(None, self, *KINDS, "weight_decay")
         check_range(None, self, "a number from 0 to 1", lambda x: 0 <= x <= 1, "warmup", "floor")
         if self.clip is not None:
             check_positive(None, self, "clip")
-        fine = (type(beta) in (int, float) and 0 <= beta < 1 for beta in self.betas)
-        if len(self.betas) != 2 or not all(fine):
+        valid = (type(beta) in (int, float) and 0 <= beta < 1 for beta in self.betas)
+        if len(self.betas) != 2 or not all(valid):
             raise FieldError(f"betas={self.betas}: give two numbers from 0 to below 1.")
 
     def optimizer(self, parameters: Mapping[str, Sequence[nn.Parameter]]) -> torch.optim.Optimizer:
@@ -57,11 +57,11 @@ class AdamW:
             elif members:
                 decay = self.weight_decay if kind == "weights" else 0.0
                 groups.append({"params": members, "lr": rate, "weight_decay": decay})
-        # Fused: one pass over the weights and their moments instead of about ten.
+        # Fused: one pass over weights and moments instead of about ten.
         return torch.optim.AdamW(groups, betas=(self.betas[0], self.betas[1]), fused=True)
 
     def factor(self, step: int, steps: int) -> float:
-        """Of every rate, at a step counted from 0."""
+        """The factor of all learning rates at a step counted from 0, of `steps`."""
         rise = round(self.warmup * steps)
         if step < rise:
             return (step + 1) / (rise + 1)

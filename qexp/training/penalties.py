@@ -1,6 +1,6 @@
-"""Outlying activations as a penalty beside the loss: QuantTune-style (2403.06497).
+"""Penalty on activation outliers in the style of QuantTune (2403.06497).
 
-The paper's formula could not be read; this one satisfies its abstract, and every choice is a field.
+The paper's formula was not available. This one follows the abstract; every choice is a field.
 """
 
 import math
@@ -23,11 +23,11 @@ from qexp.task import Task
 from qexp.training.fsdp import mean_over_ranks
 from qexp.training.losses import Penalty, Watch
 
-RANKED = IntGrid(8, per_tensor=True)  # on which tensors are compared with one another
+RANKED = IntGrid(8, per_tensor=True)  # for ranking tensors by their error
 
 
 class Found(NamedTuple):
-    """The penalty of one tensor, and its gradient, at least where that is not zero."""
+    """The penalty of one tensor and its gradient at the indices `where`; it is zero elsewhere."""
 
     value: Float[Tensor, ""]
     where: Int[Tensor, " some"]
@@ -36,8 +36,8 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True)
 class Form(ABC):
-    """How far a tensor reaches beyond `k` standard deviations, to the `power`, in units of a
-    standard deviation (`normalized`) or of the tensor itself. Mean and deviation are constants."""
+    """The excess of a tensor's values over `k` standard deviations, to the `power`, in units of a
+    standard deviation (`normalized`) or of the tensor. Mean and deviation have no gradient."""
 
     k: float | int = 3.0
     power: float | int = 2
@@ -56,26 +56,26 @@ class Deviation(Form):
     def __call__(
         self, x: Float[Tensor, " values"], mean: Float[Tensor, ""], deviation: Float[Tensor, ""]
     ) -> Found:
-        reach = self.k * deviation
+        threshold = self.k * deviation
         unit = deviation if self.normalized else torch.ones_like(deviation)
-        index = _near_outliers(x, mean, reach)
-        apart = x.index_select(0, index) - mean
-        excess = (apart.abs() - reach).clamp(min=0) / unit
-        outside = apart.sign() * (excess > 0)
+        index = _near_outliers(x, mean, threshold)
+        centred = x.index_select(0, index) - mean
+        excess = (centred.abs() - threshold).clamp(min=0) / unit
+        outside = centred.sign() * (excess > 0)
         count = outside.abs().sum().clamp(min=1)
         slope = excess.pow(self.power - 1) * outside * (self.power / unit / count)
         return Found(excess.pow(self.power).sum() / count, index, slope)
 
 
 def _near_outliers(
-    x: Float[Tensor, " values"], mean: Float[Tensor, ""], reach: Float[Tensor, ""], rows: int = 8
+    x: Float[Tensor, " values"], mean: Float[Tensor, ""], limit: Float[Tensor, ""], rows: int = 8
 ) -> Int[Tensor, " some"]:
-    """Where values further than `reach` from the mean are, and the few that share a column with
-    one when x is folded into `rows`: two reductions and a look at an eighth of the values are a
-    third of the time that comparing every one takes."""
+    """Indices of all values further than `limit` from the mean, and of others in their columns when
+    x is viewed as `rows` rows. A comparison per column takes a third of the time of one per value.
+    """
     columns = len(x) // rows
     folded = x[: rows * columns].view(rows, columns)
-    far = torch.maximum(folded.amax(0) - mean, mean - folded.amin(0)) > reach
+    far = torch.maximum(folded.amax(0) - mean, mean - folded.amin(0)) > limit
     starts = torch.arange(rows, device=x.device)[:, None] * columns
     rest = torch.arange(rows * columns, len(x), device=x.device)
     return torch.cat([(starts + far.nonzero().flatten()).flatten(), rest])
@@ -83,7 +83,7 @@ def _near_outliers(
 
 @dataclass(frozen=True)
 class Span(Form):
-    """(max - min - 2 k deviation)₊^power: the range itself."""
+    """(max - min - 2 k deviation)₊^power, which penalizes the range."""
 
     def __call__(
         self, x: Float[Tensor, " values"], mean: Float[Tensor, ""], deviation: Float[Tensor, ""]
@@ -98,7 +98,7 @@ class Span(Form):
 
 @dataclass(frozen=True)
 class NoPenalty(Penalty):
-    """The objective alone."""
+    """No penalty."""
 
     @contextmanager
     def watch(self, task: Task) -> Iterator[Watch]:
@@ -107,12 +107,12 @@ class NoPenalty(Penalty):
 
 @dataclass(frozen=True)
 class Outliers(Penalty):
-    """λ times the mean of `form` over the tensors of `placement` that a pattern of `sites` names.
+    """λ times the mean of `form` over the tensors of `placement` that match a pattern in `sites`.
 
-    λ is `weight`, or else set at the first step so that the penalty is `share` of the loss there,
-    and kept. momentum: of the running mean and deviation of each tensor. worst: the share of the
-    tensors that are penalized, those whose range costs most of their 8-bit error at the first step.
-    With λ = 0 nothing is watched.
+    λ is `weight`; if that is null, λ is fixed at the first step so that the penalty is `share` of
+    the loss. momentum: of the running mean and deviation of each tensor. worst: the share of
+    tensors that are penalized; they are those with the largest part of their 8-bit error due to
+    outliers at the first step. With λ = 0 no hooks are registered.
     """
 
     form: Form
@@ -141,13 +141,11 @@ class Outliers(Penalty):
             if any(fnmatch(site.name, pattern) for pattern in self.sites)
         ]
         if not chosen:
-            raise UserError(
-                f"method.penalty.sites: {list(self.sites)} names no tensor of the model"
-            )
-        watching = Watching(self, chosen)
-        handles = [site.watch(watching.see(site.name)) for site in chosen]
+            raise UserError(f"method.penalty.sites: {list(self.sites)} matches no tensor")
+        watch = Watching(self, chosen)
+        handles = [site.watch(watch.see(site.name)) for site in chosen]
         try:
-            yield watching
+            yield watch
         finally:
             for handle in handles:
                 handle.remove()
@@ -159,8 +157,8 @@ class Idle(Watch):
 
 
 class Watching(Watch):
-    """Hooks keep one entry per tensor, overwritten if a block is computed again in backward; what
-    later steps need is taken over in `take`."""
+    """Hooks store one entry per tensor, which is overwritten if backward recomputes a block; `take`
+    moves the state that later steps need to `memory`."""
 
     def __init__(self, penalty: Outliers, sites: Sequence[Site]) -> None:
         self.penalty = penalty
@@ -181,9 +179,9 @@ class Watching(Watch):
         return hook
 
     def take(self, loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
-        if not torch.is_grad_enabled():  # validation: the loss is what is compared
+        if not torch.is_grad_enabled():  # validation compares losses without penalty
             return loss.new_zeros(())
-        if self.statistics:  # the same in every process, whatever batches each has
+        if self.statistics:  # averaged over processes, whose batches differ
             rows = mean_over_ranks(
                 torch.stack([torch.stack(pair) for pair in self.statistics.values()])
             )
@@ -191,15 +189,13 @@ class Watching(Watch):
             self.memory["statistics"] = dict(zip(self.statistics, pairs, strict=True))
         if self.shares:
             count = math.ceil(self.penalty.worst * len(self.shares))
-            found = mean_over_ranks(
-                torch.tensor(list(self.shares.values()), device=loss.device)
-            ).tolist()
-            shares = dict(zip(self.shares, found, strict=True))
+            means = mean_over_ranks(torch.tensor([*self.shares.values()], device=loss.device))
+            shares = dict(zip(self.shares, means.tolist(), strict=True))
             ranked = sorted(shares, key=shares.__getitem__, reverse=True)
             self.memory["kept"], self.shares = ranked[:count], {}
-        kept = [self.values[name] for name in self.memory["kept"]]
+        values = [self.values[name].to(loss.device) for name in self.memory["kept"]]
         self.values = {}
-        value = torch.stack([each.to(loss.device) for each in kept]).mean()
+        value = torch.stack(values).mean()
         return self._weight(loss, value) * value
 
     def _weight(self, loss: Tensor, value: Tensor) -> float:
@@ -207,17 +203,17 @@ class Watching(Watch):
             return float(self.penalty.weight)
         assert self.penalty.share is not None
         if "weight" not in self.memory:
-            whole, own = mean_over_ranks(
-                torch.stack([loss.detach().float(), value.detach().float()])
-            )
-            if own > 0:
-                self.memory["weight"] = float(self.penalty.share * whole / own)
+            both = torch.stack([loss.detach().float(), value.detach().float()])
+            mean_loss, mean_value = mean_over_ranks(both)
+            if mean_value > 0:
+                self.memory["weight"] = float(self.penalty.share * mean_loss / mean_value)
         return float(self.memory.get("weight", 0.0))
 
     def _measure(self, name: str, x: Tensor) -> None:
         flat = x.detach().flatten().float()
         mean = flat.mean()
-        # One pass at the speed of memory; the mean of an activation is no larger than its spread.
+        # One pass, limited by memory bandwidth. E[x²] - E[x]² is accurate enough here, because the
+        # mean of an activation is not large compared with its deviation.
         deviation = (flat.dot(flat) / len(flat) - mean.square()).clamp(min=0).sqrt()
         deviation = deviation.clamp(min=torch.finfo(torch.float32).tiny ** 0.5)
         if (before := self.memory["statistics"].get(name)) is not None:
@@ -235,8 +231,8 @@ class Watching(Watch):
 
 
 class _Sparse(torch.autograd.Function):
-    """A value whose gradient is known, and zero almost everywhere. Nothing is saved for backward
-    but that, so that a block may be computed again there."""
+    """A value with a precomputed sparse gradient. No tensors are saved for backward, so that it
+    works with recomputed blocks."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, found: Found) -> Tensor:

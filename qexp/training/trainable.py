@@ -1,4 +1,4 @@
-"""Which parameters of a fake-quantized model train."""
+"""Selection of the trainable parameters of a fake-quantized model."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,8 +15,10 @@ from qexp.training.optimizer import KINDS
 
 
 class LowRank(nn.Module):
-    """A low-rank change of a frozen weight (2106.09685), made before the weight is rounded, so that
-    nothing is left of it afterwards but other codes."""
+    """A low-rank update of a frozen weight (LoRA, 2106.09685), added before rounding.
+
+    It changes only the codes, so the quantized model needs no extra parameters.
+    """
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float) -> None:
         super().__init__()
@@ -32,13 +34,13 @@ class LowRank(nn.Module):
 
 @dataclass(frozen=True)
 class TrainableParameters:
-    """What moves; the rest is frozen. Scales and zero points move only where the scale rule made
-    them trainable.
+    """The kinds of parameters that train; all others are frozen.
 
-    weights: everything of the model itself. norms: the norms' own parameters. scales: steps of the
-    weights. ranges: steps of static activation quantizers, with `offsets` their zero points too.
-    channels: scales of channels that a method put before the quantizers (Quadapter).
-    rank: of a low-rank change of every quantized weight, 0 for none; alpha / rank is its factor.
+    weights: all parameters of the model, except norms. norms: parameters of norms. scales: scales
+    of weight quantizers. ranges: scales and zero points of static activation quantizers. Scales
+    and zero points train only if the scale rule made them trainable. channels: channel scales that
+    a method added before quantizers (Quadapter). rank: of a low-rank update of every quantized
+    weight with factor alpha / rank; 0 for none.
     """
 
     weights: bool = True
@@ -55,31 +57,30 @@ class TrainableParameters:
         check_positive(None, self, "alpha")
 
     def prepare(self, linears: Iterable[nn.Linear]) -> None:
-        """Before the weights are rounded."""
+        """Adds low-rank updates; must be called before weight quantizers are attached."""
         if self.rank:
             for linear in linears:
-                made = LowRank(linear, self.rank, self.alpha)
-                parametrize.register_parametrization(linear, "weight", made, unsafe=True)
+                update = LowRank(linear, self.rank, self.alpha)
+                parametrize.register_parametrization(linear, "weight", update, unsafe=True)
 
     def parameters(self, task: Task) -> Mapping[str, list[nn.Parameter]]:
-        """By kind; all others no longer ask for gradients."""
+        """The trainable parameters by kind; sets requires_grad of all parameters."""
         chosen: dict[str, list[nn.Parameter]] = {kind: [] for kind in KINDS}
         for kind, parameter, wanted in self._all(task):
             parameter.requires_grad_(wanted)
             if wanted:
                 chosen[kind].append(parameter)
-        # Each once: a tied head is the embedding.
+        # each only once: a tied head is the embedding
         return {kind: list({id(p): p for p in group}.values()) for kind, group in chosen.items()}
 
     def _all(self, task: Task) -> Iterator[tuple[str, nn.Parameter, bool]]:
         norms = _norms(task)
         for module in task.modules():
             for name, parameter in module.named_parameters(recurse=False):
-                moves = parameter.requires_grad
                 if isinstance(module, FakeWeight | FakeQuant):
                     kind = "scales" if name == "scale" else "offsets"
-                    own = self.scales if isinstance(module, FakeWeight) else self.ranges
-                    yield kind, parameter, moves and own
+                    chosen = self.scales if isinstance(module, FakeWeight) else self.ranges
+                    yield kind, parameter, parameter.requires_grad and chosen
                 elif isinstance(module, Alpha):
                     yield "channels", parameter, self.channels
                 elif isinstance(module, LowRank):
@@ -90,5 +91,5 @@ class TrainableParameters:
 
 def _norms(task: Task) -> set[nn.Module]:
     arch = task.arch
-    own = {block.get_submodule(name) for block in task.blocks for name in arch.norms}
-    return own | ({task.model.get_submodule(arch.norm)} if arch.norm is not None else set())
+    norms = {block.get_submodule(name) for block in task.blocks for name in arch.norms}
+    return norms | ({task.model.get_submodule(arch.norm)} if arch.norm is not None else set())

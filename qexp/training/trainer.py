@@ -1,4 +1,4 @@
-"""One trainer for every method that trains."""
+"""Lightning trainer of all methods that train: steps, devices, precision and resuming."""
 
 import logging
 import signal
@@ -31,15 +31,15 @@ PRECISIONS = ("32-true", "bf16-mixed")
 
 @dataclass(frozen=True)
 class Trainer:
-    """How long and on what: steps of the optimizer, of `accumulate` times `sequences` sequences in
-    each of `devices` processes.
+    """Length, batch size, precision and devices of training.
 
-    every: steps between validations (and checkpoints, lines of the log). patience: stop after so
-    many validations without a better one; null trains to the end. The best weights are kept where
-    there is validation data. precision: of forward and backward, `32-true` or `bf16-mixed`.
-    recompute: activations of a block are computed again in backward. strategy: of several devices,
-    `ddp` (each with the whole model; `auto` too) or `fsdp` (`Sharded`). devices: how many of a
-    machine, each with a process and batches of its own.
+    steps: of the optimizer, each with `accumulate` times `sequences` sequences in each of `devices`
+    processes. every: steps per interval; each ends with validation, a checkpoint and a line of the
+    log. patience: stop after this many validations without improvement; null trains all steps. With
+    validation data the best weights are used, otherwise the last. precision: of forward and
+    backward, `32-true` or `bf16-mixed`. recompute: recompute activations of a block in backward.
+    devices: number per machine, each with its own process and batches. strategy: `ddp` (each device
+    holds the model; `auto` with several devices) or `fsdp` (`FullySharded`).
     """
 
     steps: int = 200
@@ -59,68 +59,67 @@ class Trainer:
         check_choice("trainer", self, precision=PRECISIONS, strategy=STRATEGIES)
 
     def fit(self, setup: TrainingSetup) -> list[dict[str, float]]:
-        """Train; the log's lines. Leaves the best (else the last) weights in the model, in the
-        modes and on the device that it had. Raises ranks.Done in a process that is not the first.
+        """Trains the model in place and returns the lines of the log.
 
         Checkpoints stay in the course's folder until the run has written its results
         (`Workspace.clear`): one that is killed before goes on from them."""
         if not any(setup.parameters.values()):
-            raise UserError("method.trained: nothing is left to train; choose another set.")
+            raise UserError("method.trained: no parameter is trainable; choose another set.")
         task, device = setup.task, setup.task.device
         with ExitStack() as stack:
             scratch = stack.enter_context(tempfile.TemporaryDirectory())
             folder = Path(scratch) if setup.folder is None else setup.folder
             stack.enter_context(_quiet())
             stack.enter_context(_mode(task, self.recompute))
-            kept = folder / f"{CHECKPOINTS}{setup.identity}"
+            checkpoints = folder / f"{CHECKPOINTS}{setup.identity}"
             schedule = Schedule(self.steps, self.every, self.accumulate, self.sequences)
             module = TrainingModule(setup, schedule, folder)
-            left = find_checkpoints(kept)
-            if left is not None:
-                log.info("training goes on from %s", kept / LAST)
-            if left is None or not left.last["course"]["ended"]:
+            found = find_checkpoints(checkpoints)
+            if found is not None:
+                log.info("training resumes from %s", checkpoints / LAST)
+            if found is None or not found.last["course"]["ended"]:
                 self._check(device)
                 stack.enter_context(launch.processes(setup.folder, self.devices))
-                self._fit(module, kept, None if left is None else kept / LAST)
+                self._fit(module, checkpoints, None if found is None else checkpoints / LAST)
                 if ranks.rank():
                     raise ranks.Done
-                left = find_checkpoints(kept)
-            assert left is not None
-            module.lines = left.last["course"]["lines"]
-            # what does not train is as it was
-            module.load_state_dict((left.best or left.last)["state_dict"], strict=False)
+                found = find_checkpoints(checkpoints)
+            assert found is not None
+            module.lines = found.last["course"]["lines"]
+            # not strict: checkpoints contain only the trainable parameters
+            module.load_state_dict((found.best or found.last)["state_dict"], strict=False)
         task.to(device)
         return module.lines
 
     def _check(self, device: torch.device) -> None:
-        """UserError for devices that are not there, or not the ones that several processes take."""
+        """Raises UserError if there are too few devices, or another one than processes use."""
         if device.type == "cpu" or self.devices == 1:
             return
-        if self.devices > (there := torch.accelerator.device_count()):
+        if self.devices > (available := torch.accelerator.device_count()):
             raise UserError(
-                f"trainer.devices={self.devices}: this machine has {there}; give fewer."
+                f"trainer.devices={self.devices}: this machine has {available}; give fewer."
             )
         if device.index not in (None, ranks.local_rank()):
             raise UserError(
-                f"device={device}: {self.devices} processes take the first {self.devices} devices, "
-                "one each; give device=auto."
+                f"device={device}: trainer.devices={self.devices} uses the first {self.devices} "
+                "devices; give device=auto."
             )
 
-    def _fit(self, module: TrainingModule, kept: Path, resumed: Path | None) -> None:
-        """Train, from a checkpoint if there is one, and leave others in `kept`."""
+    def _fit(self, module: TrainingModule, folder: Path, resumed: Path | None) -> None:
+        """Trains, from checkpoint `resumed` if there is one, and writes checkpoints to `folder`."""
         setup, device = module.training_setup, module.task.device
-        # Not `save_last`, which Lightning writes only where it also saves by the monitor.
-        # It comes second, so that it knows what `best` made of the same leg.
+        # Not Lightning's `save_last`, which is written only when the monitored one is too.
+        # LAST comes second, so that it contains the state of BEST after the same interval.
         callbacks: list[Callback] = []
         if setup.validation:
-            callbacks.append(Checkpoint(kept / BEST, monitor="validation"))
-        callbacks.append(Checkpoint(kept / LAST))
+            callbacks.append(Checkpoint(folder / BEST, monitor="validation"))
+        callbacks.append(Checkpoint(folder / LAST))
         if self.patience is not None:
             callbacks.append(
                 EarlyStopping(
                     "validation",
                     patience=self.patience,
-                    strict=False,  # a resumed run ends its leg once more, without the metric
+                    strict=False,  # a resumed run ends its interval again, without the metric
                     check_on_train_epoch_end=True,
                 )
             )
@@ -155,7 +154,7 @@ class Trainer:
 
 @contextmanager
 def _interruptible(trainer: L.Trainer) -> Iterator[None]:
-    """Ctrl-C stays a KeyboardInterrupt: Lightning exits with 1 and leaves the signal ignored."""
+    """Ctrl-C raises KeyboardInterrupt: Lightning exits with 1 and leaves the signal ignored."""
     handler = signal.getsignal(signal.SIGINT)
     try:
         yield
@@ -169,7 +168,7 @@ def _interruptible(trainer: L.Trainer) -> Iterator[None]:
 
 @contextmanager
 def _mode(task: Task, recompute: bool) -> Iterator[None]:
-    """Training mode, without the cache of keys and values."""
+    """Training mode without KV cache; the old modes are restored after the context."""
     modes = {module: module.training for module in task.modules()}
     config = task.model.config
     cached = getattr(config, "use_cache", None)
@@ -182,7 +181,8 @@ def _mode(task: Task, recompute: bool) -> Iterator[None]:
     finally:
         if recompute:
             task.model.gradient_checkpointing_disable()
-            if getattr(task.model, "_require_grads_hook", None) is not None:  # put by enabling
+            # enabling gradient checkpointing has registered this hook
+            if getattr(task.model, "_require_grads_hook", None) is not None:
                 task.model.disable_input_require_grads()
         config.use_cache = cached
         for module, mode in modes.items():
@@ -191,8 +191,7 @@ def _mode(task: Task, recompute: bool) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Lightning says what it found of hardware and what could be faster, transformers which name
-    `recompute` will have there; nobody asked here."""
+    """Silences Lightning's hardware hints and a deprecation warning of transformers."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [each.level for each in loggers]
     for each in loggers:

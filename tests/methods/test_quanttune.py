@@ -124,7 +124,7 @@ def test_which_tensors_are_watched():
         assert watch.take(task.loss(batch)) > 0
     assert hooks == sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in task.modules())
     with (
-        pytest.raises(UserError, match="names no tensor"),
+        pytest.raises(UserError, match="matches no tensor"),
         replace(chosen, sites=["x"]).watch(task),
     ):
         pass

@@ -63,7 +63,7 @@ def test_a_process_that_ends_too_early_ends_the_run(tmp_path, monkeypatch):
     (tmp_path / launch.CONFIG).touch()
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     before, threads = dict(os.environ), torch.get_num_threads()
-    said = r"^trainer\.devices=3: process 2 ended before training began"
+    said = r"^trainer\.devices=3: process 2 ended before training started"
     with pytest.raises(UserError, match=said), launch.processes(tmp_path, 3):
         pass
     assert dict(os.environ) == before and torch.get_num_threads() == threads

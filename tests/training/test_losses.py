@@ -52,6 +52,6 @@ def test_images_alone_are_augmented():
     Augmented().check(task_of("vit"))
     CrossEntropy().check(task_of())
     asked: list[int] = []
-    with pytest.raises(UserError, match=r"^method\.loss: only images .*causal_lm"):
+    with pytest.raises(UserError, match=r"^method\.loss: augmentation .*causal_lm"):
         replace(METHOD, loss=Augmented())(task_of(), lambda: asked.append(1) or batches("llama"))
     assert not asked
