@@ -1,1 +1,1 @@
-"""Commands that are not a run: `qexp NAME`, one file each."""
+"""Commands other than runs: `qexp NAME`, one module each."""

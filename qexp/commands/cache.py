@@ -1,4 +1,4 @@
-"""`qexp cache [--prune]`: the entries of the cache, and their removal."""
+"""Command `qexp cache [--prune]`: list of the cache's entries, and their removal."""
 
 import argparse
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def main(arguments: Sequence[str]) -> None:
-    """`qexp cache`: show; with --prune remove what the options name."""
+    """Lists the cache's entries; with --prune first removes those that the options select."""
     parser = argparse.ArgumentParser("qexp cache", description=main.__doc__)
     parser.add_argument("--prune", action="store_true", help="remove entries")
     parser.add_argument("--kind", action="append", default=[], help="of this kind only")

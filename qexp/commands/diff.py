@@ -1,4 +1,4 @@
-"""Two runs side by side: only what differs in configuration, origin, numbers and layers."""
+"""Comparison of two runs: differences in configuration, provenance, metrics and layer errors."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ from qexp.runs import results
 from qexp.runs.finished import Run, flat, load
 
 ABSENT = "-"
-# what differs between any two runs, or is shown as a cost
+# different in any two runs, or shown as a cost
 NOT_ORIGIN = ("started", "finished", "command", "stages", "protocols")
 
 Lines = list[tuple[str, ...]]
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def report(one: Run, other: Run, count: int = 10) -> Iterator[str]:
-    """Sections, each with a title; a section in which nothing differs says so."""
+    """The lines of all sections, including those without differences. count: layers to list."""
     origin = [flat(run.provenance, without=NOT_ORIGIN) for run in (one, other)]
     yield from _section("configuration", ("a", "b"), changes(one.settings, other.settings))
     yield from _section("code, versions, machine, inputs", ("a", "b"), changes(*origin))
@@ -47,14 +47,14 @@ def report(one: Run, other: Run, count: int = 10) -> Iterator[str]:
 
 
 def changes(one: Mapping[str, Any], other: Mapping[str, Any]) -> Lines:
-    """Keys whose values are not the same."""
+    """Keys with different values."""
     keys = dict.fromkeys([*one, *other])
     pairs = {key: (one.get(key, ABSENT), other.get(key, ABSENT)) for key in keys}
     return [(key, _text(a), _text(b)) for key, (a, b) in pairs.items() if a != b]
 
 
 def metrics(one: Run, other: Run) -> Lines:
-    """Numbers that differ, seconds and memory last. Two definitions have no difference."""
+    """Metrics that differ, seconds and memory last; no difference if their definitions differ."""
     digests = [{column.name: column.digest for column in run.columns} for run in (one, other)]
     cost = [{"seconds": run.seconds, "memory GB": run.peak("rss")} for run in (one, other)]
     first, second = one.metrics | cost[0], other.metrics | cost[1]
@@ -71,7 +71,7 @@ def metrics(one: Run, other: Run) -> Lines:
 
 
 def layers(one: Run, other: Run) -> Lines:
-    """Linears whose error differs, the largest ratio first."""
+    """Linears with different errors, the largest ratio first."""
     first, second = (
         {each["name"]: float(each["error"]) for each in r.layers} for r in (one, other)
     )

@@ -1,7 +1,7 @@
-"""In and out of distribution: calibrated or trained on one corpus, measured on many (2211.16912).
+"""In- and out-of-distribution evaluation: one corpus for training, many for tests (2211.16912).
 
-F-ID is the perplexity on that corpus as a ratio to the untouched float model's, F-OOD the geometric
-mean of the ratios on all other corpora.
+F-ID is the perplexity on the corpus of calibration or training, relative to the float model's.
+F-OOD is the geometric mean of these ratios on all other corpora.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from qexp.report import pivot, tables
 from qexp.runs.finished import Column, Run, collect
 
 ROWS = ("model", "data", "transform", "method", "method/trained", "ranges", "width", "trained on")
-FORMS = {"wikitext2_tokens": "wikitext2"}  # one text in two forms is one distribution
+FORMS = {"wikitext2_tokens": "wikitext2"}  # two forms of one text are one distribution
 LEGEND = (
     "F-ID: ratio of perplexity to the float model's on the corpus of calibration and training; "
     "F-OOD: geometric mean of the ratios on the others."
@@ -27,9 +27,9 @@ LEGEND = (
 
 
 def measured(runs: Sequence[Run]) -> list[Run]:
-    """The runs with their F-ID and F-OOD, and in the words that the rows of the table need.
+    """The runs with F-ID and F-OOD as metrics, and with the table's row labels as choices.
 
-    Raises UserError for a run of whose model there is no float run with the same protocols.
+    Raises UserError for a run if there is no float run of its model with the same protocols.
     """
     floats: dict[tuple[str, Column], list[float]] = {}
     for run in runs:
@@ -39,7 +39,7 @@ def measured(runs: Sequence[Run]) -> list[Run]:
 
 
 def table(runs: Sequence[Run]) -> pivot.Table:
-    """Settings by what tells them apart; seeds are averaged, corpora and ratios are columns."""
+    """Settings by the keys that distinguish them; seeds are averaged, metrics are columns."""
     settings = pivot.group(measured(runs))
 
     def told(keys: Sequence[str]) -> int:
@@ -121,7 +121,7 @@ def _ranges(run: Run) -> str:
 
 
 def _share(run: Run) -> str:
-    """Of the corpus, or how many windows; empty where nothing trains on data of its own."""
+    """The share of the corpus or the number of windows; empty without training data."""
     method: dict[str, Any] = run.config["method"]
     recipe = (method.get("training") or method).get("train")
     if not recipe:

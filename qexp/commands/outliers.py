@@ -1,4 +1,4 @@
-"""Which activations outliers cost most: a table and a figure of a model's tensors."""
+"""Activation outliers of a model: quantization error per tensor as a table and a figure."""
 
 import csv
 from collections.abc import Callable, Sequence
@@ -24,8 +24,8 @@ from qexp.report.plots import COLOURS, GREY
 from qexp.runs import resolvers
 from qexp.task import Batch, Task, singly
 
-DEVIATIONS = 3.0  # beyond which a value is an outlier
-MOST = 0.9  # of what ranges cost, which the problem tensors make up
+DEVIATIONS = 3.0  # standard deviations beyond which a value is an outlier
+MOST = 0.9  # share of the noise from ranges that the problem tensors have together
 COLUMNS = (
     *("tensor", "min", "max", "deviation", "stretch", "outliers"),
     *("inlier", "range", "outlier", "noise"),
@@ -34,7 +34,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor over all calibration data."""
+    """Statistics of one tensor over all calibration data."""
 
     name: str
     moments: Moments
@@ -42,12 +42,12 @@ class Row:
 
     @property
     def stretch(self) -> float:
-        """How many times wider the range is than that of the inliers."""
+        """The ratio of the full range to that of the inliers."""
         low, high = self.moments.inliers(DEVIATIONS)
         return (self.moments.high - self.moments.low) / (high - low) if high > low else 1.0
 
     def cells(self) -> dict[str, str | float]:
-        """By COLUMNS; errors as shares of their sum."""
+        """Values by COLUMNS; errors are relative to their sum."""
         errors, total = self.errors, self.errors.total or 1.0
         return {
             "tensor": self.name,
@@ -65,8 +65,10 @@ class Row:
 
 @torch.no_grad()
 def survey(task: Task, batches: Sequence[Batch], kind: QuantizedActivations) -> list[Row]:
-    """Every tensor of the placement, in order of execution: one pass for the ranges, one for the
-    errors, a sequence at a time."""
+    """Statistics of every tensor of the placement, in order of execution.
+
+    Takes two passes over the data, one sequence at a time: for the ranges and for the errors.
+    """
     sites = kind.placement.sites(task)
     moments = {site.name: Moments() for site in sites}
     errors = {site.name: Errors() for site in sites}
@@ -90,7 +92,7 @@ def survey(task: Task, batches: Sequence[Batch], kind: QuantizedActivations) -> 
 
 
 def problems(rows: Sequence[Row]) -> list[Row]:
-    """The fewest tensors that together have MOST of the noise, worst first."""
+    """The smallest set of tensors with the share MOST of the noise, worst first."""
     ranked = sorted(rows, key=lambda row: row.errors.noise, reverse=True)
     whole = sum(max(row.errors.noise, 0.0) for row in rows)
     found, reached = [], 0.0
@@ -103,7 +105,7 @@ def problems(rows: Sequence[Row]) -> list[Row]:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The table, worst first, the problem tensors bold, with what it comes to."""
+    """A summary and the table, worst tensor first, problem tensors in bold."""
     worst = problems(rows)
     shares = [row.errors.share for row in rows]
     whole = sum(row.errors.total for row in rows) or 1.0
@@ -130,7 +132,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def draw(surveys: dict[str, list[Row]]) -> Picture:
-    """Ranges of each model's tensors, beside one another; below, what the first's errors are."""
+    """Ranges of all tensors of each model; below them the parts of the first model's errors."""
     made = figure(max(7.0, 0.09 * max(map(len, surveys.values())) + 3), 6.4)
     ranges, shares = made.subplots(2, 1, sharex=True)
     for index, (label, rows) in enumerate(surveys.items()):
@@ -152,7 +154,7 @@ def draw(surveys: dict[str, list[Row]]) -> Picture:
     shares.set_ylabel("share of the error")
     shares.set_xlabel("tensor, in order of execution")
     shares.legend(frameon=False, fontsize=9, ncols=3)
-    # Above the frame, each on a line of its own: the worst are often neighbours.
+    # Above the frame, each name on its own line, because the worst are often neighbours.
     for line, row in enumerate(problems(rows)[:4]):
         place = rows.index(row)
         ranges.annotate(
@@ -170,7 +172,7 @@ def draw(surveys: dict[str, list[Row]]) -> Picture:
 
 
 def write(folder: Path, surveys: dict[str, list[Row]]) -> str:
-    """`<label>.csv` and `<label>.md` of each model, and `ranges.png`; the first model's table."""
+    """Writes `<label>.csv` and `<label>.md` of each model and `ranges.png`; returns the tables."""
     folder.mkdir(parents=True, exist_ok=True)
     for label, rows in surveys.items():
         with atomic(folder / f"{label}.csv") as path, path.open("w", newline="") as file:
@@ -184,7 +186,10 @@ def write(folder: Path, surveys: dict[str, list[Row]]) -> str:
 
 
 def measured(overrides: Sequence[str]) -> list[Row]:
-    """The tensors of the model that a configuration names, on its calibration data."""
+    """Statistics of the configured model's tensors on its calibration data.
+
+    Raises UserError unless activations are quantized per tensor with static ranges.
+    """
     chosen = any(key.startswith("activation=") for key in overrides)
     cfg: DictConfig = compose(
         "config", [*overrides, *([] if chosen else ["activation=int8_tensor"])]

@@ -1,4 +1,4 @@
-"""What a run did to activations: the ranges of channels at one site, the error at every site."""
+"""Activation ranges before and after a run: per channel at one site, errors at all sites."""
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +26,7 @@ SIDES = ("float model", "as quantized")
 
 @dataclass
 class Seen:
-    """What one quantizer was given, channel by channel, and what it made of that."""
+    """Input ranges per channel and the quantization error of one quantizer."""
 
     low: Tensor = field(default_factory=lambda: torch.tensor(torch.inf))
     high: Tensor = field(default_factory=lambda: torch.tensor(-torch.inf))
@@ -43,13 +43,13 @@ class Seen:
 
     @property
     def error(self) -> float:
-        """The squared error of rounding as a share of the tensor's square."""
+        """The squared quantization error relative to the tensor's squared norm."""
         return self.noise / max(self.power, torch.finfo(torch.float64).tiny)
 
 
 @torch.no_grad()
 def watch(task: Task, batches: Sequence[Batch]) -> dict[str, Seen]:
-    """Every quantizer of the task by its site, over the batches."""
+    """Statistics of every quantizer of the task by its site, over the batches."""
     seen = {name.replace("/", "."): Seen() for name in task.quantizers}
     with _hooked(task, seen):
         for single in singly(batches):
@@ -58,8 +58,11 @@ def watch(task: Task, batches: Sequence[Batch]) -> dict[str, Seen]:
 
 
 def sides(folder: str) -> tuple[dict[str, Seen], dict[str, Seen]]:
-    """The sites of a run on its own calibration data: what the same quantizers, with ranges of
-    their own, would do to the float model, and what is in the model that the run left."""
+    """Statistics by site for the float model and for the run's model, on its calibration data.
+
+    The float model gets the same quantizers, with ranges from its own activations. Raises UserError
+    if the run's activations are float.
+    """
     cfg, source = results.config(folder), FromRun(folder)
     kinds = instantiate(cfg.method).activations
     origin = source.origin()
@@ -80,8 +83,8 @@ def sides(folder: str) -> tuple[dict[str, Seen], dict[str, Seen]]:
 
 
 def draw(before: Mapping[str, Seen], after: Mapping[str, Seen], site: str) -> Picture:
-    """Ranges of channels at `site`, in the order of their reach in the float model, on one scale
-    each; below them the errors of all sites."""
+    """Ranges of channels at `site`, sorted by their maximum in the float model, with a scale per
+    model; below them the errors of all sites."""
     picture = Picture(figure(11.0, 7.0))
     grid = picture.figure.add_gridspec(2, 2)
     order = torch.maximum(-before[site].low, before[site].high).argsort(descending=True)

@@ -1,4 +1,4 @@
-"""From run folders to a report: one page for a browser, and tables for all else."""
+"""Report of run folders: an HTML page, tables (Markdown, CSV, LaTeX) and a plot."""
 
 import argparse
 import sys
@@ -32,7 +32,7 @@ def write(
     notes: Sequence[str] = (),
     x: str = "weight/bits",
 ) -> str:
-    """Write FILES; the value is the table for people."""
+    """Writes FILES to the folder `out`; returns the Markdown table."""
     sheet = tables.lay(table, baselines)
     legend = [*legend, *sheet.notes, *stored(table.settings)]
     markdown = tables.markdown(sheet)
@@ -130,7 +130,10 @@ def effects(table: Table, baselines: Mapping[int, Setting], keys: Sequence[str])
 
 
 def select(table: Table, patterns: Sequence[str]) -> Table:
-    """The table with the metrics that one of the patterns fits; all, without patterns."""
+    """The table with only the metrics that match a pattern; all metrics without patterns.
+
+    Raises UserError if no metric matches.
+    """
     if not patterns:
         return table
     names = [column.name for column in table.columns]
@@ -145,7 +148,7 @@ def _words(text: str | None) -> list[str]:
 
 
 def _known(runs: Sequence[Run], option: str, keys: Sequence[str]) -> None:
-    """UserError for a key that no run has: every cell would be empty."""
+    """Raises UserError for a key that no run has: every cell would be empty."""
     there = {key for run in runs for key in (*run.choices, *run.leaves)}
     for key in keys:
         if key not in there:

@@ -1,4 +1,4 @@
-"""A paper's table again: what is missing is run, all is set beside what was published."""
+"""Reproduction of a paper's table: runs missing jobs and compares with published numbers."""
 
 import argparse
 import math
@@ -24,18 +24,18 @@ from qexp.runs.finished import Column
 from qexp.sweeps import app, dry_run
 
 OUTPUTS = Path("outputs")
-DATA = ("model", "data", "calibration", "eval")  # to change one of them is to leave the paper
+DATA = ("model", "data", "calibration", "eval")  # overriding one of them leaves the paper's setup
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The runs of one row in one column, or why there are none."""
+    """The runs of one row in one column, or the reason why there are none."""
 
     setting: Setting | None
     reason: str = ""
 
     def column(self, metric: str) -> Column:
-        """The metric under the definition that all seeds share."""
+        """The metric's column, if all seeds have the same definition."""
         found = [c for c in self.setting.seeded if c.name == metric] if self.setting else []
         return found[0] if len(found) == 1 else Column(metric, "")
 
@@ -76,12 +76,12 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def ids() -> list[str]:
-    """The tables that are known."""
+    """The ids of all tables."""
     return sorted(path.stem for path in (conf() / "experiment" / "paper").glob("*.yaml"))
 
 
 def load(name: str) -> Paper:
-    """A table by its id."""
+    """A table by its id. Raises UserError for an unknown one."""
     if name not in ids():
         raise UserError(f"{name}: is no table; {messages.nearest(name, ids())}")
     with initialize_config_dir(version_base="1.3", config_dir=str(conf())):
@@ -91,7 +91,7 @@ def load(name: str) -> Paper:
 def report(
     name: str, paper: Paper, columns: Sequence[str], extra: Sequence[str], show: bool
 ) -> tuple[str, bool]:
-    """The table as Markdown, and whether all of it was reached and every order holds."""
+    """The table as Markdown, and whether all numbers are reached and all orders hold."""
     found = {
         (row, column): measure(name, paper, row, column, extra, show)
         for column in columns
@@ -143,7 +143,7 @@ def _judge(paper: Paper, row: str, column: str, measured: Measured, changed: str
 def measure(
     name: str, paper: Paper, row: str, column: str, extra: Sequence[str], show: bool
 ) -> Measured:
-    """The runs of a cell. What is missing is run by the command `qexp`, unless only shown."""
+    """The runs of a cell. Missing runs are started by the command `qexp` unless `show`."""
     made = []
     for job in paper.jobs(row, column):
         words = [f"experiment=paper/{name}", *job, *extra]
@@ -160,7 +160,7 @@ def measure(
 
 
 def plans(name: str, paper: Paper, columns: Sequence[str], extra: Sequence[str]) -> str:
-    """The jobs of some columns, which of them stand on disk, and what the others would take."""
+    """The jobs of some columns, which of them have finished, and the estimated cost of others."""
     past = dry_run.finished_runs(OUTPUTS)
     found = [
         dry_run.plan(*composed([f"experiment=paper/{name}", *job, *extra]), f"{column} {row}", past)
@@ -172,7 +172,7 @@ def plans(name: str, paper: Paper, columns: Sequence[str], extra: Sequence[str])
 
 
 def composed(words: Sequence[str]) -> tuple[DictConfig, Path]:
-    """A job's configuration and its folder."""
+    """A job's configuration and its folder. Raises UserError for a wrong override."""
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(conf())):
             cfg = compose("config", list(words))
@@ -182,7 +182,7 @@ def composed(words: Sequence[str]) -> tuple[DictConfig, Path]:
 
 
 def sampled(setting: Setting) -> str:
-    """Corpora of which a run read a local sample instead of what the hub has."""
+    """Corpora of which a run read a local sample that differs from the hub's."""
     from qexp.data.catalog import CATALOG
 
     parts = [(corpus, part) for corpus, facts in CATALOG.items() for part in facts.parts.values()]
@@ -195,7 +195,7 @@ def sampled(setting: Setting) -> str:
 
 
 def _run(words: Sequence[str]) -> None:
-    """`qexp` with these words, in this process, so that its imports are paid once."""
+    """Runs `qexp` with these arguments in this process, so that modules are imported once."""
     before = sys.argv
     sys.argv = ["qexp", *words]
     try:

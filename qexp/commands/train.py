@@ -1,4 +1,4 @@
-"""`qexp train FOLDER`: train a float model and keep its folder."""
+"""Command `qexp train FOLDER`: training of a float model, and export of its folder."""
 
 import sys
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""`qexp wandb-sweep`: a search as a W&B sweep."""
+"""Command `qexp wandb-sweep`: conversion of a search to a W&B sweep."""
 
 import sys
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from qexp.sweeps import choosing
 
 
 def wandb_sweep(overrides: Sequence[str]) -> str:
-    """A W&B sweep, as yaml, of a search's parameters, trials and (first) objective."""
+    """A W&B sweep as yaml, with the search's parameters, number of trials and first objective."""
     with initialize_config_dir(version_base="1.3", config_dir=str(conf())):
         cfg = compose("config", list(overrides), return_hydra_config=True)
     if not (params := OmegaConf.select(cfg, "hydra.sweeper.params")):
@@ -26,7 +26,7 @@ def wandb_sweep(overrides: Sequence[str]) -> str:
     trials = OmegaConf.select(cfg, "hydra.sweeper.n_trials")
     wanted = cfg.optimize[0] if isinstance(cfg.optimize, ListConfig) else cfg.optimize or "ppl"
     name = wanted if "/" in wanted else f"{next(iter(cfg.eval.values())).name}/{wanted}"
-    # one run for each of the agent's jobs, whatever mode the search itself has
+    # each job of the W&B agent is a single run, although the search is a multirun
     single = ["hydra.mode=RUN", "logger=wandb", "${args_no_hyphens}"]
     content = {
         "method": "bayes" if trials else "grid",
@@ -39,7 +39,7 @@ def wandb_sweep(overrides: Sequence[str]) -> str:
 
 
 def _distribution(override: Override) -> dict[str, Any]:
-    """One parameter in W&B's words."""
+    """One parameter in the format of W&B sweeps."""
     value = override.value()
     if not override.is_sweep_override():
         return {"value": value}

@@ -1,4 +1,4 @@
-"""What a job costs, stage by stage, as ratios within one run."""
+"""Benchmarks of the stages of a job, as ratios within one process."""
 
 from collections.abc import Callable, Sequence
 

@@ -1,4 +1,4 @@
-"""What measuring costs: perplexity before and after a method."""
+"""Benchmark of evaluation: perplexity before and after a method."""
 
 from omegaconf import DictConfig
 
@@ -7,10 +7,10 @@ from qexp.config.instantiate import instantiate
 
 
 def evaluation(cfg: DictConfig) -> None:
-    """Evaluation after the method against evaluation before it."""
+    """Time of evaluation after the method, relative to evaluation before it."""
     task, batches = loaded(cfg)
     [evaluator] = [instantiate(node) for node in cfg.eval.values()]
-    evaluator(task)  # tokenises
+    evaluator(task)  # tokenizes and warms up
     stages = {"float": timed(lambda: evaluator(task))}
     instantiate(cfg.method)(task, lambda: batches)
     stages["quantized"] = timed(lambda: evaluator(task))

@@ -1,4 +1,4 @@
-"""What a job costs beside its stages: to compose, instantiate, lock, log and write."""
+"""Benchmark of a job's overhead outside its stages: composing, instantiating, locking, logging."""
 
 import os
 import sys
@@ -29,12 +29,12 @@ def overhead(cfg: DictConfig, overrides: list[str]) -> None:
         print(f"{'jobs':<28}{len(made):8d}")
         print(f"{'stages of a job':<28}{stages / len(made):8.2f} s")
         print(f"{'a job beside them':<28}{(seconds - stages) / len(made):8.2f} s")
-        # on a machine that others use the clock runs on while a job waits for them
+        # processor time too: on a shared machine wall time includes waiting for other programs
         print(f"{'processor, stages too':<28}{busy / len(made):8.2f} s")
 
 
 def sweep(words: list[str]) -> None:
-    """The command with these words, in this process."""
+    """Runs `qexp -m` with these arguments in this process."""
     sys.argv = ["qexp", "-m", *words]
     with suppress(SystemExit):
         app.main()

@@ -1,4 +1,4 @@
-"""What the penalty on outlying activations costs: a step of training with it and one without."""
+"""Benchmark of the outlier penalty: a training step with and without it."""
 
 import torch
 from omegaconf import DictConfig
@@ -9,7 +9,7 @@ from qexp.methods.quanttune import QuantTune
 
 
 def penalty(cfg: DictConfig) -> None:
-    """Steps in turn, so that both meet the same machine; the fastest of each."""
+    """The fastest step of each kind, in turn, so that both run under the same conditions."""
     task, batches = loaded(cfg)
     method = instantiate(cfg.method)
     if not isinstance(method, QuantTune):
@@ -32,7 +32,7 @@ def penalty(cfg: DictConfig) -> None:
 
     seconds = {"without": float("inf"), "with": float("inf")}
     for _ in range(4):
-        step(watched=False)  # the first of each kind after the other finds the caches cold
+        step(watched=False)  # not timed: caches are cold after a step of the other kind
         seconds["without"] = min(seconds["without"], spent(task, lambda: step(watched=False)))
         with measured.watch(task) as watch:
             step(watched=True)

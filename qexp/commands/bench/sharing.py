@@ -1,4 +1,4 @@
-"""What jobs of a sweep save by sharing: each with the others' cache, and with an empty one."""
+"""Benchmark of the cache in a sweep: each job with the shared cache and with an empty one."""
 
 import logging
 import os
@@ -47,8 +47,10 @@ def sharing(cfg: DictConfig, overrides: list[str]) -> None:
 
 
 def job(words: Sequence[str], place: Path, models: Path) -> float:
-    """Processor seconds of the command `qexp` in this process, with a cache in `place` that holds
-    the model at first."""
+    """Processor seconds of `qexp` in this process, with a cache in `place`.
+
+    A new cache contains only the model.
+    """
     cache = place / "cache"
     if not cache.is_dir():
         cache.mkdir(parents=True)
@@ -69,7 +71,7 @@ def job(words: Sequence[str], place: Path, models: Path) -> float:
 
 @contextmanager
 def _handlers() -> Iterator[None]:
-    """Puts the handlers of the log back: Hydra's writes into the folder of the job."""
+    """Restores the log handlers: Hydra's handler writes to the job's folder."""
     root = logging.getLogger()
     before = root.handlers[:]
     try:

@@ -1,4 +1,4 @@
-"""What solving costs: block-wise methods, and OAC beside SpQR."""
+"""Benchmarks of solvers: stages of block-wise methods, and OAC relative to SpQR."""
 
 import time
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from qexp.walk import walk
 
 
 def blockwise(cfg: DictConfig) -> None:
-    """The stages of a block-wise method: what one forward, the Hessians and the solver take."""
+    """Times of one forward pass, the Hessians and the solver of a block-wise method."""
     task, batches = loaded(cfg)
 
     def forward() -> None:
@@ -43,9 +43,9 @@ def blockwise(cfg: DictConfig) -> None:
 
 
 def oac(cfg: DictConfig) -> None:
-    """OAC with gradients in one pass against SpQR on the same data.
+    """Times of OAC with gradients in one pass, relative to SpQR on the same data.
 
-    Seconds per block are those of the gradient pass over all blocks divided by their number.
+    Seconds per block are those of the gradient pass divided by the number of blocks.
     """
     task, batches = loaded(cfg)
     state = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}

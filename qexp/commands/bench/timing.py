@@ -1,4 +1,4 @@
-"""The clock and the scales: a model to measure, seconds, bytes, and how they are shown."""
+"""Time and memory measurement for benchmarks, and the model to measure."""
 
 import atexit
 import os
@@ -17,8 +17,10 @@ from qexp.task import Batch, Task
 
 
 def loaded(cfg: DictConfig) -> tuple[Task, list[Batch]]:
-    """The model on its device and its calibration batches. What is done with them from here on
-    finds an empty cache, which goes with the process."""
+    """The model on its device and its calibration batches.
+
+    From here on the process has an empty cache, which is deleted when it ends.
+    """
     source: ModelSource = instantiate(cfg.model)
     task = as_task(source, source.load(), cfg)
     batches: list[Batch] = instantiate(cfg.calibration)(task)
@@ -36,7 +38,7 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def spent(task: Task, work: Callable[[], object]) -> float:
-    """Seconds of one call: of a GPU's clock, or of the processor's work, whoever else is at it."""
+    """Seconds of one call: wall time on a GPU, otherwise processor time, as CPUs may be shared."""
     if task.device.type != "cuda":
         start = time.process_time()
         work()
@@ -49,7 +51,7 @@ def spent(task: Task, work: Callable[[], object]) -> float:
 
 
 def peak(task: Task) -> int:
-    """Bytes held at most: since the last call on a GPU, ever on a CPU."""
+    """Peak memory in bytes: on a GPU since the last call, on a CPU of the whole process."""
     if task.device.type != "cuda":
         return peak_rss()
     torch.cuda.synchronize()
@@ -59,7 +61,7 @@ def peak(task: Task) -> int:
 
 
 def show(stages: dict[str, float], unit: str) -> None:
-    """Seconds of each stage and their ratio to `unit`."""
+    """Prints the seconds of each stage, their ratio to the stage `unit`, and the peak memory."""
     for name, seconds in stages.items():
         print(f"{name:<28}{seconds:8.1f} s {seconds / stages[unit]:8.2f} x {unit}")
     print(f"{'peak memory':<28}{peak_rss() / 2**30:8.2f} GiB")

@@ -1,4 +1,4 @@
-"""What training costs: a step with quantizers, and Quadapter's phases beside it."""
+"""Benchmarks of training: a quantization-aware step, and Quadapter's phases."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -24,7 +24,7 @@ Parameters = Mapping[str, list[nn.Parameter]]
 
 
 def qat(cfg: DictConfig) -> None:
-    """A step of quantization-aware training against one of the float model: time and memory."""
+    """Time and memory of a quantization-aware training step, relative to the float model's."""
     task, batches = loaded(cfg)
     method = instantiate(cfg.method)
     assert isinstance(method, FineTune)
@@ -41,7 +41,7 @@ def qat(cfg: DictConfig) -> None:
 
 
 def step(task: Task, method: FineTune, whole: Batch, parameters: Parameters) -> tuple[float, int]:
-    """Seconds and bytes of a step on so many sequences as the trainer takes."""
+    """Seconds and peak bytes of a step with the trainer's number of sequences."""
     batch = {key: value[: method.trainer.sequences] for key, value in whole.items()}
     low = method.trainer.precision.startswith("bf16")
     optimizer = method.optimizer.optimizer(parameters)
@@ -55,19 +55,19 @@ def step(task: Task, method: FineTune, whole: Batch, parameters: Parameters) -> 
 
     once()
     found = min(spent(task, once) for _ in range(3)), peak(task)
-    optimizer.state.clear()  # an optimizer stands in cycles, and outlives its last use
+    optimizer.state.clear()  # frees memory: reference cycles keep the optimizer alive
     return found
 
 
 def quadapter(cfg: DictConfig) -> None:
-    """Phase 1 on the first block, a step of phase 2, and a step that trains weights and ranges."""
+    """Costs of phase 1 on the first block, of a step of phase 2, and of a step of plain QAT."""
     task, batches = loaded(cfg)
     transform, method = instantiate(cfg.transform), instantiate(cfg.method)
     if not (isinstance(transform, Quadapter) and isinstance(method, EndToEnd)):
         raise SystemExit("bench.py quadapter: give transform=quadapter method=quadapter")
     training = method.training
     seconds, memory = {}, {}
-    # What holds more comes later: on a CPU the peak is that of the process so far.
+    # In the order of memory use: on a CPU the peak is that of the whole process so far.
     block = next(iter(walk(task, first(batches, transform.sequences), transform.batch)))
     name = f"phase 1, {transform.steps} steps"
     seconds[name] = spent(task, lambda: transform.adapt(block))

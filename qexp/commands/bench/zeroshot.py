@@ -1,4 +1,4 @@
-"""Zero-shot tasks beside the harness's own model `hf`: what they cost, and what both sides say."""
+"""Benchmark of zero-shot tasks against the harness's own model `hf`: time and equal answers."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,8 +28,10 @@ HEADS = (
 
 
 def zeroshot(cfg: DictConfig) -> None:
-    """A line for each harness task in `eval`: same rows, same batch size, both sides in turn. What
-    else is in `eval` is measured after them: lm_eval_word beside the task `wikitext`."""
+    """Prints a line for each harness task in `eval`, with the same rows and batch size for both.
+
+    Other evaluators in `eval` run after them, such as lm_eval_word to compare with task `wikitext`.
+    """
     task, _ = loaded(cfg)
     print(f"| {' | '.join(HEADS)} |\n|---|{'--:|' * (len(HEADS) - 2)}---|")
     evaluators = [instantiate(node) for node in cfg.eval.values()]
@@ -46,12 +48,12 @@ def zeroshot(cfg: DictConfig) -> None:
 
 
 def compare(task: Task, evaluator: Harness, ours_first: bool) -> list[str]:
-    """One task, by both sides."""
+    """The cells of one task's line, by HEADS."""
     from lm_eval.models.huggingface import HFLM
 
     from qexp.eval.harness.model import Model
 
-    asked = evaluator.definition()["tasks"]  # index, rows and prompts are made outside the clock
+    asked = evaluator.definition()["tasks"]  # loads index, rows and prompts, which are not timed
     models = {
         "hf": HFLM(task.model, tokenizer=task.tokenizer, batch_size=evaluator.batch_size),
         "qexp": Model(task, evaluator.batch_size, evaluator.name),
@@ -68,7 +70,7 @@ def compare(task: Task, evaluator: Harness, ours_first: bool) -> list[str]:
             seconds[side] = spent(task, partial(ask, side))
         products[side] = sum(count)
     theirs, ours = said["hf"], said["qexp"]
-    name = evaluator.tasks[0]  # of a group its own numbers, not each member's
+    name = evaluator.tasks[0]  # for a group only its own numbers, not those of its tasks
     shown = {k: v for k, v in ours.numbers.items() if k.partition("/")[0] == name} or ours.numbers
     items = sum(ours.numbers[f"{each}/items"] for each in asked)
     pairs = list(zip(theirs.answers, ours.answers, strict=True))
@@ -90,7 +92,7 @@ def compare(task: Task, evaluator: Harness, ours_first: bool) -> list[str]:
 
 @contextmanager
 def multiplied(task: Task) -> Iterator[list[int]]:
-    """The multiply-adds of each product with a weight, while it is open."""
+    """Collects the multiply-adds of each matrix product with a weight during the context."""
     found: list[int] = []
 
     def count(linear: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
