@@ -54,5 +54,5 @@ class Picture:
         text = re.sub(r"\s*\n\s*", " ", text)
         return re.sub(r'<g id="(mark\d+)">', self._titled, text)
 
-    def _titled(self, found: re.Match[str]) -> str:
-        return f'<g class="mark"><title>{escape(self.says[found[1]])}</title>'
+    def _titled(self, match: re.Match[str]) -> str:
+        return f'<g class="mark"><title>{escape(self.says[match[1]])}</title>'

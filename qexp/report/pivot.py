@@ -58,24 +58,24 @@ class Setting:
 
     def words(self, keys: Sequence[str]) -> dict[str, str]:
         """Labels that need no column title, such as `mse` or `damp=0.1`, by key where defined."""
-        found = {}
+        words = {}
         for key, name in names(keys).items():
             label = self.label(key)
             if key.endswith("._target_"):  # the class name is enough
                 label = label.rpartition(".")[2]
             if label:
-                found[key] = label if key in self.run.choices else f"{name}={label}"
-        return found
+                words[key] = label if key in self.run.choices else f"{name}={label}"
+        return words
 
     @cached_property
     def seeded(self) -> dict[Column, dict[str, Run]]:
         """By column, the latest run of each seed that measured it."""
-        found: dict[Column, dict[str, Run]] = {}
+        latest: dict[Column, dict[str, Run]] = {}
         for run in self.runs:
             seed = " ".join(str(run.leaves.get(key)) for key in self.over)
             for column in run.columns:
-                found.setdefault(column, {})[seed] = run
-        return found
+                latest.setdefault(column, {})[seed] = run
+        return latest
 
     def spread(self, column: Column) -> Spread:
         """The column's values by seed; empty if it was not measured."""
@@ -100,11 +100,11 @@ class Setting:
     @property
     def layers(self) -> dict[str, float]:
         """The error of each linear by its name, the mean over runs."""
-        found: dict[str, list[float]] = {}
+        by_name: dict[str, list[float]] = {}
         for run in self.runs:
             for layer in run.layers:
-                found.setdefault(layer["name"], []).append(float(layer["error"]))
-        return {name: _mean(errors) for name, errors in found.items()}
+                by_name.setdefault(layer["name"], []).append(float(layer["error"]))
+        return {name: _mean(errors) for name, errors in by_name.items()}
 
     @property
     def seconds(self) -> float:
@@ -188,11 +188,11 @@ def pivot(
     if rows is None:
         rows = [key for key in apart if key not in columns] or ["method"]
         together = [key for key in rows if key not in FIRST] if len(rows) > MOST else []
-    found: dict[tuple[str, ...], dict[tuple[str, ...], Setting]] = {}
+    table: dict[tuple[str, ...], dict[tuple[str, ...], Setting]] = {}
     for setting in settings:
         labels = tuple(setting.label(key) for key in rows)
         place = tuple(setting.label(key) for key in columns)
-        cells = found.setdefault(labels, {})
+        cells = table.setdefault(labels, {})
         if place in cells:
             keys = differing([cells[place], setting])
             raise UserError(
@@ -205,8 +205,8 @@ def pivot(
     return Table(
         row_keys=tuple(rows),
         column_keys=tuple(columns),
-        rows=tuple(Row(labels, cells) for labels, cells in found.items()),
-        places=tuple(dict.fromkeys(place for cells in found.values() for place in cells)),
+        rows=tuple(Row(labels, cells) for labels, cells in table.items()),
+        places=tuple(dict.fromkeys(place for cells in table.values() for place in cells)),
         columns=tuple(dict.fromkeys(metrics)),
         together=tuple(together),
     )

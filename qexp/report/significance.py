@@ -110,12 +110,12 @@ def counterparts(settings: Sequence[Setting], chosen: Mapping[str, str]) -> dict
         seen = sorted({each.label(key) for each in settings for key in chosen})
         raise UserError(f"--baseline {wanted}: no run has it; there are {', '.join(seen)}")
     keys = [key for key in differing(settings) if key not in chosen]
-    found = {}
+    counterparts = {}
     for setting in settings:
         like = [each for each in baselines if each is not setting and _alike(setting, each, keys)]
         if len(like) == 1 and setting not in baselines:
-            found[id(setting)] = like[0]
-    return found
+            counterparts[id(setting)] = like[0]
+    return counterparts
 
 
 def _alike(setting: Setting, baseline: Setting, keys: Sequence[str]) -> bool:

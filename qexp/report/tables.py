@@ -162,27 +162,27 @@ def number(value: float, beside: float | None = None, digits: int = 2) -> str:
 
 def spread(setting: Setting, column: Column) -> str:
     """A mean with its deviation over seeds, or with the standard error of the only seed."""
-    found = setting.spread(column)
-    if not found.count:
+    values = setting.spread(column)
+    if not values.count:
         return ""
-    error = setting.error(column) if found.count == 1 else found.deviation
+    error = setting.error(column) if values.count == 1 else values.deviation
     digits = 3 if column.name.endswith("/ratio") else 2
-    text = number(found.mean, digits=digits)
+    text = number(values.mean, digits=digits)
     if not math.isnan(error):
-        text += f" ± {number(error, beside=found.mean, digits=digits)}"
-    return text + (f" ({found.count})" if found.count > 1 else "")
+        text += f" ± {number(error, beside=values.mean, digits=digits)}"
+    return text + (f" ({values.count})" if values.count > 1 else "")
 
 
-def said(moved: Difference) -> str:
+def said(difference: Difference) -> str:
     """A difference, and its p value if there is one."""
-    sign = "+" if moved.mean > 0 else "-" if moved.mean < 0 else ""
-    text = f"Δ {sign}{number(abs(moved.mean))}"
-    return text if math.isnan(moved.p) else f"{text}, p {moved.p:.2g}"
+    sign = "+" if difference.mean > 0 else "-" if difference.mean < 0 else ""
+    text = f"Δ {sign}{number(abs(difference.mean))}"
+    return text if math.isnan(difference.p) else f"{text}, p {difference.p:.2g}"
 
 
 def _cell(setting: Setting, column: Column, bold: bool, baseline: Setting | None) -> Cell:
-    moved = compare(setting, baseline, column) if baseline is not None else None
-    note = said(moved) if moved is not None else ""
+    difference = compare(setting, baseline, column) if baseline is not None else None
+    note = said(difference) if difference is not None else ""
     value = setting.spread(column).mean
     return Cell(spread(setting, column), value, bold, note, setting)
 
@@ -195,9 +195,9 @@ def _numbers(table: Table, baselines: Mapping[int, Setting]) -> Iterator[dict[st
             line["bits"] = setting.bits
             baseline = baselines.get(id(setting))
             for column in table.columns:
-                found, title = setting.spread(column), column.title
-                line |= {title: found.mean, f"{title} stderr": setting.error(column)}
-                line |= {f"{title} deviation": found.deviation, f"{title} seeds": found.count}
+                values, title = setting.spread(column), column.title
+                line |= {title: values.mean, f"{title} stderr": setting.error(column)}
+                line |= {f"{title} deviation": values.deviation, f"{title} seeds": values.count}
                 if baselines:
                     moved = compare(setting, baseline, column) if baseline is not None else None
                     line[f"{title} difference"] = moved.mean if moved is not None else math.nan

@@ -23,21 +23,21 @@ class Checkpoints(NamedTuple):
     best: dict[str, Any] | None
 
 
-def find_checkpoints(kept: Path) -> Checkpoints | None:
-    """The checkpoints in folder `kept`, None if there are none.
+def find_checkpoints(folder: Path) -> Checkpoints | None:
+    """The checkpoints in a folder, None if there are none.
 
-    A folder that cannot be read is deleted with a warning.
+    A folder with an unreadable checkpoint is deleted with a warning.
     """
-    if not (kept / LAST).exists():
+    if not (folder / LAST).exists():
         return None
     try:
-        best = _load(kept / BEST) if (kept / BEST).exists() else None
-        return Checkpoints(_load(kept / LAST), best)
+        best = _load(folder / BEST) if (folder / BEST).exists() else None
+        return Checkpoints(_load(folder / LAST), best)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as reason:
         summary = str(reason).partition("\n")[0]
-        log.warning("%s: cannot be read (%s); training starts again from step 0", kept, summary)
+        log.warning("%s: cannot be read (%s); training starts again from step 0", folder, summary)
         if not ranks.rank():
-            shutil.rmtree(kept, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
         return None
 
 

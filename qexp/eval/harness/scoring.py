@@ -131,7 +131,7 @@ def trees(inputs: Sequence[Tokens], rows: int, window: float = math.inf) -> Iter
         yield Tree(members)
 
 
-def batches(found: Iterable[Tree], rows: int) -> Iterator[list[Tree]]:
+def batches(forest: Iterable[Tree], rows: int) -> Iterator[list[Tree]]:
     """Batches of trees of similar size, largest first, so that running out of memory shows early.
 
     A batch has at most as many tokens, with padding, as `rows` inputs of the longest length, which
@@ -144,7 +144,7 @@ def batches(found: Iterable[Tree], rows: int) -> Iterator[list[Tree]]:
 
     batch: list[Tree] = []
     longest = 0
-    for tree in sorted(found, key=shape, reverse=True):
+    for tree in sorted(forest, key=shape, reverse=True):
         if batch:
             (shared, size), room = shape(batch[0]), max(longest, tree.longest)
             fits = (len(batch) + 1) * size <= rows * room
