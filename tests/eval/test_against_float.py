@@ -134,5 +134,5 @@ def test_nan_and_a_missing_float_model_are_errors(tmp_path: Path) -> None:
     next(task.blocks.parameters()).data[0, 0] = math.nan
     with pytest.raises(UserError, match=r"against_float.*NaN"):
         measure(task)
-    with pytest.raises(UserError, match="two models"):
+    with pytest.raises(UserError, match="needs the float model"):
         against()(task)

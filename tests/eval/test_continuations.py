@@ -61,5 +61,5 @@ def test_wrong_input_is_named(tmp_path: Path) -> None:
     task = llama()
     with pytest.raises(UserError, match="too few"):
         continuations(prompt_tokens=10**6).measure_float(start(task, tmp_path))
-    with pytest.raises(UserError, match="two models"):
+    with pytest.raises(UserError, match="needs the float model"):
         continuations()(task)

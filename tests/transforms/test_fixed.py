@@ -32,7 +32,7 @@ FIXED = [
 @pytest.mark.parametrize("transform", FIXED, ids=lambda t: f"{type(t).__name__}-{t.sites}")
 def test_no_logit_changes(family, transform):
     if family == "bert" and transform.sites == NORMS:
-        with pytest.raises(UserError, match="behind the residual sums"):
+        with pytest.raises(UserError, match="is post-norm"):
             transform(task_of(family), lambda: [joined(family)])
         return
     task, batch = task_of(family), joined(family)

@@ -28,7 +28,7 @@ def test_no_logit_changes(family, sites):
     step = Quadapter(GRID, TENSOR, sites, init="smooth", steps=3, batch=2)
     task, batch = task_of(family), joined(family)
     if (family, sites) == ("bert", NORMS):
-        with pytest.raises(UserError, match="behind the residual sums"):
+        with pytest.raises(UserError, match="is post-norm"):
             step(task, lambda: [batch])
         return
     expected = logits(task, batch)
