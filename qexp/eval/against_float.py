@@ -102,7 +102,7 @@ class AgainstFloat(Evaluator):
                 at += len(new)
                 logits = task.logits(old, head), task.logits(new), targets.split(tasks.POSITIONS)
                 parts += [compare(*chunk).cpu() for chunk in zip(*logits, strict=True)]
-        if not (found := torch.cat(parts, dim=1).double()).isfinite().all():
+        if not (measures := torch.cat(parts, dim=1).double()).isfinite().all():
             raise UserError(
                 f"eval {self.name}: a logit is not finite: the model's weights or activations "
                 "contain NaN or infinity"

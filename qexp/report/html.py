@@ -241,7 +241,7 @@ def _protocols(runs: Iterable[Run]) -> str:
             note = ""
             if None not in dtypes and dtypes[0] != dtypes[1]:
                 note = " in {}; published numbers are of {} models".format(*dtypes)
-            found[f"{name} [{entry.get('digest', '')}]{note}"] = definition
+            definitions[f"{name} [{entry.get('digest', '')}]{note}"] = definition
     return "".join(
         f"<details><summary>{escape(name)}</summary><code>{escape(text)}</code></details>"
         for name, text in definitions.items()

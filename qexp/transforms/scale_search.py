@@ -116,10 +116,10 @@ def collect_statistics(
     """
     statistics = [SiteStatistics(channels, _container(block, channels)) for channels in sites]
     with ExitStack() as hooks:
-        for each in found:
-            hooks.enter_context(_listening(each, replay))
+        for each in statistics:
+            hooks.enter_context(_observed(each, replay))
         block.settle(list(block.outputs()))
-    return found
+    return statistics
 
 
 @contextmanager

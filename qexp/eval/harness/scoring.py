@@ -191,7 +191,7 @@ def _answers(
     """
     target = torch.tensor([token for each in requests for token in each.tokens[-each.scored :]])
     nodes, where = torch.tensor(places).unique(return_inverse=True)
-    gains, hits = torch.empty(len(where)), torch.empty(len(where), dtype=torch.bool)
+    logprobs, hits = torch.empty(len(where)), torch.empty(len(where), dtype=torch.bool)
     chunks = task.logits(hidden[nodes.to(hidden.device)], positions=POSITIONS)
     for start, logits in zip(range(0, len(nodes), POSITIONS), chunks, strict=True):
         inside = (where >= start) & (where < start + POSITIONS)

@@ -65,7 +65,7 @@ class LocalTask(ConfigurableTask):
         self.files: list[Path] = []
         with faults(config.get("task"), "its fields make no task"):
             ConfigurableTask.__init__(
-                self, config={k: v for k, v in config.items() if k not in own}
+                self, config={k: v for k, v in config.items() if k not in ours}
             )
         if self.DATASET_PATH == "json":
             self._check_target()
@@ -178,7 +178,7 @@ class LocalTask(ConfigurableTask):
         """The user's files by split; a single file is the evaluated split."""
         split = self.config.test_split or self.config.validation_split or "validation"
         by_split = dict(given) if isinstance(given, Mapping) else {split: given}
-        splits = {}
+        made = {}
         for key, names in by_split.items():
             paths = [Path(name) for name in ([names] if isinstance(names, str) else names)]
             for path in paths:
