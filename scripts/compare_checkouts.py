@@ -21,10 +21,11 @@ SWEEPS = {
         *SHORT,
     ],
     "transform": [
-        "transform=smooth,awq,equalize,os_plus,rotate,omniquant,quadapter",
-        "method=rtn,gptq",
-        "activation=none,int8_tensor",
+        "transform=smooth,awq,equalize,os_plus,rotate,omniquant",
+        "method=gptq",
+        "activation=int8_tensor",
     ],
+    "learned": ["transform=quadapter", "transform.steps=40", "activation=none,int8_tensor"],
 }
 
 
