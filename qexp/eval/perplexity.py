@@ -93,7 +93,7 @@ class Perplexity(Windowed):
         bos = self._bos(task)
         return ids if bos is None else torch.cat([ids.new_tensor([bos]), ids])
 
-    def _begun(self, task: Task, tokens: Int64[Tensor, " tokens"]) -> Int64[Tensor, " tokens"]:
+    def _with_bos(self, task: Task, tokens: Int64[Tensor, " tokens"]) -> Int64[Tensor, " tokens"]:
         bos = self._bos(task)
         return tokens if bos is None else torch.cat([tokens.new_tensor([bos]), tokens[1:]])
 
@@ -167,4 +167,4 @@ class WordPerplexity(Windowed):
                 passages.append(Passage(windows, words(page)))
         if not passages:
             raise self.too_short(0, length)
-        return found
+        return passages

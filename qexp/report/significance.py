@@ -57,12 +57,12 @@ def best(table: Table) -> set[tuple[int, Column]]:
             for rank, setting in members:
                 ranks = [other for other, each in members if _near(setting.bits, each.bits)]
                 if len(ranks) > 1 and rank == min(ranks):
-                    found.add((id(setting), column))
-    return found
+                    winners.add((id(setting), column))
+    return winners
 
 
 def _near(one: float, other: float) -> bool:
-    """Whether so many bits are about the same; where none are counted, all are."""
+    """Whether two numbers of bits differ by at most NEAR; settings without bits are all near."""
     if math.isnan(one) or math.isnan(other):
         return math.isnan(one) and math.isnan(other)
     return abs(one - other) <= NEAR + 1e-9

@@ -65,7 +65,7 @@ class GPTQ(OnGrid):
             static = self.grid.scales_of(weight[:, place])
             # One contiguous row per group, so that the inner loop only indexes.
             scales, zeros = static.scale.T.contiguous(), static.zero.T.contiguous()
-            homes = (order // size).tolist()
+            groups = (order // size).tolist()
             if self.clip_first:
                 wide = static.map(lambda part: part[:, order // size])
                 low, high = ((end - wide.zero) * wide.scale for end in self.grid.bounds)

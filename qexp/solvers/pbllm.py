@@ -98,8 +98,8 @@ class PBLLM(Solver):
             count = round(self.salient * metric.numel())
             if count:
                 least = ascending(metric.flatten())[-count]
-                salient[here] = (metric >= least).T
-            low = ~salient[here].T
+                salient[group] = (metric >= least).T
+            low = ~salient[group].T
             counted, among = values, low
             if self.salient_as_zeros:
                 counted, among = values.masked_fill(~low, 0), torch.ones_like(low)

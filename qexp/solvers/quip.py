@@ -76,7 +76,7 @@ class QuIP(OnGrid):
         scaled = hessian / column_scale.float() / column_scale.float()[:, None]
         scaled = inputs.apply(inputs.apply(scaled).T).float()
         scaled = (scaled + scaled.T) / 2
-        coded, damp = self.solved(turned, scaled)
+        coded, damp = self.solved(rotated, scaled)
         packed = Rotated(coded, self.seed, column_scale)
         return Solution(packed.dequantize(), packed.bits(), packed, damp)
 

@@ -112,9 +112,9 @@ class CodeStatistics:
             def count(_: nn.Module, args: tuple[Any, ...]) -> None:
                 q = quantizer.place()
                 v = quantizer.grid.position(args[0].float(), q)
-                kept, total = seen.get(name, (0, 0))
+                kept, total = counts.get(name, (0, 0))
                 kept += _count(inside(v, 0, quantizer.grid.top))
-                seen[name] = kept, total + v.numel()
+                counts[name] = kept, total + v.numel()
 
             return quantizer.register_forward_pre_hook(count)
 

@@ -204,10 +204,10 @@ def _groups(arch: Arch, sites: str, key: str) -> list[Group]:
         groups = [group for group in groups if group not in norms]
         norms = []
     if sites != "norms+value+up":  # the last writer ends the MLP
-        found = [group for group in found if group.linears[0] != arch.writers[-1]]
-    found = norms if sites == "norms" else found
-    if not found:
-        more = "; sites=norms+value scales its values" if sites == "norms" else ""
+        groups = [group for group in groups if group.linears[0] != arch.writers[-1]]
+    groups = norms if sites == "norms" else groups
+    if not groups:
+        advice = "; sites=norms+value scales its values" if sites == "norms" else ""
         raise UserError(
             f"{key}={sites}: this model family is post-norm: its norms output the residual "
             f"stream, whose channels cannot be scaled{advice}."

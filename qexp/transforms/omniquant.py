@@ -169,8 +169,8 @@ class OmniQuant(Step):
         shift = self.shift
         if shift is None:
             shift = not isinstance(self.activation, FloatActivations)
-        learned: list[Shape | QueryKey] = [Shape(site, shift) for site in found]
-        if found and self.query_key and not self.grid.rowwise:
+        learned: list[Shape | QueryKey] = [Shape(site, shift) for site in statistics]
+        if statistics and self.query_key and not self.grid.rowwise:
             learned += query_keys(block.task, block.index)
         clips = {name: Clipping(self.grid, linear.weight) for name, linear in block.linears.items()}
         groups = [

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qexp.commands.bench.timing import loaded, spent
 from qexp.config.instantiate import instantiate
 from qexp.eval.harness import Harness
-from qexp.eval.harness.evaluator import Outcome
+from qexp.eval.harness.outcome import Outcome
 from qexp.task import Task
 
 HEADS = (

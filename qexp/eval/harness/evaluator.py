@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import math
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import redirect_stdout
@@ -13,7 +12,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,15 +23,8 @@ from qexp.data.corpus import Corpus
 from qexp.data.standard import SOURCES
 from qexp.eval.against_float import changes
 from qexp.eval.base import Evaluator, FloatModel, WithReference
+from qexp.eval.harness.outcome import Outcome, answers_of, items_of, numbers_of
 from qexp.task import CausalLM, Task
-
-
-class Outcome(NamedTuple):
-    """The results of the harness."""
-
-    numbers: dict[str, float]  # metrics by key
-    items: dict[str, Tensor]  # for each metric with values 0 and 1, its value per item
-    answers: list[float | str]  # per request, a log-likelihood or a generated text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +107,9 @@ class Harness(Evaluator):
         results = self.ask(model)
         samples = results["samples"]
         return Outcome(
-            _numbers(results["results"], results["versions"]), _items(samples), _answers(samples)
+            numbers_of(results["results"], results["versions"]),
+            items_of(samples),
+            answers_of(samples),
         )
 
     def ask(self, model: Any) -> dict[str, Any]:
@@ -214,43 +208,6 @@ class Harness(Evaluator):
 
 def _code() -> list[ModuleType]:
     """The modules that answers depend on; imported here because they import lm_eval."""
-    from qexp.eval.harness import local_rows, model, scoring, tasks
+    from qexp.eval.harness import local_rows, model, outcome, scoring, tasks
 
-    return [sys.modules[__name__], model, local_rows, scoring, tasks]
-
-
-def _numbers(results: Mapping[str, Any], versions: Mapping[str, Any]) -> dict[str, float]:
-    """`task/metric`, `task/filter/metric` if a task has filters, `task/version`, `task/items`."""
-    numbers: dict[str, float] = {}
-    for task, values in results.items():
-        measured = {key: value for key, value in values.items() if "," in key}
-        for key, value in measured.items():
-            metric, _, chosen = key.partition(",")
-            place = task if chosen == "none" else f"{task}/{chosen}"
-            numbers[f"{place}/{metric}"] = math.nan if value == "N/A" else float(value)
-        if measured and "sample_len" in values:
-            numbers[f"{task}/items"] = float(values["sample_len"])
-            if isinstance(number := versions.get(task), int | float):  # groups have none
-                numbers[f"{task}/version"] = float(number)
-    return numbers
-
-
-def _items(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Tensor]:
-    """By the metric's key, 1 or 0 for each item in order; other metrics are left out."""
-    columns: dict[str, list[float]] = {}
-    for task, rows in samples.items():
-        for row in rows:
-            place = task if row["filter"] == "none" else f"{task}/{row['filter']}"
-            for metric in row["metrics"]:
-                columns.setdefault(f"{place}/{metric}", []).append(row[metric])
-    return {
-        key: torch.tensor(column, dtype=torch.float64)
-        for key, column in columns.items()
-        if all(isinstance(value, int | float) and value in (0, 1) for value in column)
-    }
-
-
-def _answers(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[float | str]:
-    """Answers in the order of items. Log-likelihood requests answer a pair (value, is greedy)."""
-    resps = (each for rows in samples.values() for row in rows for each in row["filtered_resps"])
-    return [each[0] if isinstance(each, tuple) else each for each in resps]
+    return [sys.modules[__name__], model, local_rows, outcome, scoring, tasks]
