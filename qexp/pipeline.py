@@ -160,7 +160,7 @@ def evaluate(
     for index, evaluator in enumerate(evaluators):
         with provenance.stage(f"evaluate {evaluator.name}"), ExitStack() as stack:
             if not index:
-                stack.enter_context(all_called(task, f"eval.{evaluator.name}"))
+                stack.enter_context(all_called(task, f"eval {evaluator.name}"))
             numbers = evaluator(task)
         metrics |= {f"{evaluator.name}/{key}": value for key, value in numbers.items()}
         definition = evaluator.definition() | evaluator.followed(task)

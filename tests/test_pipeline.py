@@ -85,7 +85,9 @@ def test_quantizers_that_cannot_round_are_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"activation, kv: .* would carry two quantizers"):
         run(tmp_path, "model=tiny_llama", "method=none", *twice)
     monkeypatch.setattr("qexp.quantizers.placement.install", lambda *_: None)
-    with pytest.raises(UserError, match=r"eval\.held_out never called the quantizer of model"):
+    with pytest.raises(
+        UserError, match=r"eval synthetic_raw_64x4 never called the quantizer of model"
+    ):
         run(tmp_path, "model=tiny_llama", "method=none", "kv=int8_token")
     assert not (tmp_path / results.METRICS).exists()
 

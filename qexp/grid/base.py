@@ -129,6 +129,11 @@ class Grid(ABC):
         """
         return self.decode(self.encode(x, q, rounding, clamp), q)
 
+    def clip(self, x: Float[Tensor, "*shape"], q: Scale) -> Float[Tensor, "*shape"]:
+        """Values beyond the grid's bounds, moved to the bounds."""
+        low, high = ((bound - q.zero) * q.scale for bound in self.bounds)
+        return x.clamp(low, high)
+
     def check(self, rows: int, columns: int) -> None:
         """UserError when group sizes do not divide the sides of a [rows, columns] matrix."""
         self.groups(columns)

@@ -1,7 +1,7 @@
 """Codes of values by clamping and rounding, and masks of clipped values."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -10,6 +10,7 @@ from torch import Tensor
 Number = float | int  # shape checks distinguish the two
 Rounding = Callable[[Tensor], Tensor]
 Clamp = Callable[[Tensor, float, float], Tensor]
+End = TypeVar("End", Number, Tensor)
 
 
 def snap(
@@ -35,8 +36,8 @@ def ended(v: Tensor, c: Tensor, top: Number) -> Tensor:
     return (hard - c).eq_(0).mul_(hard.ne_(v))
 
 
-def inside(v: Tensor, low: Any, high: Any) -> Tensor:
-    """Where a value is not clipped; the bounds are numbers or tensors, which mypy cannot mix."""
+def inside(v: Tensor, low: End, high: End) -> Tensor:
+    """Where a value is not clipped."""
     return v.clamp(low, high).eq_(v)
 
 

@@ -67,9 +67,7 @@ class GPTQ(OnGrid):
             scales, zeros = static.scale.T.contiguous(), static.zero.T.contiguous()
             groups = (order // size).tolist()
             if self.clip_first:
-                wide = static.map(lambda part: part[:, order // size])
-                low, high = ((end - wide.zero) * wide.scale for end in self.grid.bounds)
-                weight = weight.clamp(low, high)
+                weight = self.grid.clip(weight, static.map(lambda part: part[:, order // size]))
 
             def fit(values: Tensor, first: int) -> Rule:
                 def rule(w: Tensor, j: int) -> Tensor:

@@ -25,7 +25,7 @@ class PBLLM(Solver):
     """GPTQ's sweep, in which salient weights take the nearest value of `grid` and the others one of
     two values per row: mean ± mean absolute deviation (alpha).
 
-    salient: share of salient weights: those of a group with the highest metric.
+    salient: largest share of salient weights: those of a group with the highest metric.
     salient_metric: "hessian", w² / U_jj², or "magnitude", |w|.
     group_size: columns per group, for which salient weights and the two values per row are chosen
     when the sweep reaches it; null: the whole row, as in the paper.
@@ -95,10 +95,8 @@ class PBLLM(Solver):
             metric = values.abs()
             if self.salient_metric == "hessian":
                 metric = metric / diagonal[group]
-            count = round(self.salient * metric.numel())
-            if count:
-                least = ascending(metric.flatten())[-count]
-                salient[group] = (metric >= least).T
+            most = ascending(metric.flatten())[-1 - int(self.salient * metric.numel())]
+            salient[group] = (metric > most).T  # ties are not salient, as in the reference
             low = ~salient[group].T
             counted, among = values, low
             if self.salient_as_zeros:

@@ -27,8 +27,8 @@ class QuIP(OnGrid):
 
     grid: `weight=quip` is the paper's, 2.4 root mean squares to both sides, one scale per matrix.
     damp: share of the mean diagonal. The reference adds 0.01 twice.
-    clip_first: values beyond the grid's ends move to them before LDLQ, as in the reference, so that
-    later columns do not compensate for it.
+    clip_first: values beyond the grid's bounds are moved to them before everything else, as in the
+    reference, so that other columns do not compensate for it.
     seed: of the rotations. rescale, feedback: whether inputs are rescaled, and errors spread.
     act_order: columns by descending diagonal of the rotated Hessian.
     backwards: LDLQ goes through the columns from last to first, as the reference does.
@@ -114,6 +114,7 @@ class QuIP(OnGrid):
         if not self.greedy:
             return coded
         wide = coded.per_column()
+        weight = self.grid.clip(weight, wide) if self.clip_first else weight
 
         def nearest(values: Tensor, j: int) -> Tensor:
             return self.grid.round(values, Scale(wide.scale[:, j], wide.zero[:, j]))

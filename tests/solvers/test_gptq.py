@@ -1,5 +1,7 @@
 """GPTQ: identities, the explicit-inverse derivation, and what storage says."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers.problems import SECOND, is_stored_whole, loss, problem
@@ -8,6 +10,7 @@ from torch import Tensor
 
 from qexp.common.errors import UserError
 from qexp.grid import Grid, IntGrid, LevelGrid
+from qexp.grid.ranges import Percentile
 from qexp.packed.bitpacking import pack_bits
 from qexp.solvers import GPTQ
 from qexp.solvers.rtn import RTN
@@ -111,3 +114,30 @@ def test_a_group_size_that_does_not_divide_is_named() -> None:
 @pytest.mark.parametrize("bits", [1, 3, 8])
 def test_codes_of_few_bits_fill_bytes(bits: int) -> None:
     assert pack_bits(torch.zeros(3, 5, dtype=torch.int32), bits).numel() == -(-15 * bits // 8)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("grid", [IntGrid(3), IntGrid(3, group_size=24)], ids=str)
+def test_backwards_is_the_sweep_of_the_mirrored_matrix(grid: IntGrid, static: bool) -> None:
+    weight, hessian = problem()
+    solver = GPTQ(grid, static_groups=static, fit_every=1)
+    mirrored = solver(weight.flip(1), hessian.flip(0, 1)).weight.flip(1)
+    solution = replace(solver, backwards=True)(weight, hessian)
+    torch.testing.assert_close(solution.weight, mirrored)
+    assert is_stored_whole(solution)
+
+
+def test_what_is_clipped_first_is_not_compensated() -> None:
+    weight, hessian = problem()
+    grid = IntGrid(3, range=Percentile(90.0))
+    solver = GPTQ(grid, static_groups=True, clip_first=True)
+    q = grid.scales_of(weight)
+    clipped = grid.clip(weight, q)
+    assert not torch.equal(clipped, weight)
+    ours, plain = (
+        replace(solver, clip_first=first)(weight, hessian).weight for first in (True, False)
+    )
+    assert loss(ours - clipped, hessian) < loss(plain - clipped, hessian)
+    assert loss(plain - weight, hessian) < loss(ours - weight, hessian)
+    with pytest.raises(UserError, match=r"clip_first=true.*static_groups=true"):
+        GPTQ(grid, clip_first=True)

@@ -78,3 +78,23 @@ def test_wrong_settings_are_named() -> None:
         PBLLM(salient=1.5)
     with pytest.raises(UserError, match="group_size=7 does not divide the 96 inputs"):
         PBLLM(group_size=7).check(48, 96)
+
+
+def test_ties_do_not_exceed_the_share() -> None:
+    weight, hessian = problem()
+    weight[:, :40] = 3.0  # more than a tenth tie at the threshold
+    packed = PBLLM(salient_metric="magnitude")(weight, hessian).packed
+    assert isinstance(packed, Partial)
+    assert torch.equal(packed.salient, weight.abs() > 3)
+
+
+def test_salient_weights_count_as_zeros_where_asked() -> None:
+    weight, hessian = problem()
+    solution = PBLLM(feedback=False, salient_as_zeros=True)(weight, hessian)
+    assert isinstance(solution.packed, Partial)
+    salient = solution.packed.salient
+    kept = weight.masked_fill(salient, 0)
+    mean = kept.mean(1, keepdim=True)
+    reach = (kept - mean).abs().mean(1, keepdim=True)
+    two = torch.where(weight >= mean, mean + reach, mean - reach)
+    torch.testing.assert_close(solution.weight[~salient], two[~salient])
