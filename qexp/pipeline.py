@@ -176,7 +176,7 @@ def evaluate(
 
 def _check_quantizers(task: Task, steps: list[Step]) -> None:
     """UserError where a loaded model has activation quantizers, of settled ranges, and a step would
-    change what they round or put others beside them."""
+    change what they round or add others."""
     transform, method = steps
     kinds = getattr(method, "activations", ())
     if task.quantizers and not (

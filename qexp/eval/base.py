@@ -54,7 +54,7 @@ class Evaluator(ABC):
         """
 
     def facts(self, task: Task) -> dict[str, Any]:
-        """What is recorded of a measurement beside its definition."""
+        """What is recorded of a measurement in addition to its definition."""
         return {"dtype": dtype_of(task)}
 
     def followed(self, task: Task) -> dict[str, Any]:

@@ -177,7 +177,7 @@ def origin_of(task: Task, batches: Sequence[Batch]) -> str:
 @torch.no_grad()
 def record(name: str, linear: nn.Linear, grid: Grid, seconds: float) -> Record:
     """Bake a trained weight. Errors are shares of that weight, what rounding to nearest would leave
-    beside what its trained scales leave: what training started from is no measure any more."""
+    and what its trained scales leave: what training started from is no measure any more."""
     weight = float_weight(linear).float()
     packed = bake(linear)
     finite(name, linear)

@@ -141,12 +141,12 @@ def spreadsheet(table: Table, baselines: Mapping[int, Setting]) -> str:
     return file.getvalue()
 
 
-def number(value: float, beside: float | None = None, digits: int = 2) -> str:
+def number(value: float, of: float | None = None, digits: int = 2) -> str:
     """`digits` decimals, four below 1, an exponent from 10^4; empty for NaN.
 
-    `beside`: the number whose error `value` is; the error gets the decimals of that number.
+    `of`: the number whose error `value` is; the error gets the decimals of that number.
     """
-    size = abs(value if beside is None else beside)
+    size = abs(value if of is None else of)
     if math.isnan(value):
         return ""
     if size >= 1e4 or abs(value) >= 1e4:
@@ -155,7 +155,7 @@ def number(value: float, beside: float | None = None, digits: int = 2) -> str:
         f"{value:.{digits}f}"
         if size >= 1
         else f"{value:.4f}"
-        if value or beside is not None
+        if value or of is not None
         else "0"
     )
 
@@ -169,7 +169,7 @@ def spread(setting: Setting, column: Column) -> str:
     digits = 3 if column.name.endswith("/ratio") else 2
     text = number(values.mean, digits=digits)
     if not math.isnan(error):
-        text += f" ± {number(error, beside=values.mean, digits=digits)}"
+        text += f" ± {number(error, of=values.mean, digits=digits)}"
     return text + (f" ({values.count})" if values.count > 1 else "")
 
 
