@@ -24,7 +24,7 @@ def check(cfg: DictConfig) -> None:
     solver = cfg.method.solver._target_.rpartition(".")[2]
     raise UserError(
         f"weight: {solver} defines its own values and reads no grid; leave out weight=… and "
-        "weight.…=…"
+        "weight.…=…; a yaml of its own overrides /weight@_global_.weight with built_in"
     )
 
 

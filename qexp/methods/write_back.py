@@ -34,7 +34,7 @@ def write(
 
     Raises RuntimeError naming the layer when the weights are not finite, are not what storage
     gives back, or lie farther from the float layer than rounding to nearest would leave them, by
-    more than a share of `slack`.
+    more than a share of `tolerance`.
     """
     weight = linear.weight.detach().float()
     if not solution.weight.isfinite().all():

@@ -152,11 +152,7 @@ def number(value: float, of: float | None = None, digits: int = 2) -> str:
     if size >= 1e4 or abs(value) >= 1e4:
         return f"{value:.2e}"
     return (
-        f"{value:.{digits}f}"
-        if size >= 1
-        else f"{value:.4f}"
-        if value or of is not None
-        else "0"
+        f"{value:.{digits}f}" if size >= 1 else f"{value:.4f}" if value or of is not None else "0"
     )
 
 

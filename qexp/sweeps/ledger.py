@@ -1,7 +1,7 @@
 """The record of a sweep: the state of each of its jobs, shared by all of its launches.
 
-A sweep is its command. `.sweeps/<digest>/` next to its runs holds one file per job, written whole by
-the process that has the job; the same command again, at any time and in any number of processes,
+A sweep is its command. `.sweeps/<digest>/` next to its runs holds one file per job, written whole
+by the process that has the job; the same command again, at any time and in any number of processes,
 goes on from there.
 """
 
