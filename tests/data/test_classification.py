@@ -127,7 +127,7 @@ def test_idx_files(tmp_path):
     assert labels.tolist() == [3, 7]
     torch.testing.assert_close(pixels[1, 0], torch.from_numpy(images[0]) / 255)
     path.write_bytes(b"no idx file")
-    with pytest.raises(UserError, match="no idx file"):
+    with pytest.raises(UserError, match="is not an idx file"):
         corpus.total("test")
 
 
