@@ -123,13 +123,13 @@ def test_a_finished_run_is_answered_until_something_changes(tmp_path, monkeypatc
     folder = tmp_path / "run"
     first = run(folder, small=data)
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "place", lambda *_: pytest.fail("it ran again"))
+        patch.setattr(pipeline, "load", lambda *_: pytest.fail("it ran again"))
         assert run(folder, small=data) == first
     text.write_text("All other words now stand here in some order that is new.\n" * 200)
     assert run(folder, small=data) != first
     monkeypatch.setattr("qexp.common.hashes.code", lambda: "other")
     ran = []
-    monkeypatch.setattr(pipeline, "place", lambda *_: ran.append(1))
+    monkeypatch.setattr(pipeline, "load", lambda *_: ran.append(1))
     run(folder, small=data)
     assert ran
 

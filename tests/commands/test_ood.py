@@ -64,7 +64,7 @@ def test_every_arm_is_a_row_of_ratios(tmp_path, capsys):
     found = {arm: run(tmp_path / arm, arm) for arm in ARMS}
     found["qat 1"] = run(tmp_path / "qat 1", "qat", "seed=1")
     assert command("ood", [str(tmp_path), "--out", str(tmp_path / "out")]) == 0
-    with (tmp_path / "out" / "protocol.csv").open() as file:
+    with (tmp_path / "out" / "ood.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(ARMS)
     plain = found["setting"]

@@ -126,7 +126,8 @@ def test_what_is_not_tested_level_or_reversed_is_no_success(qexp, monkeypatch) -
     words = ["gptq_opt", "--columns", "other"]
     assert reproduce.main(words) == 0
     assert reproduce.main([*words, "--seeds", "0"]) == 1
-    assert reproduce.main([*words, "--seeds", "0,one"]) == 1
+    with pytest.raises(UserError, match="--seeds 0,one"):
+        reproduce.main([*words, "--seeds", "0,one"])
     table = paper(orders=["rtn < gptq"])
     assert reproduce.main(words) == 1
 

@@ -102,7 +102,7 @@ def test_the_targets_have_switches() -> None:
     nodes = [n for path in FILES for n in targets(OmegaConf.to_container(OmegaConf.load(path)))]
     names = {node["_target_"] for node in nodes}
     found = {name for name in names if dataclasses.is_dataclass(get_object(name))}
-    assert {"qexp.grid.IntGrid", "qexp.solvers.GPTQ", "qexp.training.trainer.Trainer"} <= found
+    assert {"qexp.grid.IntGrid", "qexp.solvers.gptq.GPTQ", "qexp.training.trainer.Trainer"} <= found
     assert sum(bool(switches(name)) for name in found) > 20
 
 

@@ -74,6 +74,22 @@ def joined(family: str) -> dict[str, torch.Tensor]:
     return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
+@torch.no_grad()
+def block_outputs(task: Task, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """What every block returns in a plain forward."""
+    seen: list[torch.Tensor] = []
+    handles = [
+        block.register_forward_hook(
+            lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out)
+        )
+        for block in task.blocks
+    ]
+    task.encode(batch)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
 def data_dir() -> Path | None:
     """The folder of real data, where this machine has one; tests that read it are extra."""
     named = os.environ.get("QEXP_DATA_DIR")

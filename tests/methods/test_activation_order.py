@@ -3,8 +3,7 @@
 import pytest
 import torch
 from helpers.hessians import measured
-from helpers.models import joined, task_of
-from test_walk import block_outputs
+from helpers.models import block_outputs, joined, task_of
 
 from qexp.grid import IntGrid
 from qexp.hessian import Layerwise, OutputAdaptive, second_moment

@@ -69,9 +69,7 @@ def test_a_killed_run_ends_at_the_same_weights(tmp_path, monkeypatch, kind):
 
 def test_another_run_does_not_go_on_from_it(tmp_path, monkeypatch):
     data = batches("llama", rows=2)
-    monkeypatch.setattr(
-        "qexp.training.trainer.shutil.rmtree", lambda *_, **__: None
-    )  # as if killed
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)  # as if killed
     METHOD(task_of(folder=tmp_path), lambda: data)
     other = replace(METHOD, optimizer=AdamW(weights=2e-3))
     resumed, fresh = task_of(folder=tmp_path), task_of()

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.models import batches
-from helpers.training import METHOD, STATIC, task_of
+from helpers.models import batches, task_of
+from helpers.training import METHOD, STATIC
 from hydra import compose
 
 from qexp.common.errors import FieldError

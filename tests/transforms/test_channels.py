@@ -89,7 +89,7 @@ def test_query_heads_share_the_channels_of_their_value_head():
 
 
 def test_post_norm_families_are_refused_with_the_reason():
-    with pytest.raises(UserError, match=r"behind the residual sums.*norms\+value"):
+    with pytest.raises(UserError, match=r"post-norm.*norms\+value"):
         channels_of(task_of("bert"), 0, "norms")
     assert len(channels_of(task_of("bert"), 0, ALL)) == 1
     with pytest.raises(UserError, match=r"transform\.sites=all"):

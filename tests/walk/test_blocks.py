@@ -2,30 +2,13 @@
 
 import pytest
 import torch
-from helpers.models import FAMILIES, joined, task_of
+from helpers.models import FAMILIES, block_outputs, joined, task_of
 
 from qexp.common.errors import UserError
 from qexp.hessian import Layerwise, second_moment
-from qexp.task import Task
 from qexp.walk import walk
 
 OBJECTIVE = {"bert": "masked_lm", "vit": "image_classification"}
-
-
-@torch.no_grad()
-def block_outputs(task: Task, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """What every block returns in a plain forward."""
-    seen: list[torch.Tensor] = []
-    handles = [
-        block.register_forward_hook(
-            lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out)
-        )
-        for block in task.blocks
-    ]
-    task.encode(batch)
-    for handle in handles:
-        handle.remove()
-    return seen
 
 
 @pytest.mark.parametrize("family", FAMILIES)
