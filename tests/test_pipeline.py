@@ -128,10 +128,9 @@ def test_a_finished_run_is_answered_until_something_changes(tmp_path, monkeypatc
     text.write_text("All other words now stand here in some order that is new.\n" * 200)
     assert run(folder, small=data) != first
     monkeypatch.setattr("qexp.common.hashes.code", lambda: "other")
-    ran = []
-    monkeypatch.setattr(pipeline, "load", lambda *_: ran.append(1))
-    run(folder, small=data)
-    assert ran
+    monkeypatch.setattr(pipeline, "load", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(folder, small=data)
 
 
 def test_the_same_run_twice_gives_the_same_number(tmp_path):

@@ -207,11 +207,11 @@ def test_a_killed_run_goes_on_with_the_ranges_that_it_had(monkeypatch, kind):
     original, visited = Blockwise._solve, []
 
     def until(stop: int):
-        def solve(self, block):
+        def solve(self, block, for_each_group):
             if block.index == stop:
                 raise KeyboardInterrupt
             visited.append(block.index)
-            return original(self, block)
+            return original(self, block, for_each_group)
 
         return solve
 
