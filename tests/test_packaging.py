@@ -1,4 +1,4 @@
-"""What is installed is what was written."""
+"""The wheel: its content is that of the checkout."""
 
 import re
 import shutil

@@ -1,4 +1,4 @@
-"""What scripts of others import stays where it is."""
+"""Public names import from where they always did."""
 
 import importlib
 

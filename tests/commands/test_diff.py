@@ -1,4 +1,4 @@
-"""What two runs differ in, and nothing else."""
+"""Differences of two runs, and nothing else."""
 
 import json
 from pathlib import Path

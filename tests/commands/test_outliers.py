@@ -1,4 +1,4 @@
-"""What outliers cost: the decomposition adds up, and it finds the tensor that was spoiled."""
+"""The cost of outliers: the decomposition adds up, and it finds the tensor that was spoiled."""
 
 import csv
 

@@ -1,4 +1,4 @@
-"""What stands in a run's figure is what the tensors were."""
+"""The figure of a run's ranges agrees with the tensors."""
 
 import pytest
 import torch

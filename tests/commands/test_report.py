@@ -1,4 +1,4 @@
-"""What stands in folders, as tables and as a page that a browser opens."""
+"""Run folders as tables and as an HTML page."""
 
 import csv
 import json

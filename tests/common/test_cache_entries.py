@@ -1,4 +1,4 @@
-"""What the cache holds is shown, and pruned without harm to who uses it."""
+"""Cache entries: listing, and pruning that spares entries in use."""
 
 import os
 import time

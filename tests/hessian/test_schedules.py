@@ -1,4 +1,4 @@
-"""When Hessians from gradients are measured, where they wait, and runs that were killed."""
+"""Schedules of Hessians from gradients: order, storage, and runs that were killed."""
 
 import shutil
 

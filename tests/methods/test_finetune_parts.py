@@ -1,4 +1,4 @@
-"""What trains, what it becomes, and the model left as it was."""
+"""Trained parameters, their final values, and the parts of the model that do not change."""
 
 import math
 import re

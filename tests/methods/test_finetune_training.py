@@ -1,4 +1,4 @@
-"""What surrounds a training step: resuming, stopping, faults, data and rates."""
+"""Training around the step: resuming, stopping, faults, data and learning rates."""
 
 import math
 import os

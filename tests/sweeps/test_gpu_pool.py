@@ -1,4 +1,4 @@
-"""What jobs that run at once may use of a machine."""
+"""The share of a machine that each of several parallel jobs uses."""
 
 import multiprocessing
 import os

@@ -1,4 +1,4 @@
-"""What the log says of codes, by hand."""
+"""Statistics of codes in the log, compared with values by hand."""
 
 import pytest
 import torch

@@ -68,7 +68,7 @@ def test_edits_are_what_changed_and_nothing_else():
     head.weight = torch.nn.Parameter(head.weight.detach() * 2)
     head.bias = torch.nn.Parameter(torch.ones(len(head.weight)))
     block.ln_1.bias.data += 1
-    block.mlp.c_fc.weight.data *= 2  # coded, hence stored elsewhere
+    block.mlp.c_fc.weight.data *= 2  # coded, so stored elsewhere
     changed = state_diff.state_diff(model, before, ["transformer.h.0.mlp.c_fc"])
     assert set(changed) == {"lm_head.weight", "lm_head.bias", "transformer.h.0.ln_1.bias"}
     state_diff.apply_diff(fresh, changed)
