@@ -60,7 +60,7 @@ def pretrained(
 
 
 def automatic(weights: int, own: str) -> str:
-    """The dtype that `auto` is for a checkpoint of so many weights with a dtype of its own."""
+    """What `auto` resolves to: the checkpoint's dtype above the size limit, else float32."""
     return own if weights >= LARGE else "float32"
 
 

@@ -28,7 +28,7 @@ def overhead(cfg: DictConfig, overrides: list[str]) -> None:
         stages = sum(results.cost(path.parent)["seconds"] for path in made)
         print(f"{'jobs':<28}{len(made):8d}")
         print(f"{'stages of a job':<28}{stages / len(made):8.2f} s")
-        print(f"{'a job besides stages':<28}{(seconds - stages) / len(made):8.2f} s")
+        print(f"{'rest of a job':<28}{(seconds - stages) / len(made):8.2f} s")
         # processor time too: on a shared machine wall time includes waiting for other programs
         print(f"{'processor, stages too':<28}{busy / len(made):8.2f} s")
 

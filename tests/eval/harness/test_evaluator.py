@@ -181,7 +181,7 @@ def test_a_missing_file_is_named_with_its_place(tmp_path: Path) -> None:
 
 
 def own(tmp_path: Path, **fields: object) -> dict:
-    """A task of one's own, its file beside it; the last of its four rows has no label."""
+    """A user's task and its data file; the last of its four rows has no label."""
     file = tmp_path / "mine.jsonl"
     asked = [
         {"q": f"{n}?", "a": ["no", "yes"], "ok": 1, "more": {"label": "yes"}} for n in range(4)
