@@ -351,7 +351,9 @@ def test_what_one_process_meets_is_said_by_all(monkeypatch):
 
     monkeypatch.setattr(losses.CrossEntropy, "__call__", loss)
     monkeypatch.setattr(
-        divergence, "loss", lambda *_: divergence.Diverged(f"seen by {os.environ['LOCAL_RANK']}")
+        divergence,
+        "diagnose_loss",
+        lambda *_: divergence.Diverged(f"seen by {os.environ['LOCAL_RANK']}"),
     )
     trainer = Trainer(2, 1, every=2, strategy="ddp", devices=2)
     method = replace(METHOD, weight=None, trainer=trainer)

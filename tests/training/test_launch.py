@@ -192,11 +192,11 @@ def test_a_loss_that_does_not_reach_the_head_trains_on_several_devices(tmp_path)
 @pytest.mark.slow
 def test_a_fault_of_the_second_process_is_seen_by_who_started_it(tmp_path):
     """`torchrun` ends all when one ends with a code that is not 0; the first writes the reason."""
-    words = [*SMALL, *STEPS, "trainer=ddp", "seed=-1"]
+    words = [*SMALL, *STEPS, "trainer=ddp", "method.optimizer.weights=-1"]
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "WORLD_SIZE": "2"}
     process = qexp(tmp_path, *words, **place, RANK="1", LOCAL_RANK="1")
     said = process.communicate(timeout=120)[1]
-    assert process.returncode == 1 and "process 2: seed=-1: give" in said
+    assert process.returncode == 1 and "process 2: method.optimizer.weights=-1: give" in said
     assert not list(tmp_path.glob("outputs/*/failure.json"))
 
 
