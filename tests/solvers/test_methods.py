@@ -34,8 +34,13 @@ def method(name: str):
     return instantiate(compose("config", [f"method={name.split()[0]}", *METHODS[name]]).method)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "bert", "vit"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        *(("llama", name) for name in METHODS),
+        *((family, "spqr") for family in ("gpt2", "opt", "bert", "vit")),
+    ],
+)
 def test_solves_every_linear_and_comes_back(family: str, name: str, tmp_path) -> None:
     task, step = task_of(family), method(name)
     records = step(task, lambda: [joined(family)])

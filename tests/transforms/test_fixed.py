@@ -47,7 +47,7 @@ def test_no_logit_changes(family, transform):
 @pytest.mark.parametrize(
     "transform",
     [Smooth(GRID, TENSOR), Smooth(GRID, TENSOR, alpha=[0.3, 0.5, 0.7, 0.9]),
-     OutlierSuppression(GRID, TENSOR)],
+     OutlierSuppression(GRID, TENSOR, points=12)],
     ids=["smooth", "searched", "os_plus"],
 )  # fmt: skip
 def test_planted_outliers_cost_less_after(family, transform):

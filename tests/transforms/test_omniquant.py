@@ -57,14 +57,16 @@ def test_scales_and_shifts_alone_change_no_logit(family):
     assert float((logits(task, batch) - expected).norm() / expected.norm()) < 0.1
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt", "qwen2", "gemma3"])
-@pytest.mark.parametrize("sites", [None, NORMS, ALL])
+@pytest.mark.parametrize(
+    ("family", "sites"),
+    [("gpt2", None), ("qwen2", None), ("gemma3", NORMS), ("gpt2", NORMS), ("opt", ALL)],
+)
 def test_rounding_costs_less_after(family, sites):
     batch = joined(family)
     activation, size = (FloatActivations(), 1) if sites is None else (TENSOR, 50)
     expected = logits(planted(family, size), batch)
     errors = []
-    for steps in ([], [OmniQuant(GRID, activation, sites, epochs=20)]):
+    for steps in ([], [OmniQuant(GRID, activation, sites, epochs=8)]):
         task = planted(family, size)
         for step in [*steps, Direct(RTN(GRID), [activation])]:
             step(task, lambda: [batch])
@@ -144,7 +146,7 @@ def test_ends_of_uneven_levels_learn(grid):
     batch = joined("llama")
     expected = logits(planted("llama", 1), batch)
     errors = []
-    for steps in ([], [OmniQuant(grid, FloatActivations(), NORMS, epochs=20)]):
+    for steps in ([], [OmniQuant(grid, FloatActivations(), NORMS, epochs=8)]):
         task = planted("llama", 1)
         for step in [*steps, Direct(RTN(grid), [FloatActivations()])]:
             step(task, lambda: [batch])

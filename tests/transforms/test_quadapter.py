@@ -39,8 +39,13 @@ def test_no_logit_changes(family, sites):
     close(logits(task, batch), expected, 1e-4)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "gpt_neox", "gemma3", "vit"])
-@pytest.mark.parametrize("init", ["ones", "smooth"])
+@pytest.mark.parametrize(
+    ("family", "init"),
+    [
+        *((family, "ones") for family in ("gpt2", "llama", "gpt_neox", "vit")),
+        *((family, "smooth") for family in ("opt", "gemma3")),
+    ],
+)
 def test_planted_outliers_cost_less_after(family, init):
     batch = joined(family)
     expected = logits(planted(family), batch)
