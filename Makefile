@@ -25,11 +25,17 @@ demo: $(VENV)/installed
 	$(VENV)/bin/qexp -m experiment=demo method=rtn,gptq weight.bits=4,3,2
 	$(VENV)/bin/python scripts/report.py outputs/demo
 
+# Tests of the functions that make tensors run with the shapes in their signatures checked, at half as much time again.
+SHAPES = tests/test_gradients.py tests/grid tests/hessian tests/packed tests/quantizers tests/solvers tests/training \
+	tests/walk tests/methods/test_finetune_parts.py tests/transforms/test_fixed.py tests/transforms/test_rotate.py
+
 # one thread for each worker: the models of the tests are too small to share
 test: $(VENV)/installed
 	if [ -z "$$QEXP_DATA_DIR" ] && [ -d ../shared/data ]; then \
 		QEXP_DATA_DIR=$$(cd ../shared/data && pwd); export QEXP_DATA_DIR; fi; \
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n auto --maxprocesses 8 -m "not slow"
+	export OMP_NUM_THREADS=1; pytest="$(VENV)/bin/python -m pytest -q -n auto --maxprocesses 8"; \
+	$$pytest -m "not slow" --jaxtyping-packages=qexp,beartype.beartype $(SHAPES) && \
+	$$pytest -m "not slow" $$(printf -- "--ignore=%s " $(SHAPES)) tests
 
 clean:
 	rm -rf $(VENV)
