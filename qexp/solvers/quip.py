@@ -11,6 +11,7 @@ from qexp.grid import Grid, Scale
 from qexp.packed.coded import Coded
 from qexp.packed.rotated import Rotated, rotations
 from qexp.solvers.base import Solution, Solver
+from qexp.solvers.factor import damped
 from qexp.solvers.gptq import GPTQ
 from qexp.solvers.rtn import RTN, OnGrid
 from qexp.solvers.sweep import descend
@@ -27,13 +28,16 @@ class QuIP(OnGrid):
 
     grid: `weight=quip` is the paper's, 2.4 root mean squares to both sides, one scale per matrix.
     damp: share of the mean diagonal. The reference adds 0.01 twice.
-    clip_first: values beyond the grid's bounds are moved to them before everything else, as in the
-    reference, so that other columns do not compensate for it.
+    clip_first: as in the reference, values beyond the grid's bounds are moved to them before
+    everything else, so that other columns do not compensate for it, and greedy passes clamp only
+    their final result.
     seed: of the rotations. rescale, feedback: whether inputs are rescaled, and errors spread.
     act_order: columns by descending diagonal of the rotated Hessian.
     backwards: LDLQ goes through the columns from last to first, as the reference does.
     greedy: passes that move every weight in turn to its best value while the others stay (see
-    `descend`). The reference's default is 0; act_order and some passes (its code: 9) are LDLQ-RG.
+    `descend`), in the damped Hessian; with act_order the largest diagonal first. The reference's
+    default is 0; act_order and some passes (its code: 9) are LDLQ-RG. Without feedback the first
+    pass starts at the weights themselves (its `allbal`, with act_order).
     block: columns finished before the rest is updated; no effect on the result.
     """
 
@@ -102,7 +106,8 @@ class QuIP(OnGrid):
         )
         inner = solver(weight, hessian)
         assert isinstance(inner.packed, Coded)
-        return self._descended(inner.packed, weight, hessian), inner.damp
+        damp = inner.damp if self.feedback else self.damp
+        return self._descended(inner.packed, weight, damped(hessian, damp)), inner.damp
 
     def _descended(
         self,
@@ -115,13 +120,21 @@ class QuIP(OnGrid):
             return coded
         wide = coded.per_column()
         weight = self.grid.clip(weight, wide) if self.clip_first else weight
+        clamp = (lambda codes, *_: codes) if self.clip_first else torch.clamp
+        order = torch.arange(weight.shape[1], device=weight.device)
+        if self.act_order:  # `descend` starts at the last column
+            order = torch.argsort(hessian.diagonal(), stable=True)
 
         def nearest(values: Tensor, j: int) -> Tensor:
-            return self.grid.round(values, Scale(wide.scale[:, j], wide.zero[:, j]))
+            scale = Scale(wide.scale[:, order[j]], wide.zero[:, order[j]])
+            return self.grid.round(values, scale, clamp=clamp)
 
-        rounded = coded.dequantize()
+        rounded = (coded.dequantize() if self.feedback else weight)[:, order]
         for _ in range(self.greedy):
-            rounded = descend(weight, rounded, hessian, nearest, self.block)
+            rounded = descend(
+                weight[:, order], rounded, hessian[order][:, order], nearest, self.block
+            )
+        rounded = rounded[:, torch.argsort(order)]
         return replace(coded, codes=self.grid.encode(rounded, wide).to(torch.int32))
 
     def _input_scale(

@@ -138,12 +138,11 @@ def test_parity_of_ldlq(golden: dict[str, Tensor], bits: int) -> None:
 def test_parity_of_greedy_passes(golden: dict[str, Tensor]) -> None:
     weight, hessian, kept = golden["weight"], golden["hessian"], of_file("quip.safetensors")
     theirs = {key: loss(kept[key].float() - weight, hessian) for key in kept if key.endswith("w3")}
-    for key, settings in {"ldlqRG": SORTED, "allbal": {"feedback": False, "greedy": 9}}.items():
+    for key, settings in {"ldlqRG": SORTED, "allbal": SORTED | {"feedback": False}}.items():
         coded, _ = QuIP(IntGrid(3), damp=0.01, **settings).solved(weight, hessian)
-        ours = loss(coded.dequantize() - weight, hessian)
-        # The loss of passes alone is 3.6 % below the reference's; the cause is unknown.
-        assert ours < theirs[f"quip.{key}.w3"] * 1.002
-        assert key == "allbal" or ours > theirs[f"quip.{key}.w3"] * 0.998
+        ours = coded.dequantize()
+        assert loss(ours - weight, hessian) == pytest.approx(theirs[f"quip.{key}.w3"], rel=2e-3)
+        assert (ours - kept[f"quip.{key}.w3"]).abs().lt(HALF).double().mean() >= 0.99
 
 
 @pytest.mark.parametrize("key", ["ldlq.w4", "ldlq.w2", "ldlqRG.w2"])
