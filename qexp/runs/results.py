@@ -98,6 +98,34 @@ def config(folder: str | None) -> DictConfig:
     return loaded
 
 
+def written_config(folder: Path) -> DictConfig:
+    """The configuration in a run's folder as it was written."""
+    loaded = OmegaConf.load(folder / CONFIGS / "config.yaml")
+    assert isinstance(loaded, DictConfig)
+    return loaded
+
+
+def overrides(folder: Path) -> list[str]:
+    """The overrides of the run's command."""
+    return [str(override) for override in OmegaConf.load(folder / CONFIGS / "overrides.yaml")]
+
+
+def choices(folder: Path) -> dict[str, str]:
+    """The option chosen for each config group."""
+    settings = OmegaConf.load(folder / CONFIGS / "hydra.yaml")
+    options = OmegaConf.select(settings, "hydra.runtime.choices") or {}
+    return {str(group): str(option) for group, option in options.items()}
+
+
+def layers(folder: Path) -> list[dict[str, str]]:
+    """The rows of `layers.csv`; empty where the run quantized nothing."""
+    try:
+        with (folder / LAYERS).open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+    except OSError:
+        return []
+
+
 def write_config(folder: Path, cfg: DictConfig, settings: DictConfig) -> None:
     """Write the configuration of a run, Hydra's settings (the node `hydra`) and the overrides."""
     overrides = settings.hydra.overrides.task
