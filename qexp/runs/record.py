@@ -18,7 +18,7 @@ from qexp.common.hashes import sha256
 from qexp.runs import results
 from qexp.runs.portable import place, portable
 from qexp.runs.provenance import stamp
-from qexp.runs.signature import UNSIGNED, signature
+from qexp.runs.signature import UNSIGNED, short_hash, signed
 
 FORMAT = 1
 NAMES = f"{'[0-9a-f]' * 8}.json"  # as a pattern: <signature>.json
@@ -36,6 +36,7 @@ Layers = list[dict[str, str]]
 def of(folder: Path) -> dict[str, Any]:
     """The record of the finished run in a folder. Raises UserError where a file is unreadable."""
     cfg = results.written_config(folder)
+    name = portable_signature(cfg)
     cfg = OmegaConf.masked_copy(
         cfg, [str(key) for key in cfg if key not in UNSIGNED or key == LABEL]
     )
@@ -62,10 +63,16 @@ def of(folder: Path) -> dict[str, Any]:
     content = portable(json.loads(json.dumps(content, default=str)))
     return content | {
         "format": FORMAT,
-        "signature": signature(configured(content)),
+        "signature": name,
         "metrics": results.metrics(folder),
         "layers": packed(results.layers(folder)),
     }
+
+
+def portable_signature(cfg: DictConfig) -> str:
+    """The signature of a configuration without private paths: equal on all machines, and equal to
+    the run's signature where the configuration has no absolute path."""
+    return short_hash(portable(signed(cfg)))
 
 
 def inputs(recorded: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
