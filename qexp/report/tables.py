@@ -17,6 +17,8 @@ LEGEND = (
     "± is the standard error over what was evaluated; ± … (n) is the deviation over n seeds around "
     f"their mean. The best of a column among several settings within {NEAR} bits of it is bold."
 )
+RECORD = "ʳ"  # after the number of a setting
+RECORDED = f"{RECORD}: read from a record, which was committed; the run's folder is not here."
 TOGETHER = "settings"
 UNSAID = f"Values that the column {TOGETHER} omits, for settings with such a key: "
 AGAINST = (
@@ -82,7 +84,8 @@ def lay(table: Table, baselines: Mapping[int, Setting]) -> Sheet:
         for kind in ("rss", "cuda"):
             peak = max((p for s in settings if (p := s.peak(kind)) == p), default=math.nan)
             cells.append(Cell(_plain(peak, 2), peak))
-        cells.append(Cell(", ".join(str(numbers[id(setting)]) for setting in settings)))
+        marks = [f"{numbers[id(setting)]}{RECORD * setting.recorded}" for setting in settings]
+        cells.append(Cell(", ".join(marks)))
         rows.append(cells)
     filled = [i for i in range(len(heads)) if any(cells[i].text for cells in rows)]
     return Sheet(
@@ -90,7 +93,8 @@ def lay(table: Table, baselines: Mapping[int, Setting]) -> Sheet:
         sum(1 for i in filled if i <= len(separate)),
         tuple(tuple(cells[i] for i in filled) for cells in rows),
         numbers,
-        (UNSAID + ", ".join(f"{k}={v}" for k, v in usual.items()),) if usual else (),
+        (UNSAID + ", ".join(f"{k}={v}" for k, v in usual.items()),) * bool(usual)
+        + (RECORDED,) * any(setting.recorded for setting in table.settings),
     )
 
 
