@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 
 from qexp.common.errors import UserError
@@ -160,8 +161,10 @@ def load(folder: Path) -> Run:
 
 def choices(folder: Path) -> dict[str, str]:
     """The option chosen for each config group."""
-    settings = OmegaConf.load(folder / ".hydra" / "hydra.yaml")
-    options = OmegaConf.select(settings, "hydra.runtime.choices") or {}
+    # Hydra's settings are long, and OmegaConf's reader of yaml is slow
+    reader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    settings = yaml.load((folder / ".hydra" / "hydra.yaml").read_text(), reader)
+    options = settings["hydra"]["runtime"]["choices"] or {}
     return {str(group): str(option) for group, option in options.items()}
 
 
