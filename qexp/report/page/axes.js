@@ -14,7 +14,7 @@ const linearTicks = (low, high, most) => {
 };
 const logTicks = (low, high, most) => {
   if (high / low < 5) return linearTicks(low, high, most);
-  for (const parts of [[1, 2, 5], [1, 3], [1]]) {
+  for (const parts of [[1, 2, 3, 4, 5, 6, 8], [1, 2, 3, 5], [1, 2, 5], [1, 3], [1]]) {
     const ticks = [];
     for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power++)
       ticks.push(...parts.map(part => Number((part * 10 ** power).toPrecision(3))).filter(t => t >= low && t <= high));

@@ -97,7 +97,7 @@ const chart = (holder, { subject, at: panel, points }, series, x, y, many) => {
   }
   for (const value of new Set(floats)) lines.append(svg('path', { class: 'float', d: `M${left},${ys.scale(value)}H${width - 14}` }),
     text(`float ${short(value)}`, left + 5, ys.scale(value) - 5));
-  const radius = points.length > 150 ? 3.6 : 4.8;
+  const crowded = points.length > 150, radius = crowded ? 3.6 : 4.8;
   series.forEach((line, index) => {
     const own = points.filter(p => p.index === index).sort((a, b) => a.x - b.x || a.y - b.y);
     if (!own.length) return;
@@ -116,7 +116,7 @@ const chart = (holder, { subject, at: panel, points }, series, x, y, many) => {
       svg('path', { class: 'marks', d: own.map(p => marker(line.marker, ...place(p), radius)).join(''), fill: colour })));
   });
   const ring = svg('circle', { class: 'ring', r: radius + 3.5, visibility: 'hidden' });
-  const picture = svg('svg', { width, height, viewBox: `0 0 ${width} ${height}`, tabindex: 0, role: 'group',
+  const picture = svg('svg', { width, height, class: crowded && 'many', viewBox: `0 0 ${width} ${height}`, tabindex: 0, role: 'group',
     'aria-label': `${quantities[y].label} against ${quantities[x].label}${subject ? `, ${subject}` : ''}: ${points.length} points. Arrow keys move between points, Enter opens the row.` }, lines, ring);
   holder.replaceChildren(picture);
   return pointing(picture, ring, points, place, series, x, y);

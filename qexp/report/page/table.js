@@ -42,6 +42,7 @@ for (const [column, head] of heads.entries()) {
   });
   choice.addEventListener('toggle', () => {
     if (!choice.open) return;
+    list.style.left = '';
     const wide = list.getBoundingClientRect().right - innerWidth + 8;
     if (wide > 0) list.style.left = `${-wide}px`;
   });
