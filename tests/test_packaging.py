@@ -7,8 +7,11 @@ import sys
 import tomllib
 from pathlib import Path
 
+from hatchling.builders.wheel import WheelBuilder
+
 import qexp
 from qexp.config import location
+from qexp.report import html
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -37,6 +40,15 @@ def test_the_wheel_takes_the_configurations_along() -> None:
     assert wheel == {"packages": ["qexp"], "force-include": {"conf": "qexp/conf"}}
     assert PROJECT["project"]["scripts"] == {"qexp": "qexp.cli:main"}
     assert PROJECT["project"]["version"] == qexp.__version__
+
+
+def test_the_wheel_has_the_parts_of_the_report_page() -> None:
+    builder = WheelBuilder(str(ROOT))
+    with builder.config.set_build_data({"artifacts": [], "force_include": {}}):
+        held = {file.distribution_path for file in builder.recurse_included_files()}
+    for name in ("page.css", *html.SCRIPTS):
+        assert f"qexp/report/page/{name}" in held
+        assert len((html.PAGE / name).read_text(encoding="utf-8").splitlines()) <= 250
 
 
 def test_every_dependency_has_an_exact_version() -> None:

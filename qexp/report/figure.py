@@ -1,9 +1,6 @@
-"""Matplotlib figures as PNG, and as SVG with a tooltip for each mark."""
+"""Matplotlib figures as PNG files."""
 
-import io
-import re
-from dataclasses import dataclass, field
-from html import escape
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,39 +17,13 @@ def figure(width: float, height: float) -> Any:
     return empty
 
 
-@dataclass
+@dataclass(frozen=True)
 class Picture:
-    """A figure, and the tooltip of each mark by the mark's id."""
+    """A figure that is kept as a PNG file."""
 
     figure: Any
-    says: dict[str, str] = field(default_factory=dict)
-
-    def name(self, text: str) -> str:
-        """A new id for a mark whose tooltip is `text`."""
-        mark = f"mark{len(self.says)}"
-        self.says[mark] = text
-        return mark
 
     def png(self, path: Path) -> None:
         """Write the figure as a PNG file."""
         with atomic(path) as temporary:
             self.figure.savefig(temporary, format="png")
-
-    def svg(self) -> str:
-        """An `<svg>` element with a `<title>` in each mark; text is kept as text, not as paths."""
-        from matplotlib import rc_context
-
-        file = io.StringIO()
-        # a fixed salt makes the ids, and so the file, reproducible
-        with rc_context({"svg.fonttype": "none", "svg.hashsalt": "qexp"}):
-            self.figure.savefig(file, format="svg", metadata={"Date": None})
-        text = file.getvalue()
-        text = text[text.index("<svg") :]
-        text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-        # one decimal of a point is finer than a screen pixel
-        text = re.sub(r' d="[^"]+"', lambda path: re.sub(r"(\.\d)\d+", r"\1", path[0]), text)
-        text = re.sub(r"\s*\n\s*", " ", text)
-        return re.sub(r'<g id="(mark\d+)">', self._titled, text)
-
-    def _titled(self, match: re.Match[str]) -> str:
-        return f'<g class="mark"><title>{escape(self.says[match[1]])}</title>'

@@ -22,10 +22,9 @@ def heat_map(errors: Mapping[str, float], limits: tuple[float, float]) -> str:
     `errors`: by the linear's full name.
     """
     places = {place(name): name for name in errors}
-    blocks = sorted({block for block, _ in places})
-    kinds = list(dict.fromkeys(kind for _, kind in places))
+    blocks, kinds = sides(errors)
     step = math.ceil(len(blocks) / 10)
-    shades, (low, high) = _shades(), map(math.log, limits)
+    colours, (low, high) = shades(), map(math.log, limits)
     cells = ["<b></b>", *(f"<span>{escape(kind.rpartition('.')[2])}</span>" for kind in kinds)]
     for index, block in enumerate(blocks):
         cells.append(f"<b>{block if index % step == 0 else ''}</b>")
@@ -36,7 +35,7 @@ def heat_map(errors: Mapping[str, float], limits: tuple[float, float]) -> str:
             error, shade = errors[name], "#fff"
             if error > 0 and math.isfinite(error):
                 share = (math.log(error) - low) / max(high - low, 1e-9)
-                shade = shades[round(min(max(share, 0), 1) * (SHADES - 1))]
+                shade = colours[round(min(max(share, 0), 1) * (SHADES - 1))]
             tooltip = escape(f"{name}: {error:.3g}")
             cells.append(f'<i style="background:{shade}" title="{tooltip}"></i>')
     columns = f"grid-template-columns:auto repeat({len(kinds)},auto)"
@@ -45,7 +44,7 @@ def heat_map(errors: Mapping[str, float], limits: tuple[float, float]) -> str:
 
 def scale(limits: tuple[float, float]) -> str:
     """The colour bar that belongs to `limits`."""
-    bar = f'<i class="scale" style="background:linear-gradient(90deg,{",".join(_shades())})"></i>'
+    bar = f'<i class="scale" style="background:linear-gradient(90deg,{",".join(shades())})"></i>'
     return f'<span class="bar">≤ {limits[0]:.2g}{bar}≥ {limits[1]:.2g}</span>'
 
 
@@ -55,6 +54,12 @@ def place(name: str) -> tuple[int, str]:
     return (int(match[1]), match[2]) if match else (0, name)
 
 
+def sides(names: Iterable[str]) -> tuple[list[int], list[str]]:
+    """The rows of a map (blocks in order) and its columns (linears of a block)."""
+    places = [place(name) for name in names]
+    return sorted({block for block, _ in places}), list(dict.fromkeys(kind for _, kind in places))
+
+
 def span(values: Iterable[float]) -> tuple[float, float]:
     """The limits that contain the middle 96% of the positive values; the rest is clipped."""
     shown = sorted(value for value in values if value > 0 and math.isfinite(value))
@@ -62,7 +67,8 @@ def span(values: Iterable[float]) -> tuple[float, float]:
     return (shown[clipped], shown[-1 - clipped]) if shown else (1e-6, 1.0)
 
 
-def _shades() -> list[str]:
+def shades() -> list[str]:
+    """Colours from the smallest error to the largest."""
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 

@@ -1,70 +1,30 @@
 """Report as one self-contained HTML file: no network, no server, no other file."""
 
+import base64
+import hashlib
 import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
+from pathlib import Path
 
-from qexp.report import heatmap, plots, tables
-from qexp.report.pivot import Setting, Table, differing
-from qexp.runs.finished import Column, Run
+from qexp.report import embedded, html_table, plots, tables
+from qexp.report.pivot import Setting, Table
+from qexp.runs.finished import Run
 
-STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 104rem; padding: 0 1rem;
-  color: #1d1d1f }
-h1 { font-size: 1.5rem; margin-bottom: 0 } h2 { font-size: 1.15rem; margin-top: 2.2rem }
-.facts, .legend, small { color: #666; font-size: .85rem }
-.wide { overflow: auto; max-height: 88vh } @media print { .wide { max-height: none } }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .22rem .6rem; text-align: left; white-space: nowrap; vertical-align: top }
-thead th { font-weight: 600; box-shadow: 0 1.5px #333; white-space: normal;
-  max-width: 9rem; vertical-align: bottom }
-thead { position: sticky; top: 0; z-index: 1; background: #fff }
-tbody { border-top: 1.5px solid #333 }
-thead th.above { text-align: center; border-bottom: 1px solid #aaa }
-thead th[data-sort] { cursor: pointer }
-tbody tr { border-bottom: 1px solid #eee } tbody tr:hover { background: #f4f7fb }
-td.number, th.number { text-align: right } td.best { font-weight: 700 }
-td.words { white-space: normal; min-width: 20rem; font-size: .85rem }
-#table tr > :first-child { position: sticky; left: 0; background: #fff }
-td small { display: block; font-weight: 400 } td a { color: inherit; text-decoration: none }
-code { font: .85em ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere }
-#runs td { white-space: normal }
-svg { max-width: max(100%, 56rem); height: auto; display: block }
-.mark:hover path { stroke: #000; stroke-width: 1.5 }
-.maps { display: flex; flex-wrap: wrap; gap: 1.5rem; align-items: flex-end }
-.maps figure { margin: 0; width: 15rem }
-figcaption { font-size: .8rem; margin-bottom: .3rem }
-#tip { position: fixed; display: none; max-width: 36rem; background: #1d1d1f; color: #fff;
-  padding: .4rem .6rem; border-radius: .3rem; font-size: .82rem; white-space: pre-line;
-  pointer-events: none }
-"""
-# tooltips appear without the browser's delay; a click on a column title sorts the rows
-SCRIPT = """
-const tip = document.getElementById('tip');
-for (const title of document.querySelectorAll('.mark > title')) {
-  title.parentNode.dataset.says = title.textContent; title.remove();
-}
-for (const cell of document.querySelectorAll('[title]')) {
-  cell.dataset.says = cell.title; cell.removeAttribute('title');
-}
-document.addEventListener('mousemove', event => {
-  const says = event.target.closest?.('[data-says]')?.dataset.says;
-  tip.style.display = says ? 'block' : 'none'; tip.textContent = says;
-  tip.style.left = Math.min(event.clientX + 14, innerWidth - tip.offsetWidth - 8) + 'px';
-  tip.style.top = Math.min(event.clientY + 14, innerHeight - tip.offsetHeight - 8) + 'px';
-});
-const sort = head => {
-  const body = head.closest('table').tBodies[0], at = +head.dataset.sort;
-  const key = row => row.cells[at].dataset.value ?? row.cells[at].textContent;
-  const down = head.dataset.down = head.dataset.down ? '' : '1';
-  const compare = (a, b) => isNaN(a) || isNaN(b) ? a.localeCompare(b) : a - b;
-  [...body.rows].sort((a, b) => (down ? 1 : -1) * compare(key(a), key(b)))
-    .forEach(row => body.append(row));
-};
-for (const head of document.querySelectorAll('th[data-sort]'))
-  head.addEventListener('click', () => sort(head));
-"""
+PAGE = Path(__file__).parent / "page"
+SCRIPTS = ("view.js", "maps.js", "table.js", "axes.js", "plot.js")  # in this order, one scope
+# the colours of plots.COLOURS on a dark page, in their order
+ON_DARK = ("#4aa3e0", "#f07f3c", "#2cc295", "#e39ac6", "#a5d8f8", "#f2bd45", "#e6e8eb", "#8f979f")
+# before the page is drawn, so that it never flashes in the other theme
+THEME = (
+    "try { const t = localStorage.getItem('qexp-theme');"
+    " if (t === 'light' || t === 'dark') document.documentElement.dataset.theme = t } catch {}"
+)
+LAYERS = (
+    "The share of each linear's output energy that quantization changes, in the Hessian of the "
+    "method (its weights' energy where it has none); the mean over seeds. One scale for all maps."
+)
+MANY = 12  # lines of a list that is shown unfolded
 
 
 def page(
@@ -76,41 +36,43 @@ def page(
 ) -> str:
     """The whole document: plots, table, errors by layer, runs, protocols and skipped runs.
 
-    `notes`: one line per skipped run. `x`: the quantity on the plots' x axis.
+    `notes`: one line per skipped run. `x`: the quantity on the plots' x axis at first.
     """
     settings = table.settings
     runs = [run for setting in settings for run in setting.runs]
-
-    def say(setting: Setting, column: Column) -> str:
-        return "\n".join(
-            [
-                f"{column.title}: {tables.spread(setting, column)}",
-                f"{setting.value(x):.2f} {'bits per weight' if x == 'weight/bits' else x}",
-                setting.run.command,
-                *(str(run.folder) for run in setting.runs),
-            ]
-        )
-
+    content = embedded.content(table, sheet.numbers, x)
+    style = _read("page.css") + _colours() + html_table.widths(sheet)
+    script = "'use strict';\n(() => {\n" + "".join(map(_read, SCRIPTS)) + "})();\n"
+    facts = ", ".join([_count(len(settings), "setting"), _count(len(runs), "run")])
+    if shared := common(settings):
+        facts += f" · {shared}"
     parts = [
-        f"<h1>qexp: {len(settings)} settings, {len(runs)} runs</h1>",
-        f'<p class="facts">{escape(common(settings))}</p>',
-        f'<div class="wide">{plots.against_bits(settings, table.columns, x, say).svg()}</div>',
-        f'<h2>Settings</h2><div class="wide">{_table(sheet)}</div>',
-        *(f'<p class="legend">{escape(line)}</p>' for line in legend),
-        *_maps(settings, sheet.numbers),
-        f'<h2>Runs</h2><div class="wide">{_runs(settings, sheet.numbers)}</div>',
-        f"<h2>Protocols</h2>{_protocols(runs)}",
+        "<header><div><h1>qexp report</h1>"
+        f'<p class="facts">{escape(facts)}</p></div>'
+        '<button id="theme" type="button">Theme: auto</button></header>',
+        _filter(),
+        _plot(),
+        f'<section><h2 class="hidden">Settings</h2><div class="wide" role="region" tabindex="0" '
+        f'aria-label="Table of settings">{html_table.table(table, sheet)}</div>'
+        + "".join(f'<p class="legend">{escape(line)}</p>' for line in legend)
+        + "</section>",
+        _maps(content["layers"]),
+        f"<section><h2>Protocols</h2>{_protocols(runs)}</section>",
+        _left_out(notes),
+        "<footer>Keys: <kbd>/</kbd> filter, <kbd>↑</kbd> <kbd>↓</kbd> rows, <kbd>Enter</kbd> "
+        "details of a row, <kbd>←</kbd> <kbd>→</kbd> points of the plot.</footer>",
+        '<div id="tip" role="status"></div>',
+        f'<script type="application/json" id="data">{embedded.text(content)}</script>',
+        f"<script>{script}</script>",
     ]
-    if notes:
-        lines = "".join(f"<li>{escape(note)}</li>" for note in notes)
-        parts.append(f"<h2>Left out</h2><ul>{lines}</ul>")
-    body = "\n".join(parts)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width"><title>qexp report</title>'
-        f'<link rel="icon" href="data:,"><style>{STYLE}{heatmap.STYLE}</style></head>\n'
-        f"<body>\n{body}\n"
-        f'<div id="tip"></div><script>{SCRIPT}</script></body></html>\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_policy(style, [THEME, script])}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<title>qexp report</title><link rel="icon" href="data:,">'
+        f"<style>{style}</style><script>{THEME}</script></head>\n<body>\n"
+        + "\n".join(filter(None, parts))
+        + "\n</body></html>\n"
     )
 
 
@@ -124,112 +86,77 @@ def common(settings: Sequence[Setting]) -> str:
     return ", ".join(shared)
 
 
-def _table(sheet: tables.Sheet) -> str:
-    kinds = ["" if i < sheet.labels else ' class="number"' for i in range(len(sheet.heads))]
-    above = ""
-    if any(head for head, _ in sheet.heads):
-        groups: list[list[object]] = []
-        for head, _ in sheet.heads:
-            if groups and groups[-1][0] == head:
-                groups[-1][1] = int(str(groups[-1][1])) + 1
-            else:
-                groups.append([head, 1])
-        cells = "".join(
-            f'<th colspan="{count}"{" class=above" if head else ""}>{escape(str(head))}</th>'
-            for head, count in groups
-        )
-        above = f"<tr>{cells}</tr>"
-    titles = "".join(
-        f'<th{kind} data-sort="{i}">{_breakable(title)}</th>'
-        for i, ((_, title), kind) in enumerate(zip(sheet.heads, kinds, strict=True))
-    )
-    lines = [
-        "".join(
-            _cell(cell, i >= sheet.labels, sheet, sheet.titles[i]) for i, cell in enumerate(cells)
-        )
-        for cells in sheet.rows
-    ]
-    rows = "".join(f"<tr>{line}</tr>\n" for line in lines)
-    return f'<table id="table"><thead>{above}<tr>{titles}</tr></thead><tbody>{rows}</tbody></table>'
+def _read(name: str) -> str:
+    return (PAGE / name).read_text(encoding="utf-8")
 
 
-def _cell(cell: tables.Cell, is_number: bool, sheet: tables.Sheet, title: str) -> str:
-    words = title == tables.TOGETHER
-    classes = " ".join(["number"] * is_number + ["best"] * cell.bold + ["words"] * words)
-    value = f' data-value="{cell.value}"' if cell.value == cell.value else ""
-    hover = ""
-    if cell.setting is not None:
-        tooltip = [cell.setting.run.command, *(run.place for run in cell.setting.runs)]
-        hover = f' title="{escape(chr(10).join(tooltip))}"'
-    note = f"<small>{escape(cell.note)}</small>" if cell.note else ""
-    text = escape(cell.text)
-    if cell.setting is not None and text:
-        text = f'<a href="#run{sheet.numbers[id(cell.setting)]}">{text}</a>'
-    return f'<td class="{classes}"{value}{hover}>{text}{note}</td>'
+def _count(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
-def _breakable(title: str) -> str:
-    """A title that may be wrapped after `/`, `_` and `.`."""
-    return re.sub(r"([/_.])", r"\1<wbr>", escape(title))
+def _policy(style: str, scripts: Sequence[str]) -> str:
+    """A content security policy: only this page's style and scripts, and nothing from outside."""
 
+    def digest(text: str) -> str:
+        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
-def _maps(settings: Sequence[Setting], numbers: Mapping[int, int]) -> list[str]:
-    """Heat maps of the errors by layer, all on one colour scale so that they can be compared."""
-    measured = [(setting, errors) for setting in settings if (errors := setting.layers)]
-    if not measured:
-        return []
-    limits = heatmap.span(value for _, errors in measured for value in errors.values())
-    keys = differing([setting for setting, _ in measured])
-    figures = []
-    for setting, errors in measured:
-        words = [word for word in setting.words(keys).values() if word != "none"]
-        name = f"<b>{numbers[id(setting)]}</b> {escape(', '.join(words))}"
-        picture = heatmap.heat_map(errors, limits)
-        figures.append(f"<figure><figcaption>{name}</figcaption>{picture}</figure>")
-    legend = (
-        "The share of each linear's output energy that quantization changes, in the Hessian of the "
-        "method (its weights' energy where it has none); the mean over seeds. "
-        f"One scale for all: {heatmap.scale(limits)}."
-    )
-    opened = " open" if len(figures) <= 12 else ""
-    return [
-        f'<h2>Errors by layer</h2><p class="legend">{legend}</p>',
-        f"<details{opened}><summary>{len(figures)} maps</summary>",
-        f'<div class="maps">{"".join(figures)}</div></details>',
-    ]
-
-
-def _runs(settings: Iterable[Setting], numbers: Mapping[int, int]) -> str:
-    lines = []
-    for setting in settings:
-        for run in setting.runs:
-            lines.append(_run(run, numbers[id(setting)], run is setting.runs[0]))
-    titles = ("run", "command, folder", "seed", "seconds by stage", "code", "git", "machine")
-    heads = "".join(f"<th>{title}</th>" for title in titles)
+    allowed = " ".join(map(digest, scripts))
     return (
-        f'<table id="runs"><thead><tr>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
+        f"default-src 'none'; img-src data:; style-src {digest(style)}; script-src {allowed}; "
+        "base-uri 'none'; form-action 'none'"
     )
 
 
-def _run(run: Run, number: int, first: bool) -> str:
-    provenance = run.provenance
-    git = provenance.get("git") or {}
-    revision = (git.get("revision") or "")[:10] + (" and changes" if git.get("dirty") else "")
-    machine = provenance.get("machine") or {}
-    stages = ", ".join(
-        f"{name} {stage['seconds']:.1f}" for name, stage in provenance.get("stages", {}).items()
+def _colours() -> str:
+    pairs = zip(plots.COLOURS, ON_DARK, strict=True)
+    lines = [f"--series{at}: light-dark({light}, {dark})" for at, (light, dark) in enumerate(pairs)]
+    return f":root {{ {'; '.join(lines)} }}\n"
+
+
+def _filter() -> str:
+    return (
+        '<section id="filter" role="search"><input id="query" type="search" autocomplete="off" '
+        'aria-label="Filter rows" placeholder="Filter: words of a row or command ( / )">'
+        '<span id="choices" class="controls"></span>'
+        '<button id="clear" type="button" hidden>Clear</button>'
+        '<output id="count" aria-live="polite"></output></section>'
     )
-    where = machine.get("cuda") or [machine.get("processor")]
-    cells = [
-        f"<code>{escape(run.command)}<br>{escape(run.place)}</code>",
-        escape(str(run.leaves.get("seed", ""))),
-        escape(stages),
-        escape(str(provenance.get("code", ""))[:8]),
-        escape(revision),
-        escape(", ".join(str(each) for each in where if each)),
-    ]
-    mark = f' id="run{number}"' if first else ""
-    return f"<tr{mark}><td>{number}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>\n"
+
+
+def _plot() -> str:
+    choices = "".join(
+        f'<label>{name} <select id="{axis}"></select></label>'
+        f'<label><input type="checkbox" id="log{axis}"> logarithmic</label>'
+        for axis, name in (("y", "Metric"), ("x", "against"))
+    )
+    return (
+        f'<section><h2 class="hidden">Plot</h2><div class="controls">{choices}</div>'
+        '<ul id="names" aria-label="Lines of the plot"></ul><div id="panels"></div>'
+        "<noscript><p>The plot, the filter and the details of runs need JavaScript; the file "
+        "table.md has the commands.</p></noscript></section>"
+    )
+
+
+def _maps(layers: dict[str, object] | None) -> str:
+    if layers is None:
+        return ""
+    low, high = layers["limits"]  # type: ignore[misc]
+    return (
+        f'<section><h2>Errors by layer</h2><p class="legend">{LAYERS} <span class="scale">'
+        f'≤ {low:.2g} <canvas id="bar"></canvas> ≥ {high:.2g}</span></p>'
+        '<details id="maps"><summary>Maps of the rows above</summary>'
+        '<div class="maps" id="figures"></div><button id="more" type="button" hidden></button>'
+        "</details></section>"
+    )
+
+
+def _left_out(notes: Sequence[str]) -> str:
+    if not notes:
+        return ""
+    lines = "".join(f"<li>{escape(note)}</li>" for note in notes)
+    opened = " open" if len(notes) <= MANY else ""
+    title = f"<summary>{_count(len(notes), 'run')}</summary>"
+    return f"<section><h2>Left out</h2><details{opened}>{title}<ul>{lines}</ul></details></section>"
 
 
 def _protocols(runs: Iterable[Run]) -> str:

@@ -1,7 +1,8 @@
 """Plots of a metric against bits, with one line per method."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from qexp.report.figure import Picture, figure
@@ -19,48 +20,74 @@ CROWD = 10  # lines: with more of them only the main keys (FIRST) separate lines
 GREY = "#666666"
 PANEL = ("model", "data", "calibration")  # equal for all settings of a panel
 
-Say = Callable[[Setting, Column], str]
+
+@dataclass(frozen=True)
+class Line:
+    """Quantized settings with one name and look.
+
+    `place`: its number, which chooses its look. `front`: its settings differ in more than bits,
+    so that only its Pareto front is connected.
+    """
+
+    name: str
+    members: tuple[Setting, ...]
+    place: int
+    front: bool
+
+    @property
+    def colour(self) -> int:
+        """An index of COLOURS."""
+        return self.place % len(COLOURS)
+
+    @property
+    def marker(self) -> str:
+        """One of MARKERS. 8 and 9 are coprime: a colour that is used again has another marker."""
+        return MARKERS[self.place % len(MARKERS)]
+
+    @property
+    def look(self) -> dict[str, Any]:
+        """The colour and the marker as arguments of matplotlib."""
+        return {"color": COLOURS[self.colour], "marker": self.marker}
 
 
 def against_bits(
     settings: Sequence[Setting],
     columns: Iterable[Column],
     x: str = "weight/bits",
-    say: Say = lambda setting, column: setting.run.command,
 ) -> Picture:
     """One panel per metric, model and data; a method has the same colour and marker in all.
 
-    `x`: a metric or a number of the configuration. `say`: the tooltip of a point.
+    `x`: a metric or a number of the configuration.
     """
-    lines = _series(settings, x)
-    label_lines = len(lines) <= MOST and max(map(len, lines), default=0) <= LONGEST
+    lines = series(settings, x)
+    longest = max((len(line.name) for line in lines), default=0)
+    label_lines = len(lines) <= MOST and longest <= LONGEST
     panels: list[tuple[Column, str, list[Setting]]] = []
     for column in columns:
         by_subject: dict[str, list[Setting]] = {}
         for setting in settings:
             if math.isfinite(setting.spread(column).mean):
-                subject = ", ".join(setting.label(key) for key in PANEL)
-                by_subject.setdefault(subject, []).append(setting)
-        panels += [(column, subject, members) for subject, members in by_subject.items()]
+                by_subject.setdefault(subject(setting), []).append(setting)
+        panels += [(column, name, members) for name, members in by_subject.items()]
     # a panel with one setting compares nothing
     panels = [panel for panel in panels if len(panel[2]) > 1] or panels
     across = min(len(panels), 3) or 1
     down = math.ceil(len(panels) / across) or 1
     picture = Picture(figure(6.4 * across, 4.4 * down))
-    for index, (column, subject, members) in enumerate(panels):
+    for index, (column, name, members) in enumerate(panels):
         axes = picture.figure.add_subplot(down, across, index + 1)
-        labels = _panel(picture, axes, column, members, lines, x, say)
+        labels = _panel(axes, column, members, lines, x)
         protocol, _, key = column.name.rpartition("/")
         named = f"{protocol} [{column.digest}]" if column.digest else protocol
-        axes.set_title(f"{named}\n{subject}", loc="left", fontsize=10)
+        axes.set_title(f"{named}\n{name}", loc="left", fontsize=10)
         axes.set_ylabel("perplexity" if key == "ppl" else key)
         if label_lines:
             _label(axes, labels)
     if lines and not label_lines:  # names would cover the lines, or each other
         from matplotlib.lines import Line2D
 
-        shown = [Line2D([], [], **look, label=name) for name, (look, _) in lines.items()]
-        widest = max(map(len, lines)) * 0.075 + 0.6  # inches
+        shown = [Line2D([], [], **line.look, label=line.name) for line in lines]
+        widest = longest * 0.075 + 0.6  # inches
         abreast = max(1, min(len(lines), int(6.4 * across / widest)))
         picture.figure.legend(
             handles=shown, loc="outside lower left", ncols=abreast, frameon=False, fontsize=9
@@ -69,38 +96,35 @@ def against_bits(
 
 
 def _panel(
-    picture: Picture,
     axes: Any,
     column: Column,
     settings: Sequence[Setting],
-    lines: Mapping[str, tuple[dict[str, Any], Sequence[Setting]]],
+    lines: Sequence[Line],
     x: str,
-    say: Say,
 ) -> list[tuple[float, float, str, str]]:
     """Draws one panel. Returns x, y, name and colour of each line's end at the fewest bits."""
     labels: list[tuple[float, float, str, str]] = []
     front: list[tuple[float, float]] = []
     shown = set(map(id, settings))
-    for name, (look, all_members) in lines.items():
-        members = [setting for setting in all_members if id(setting) in shown]
-        all_points = [(each.value(x), each.spread(column).mean, each) for each in members]
+    for each in lines:
+        members = [setting for setting in each.members if id(setting) in shown]
+        all_points = [(one.value(x), one.spread(column).mean, one) for one in members]
         points = sorted((p for p in all_points if math.isfinite(p[0])), key=lambda point: point[:2])
         if not points:
             continue
         front += [(at, value) for at, value, _ in points]
-        line, colour = [point[:2] for point in points], look["color"]
-        if set(differing(members)) - {*PANEL, "weight.bits", x}:
-            line = pareto(line, column.higher)  # other keys vary too: connect only the best
+        line, colour = [point[:2] for point in points], COLOURS[each.colour]
+        if each.front:
+            line = pareto(line, column.higher)
         axes.plot(*zip(*line, strict=True), color=colour, lw=1.6)
         for at, value, setting in points:
             spread = setting.spread(column).deviation
             spread = setting.error(column) if math.isnan(spread) else spread
             error = spread if math.isfinite(spread) else 0.0
             axes.errorbar([at], [value], yerr=[error], color=colour, lw=1, capsize=2)
-            mark = picture.name(say(setting, column))
             # white edges separate the points of lines that meet
-            axes.plot([at], [value], **look, ms=7, mec="white", ls="", gid=mark, zorder=3)
-        labels.append((points[0][0], points[0][1], name, colour))
+            axes.plot([at], [value], **each.look, ms=7, mec="white", ls="", zorder=3)
+        labels.append((points[0][0], points[0][1], each.name, colour))
     best = pareto(front, column.higher)
     axes.plot(*zip(*best, strict=True), color="#dddddd", lw=7, zorder=0) if len(best) > 1 else None
     for value in sorted({s.spread(column).mean for s in settings if s.run.is_float}):
@@ -132,30 +156,37 @@ def pareto(points: Iterable[tuple[float, float]], higher: bool) -> list[tuple[fl
     return front
 
 
-def _series(settings: Sequence[Setting], x: str) -> dict[str, tuple[dict[str, Any], list[Setting]]]:
-    """Lines by name: their look and their settings, which are quantized and differ only in bits.
-
-    A name consists of the values in which the lines differ.
-    """
+def series(settings: Sequence[Setting], x: str) -> list[Line]:
+    """Lines of quantized settings; a name consists of the values in which the lines differ."""
     quantized = [setting for setting in settings if not setting.run.is_float]
     keys = [key for key in differing(quantized) if key not in (*PANEL, "weight.bits", x)]
     for separating in (keys, [key for key in keys if key in FIRST]):
-        series: dict[str, list[Setting]] = {}
+        named: dict[str, list[Setting]] = {}
         for setting in quantized:
             words = setting.words(list(dict.fromkeys(["method", *separating, "weight.bits"])))
             words.pop("weight.bits", None)  # asked for only so that other `bits` are named in full
             name = ", ".join(word for word in words.values() if word != "none")
-            series.setdefault(name, []).append(setting)
-        if len(series) <= CROWD:
+            named.setdefault(name, []).append(setting)
+        if len(named) <= CROWD:
             break
-    # 8 and 9 are coprime, so a colour that is used again has another marker
-    looks = [
-        {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
-        for i in range(len(series))
+    return [
+        Line(name, tuple(members), place, _vary(members, keys))
+        for place, (name, members) in enumerate(named.items())
     ]
-    return {
-        name: (look, members) for look, (name, members) in zip(looks, series.items(), strict=True)
-    }
+
+
+def subject(setting: Setting) -> str:
+    """The name of the setting's panel."""
+    return ", ".join(setting.label(key) for key in PANEL)
+
+
+def _vary(settings: Sequence[Setting], keys: Sequence[str]) -> bool:
+    """Whether settings of one panel differ in any of `keys`."""
+    values: dict[str, set[tuple[str, ...]]] = {}
+    for setting in settings:
+        own = tuple(str(setting.run.settings.get(key)) for key in keys)
+        values.setdefault(subject(setting), set()).add(own)
+    return any(len(each) > 1 for each in values.values())
 
 
 def _plain_ticks(axes: Any) -> None:

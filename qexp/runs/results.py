@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from qexp.common import modules
@@ -118,8 +119,10 @@ def overrides(folder: Path) -> list[str]:
 
 def choices(folder: Path) -> dict[str, str]:
     """The option chosen for each config group."""
-    settings = OmegaConf.load(folder / CONFIGS / "hydra.yaml")
-    options = OmegaConf.select(settings, "hydra.runtime.choices") or {}
+    # Hydra's settings are long, and OmegaConf's reader of yaml is slow
+    reader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    settings = yaml.load((folder / CONFIGS / "hydra.yaml").read_text(encoding="utf-8"), reader)
+    options = settings["hydra"]["runtime"]["choices"] or {}
     return {str(group): str(option) for group, option in options.items()}
 
 

@@ -65,7 +65,7 @@ class Run:
         unchanged = all(self.choices.get(group, "none") == "none" for group in groups)
         return unchanged and self.choices.get("model") != "from_run"
 
-    @property
+    @cached_property
     def settings(self) -> dict[str, Any]:
         """Choices of groups, then single keys: everything in which two runs can differ."""
         groups = {

@@ -49,6 +49,25 @@ def test_jobs_are_run_with_and_without_a_shared_cache(tmp_path, capsys, monkeypa
     assert logging.getLogger().handlers == before  # the jobs' folders are gone
 
 
+def test_the_page_is_measured_or_a_browser_is_asked_for(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(GlobalHydra.instance(), "hydra", None)
+    monkeypatch.setenv("QEXP_CACHE_DIR", str(tmp_path))
+    module = sys.modules["qexp.commands.bench.page"]
+    words = ["page", *TINY, "weight.group_size=32", "eval=loss"]
+    with monkeypatch.context() as without:
+        without.setattr(module, "find", lambda: None)
+        with pytest.raises(UserError, match="CHROME_BIN"):
+            bench.main(words)
+    measured = []
+    monkeypatch.setattr(module, "find", lambda: "browser")
+    monkeypatch.setattr(module, "measure", lambda _, file: measured.append(file.read_text()))
+    monkeypatch.setattr(module, "METHODS", ("rtn",))
+    monkeypatch.setattr(module, "RUNS", 5)
+    bench.main(words)
+    assert "5 settings, 5 runs" in measured[0]
+    assert "5 runs, written in" in capsys.readouterr().out
+
+
 def test_an_unknown_bench_is_named():
     with pytest.raises(UserError, match="blockwise"):
         bench.main(["speed"])

@@ -1,9 +1,9 @@
 """Run folders as tables and as an HTML page."""
 
+import base64
 import csv
+import hashlib
 import json
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,12 +12,12 @@ from helpers.folders import folder
 from helpers.stub import SMALL
 
 from qexp.cli import command
-from qexp.report import plots, tables
+from qexp.commands.bench.chromium import chromium, find
+from qexp.report import html, plots, tables
 from qexp.report.pivot import group
 from qexp.runs import finished
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-VOID = ("meta", "link", "br", "wbr")
+VOID = ("meta", "link", "br", "wbr", "input")
 TITLE = "held_out/ppl [12345678]"
 
 
@@ -45,19 +45,19 @@ def seeds(sweep) -> Path:
 
 
 class Page(HTMLParser):
-    """What a page refers to, and its tables as text."""
+    """What a page refers to, its tables as text, and its data."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.refers: list[str] = []
         self.open: list[str] = []
         self.tables: list[list[list[str]]] = []
-        self.titles: list[str] = []
+        self.scripts: list[str] = []
         self.feed(path.read_text(encoding="utf-8"))
+        self.data = json.loads(self.scripts[1])
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.refers += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href", "action")]
-        self.titles += [value or "" for name, value in attrs if name == "title"]
         if tag not in VOID:
             self.open.append(tag)
         if tag == "table":
@@ -66,8 +66,8 @@ class Page(HTMLParser):
             self.tables[-1].append([])
         elif tag in ("td", "th"):
             self.tables[-1][-1].append("")
-        elif tag == "title":
-            self.titles.append("")
+        elif tag == "script":
+            self.scripts.append("")
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.handle_starttag(tag, attrs)
@@ -78,8 +78,8 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if "title" in self.open:
-            self.titles[-1] += data
+        if "script" in self.open:
+            self.scripts[-1] += data
         elif {"td", "th"} & set(self.open):
             self.tables[-1][-1][-1] += data
 
@@ -201,45 +201,102 @@ def test_the_page_needs_nothing_else_and_says_what_its_marks_are(seeds) -> None:
     page = Page(Path("made/report.html"))
     assert page.open == []
     assert all(each.startswith(("#", "data:")) for each in page.refers)
-    table, listed = page.tables
+    [table] = page.tables
     assert table[0][:3] == ["method", "weight.bits", "bits"]
     assert ["gptq", "3", "3.50"] in [row[:3] for row in table]
-    assert len(listed) == 1 + 10  # every run
-    assert any("method=gptq seed=1 weight.bits=3" in row[1] for row in listed)
-    points = [title for title in page.titles if "ppl:" in title or "ppl [" in title]
-    assert len(points) == 5 and any("37.50 ± 0.71 (2)\n3.50 bits per weight" in p for p in points)
-    assert all("outputs/" in point and "method=" in point for point in points)
-    assert page.titles.count("model.layers.0.mlp.up_proj: 0.25") == 5
-    assert page.titles.count("<b>: 0.001") == 5  # text, not markup
+    settings = page.data["settings"]
+    assert len(settings) == 6 and sum(len(setting["runs"]) for setting in settings) == 10
+    assert [at for row in page.data["rows"] for at in row] == [0, 1, 2, 3, 4, 5]
+    names = [each["name"] for each in page.data["quantities"]]
+    assert names[page.data["x"]] == "weight/bits" and names[page.data["y"]] == TITLE
+    [gptq] = [each for each in settings if each["words"] == "gptq, bits=3"]
+    assert gptq["values"][page.data["y"]] == [37.5, 0.707107, None] and gptq["count"] == 2
+    assert gptq["values"][page.data["x"]] == 3.5
+    assert "method=gptq seed=1 weight.bits=3" in gptq["runs"][1]["command"]
+    assert "outputs/" in gptq["runs"][1]["folder"]
+    [grid] = page.data["layers"]["grids"]
+    assert grid["names"] == ["model.layers.0.mlp.up_proj", "<b>"]
+    assert gptq["layers"] == [0, [0.25, 0.001]]
+    assert [line["name"] for line in page.data["series"][""]] == ["gptq", "rtn"]
 
 
-@pytest.mark.skipif(not any(map(shutil.which, BROWSERS)), reason="no browser on this machine")
-def test_a_browser_shows_what_the_mouse_is_over_and_sorts(seeds) -> None:
-    assert command("report", [str(seeds), "--out", "made"]) == 0
+def test_nothing_of_a_run_is_markup(sweep) -> None:
+    """Names, reasons and definitions of runs are text, and no other script may run."""
+    attack = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
+    made = folder(sweep, "gptq", 5, note=1, errors={attack: 0.5, "a.0.b": float("inf")})
+    content = json.loads((made / "provenance.json").read_text())
+    content["machine"] = {"processor": attack}
+    content["protocols"]["held_out"]["definition"] = {"name": attack}
+    (made / "provenance.json").write_text(json.dumps(content))
+    (sweep / "gptq-11-0/failure.json").write_text(json.dumps({"reason": attack}))
+    assert command("report", [str(sweep), "--out", "made"]) == 0
     text = Path("made/report.html").read_text()
-    act = """<script>
-    const mark = [...document.querySelectorAll('.mark')].find(m => m.dataset.says.includes('ppl'));
-    mark.dispatchEvent(new MouseEvent('mousemove', {clientX: 5, clientY: 5, bubbles: true}));
-    document.querySelector('th[data-sort="3"]').click();
-    document.body.dataset.wide = document.documentElement.scrollWidth > innerWidth;
-    </script>"""
-    acted = Path("made/acted.html").resolve()
-    acted.write_text(text.replace("</body>", f"{act}</body>"))
-    browser = next(path for path in map(shutil.which, BROWSERS) if path)
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1400,900"]
-    options += [f"--user-data-dir={Path('profile').resolve()}", "--proxy-server=127.0.0.1:9"]
-    done = subprocess.run(
-        [browser, *options, "--dump-dom", acted.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    Path("made/dom.html").write_text(done.stdout.replace("<!DOCTYPE html>", "", 1))
-    assert 'data-wide="false"' in done.stdout  # nothing sticks out
-    tip = done.stdout.partition('<div id="tip"')[2].partition("</div>")[0]
-    assert "display: block" in tip and "held_out/ppl" in tip and "outputs/" in tip
-    ppl = [float(row[3].split()[0]) for row in Page(Path("made/dom.html")).tables[0][1:]]
-    assert ppl == sorted(ppl) and len(set(ppl)) > 2
+    assert "<script>alert" not in text and "<img" not in text
+    page = Page(Path("made/report.html"))
+    assert len(page.scripts) == 3 and page.open == []
+    assert any(run["machine"] == attack for each in page.data["settings"] for run in each["runs"])
+    policy = text.partition('Content-Security-Policy" content="')[2].partition('"')[0]
+    for script in page.scripts[::2]:
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        assert f"'sha256-{digest}'" in policy
+    assert "default-src 'none'" in policy and "unsafe" not in policy
+
+
+@pytest.mark.skipif(find() is None, reason="no browser on this machine")
+def test_a_browser_draws_sorts_filters_and_obeys_the_keyboard(seeds) -> None:
+    folder(seeds, "none", seed=1)
+    assert command("report", [str(seeds), "--out", "made"]) == 0
+    with chromium(str(find())) as page:
+        page.show(Path("made/report.html"), 360, 780)
+        assert page.evaluate("document.documentElement.scrollWidth") == 360  # nothing sticks out
+        page.show(Path("made/report.html"), 1400, 900, dark=True)
+        paper = "getComputedStyle(document.body).backgroundColor"
+        dark = page.evaluate(paper)
+        for _ in range(2):  # auto, light, dark
+            page.evaluate("document.getElementById('theme').click()")
+            assert (page.evaluate(paper) == dark) == bool(_)
+        wide = "document.querySelector('#panels svg').getBoundingClientRect().width"
+        assert page.evaluate(wide) > 1300
+
+        column = "[...document.querySelectorAll('tbody tr:not([hidden], .detail)')]"
+        column += ".map(row => row.cells[3].dataset.value)"
+        heads = "document.querySelectorAll('.sort')"
+        page.evaluate(f"{heads}[3].focus()")
+        page.press("Enter")
+        values = [float(value) for value in page.evaluate(column)]
+        assert values == sorted(values) and len(set(values)) > 2
+        assert page.evaluate("document.querySelectorAll('thead th')[3].ariaSort") == "ascending"
+
+        page.press("/", "/")
+        assert page.evaluate("document.activeElement.id") == "query"
+        for letter in "rtn":
+            page.press(letter, letter)
+        assert len(page.evaluate(column)) == 2
+        assert page.evaluate("document.querySelectorAll('#names li').length") == 1
+        assert page.evaluate("document.getElementById('count').textContent") == "2 of 6 rows"
+        assert "q=rtn" in page.evaluate("location.hash")
+
+        page.evaluate("document.querySelector('.row[tabindex=\"0\"]').focus()")
+        page.press("ArrowDown")
+        page.press("Enter")
+        assert "method=rtn" in page.evaluate("document.querySelector('.detail code').textContent")
+        page.evaluate("document.querySelector('#panels svg').focus()")
+        page.press("ArrowRight")
+        tip = page.evaluate("document.getElementById('tip').textContent")
+        assert "rtn, bits=3" in tip and "perplexity: 40.5 ± 0.7071 (2)" in tip
+
+
+@pytest.mark.skipif(find() is None, reason="no browser on this machine")
+def test_the_page_and_the_png_plots_have_the_same_front() -> None:
+    points = [(3.0, 5.0), (1.0, 9.0), (2.0, 9.5), (2.0, 7.0), (4.0, 5.0), (5.0, 1.0)]
+    script = (Path(html.PAGE) / "axes.js").read_text()
+    with chromium(str(find())) as page:
+        for higher in (False, True):
+            given = json.dumps([{"x": x, "y": y} for x, y in points])
+            found = page.evaluate(
+                f"(() => {{ {script}; return pareto({given}, {str(higher).lower()}) }})()"
+            )
+            assert [(p["x"], p["y"]) for p in found] == plots.pareto(points, higher)
 
 
 def test_keys_that_few_look_for_share_a_column(tmp_path) -> None:
@@ -267,12 +324,13 @@ def test_many_settings_are_drawn_by_method(tmp_path) -> None:
             folder(tmp_path, method, bits, ppl=50.1234 - damp - 10 * bits, damp=damp)
     settings = group(finished.collect([tmp_path])[0])
     [column] = settings[0].seeded
-    picture = plots.against_bits(settings, [column], say=lambda setting, _: setting.run.command)
+    picture = plots.against_bits(settings, [column])
     [axes] = picture.figure.axes
     assert {note.get_text() for note in axes.texts} == {"gptq", "rtn"}
     best = [[3.5, 50.1234 - 30 - plots.CROWD + 1], [4.5, 50.1234 - 40 - plots.CROWD + 1]]
     assert any(line.get_xydata().tolist() == best for line in axes.lines)
-    assert len(set(picture.says.values())) == 3 * plots.CROWD
+    marks = [line for line in axes.lines if line.get_marker() not in ("None", "_", None)]
+    assert len(marks) == 3 * plots.CROWD
 
 
 def test_a_folder_counts_once_however_it_is_named(sweep) -> None:
@@ -316,7 +374,8 @@ def test_any_metric_or_key_may_be_the_x_axis(sweep) -> None:
     found, _ = finished.collect([sweep])
     assert {run.value("weight.bits") for run in found} == {2.0, 3.0, 4.0}
     assert command("report", [str(sweep), "--out", "made", "--x", "weight.bits"]) == 0
-    assert "weight.bits\n" in Path("made/report.html").read_text()
+    data = Page(Path("made/report.html")).data
+    assert data["quantities"][data["x"]]["name"] == "weight.bits"
 
 
 def test_a_metric_may_be_zero_or_less(sweep) -> None:

@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 
 from qexp.commands.bench.evaluation import evaluation
 from qexp.commands.bench.overhead import overhead
+from qexp.commands.bench.page import page
 from qexp.commands.bench.penalty import penalty
 from qexp.commands.bench.sharing import sharing
 from qexp.commands.bench.solving import blockwise, oac
@@ -47,6 +48,7 @@ OF_STAGES: dict[str, Callable[[DictConfig], None]] = {
 }
 OF_COMMANDS: dict[str, Callable[[DictConfig, list[str]], None]] = {
     "overhead": overhead,
+    "page": page,
     "sharing": sharing,
 }
 BENCHES = (*OF_STAGES, *OF_COMMANDS)
