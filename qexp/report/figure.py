@@ -33,10 +33,18 @@ class Picture:
         self.says[mark] = text
         return mark
 
+    def content(self, suffix: str) -> bytes:
+        """The file of this suffix, `.png` or `.svg`: equal figures have equal bytes."""
+        if suffix == ".svg":
+            return f"{self.svg()}\n".encode()
+        file = io.BytesIO()
+        self.figure.savefig(file, format="png", metadata={"Software": None})
+        return file.getvalue()
+
     def png(self, path: Path) -> None:
         """Write the figure as a PNG file."""
         with atomic(path) as temporary:
-            self.figure.savefig(temporary, format="png")
+            temporary.write_bytes(self.content(".png"))
 
     def svg(self) -> str:
         """An `<svg>` element with a `<title>` in each mark; text is kept as text, not as paths."""
@@ -49,8 +57,9 @@ class Picture:
         text = file.getvalue()
         text = text[text.index("<svg") :]
         text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-        # one decimal of a point is finer than a screen pixel
-        text = re.sub(r' d="[^"]+"', lambda path: re.sub(r"(\.\d)\d+", r"\1", path[0]), text)
+        # one decimal of a point is finer than a screen pixel, and the last digits are a processor's
+        places = r' (?:d|x|y|width|height|transform|points)="[^"]+"'
+        text = re.sub(places, lambda path: re.sub(r"(\.\d)\d+", r"\1", path[0]), text)
         text = re.sub(r"\s*\n\s*", " ", text)
         return re.sub(r'<g id="(mark\d+)">', self._titled, text)
 

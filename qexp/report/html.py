@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
-from qexp.report import heatmap, plots, tables
+from qexp.report import heatmap, origin, plots, tables
 from qexp.report.pivot import Setting, Table, differing
 from qexp.runs.finished import Column, Run
 
@@ -162,7 +162,7 @@ def _cell(cell: tables.Cell, is_number: bool, sheet: tables.Sheet, title: str) -
         tooltip = [cell.setting.run.command, *(str(run.folder) for run in cell.setting.runs)]
         hover = f' title="{escape(chr(10).join(tooltip))}"'
     note = f"<small>{escape(cell.note)}</small>" if cell.note else ""
-    text = escape(cell.text)
+    text = escape(cell.text) + f"<sup>{tables.LEVEL}</sup>" * cell.level
     if cell.setting is not None and text:
         text = f'<a href="#run{sheet.numbers[id(cell.setting)]}">{text}</a>'
     return f'<td class="{classes}"{value}{hover}>{text}{note}</td>'
@@ -213,20 +213,16 @@ def _runs(settings: Iterable[Setting], numbers: Mapping[int, int]) -> str:
 
 def _run(run: Run, number: int, first: bool) -> str:
     provenance = run.provenance
-    git = provenance.get("git") or {}
-    revision = (git.get("revision") or "")[:10] + (" and changes" if git.get("dirty") else "")
-    machine = provenance.get("machine") or {}
     stages = ", ".join(
         f"{name} {stage['seconds']:.1f}" for name, stage in provenance.get("stages", {}).items()
     )
-    where = machine.get("cuda") or [machine.get("processor")]
     cells = [
         f"<code>{escape(run.command)}<br>{escape(str(run.folder))}</code>",
         escape(str(run.leaves.get("seed", ""))),
         escape(stages),
         escape(str(provenance.get("code", ""))[:8]),
-        escape(revision),
-        escape(", ".join(str(each) for each in where if each)),
+        escape(origin.revision(run)),
+        escape(", ".join(origin.devices(run))),
     ]
     mark = f' id="run{number}"' if first else ""
     return f"<tr{mark}><td>{number}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>\n"

@@ -74,7 +74,7 @@ class Run:
         if _top(key) == "weight" and not self.uses_grid:
             return ""
         value = self.choices.get(key, self._values.get(key, ""))
-        return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+        return word(value)
 
     @property
     def command(self) -> str:
@@ -134,6 +134,11 @@ class Run:
     @property
     def _stages(self) -> list[dict[str, float]]:
         return list(self.provenance.get("stages", {}).values())
+
+
+def word(value: Any) -> str:
+    """A value of a configuration as a label."""
+    return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def load(folder: Path) -> Run:
