@@ -24,8 +24,9 @@ from qexp.models.device import as_task
 from qexp.models.state_diff import Checksums, added, checksums, state_diff
 from qexp.packed import weights_file
 from qexp.quantizers.scheme import FloatActivations, all_called
-from qexp.runs import results
+from qexp.runs import recorded, results, used_modules
 from qexp.runs.provenance import Provenance
+from qexp.runs.results import Answer
 from qexp.step import Nothing, Record, Step
 from qexp.task import Batch, Task
 
@@ -47,15 +48,17 @@ class Parts:
         return found + [path for evaluator in self.evaluators for path in evaluator.files()]
 
 
-def answer(cfg: DictConfig, folder: Path) -> dict[str, float] | None:
-    """The metrics of a finished run of this configuration, or None (reason logged) if it must run.
-
-    Raises UserError like `build`.
-    """
-    if not (folder / results.METRICS).exists():
+def answer(cfg: DictConfig, folder: Path) -> Answer | None:
+    """The result of a finished run of this configuration in its folder, else in a record, or None
+    (reason logged) if it must run. Raises UserError like `build`."""
+    stands = (folder / results.METRICS).exists()
+    if not stands and not recorded.paths(cfg):
         return None
+    files = build(cfg).files()
     needs = [weights_file.FILE] if cfg.save_weights else []
-    return results.read(folder, build(cfg).files(), needs)
+    if stands and (metrics := results.read(folder, files, needs)) is not None:
+        return Answer(metrics, folder, results.cost(folder))
+    return recorded.answer(cfg, files)
 
 
 ADDED = 16  # bits of each number that a step added to the model, which models are shipped in
@@ -70,7 +73,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
     parts = build(cfg)
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     progress.show(cfg.progress)
-    provenance = Provenance()
+    provenance = Provenance(used_modules.roots(cfg))
     provenance.read_files(parts.files())
     L.seed_everything(cfg.seed, verbose=False)
     with provenance.stage("load"):

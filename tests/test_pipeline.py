@@ -127,7 +127,7 @@ def test_a_finished_run_is_answered_until_something_changes(tmp_path, monkeypatc
         assert run(folder, small=data) == first
     text.write_text("All other words now stand here in some order that is new.\n" * 200)
     assert run(folder, small=data) != first
-    monkeypatch.setattr("qexp.common.hashes.code", lambda: "other")
+    monkeypatch.setattr("qexp.common.modules.Sources.digest", lambda *_: "other")
     monkeypatch.setattr(pipeline, "load", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(folder, small=data)

@@ -9,7 +9,7 @@ from typing import Any
 
 from qexp.common.errors import UserError
 from qexp.report import tables
-from qexp.runs import results
+from qexp.runs import record, results
 from qexp.runs.finished import Run, flat, load
 
 ABSENT = "-"
@@ -22,16 +22,19 @@ Lines = list[tuple[str, ...]]
 def main(arguments: Sequence[str]) -> None:
     """The command line of `qexp diff`."""
     parser = argparse.ArgumentParser(prog="qexp diff", description=__doc__)
-    parser.add_argument("runs", nargs=2, type=Path, metavar="RUN", help="folder of a finished run")
+    parser.add_argument(
+        "runs", nargs=2, type=Path, metavar="RUN", help="folder of a finished run, or its record"
+    )
     parser.add_argument("--layers", type=int, default=10, help="layers to list; 10 by default")
     chosen = parser.parse_args(arguments)
     for folder in chosen.runs:
-        if not (folder / results.METRICS).is_file():
+        if not folder.is_file() and not (folder / results.METRICS).is_file():
             raise UserError(
-                f"{folder}: has no {results.METRICS}; give the folder of a finished run"
+                f"{folder}: has no {results.METRICS}; give the folder of a finished run, or a "
+                "record"
             )
     one, other = map(load, chosen.runs)
-    print(f"a  {one.folder}  {one.command}\nb  {other.folder}  {other.command}")
+    print(f"a  {one.place}  {one.command}\nb  {other.place}  {other.command}")
     print("\n".join(report(one, other, chosen.layers)))
 
 
@@ -80,7 +83,7 @@ def layers(one: Run, other: Run) -> Lines:
         a, b = first.get(name), second.get(name)
         if a is None or b is None:
             found.append((math.inf, (name, _number(a), _number(b), ABSENT)))
-        elif a != b:
+        elif _kept(a) != _kept(b):
             ratio = b / a if a else math.inf
             size = abs(math.log(ratio)) if 0 < ratio < math.inf else math.inf
             found.append((size, (name, f"{a:.3g}", f"{b:.3g}", f"{ratio:.3g}")))
@@ -98,6 +101,11 @@ def _section(title: str, heads: tuple[str, ...], lines: Lines) -> Iterator[str]:
         yield "  ".join(
             text.ljust(width) for text, width in zip(line, widths, strict=True)
         ).rstrip()
+
+
+def _kept(error: float) -> str:
+    """The digits that a record keeps of a layer's error, so that a run equals its record."""
+    return f"{error:.{record.DIGITS}g}"
 
 
 def _number(value: float | None) -> str:

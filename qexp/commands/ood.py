@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from qexp.commands.report import OUT, default_out
 from qexp.common.errors import UserError
 from qexp.common.files import atomic
 from qexp.report import formats, pivot, tables
@@ -55,8 +56,8 @@ def table(runs: Sequence[Run]) -> pivot.Table:
 def main(arguments: Sequence[str]) -> None:
     """The command line of `qexp ood`."""
     parser = argparse.ArgumentParser(prog="qexp ood", description=__doc__)
-    parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders of them")
-    parser.add_argument("--out", type=Path, help="where to write; the first folder by default")
+    parser.add_argument("folders", nargs="+", type=Path, help="of runs, of sweeps or of records")
+    parser.add_argument("--out", type=Path, help=f"the first folder by default; {OUT} for records")
     chosen = parser.parse_args(arguments)
     runs, notes = collect(chosen.folders)
     for note in notes:
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str]) -> None:
     made = table(runs)
     sheet = tables.lay(made, {})
     text = "\n\n".join([formats.markdown(sheet), LEGEND, *tables.legend(sheet)]) + "\n"
-    out = chosen.out or chosen.folders[0]
+    out = chosen.out or default_out(chosen.folders[0], runs)
     for name, content in (("md", text), ("csv", formats.spreadsheet(made, {}))):
         with atomic(out / f"ood.{name}") as path:
             path.write_text(content, encoding="utf-8")

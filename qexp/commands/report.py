@@ -10,8 +10,9 @@ from qexp.common.files import atomic
 from qexp.report import edges, formats, html, plots, tables
 from qexp.report.pivot import SEED
 from qexp.report.query import Answer, Query, ask, stored
-from qexp.runs.finished import collect
+from qexp.runs.finished import Run, collect
 
+OUT = Path("outputs")
 FILES = ("report.html", "table.md", "table.csv", "table.tex", "bits_vs_ppl.png")
 
 
@@ -28,7 +29,7 @@ def write(
     markdown = formats.markdown(sheet)
     commands = "\n".join(
         f"{sheet.numbers[id(setting)]}. `{setting.run.command}`: "
-        + ", ".join(f"`{run.folder}`" for run in setting.runs)
+        + ", ".join(f"`{run.folder}`" + " (record)" * run.recorded for run in setting.runs)
         for setting in table.settings
     )
     texts = {
@@ -48,8 +49,8 @@ def write(
 def main(arguments: Sequence[str]) -> None:
     """The command line of `qexp report`."""
     parser = argparse.ArgumentParser(prog="qexp report", description=__doc__)
-    parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders of them")
-    parser.add_argument("--out", type=Path, help="where to write; the first folder by default")
+    parser.add_argument("folders", nargs="+", type=Path, help="of runs, of sweeps or of records")
+    parser.add_argument("--out", type=Path, help=f"the first folder by default; {OUT} for records")
     parser.add_argument("--rows", help="config keys, by commas; all that differ by default")
     parser.add_argument("--columns", help="config keys, by commas: weight.bits")
     parser.add_argument("--metrics", help="metrics, by commas, with * and ?: '*/ppl,*/acc'")
@@ -76,9 +77,15 @@ def main(arguments: Sequence[str]) -> None:
     if chosen.chosen:
         best = edges.chosen(answer.table, chosen.chosen)
         print("\n".join(best) + "\n")
-    out = chosen.out or chosen.folders[0]
+    out = chosen.out or default_out(chosen.folders[0], runs)
     print(write(answer, best, out, notes, chosen.x))
     print("\n" + ", ".join([str(out / FILES[0]), *FILES[1:]]))
+
+
+def default_out(first: Path, runs: Sequence[Run]) -> Path:
+    """The first folder that was named, unless it holds records only: those are committed."""
+    inside = [run for run in runs if run.folder.is_relative_to(first)]
+    return OUT if all(run.recorded for run in inside) else first
 
 
 def _words(text: str | None) -> list[str]:

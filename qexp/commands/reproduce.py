@@ -19,7 +19,7 @@ from qexp.report import formats, origin, published, tables
 from qexp.report.pivot import Setting
 from qexp.report.published import Paper
 from qexp.report.tables import Cell, Sheet
-from qexp.runs import finished, results, signature
+from qexp.runs import finished, recorded, results, signature
 from qexp.runs.finished import Column
 from qexp.sweeps import app, dry_run
 
@@ -133,7 +133,7 @@ def _judge(paper: Paper, row: str, column: str, measured: Measured, changed: str
     verdict = paper.verdict(row, column, value, changed or sampled(setting))
     share = value.mean / wanted - 1
     off = "" if math.isnan(share) else f"{share:+.1%}"
-    folders = ", ".join(str(run.folder) for run in setting.runs)
+    folders = ", ".join(run.place for run in setting.runs)
     return [
         *(row, column, tables.number(wanted), tables.spread(setting, at)),
         *(off, verdict, folders),
@@ -148,14 +148,16 @@ def measure(
     for job in paper.jobs(row, column):
         words = [f"experiment=paper/{name}", *job, *extra]
         try:
-            _, folder = composed(words)
+            cfg, folder = composed(words)
         except UserError as error:
             return Measured(None, str(error))
         if not show and results.stale(folder) is not None:
             _run([*words, f"hydra.run.dir={folder}"])
-        if not (folder / results.METRICS).is_file():
-            return Measured(None, "" if show else finished.failure(folder) or "it did not finish")
-        made.append(finished.load(folder))
+        failed = finished.failure(folder)
+        place = folder if (folder / results.METRICS).is_file() else recorded.lookup(cfg).path
+        if place is None or (failed and not show):
+            return Measured(None, "" if show else failed or "it did not finish")
+        made.append(finished.load(place))
     return Measured(Setting(tuple(made)))
 
 

@@ -25,6 +25,8 @@ def check(cfg: DictConfig) -> None:
     wanted = cfg.optimize if isinstance(cfg.optimize, ListConfig) else [cfg.optimize or "ppl"]
     if not all(isinstance(name, str) for name in wanted):
         raise UserError(f"optimize={cfg.optimize}: give the name of a metric, or a list of names")
+    if not isinstance(cfg.records, str | None):
+        raise UserError(f"records={cfg.records}: give the folder of records, or null for none")
     if cfg.retry not in RETRIES:
         raise UserError(f"retry={cfg.retry}: give failed, or null for no second try")
 

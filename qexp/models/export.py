@@ -8,6 +8,7 @@ from qexp.common.files import atomic_folder
 from qexp.models.from_run import FromRun
 from qexp.models.linearize import published
 from qexp.packed import weights_file
+from qexp.runs import results
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ def export(run: Path, out: Path) -> None:
     the family does not have.
     """
     check(out)
+    results.config(str(run))
     _, others = weights_file.load(run)
     if any(name.startswith("quantizers.") for name in others):
         raise UserError(f"{run}: its activations are quantized, which a model folder cannot hold")

@@ -159,7 +159,7 @@ def _cell(cell: tables.Cell, is_number: bool, sheet: tables.Sheet, title: str) -
     value = f' data-value="{cell.value}"' if cell.value == cell.value else ""
     hover = ""
     if cell.setting is not None:
-        tooltip = [cell.setting.run.command, *(str(run.folder) for run in cell.setting.runs)]
+        tooltip = [cell.setting.run.command, *(run.place for run in cell.setting.runs)]
         hover = f' title="{escape(chr(10).join(tooltip))}"'
     note = f"<small>{escape(cell.note)}</small>" if cell.note else ""
     text = escape(cell.text) + f"<sup>{tables.LEVEL}</sup>" * cell.level
@@ -217,7 +217,7 @@ def _run(run: Run, number: int, first: bool) -> str:
         f"{name} {stage['seconds']:.1f}" for name, stage in provenance.get("stages", {}).items()
     )
     cells = [
-        f"<code>{escape(run.command)}<br>{escape(str(run.folder))}</code>",
+        f"<code>{escape(run.command)}<br>{escape(run.place)}</code>",
         escape(str(run.leaves.get("seed", ""))),
         escape(stages),
         escape(str(provenance.get("code", ""))[:8]),

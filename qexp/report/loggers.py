@@ -101,7 +101,7 @@ class Wandb(Logger):
 def opened(cfg: DictConfig, folder: Path, group: str | None = None) -> Iterator[Log]:
     """All loggers of a configuration as one log function; they are closed in reverse order."""
     resolved: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    chosen = finished.choices(folder) if (folder / ".hydra").is_dir() else {}
+    chosen = results.choices(folder) if (folder / ".hydra").is_dir() else {}
     config = finished.flat(resolved) | {f"choices.{k}": v for k, v in chosen.items()}
     nodes = cfg.get("logger") or {}
     with ExitStack() as stack:

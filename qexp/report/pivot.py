@@ -52,6 +52,11 @@ class Setting:
         """The first run, for everything that does not depend on the seed."""
         return self.runs[0]
 
+    @property
+    def recorded(self) -> bool:
+        """Whether any of its runs was read from a record."""
+        return any(run.recorded for run in self.runs)
+
     def label(self, key: str) -> str:
         """The choice or value of `key`, the same in all runs."""
         return self.run.label(key)

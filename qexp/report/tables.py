@@ -10,6 +10,7 @@ from qexp.report.pivot import Row, Setting, Table
 from qexp.report.significance import NEAR, Difference, compare, standing
 from qexp.runs.finished import Column
 
+RECORD = "ʳ"  # after the number of a setting
 TOGETHER = "settings"
 UNSAID = f"Values that the column {TOGETHER} omits, for settings with such a key: "
 COSTS = ("bits", "seconds", "memory GB", "cuda GB", "run")
@@ -30,6 +31,7 @@ SIGNS = {
         "Δ is the difference from {baseline}, paired over shared seeds, with its 95 % interval "
         "(by t, in percent and by logarithms for perplexities; not corrected for multiple tests)."
     ),
+    RECORD: f"{RECORD}: read from a record, which was committed; the run's folder is not here.",
 }
 
 
@@ -197,7 +199,8 @@ def _cell(setting: Setting, column: Column, baseline: Setting | None, style: Sty
 def _cost(name: str, settings: Sequence[Setting], numbers: Mapping[int, int]) -> Cell:
     """What the settings of a row took together, or the numbers of their runs."""
     if name == "run":
-        return Cell(", ".join(str(numbers[id(setting)]) for setting in settings))
+        marks = [f"{numbers[id(setting)]}{RECORD * setting.recorded}" for setting in settings]
+        return Cell(", ".join(marks))
     if name == "seconds":
         seconds = sum(setting.seconds for setting in settings)
         return Cell(_plain(seconds, 0 if seconds >= 10 else 1), seconds)

@@ -1,207 +1,139 @@
-"""Finished runs, read from their folders."""
+"""Finished runs, read from their folders or from records."""
 
-import csv
 import json
 import math
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from qexp.common.errors import UserError
-from qexp.runs import resolvers, results
-from qexp.runs.signature import UNSIGNED, class_names
-
-NOT_SETTINGS = (*UNSIGNED, "experiment", "search", "local", "eval")  # each metric has a column
-# For runs of version 0.1, whose provenance does not record which metrics are better when higher.
-HIGHER = ("acc", "acc_norm", "exact_match", "f1", "mcc", "agreement", "agreed_tokens", "identical")
-
-
-@dataclass(frozen=True)
-class Column:
-    """A metric under one definition; two protocols of the same name have two columns."""
-
-    name: str  # "<protocol>/<key>" as in metrics.json
-    digest: str  # of the protocol's definition; empty where none was recorded
-    higher: bool = False  # whether higher is better
-
-    @property
-    def title(self) -> str:
-        """The heading of the column."""
-        return f"{self.name} [{self.digest}]" if self.digest else self.name
-
-    @property
-    def is_perplexity(self) -> bool:
-        """Whether it is a perplexity, which is compared on a log scale."""
-        return self.name.endswith("/ppl")
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run, read from its folder."""
-
-    folder: Path
-    choices: dict[str, str]  # group → option
-    config: dict[str, Any]
-    leaves: dict[str, Any]  # dotted key → value as written, interpolations not resolved
-    overrides: tuple[str, ...]
-    metrics: dict[str, float]
-    provenance: dict[str, Any]
-
-    @property
-    def is_float(self) -> bool:
-        """Whether nothing was quantized, so that the run is a baseline."""
-        groups = ("method", "activation", "kv", "transform")
-        unchanged = all(self.choices.get(group, "none") == "none" for group in groups)
-        return unchanged and self.choices.get("model") != "from_run"
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Choices of groups, then single keys: everything in which two runs can differ."""
-        groups = {
-            key: choice
-            for key, choice in self.choices.items()
-            if not key.startswith("hydra/") and "@eval" not in key and _top(key) not in NOT_SETTINGS
-        }
-        return groups | self.leaves
-
-    def label(self, key: str) -> str:
-        """A choice or a value, formatted for a table; empty where the run has no such key."""
-        if _top(key) == "weight" and not self.uses_grid:
-            return ""
-        value = self.choices.get(key, self._values.get(key, ""))
-        return word(value)
-
-    @property
-    def command(self) -> str:
-        """The command that repeats this run."""
-        return shlex.join(["qexp", *self.overrides])
-
-    @property
-    def layers(self) -> list[dict[str, str]]:
-        """The rows of `layers.csv`; empty where the run quantized nothing."""
-        try:
-            with (self.folder / results.LAYERS).open(newline="", encoding="utf-8") as file:
-                return list(csv.DictReader(file))
-        except OSError:
-            return []
-
-    @property
-    def columns(self) -> list[Column]:
-        """Perplexities, ratios, and every other metric that has a standard error."""
-        protocols = self.provenance.get("protocols", {})
-        names = [
-            name
-            for name in self.metrics
-            if name.endswith(("/ppl", "/ratio")) or f"{name}_stderr" in self.metrics
-        ]
-        return [self._column(name, protocols.get(name.rpartition("/")[0], {})) for name in names]
-
-    def _column(self, name: str, protocol: Mapping[str, Any]) -> Column:
-        higher = protocol.get("higher_is_better", HIGHER)
-        return Column(name, protocol.get("digest", ""), name.rpartition("/")[2] in higher)
-
-    @cached_property
-    def uses_grid(self) -> bool:
-        """Whether any key refers to `weight`; a method may define its grid itself."""
-        return any("${weight" in str(value) for value in self.leaves.values())
-
-    @property
-    def seconds(self) -> float:
-        """Wall time of all stages."""
-        return sum(stage["seconds"] for stage in self._stages)
-
-    def peak(self, kind: str) -> float:
-        """Highest `peak_<kind>_bytes` of any stage, in GB; NaN where none was measured."""
-        peaks = [stage.get(f"peak_{kind}_bytes") for stage in self._stages]
-        return max((peak / 1e9 for peak in peaks if peak is not None), default=math.nan)
-
-    def value(self, name: str) -> float:
-        """A metric by its name, or a number of the configuration by its dotted key; else NaN."""
-        if name in self.metrics:
-            return self.metrics[name]
-        setting = self._values.get(name)
-        return float(setting) if isinstance(setting, int | float) else math.nan
-
-    @cached_property
-    def _values(self) -> dict[str, Any]:
-        return flat(self.config)
-
-    @property
-    def _stages(self) -> list[dict[str, float]]:
-        return list(self.provenance.get("stages", {}).values())
-
-
-def word(value: Any) -> str:
-    """A value of a configuration as a label."""
-    return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+from qexp.runs import record, resolvers, results
+from qexp.runs.portable import portable
+from qexp.runs.run import NOT_SETTINGS as NOT_SETTINGS
+from qexp.runs.run import Column as Column
+from qexp.runs.run import Run as Run
+from qexp.runs.run import flat as flat
+from qexp.runs.run import word as word
 
 
 def load(folder: Path) -> Run:
-    """The run in one folder. Raises UserError if it is incomplete or unreadable."""
+    """The run in one folder, or in the file of a record. Raises UserError if it is incomplete or
+    unreadable."""
+    if not folder.is_dir():
+        return _recorded(folder)
     try:
-        config = OmegaConf.load(folder / ".hydra" / "config.yaml")
-        overrides = OmegaConf.load(folder / ".hydra" / "overrides.yaml")
-        chosen = choices(folder)
-        resolvers.register()
-        written: Any = OmegaConf.to_container(config)
-        content: Any = OmegaConf.to_container(config, resolve=True)
+        config = results.written_config(folder)
+        overrides, chosen = results.overrides(folder), results.choices(folder)
+        written, content = _trees(config, config)
     except Exception as error:  # yaml, OmegaConf and the file system raise different exceptions
         raise UserError(f"{folder / '.hydra'}: cannot be read ({error})") from error
-    return Run(
-        folder=folder,
-        choices=chosen,
-        config=content,
-        leaves=flat(written, without=NOT_SETTINGS),
-        overrides=tuple(str(override) for override in overrides),
-        metrics=results.metrics(folder),
-        provenance=results.provenance(folder),
+    return _run(
+        folder,
+        chosen,
+        content,
+        written,
+        overrides,
+        results.metrics(folder),
+        results.provenance(folder),
     )
 
 
-def choices(folder: Path) -> dict[str, str]:
-    """The option chosen for each config group."""
-    settings = OmegaConf.load(folder / ".hydra" / "hydra.yaml")
-    options = OmegaConf.select(settings, "hydra.runtime.choices") or {}
-    return {str(group): str(option) for group, option in options.items()}
+def _recorded(path: Path) -> Run:
+    kept = record.read(path)
+    try:
+        written, content = _trees(OmegaConf.create(kept["config"]), record.configured(kept))
+        return _run(
+            path,
+            kept["choices"],
+            content,
+            written,
+            kept["overrides"],
+            kept["metrics"],
+            kept["provenance"],
+            record.layers(kept),
+        )
+    except Exception as error:  # keys were edited by hand
+        raise UserError(f"{path}: is damaged ({error!r}); restore it from git") from error
 
 
-def flat(tree: Any, above: str = "", without: Sequence[str] = ()) -> dict[str, Any]:
-    """Dotted key → value. A list is one value; a `_target_` is a class name without its module.
+def _trees(written: Any, config: Any) -> tuple[Any, Any]:
+    """The configuration as written and resolved."""
+    resolvers.register()
+    return OmegaConf.to_container(written), OmegaConf.to_container(config, resolve=True)
 
-    without: top-level keys to leave out.
-    """
-    leaves: dict[str, Any] = {}
-    for key, value in class_names(tree).items():
-        if key not in without:
-            full = f"{above}{key}"
-            leaves |= flat(value, f"{full}.") if isinstance(value, dict) else {full: value}
-    return leaves
+
+def _run(
+    folder: Path,
+    choices: Mapping[str, str],
+    config: dict[str, Any],
+    written: dict[str, Any],
+    overrides: Sequence[str],
+    metrics: Mapping[str, float],
+    provenance: dict[str, Any],
+    layers: record.Layers | None = None,
+) -> Run:
+    """In the order of their names: a table is the same whether a folder or a record is read."""
+    leaves = flat(written, without=NOT_SETTINGS)
+    return Run(
+        folder=folder,
+        choices=dict(sorted(choices.items())),
+        config=config,
+        leaves=dict(sorted(leaves.items())),
+        overrides=tuple(overrides),
+        metrics={name: float(metrics[name]) for name in sorted(metrics)},
+        provenance=provenance,
+        kept_layers=layers,
+    )
 
 
 def collect(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
-    """Finished runs at any depth, in table order, and a note for each run that is left out."""
-    runs, notes = {}, []
+    """Finished runs and records at any depth, in table order, and a note for each that is left out.
+
+    A record of a run whose folder is there, or a copy of another record, is left out without a
+    note: it is the same run.
+    """
+    runs: dict[Path, Run] = {}
+    notes = []
     for top in folders:
-        if not top.is_dir():
-            raise UserError(f"{top}: is not a folder; name the folder of a run or of a sweep")
-        for path in sorted([top / ".hydra", *top.rglob(".hydra")]):
-            folder = path.parent
-            if not path.is_dir() or folder.resolve() in runs:
+        if not top.exists():
+            raise UserError(
+                f"{top}: is not a folder or a record; name the folder of a run, of a sweep or of "
+                "records"
+            )
+        for path in _places(top):
+            if path.resolve() in runs:
                 continue
-            if not (folder / results.METRICS).exists():
-                reason = f" ({failed})" if (failed := failure(folder)) else ""
-                notes.append(f"{folder}: left out, it did not finish{reason}")
+            if path.is_dir() and not (path / results.METRICS).exists():
+                reason = f" ({failed})" if (failed := failure(path)) else ""
+                notes.append(f"{path}: left out, it did not finish{reason}")
                 continue
             try:
-                runs[folder.resolve()] = load(folder)
+                runs[path.resolve()] = load(path)
             except UserError as error:
-                notes.append(f"{folder}: left out, {error}")
-    return sorted(runs.values(), key=_order), notes
+                notes.append(f"{path}: left out, {error}")
+    once: dict[Any, Run] = {}
+    for run in sorted(runs.values(), key=lambda run: run.recorded):
+        same = (
+            str(run.provenance.get("finished")),
+            json.dumps([run.metrics, portable(run.overrides)]),
+        )
+        once.setdefault(same if run.recorded or same not in once else run.folder, run)
+    return sorted(once.values(), key=_order), notes
+
+
+def _places(top: Path) -> list[Path]:
+    """The folders of runs and the files of records."""
+    if top.is_file():
+        return [top]
+    folders = [path.parent for path in sorted([top / ".hydra", *top.rglob(".hydra")])]
+    records = [path for path in sorted(top.rglob(record.NAMES)) if not _hidden(path, top)]
+    return [folder for folder in folders if (folder / ".hydra").is_dir()] + records
+
+
+def _hidden(path: Path, top: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(top).parts)
 
 
 def _order(run: Run) -> tuple[Any, ...]:
@@ -209,10 +141,6 @@ def _order(run: Run) -> tuple[Any, ...]:
     bits = run.metrics.get("weight/bits", math.inf)
     names = [run.choices.get(group, "") for group in ("model", "data", "activation", "method")]
     return (*names[:2], not run.is_float, *names[2:], -bits, str(run.folder))
-
-
-def _top(key: str) -> str:
-    return key.partition(".")[0].partition("/")[0].partition("@")[0]
 
 
 def failure(folder: Path) -> str:

@@ -6,7 +6,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qexp.common import hashes
+from qexp.common.modules import PIPELINE, facts
 
 VERSIONS = (
     "qexp",
@@ -32,7 +33,9 @@ VERSIONS = (
 class Provenance:
     """The record of one run, filled while it runs and written next to its metrics."""
 
-    def __init__(self) -> None:
+    def __init__(self, roots: Sequence[str] = (PIPELINE,)) -> None:
+        """`roots`: the classes and modules that the run uses, see `used_modules.roots`."""
+        self._modules = facts(roots)
         self._started = datetime.now(UTC)
         self._facts: dict[str, Any] = {}
         self._stages: dict[str, dict[str, float]] = {}
@@ -86,6 +89,7 @@ class Provenance:
         revision, dirty = _git()
         return {
             "code": hashes.code(),
+            "modules": self._modules,
             "git": {"revision": revision, "dirty": dirty},
             "command": sys.argv,
             "started": self._started.isoformat(timespec="seconds"),

@@ -5,11 +5,11 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
-from qexp.common import hashes
+from qexp.common import modules
 from qexp.common.errors import UserError
 from qexp.common.files import atomic
 from qexp.runs.moved import renamed
@@ -60,7 +60,8 @@ def stale(
         record = provenance(folder)
     except UserError as error:
         return str(error)
-    if record.get("code") != hashes.code():
+    used = record.get("modules", {})  # a change elsewhere, as in a report, changes no number
+    if used.get("digest") != modules.sources().digest(used.get("roots", [])):
         return "the code has changed since"
     recorded: dict[str, Any] = record.get("inputs", {})
     if inputs is not None and {str(path) for path in inputs} != set(recorded):
@@ -89,6 +90,11 @@ def config(folder: str | None) -> DictConfig:
     if folder is None:
         raise UserError("run: has no value; give the folder of a finished run, run=outputs/…")
     path = Path(folder) / CONFIGS / "config.yaml"
+    if Path(folder).is_file():
+        raise UserError(
+            f"run={folder}: is a file, and a record keeps no weights; run its configuration again "
+            "with save_weights=true (its `overrides` say which) and give that folder"
+        )
     if not path.is_file():
         raise UserError(f"run={folder}: has no {CONFIGS}/config.yaml; give the folder of a run")
     if not (Path(folder) / METRICS).is_file():
@@ -96,6 +102,34 @@ def config(folder: str | None) -> DictConfig:
     loaded = OmegaConf.create(renamed(OmegaConf.to_container(OmegaConf.load(path))))
     assert isinstance(loaded, DictConfig)
     return loaded
+
+
+def written_config(folder: Path) -> DictConfig:
+    """The configuration in a run's folder as it was written."""
+    loaded = OmegaConf.load(folder / CONFIGS / "config.yaml")
+    assert isinstance(loaded, DictConfig)
+    return loaded
+
+
+def overrides(folder: Path) -> list[str]:
+    """The overrides of the run's command."""
+    return [str(override) for override in OmegaConf.load(folder / CONFIGS / "overrides.yaml")]
+
+
+def choices(folder: Path) -> dict[str, str]:
+    """The option chosen for each config group."""
+    settings = OmegaConf.load(folder / CONFIGS / "hydra.yaml")
+    options = OmegaConf.select(settings, "hydra.runtime.choices") or {}
+    return {str(group): str(option) for group, option in options.items()}
+
+
+def layers(folder: Path) -> list[dict[str, str]]:
+    """The rows of `layers.csv`; empty where the run quantized nothing."""
+    try:
+        with (folder / LAYERS).open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+    except OSError:
+        return []
 
 
 def write_config(folder: Path, cfg: DictConfig, settings: DictConfig) -> None:
@@ -106,9 +140,22 @@ def write_config(folder: Path, cfg: DictConfig, settings: DictConfig) -> None:
             path.write_text(OmegaConf.to_yaml(content), encoding="utf-8")
 
 
+class Answer(NamedTuple):
+    """The result of a job that need not run."""
+
+    metrics: dict[str, float]
+    place: Path  # the run's folder, or a record
+    cost: dict[str, float]  # see `total_cost`
+
+
 def cost(folder: Path) -> dict[str, float]:
-    """The cost of a finished run: seconds of all stages, peak memory in bytes."""
-    stages: list[dict[str, float]] = list(provenance(folder).get("stages", {}).values())
+    """The cost of a finished run, see `total_cost`."""
+    return total_cost(provenance(folder))
+
+
+def total_cost(provenance: Mapping[str, Any]) -> dict[str, float]:
+    """Seconds of all stages, peak memory in bytes."""
+    stages: list[dict[str, float]] = list(provenance.get("stages", {}).values())
     totals = {"seconds": sum((stage["seconds"] for stage in stages), 0.0)}
     for key in ("peak_rss_bytes", "peak_cuda_bytes"):
         if peaks := [stage[key] for stage in stages if key in stage]:

@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 # display, storage and scheduling: none of these keys can change a result
 KEPT = ("hydra", "logger", "progress", "threads", "save_weights", "optimize", "label")
-UNSIGNED = frozenset({*KEPT, "dry_run", "retry", "fail_fast", "paper"})
+UNSIGNED = frozenset({*KEPT, "dry_run", "retry", "fail_fast", "paper", "records"})
 
 
 def signed(cfg: DictConfig) -> dict[str, Any]:
@@ -42,5 +42,10 @@ def class_names(tree: Any) -> Any:
 
 def signature(cfg: DictConfig) -> str:
     """Eight hex digits of the configuration: the name of the run's folder."""
-    text = json.dumps(signed(cfg), sort_keys=True, default=str)
+    return short_hash(signed(cfg))
+
+
+def short_hash(content: Any) -> str:
+    """Eight hex digits of a JSON tree."""
+    text = json.dumps(content, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]

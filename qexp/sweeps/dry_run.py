@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from qexp.common import cache_entries
 from qexp.common.files import locked
-from qexp.runs import finished, results
+from qexp.runs import finished, record, recorded, results
 from qexp.sweeps.ledger import Entry, Sweep
 
 RECENT = 100  # newest finished runs that an estimate uses
@@ -51,7 +51,7 @@ def format_plan(
     jobs: None for a search, of which only what was tried is known.
     """
     top = Path(OmegaConf.select(config, "hydra.sweep.dir" if sweep else "hydra.run.dir"))
-    past = finished_runs(top if sweep else top.parent)
+    past = finished_runs(top if sweep else top.parent, config.records)
     search = jobs is None
     if jobs is None:
         jobs = [entry.overrides for entry in sweep.entries()] if sweep else []
@@ -95,10 +95,13 @@ def composed(config: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, 
     return cfg, Path(cfg.hydra.sweep.dir) / cfg.hydra.sweep.subdir
 
 
-def finished_runs(top: Path) -> list[FinishedRun]:
-    """The newest finished runs at any depth; unreadable ones are left out."""
-    paths = sorted(top.rglob(results.METRICS), key=os.path.getmtime, reverse=True)[:RECENT]
-    found, _ = finished.collect(path.parent for path in paths)
+def finished_runs(top: Path, records: str | None = None) -> list[FinishedRun]:
+    """The newest finished runs and records at any depth; unreadable ones are left out."""
+    paths = [*top.rglob(results.METRICS)]
+    if records is not None:
+        paths += Path(records).rglob(record.NAMES)
+    newest = sorted(paths, key=os.path.getmtime, reverse=True)[:RECENT]
+    found, _ = finished.collect(p.parent if p.name == results.METRICS else p for p in newest)
     return [FinishedRun(_hashable(run.leaves), run.seconds) for run in found]
 
 
@@ -130,10 +133,14 @@ def _state(cfg: DictConfig, folder: Path, entry: Entry, retry: str | None) -> st
     if entry.status == "running":
         with locked(Path(entry.folder), wait=False) as free:
             return "to run (killed)" if free else "running"
+    found = recorded.lookup(cfg)
+    if found.path is not None:
+        return f"answered from record {found.path}{found.note}"
     if entry.status == "failed":
         return "to run (failed)"
     stood = folder.is_dir() and (folder / results.METRICS).exists()
-    return f"to run ({reason})" if stood else "to run"
+    reasons = [*([str(reason)] if stood else []), *([found.reason] if found.reason else [])]
+    return f"to run ({'; '.join(reasons)})" if reasons else "to run"
 
 
 def total(plans: Sequence[JobPlan], known: int) -> str:

@@ -61,15 +61,16 @@ def job(cfg: DictConfig) -> Objective:
                 log.info("%s: another process runs it; left for the end", os.path.relpath(folder))
                 ledger.postponed.add(folder)
                 return None
-            metrics = pipeline.answer(cfg, folder)
-            answered = metrics is not None
-            if metrics is None:
+            answer = pipeline.answer(cfg, folder)
+            if answer is not None:
+                metrics = answer.metrics
+            else:
                 if sweep is not None:
                     sweep.enter(entry := ledger.started(entry, sweep, folder))
                 metrics = _run(cfg, folder, sweep)
             (folder / FAILURE).unlink(missing_ok=True)
             if sweep is not None:
-                _finish(sweep, entry, folder, answered, time.perf_counter() - start)
+                _finish(sweep, entry, folder, answer, time.perf_counter() - start)
     except NotStarted as error:
         error.add_note(REPORTED)
         raise
@@ -119,17 +120,20 @@ def _admit(sweep: Sweep, entry: Entry, fail_fast: bool) -> None:
         raise NotStarted("a job of this sweep failed, and fail_fast is set")
 
 
-def _finish(sweep: Sweep, entry: Entry, folder: Path, answered: bool, seconds: float) -> None:
+def _finish(
+    sweep: Sweep, entry: Entry, folder: Path, answer: results.Answer | None, seconds: float
+) -> None:
     """Enter the result. A job answered from disk keeps the entry of the launch that ran it."""
-    if answered and entry.status == "done":
+    if answer is not None and entry.status == "done":
         return
-    cost = results.cost(folder)
-    done = replace(entry, status="done", folder=str(folder), cost=cost)
+    done = replace(entry, status="done")
     try:
-        if answered:
-            sweep.enter(replace(done, seconds=cost["seconds"], launch=""))
+        if answer is not None:
+            kept = replace(done, folder=str(answer.place), cost=answer.cost, launch="")
+            sweep.enter(replace(kept, seconds=answer.cost["seconds"]))
         else:
-            sweep.enter(replace(done, seconds=seconds, launch=sweep.launch))
+            ran = replace(done, folder=str(folder), cost=results.cost(folder))
+            sweep.enter(replace(ran, seconds=seconds, launch=sweep.launch))
     except UserError as error:  # the run itself is complete
         log.warning("%s", error)
 

@@ -123,6 +123,8 @@ def summary(sweep: Sweep) -> str:
     ran = sum(job.status == "done" and job.launch == sweep.launch for job in jobs)
     total = f"{len(jobs)} job{'s' if len(jobs) != 1 else ''}"
     parts = [f"{total}: {ran} ran", f"{count['done'] - ran} answered from disk"]
+    if kept := sum(job.status == "done" and job.folder.endswith(".json") for job in jobs):
+        parts[-1] += f" ({kept} from records)"
     parts.append(f"{count['failed']} failed")
     if left := count["planned"] + count["running"]:
         parts.append(f"{left} left")

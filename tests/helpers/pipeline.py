@@ -32,6 +32,6 @@ def run(folder: Path, *overrides: str, small: Sequence[str] = SMALL) -> dict[str
 
 def answer_or_run(cfg: DictConfig, folder: Path) -> dict[str, float]:
     """As a job does."""
-    if (metrics := pipeline.answer(cfg, folder)) is not None:
-        return metrics
+    if (answer := pipeline.answer(cfg, folder)) is not None:
+        return answer.metrics
     return pipeline.run(cfg, folder)

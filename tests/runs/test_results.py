@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from qexp.common import hashes
+from qexp.common import hashes, modules
 from qexp.common.errors import UserError
 from qexp.runs import results
 from qexp.runs.provenance import Provenance
@@ -45,6 +45,7 @@ def test_what_is_written_is_read(tmp_path) -> None:
     assert len(rows) == 2 and rows[0]["bits"] == "4.5"
     past = results.provenance(tmp_path)
     assert past["code"] == hashes.code()
+    assert past["modules"]["digest"] == modules.sources().digest(["qexp.pipeline"])
     assert past["stages"]["solve"]["seconds"] >= 0
     assert past["stages"]["solve"]["peak_rss_bytes"] > 1e6
     assert past["versions"]["torch"]
@@ -76,7 +77,7 @@ def test_an_unfinished_folder_does_not_answer(tmp_path) -> None:
 
 def test_changed_code_runs_again(tmp_path, monkeypatch, caplog) -> None:
     written(tmp_path)
-    monkeypatch.setattr(hashes, "code", lambda: "another")
+    monkeypatch.setattr(modules.Sources, "digest", lambda *_: "another")
     with caplog.at_level(logging.INFO, "qexp"):
         assert results.read(tmp_path) is None
     assert "the code has changed" in caplog.text
