@@ -58,7 +58,7 @@ class Picture:
         text = text[text.index("<svg") :]
         text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
         # one decimal of a point is finer than a screen pixel, and the last digits are a processor's
-        places = r' (?:d|x|y|width|height|transform|points)="[^"]+"'
+        places = r' (?:d|x|y|width|height|points|transform)="(?:(?!scale)[^"])+"'
         text = re.sub(places, lambda path: re.sub(r"(\.\d)\d+", r"\1", path[0]), text)
         text = re.sub(r"\s*\n\s*", " ", text)
         return re.sub(r'<g id="(mark\d+)">', self._titled, text)

@@ -117,5 +117,13 @@ def _merged(made: Sequence[Words], order: Sequence[str]) -> list[Words]:
 
 def _command(words: Words) -> str:
     sweep = ["-m"] if any(len(values) > 1 for _, values in words) else []
-    said = [f"{key}={','.join(values)}" if values else key for key, values in words]
+    said = [f"{key}={','.join(_ordered(values))}" if values else key for key, values in words]
     return shlex.join(["qexp", *sweep, *said])
+
+
+def _ordered(values: Sequence[str]) -> Sequence[str]:
+    """Numbers by their size."""
+    try:
+        return sorted(values, key=float)
+    except ValueError:
+        return values

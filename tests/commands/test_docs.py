@@ -158,6 +158,20 @@ def test_a_deleted_record_is_named(page, capsys) -> None:
     assert command("docs", ["--check"]) == 0
 
 
+def test_records_of_runs_give_the_page_of_the_runs(page, capsys) -> None:
+    rows = [line for line in page.read_text().splitlines() if line.startswith("|")]
+    assert command("record", [str(RECORDS), "--topic", "json"]) == 0
+    page.write_text(page.read_text().replace(str(RECORDS), "docs/records/json"))
+    assert command("docs", []) == 0
+    assert [line for line in page.read_text().splitlines() if line.startswith("|")] == rows
+    listed = page.read_text().partition("<!-- runs in docs/records/json: ")[2].split()[:4]
+    lost = Path("docs/records/json", listed[2])
+    lost.unlink()
+    assert refused(capsys)[0].startswith(f"docs/page.md:3: {lost} is missing; restore it")
+    lost.write_text("{}")
+    assert f"records: {lost}: left out, {lost}: is no record" in refused(capsys)[0]
+
+
 def test_another_number_in_a_record_is_found(page, capsys) -> None:
     path = RECORDS / "rtn-3-0" / "metrics.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {PPL: 41.0}))

@@ -22,8 +22,8 @@ def expanded(command: str) -> set[tuple[str, ...]]:
 
 
 def test_a_full_grid_is_one_sweep() -> None:
-    runs = [run(f"method={m} weight.bits={b} seed={s}") for s in "01" for m in "ab" for b in "234"]
-    assert origin.commands(runs) == ["qexp -m method=a,b weight.bits=2,3,4 seed=0,1"]
+    runs = [run(f"method={m} weight.bits={b} seed={s}") for s in "10" for m in "ba" for b in "432"]
+    assert origin.commands(runs) == ["qexp -m method=b,a weight.bits=2,3,4 seed=0,1"]
 
 
 def test_commands_start_the_runs_and_no_others() -> None:
