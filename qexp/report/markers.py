@@ -10,6 +10,7 @@ OPEN = re.compile(r"<!--\s*qexp\s+(\w*)(.*?)(-->|\Z)", re.DOTALL)
 FENCE = re.compile(r"[ \t]*(`{3,}|~{3,})")
 SPAN = re.compile(r"(?<!`)(`+)(?!`)[^\n]*?(?<!`)\1(?!`)")
 ROW = re.compile(r"^[ \t]*\|.*$", re.M)
+FIRST_CELL = re.compile(r"^[ \t]*\|[^|\n]*", re.M)
 NUMBER = re.compile(r"\|\s*\**[-+~≈<>]?\d[\d.,]*(?:e[-+]?\d+)?\s*%?\**\s*(?=[|±(/†,])")
 
 
@@ -82,11 +83,15 @@ def replaced(text: str, bodies: Iterable[tuple[Block, str]]) -> str:
 
 
 def typed_tables(text: str) -> list[int]:
-    """The first lines of tables with numbers that are not generated."""
-    masked = _without_code(text)
+    """The first lines of tables with numbers that are not generated, pasted output included.
+
+    A number in the first column is a label.
+    """
+    masked = text
     for block in parse(text)[0]:
         masked = _blank(masked, *block.outside)
-    return [_line(text, start) for start, rows in _tables(masked) if NUMBER.search(rows)]
+    tables = [(start, FIRST_CELL.sub("", rows)) for start, rows in _tables(masked)]
+    return [_line(text, start) for start, rows in tables if NUMBER.search(rows)]
 
 
 def _tables(text: str) -> Iterator[tuple[int, str]]:
