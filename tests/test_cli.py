@@ -28,7 +28,7 @@ def test_a_run_is_its_folder_and_is_answered_from_it(qexp, capsys) -> None:
     for name in ("metrics.json", "provenance.json", "layers.csv", "qexp.log", ".hydra/config.yaml"):
         assert (folder / name).exists()
     written = (folder / "metrics.json").stat().st_mtime_ns
-    assert "held_out/ppl 37.00 ± 0.50" in capsys.readouterr().err
+    assert "held_out/ppl 37.00 (se 0.50)" in capsys.readouterr().err
     assert qexp("weight.bits=3", *SMALL, "logger=none", "progress=false", "label=again") == 0
     assert folders() == [folder]
     assert (folder / "metrics.json").stat().st_mtime_ns == written
@@ -149,7 +149,7 @@ def test_the_optimized_metric_is_the_first_perplexity_or_the_one_named() -> None
 
 def test_the_line_of_a_finished_run_has_no_error_where_there_is_none() -> None:
     metrics = {"a/ppl": 2.0, "a/ppl_stderr": 0.5, "b/ppl": 3.0, "b/ppl_stderr": float("nan")}
-    assert job.headline(metrics) == "a/ppl 2.00 ± 0.50, b/ppl 3.00"
+    assert job.headline(metrics) == "a/ppl 2.00 (se 0.50), b/ppl 3.00"
 
 
 def test_help_lists_the_choices_and_loads_nothing_heavy(tmp_path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from qexp.commands.report import OUT, default_out
 from qexp.common.errors import UserError
 from qexp.common.files import atomic
-from qexp.report import pivot, tables
+from qexp.report import formats, pivot, tables
 from qexp.runs.finished import Column, Run, collect
 
 ROWS = ("model", "data", "transform", "method", "method/trained", "ranges", "width", "trained on")
@@ -65,9 +65,10 @@ def main(arguments: Sequence[str]) -> None:
     if not runs:
         raise UserError(f"{chosen.folders[0]}: no finished run stands there; run qexp first")
     made = table(runs)
-    text = f"{tables.markdown(tables.lay(made, {}))}\n\n{LEGEND} {tables.LEGEND}\n"
+    sheet = tables.lay(made, {})
+    text = "\n\n".join([formats.markdown(sheet), LEGEND, *tables.legend(sheet)]) + "\n"
     out = chosen.out or default_out(chosen.folders[0], runs)
-    for name, content in (("md", text), ("csv", tables.spreadsheet(made, {}))):
+    for name, content in (("md", text), ("csv", formats.spreadsheet(made, {}))):
         with atomic(out / f"ood.{name}") as path:
             path.write_text(content, encoding="utf-8")
     print(text)

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from qexp.common.errors import UserError
 from qexp.config import messages
 from qexp.config.location import conf
-from qexp.report import published, tables
+from qexp.report import formats, origin, published, tables
 from qexp.report.pivot import Setting
 from qexp.report.published import Paper
 from qexp.report.tables import Cell, Sheet
@@ -211,17 +211,10 @@ def _run(words: Sequence[str]) -> None:
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = tuple(tuple(Cell(text) for text in row) for row in rows)
-    return tables.markdown(Sheet(tuple(("", title) for title in titles), len(titles), lines, {}))
+    return formats.markdown(Sheet(tuple(("", title) for title in titles), len(titles), lines, {}))
 
 
 def _machines(settings: Sequence[Setting]) -> str:
-    found = []
-    for setting in settings:
-        for run in setting.runs:
-            known = run.provenance
-            machine, versions = known.get("machine") or {}, known.get("versions") or {}
-            where = machine.get("cuda") or [machine.get("processor") or "?"]
-            found.append(
-                f"{where[0]}, torch {versions.get('torch', '?')}, code {known.get('code')}"
-            )
-    return "Measured on: " + ("; ".join(dict.fromkeys(found)) or "nothing yet")
+    runs = [run for setting in settings for run in setting.runs]
+    parts = (*origin.machines(runs), *origin.commits(runs))
+    return "Measured on: " + ("; ".join(parts) or "nothing yet")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qexp.report import heatmap, plots
+from qexp.report import heatmap, origin, plots
 from qexp.report.pivot import Setting, Table, differing, names
 from qexp.runs.finished import Column, Run
 
@@ -116,17 +116,15 @@ def text(content: object) -> str:
 def run(run: Run) -> dict[str, str]:
     """What is said of a run, by name; empty where it was not recorded."""
     provenance = run.provenance
-    git, machine = provenance.get("git") or {}, provenance.get("machine") or {}
     stages = provenance.get("stages", {}).items()
-    where = machine.get("cuda") or [machine.get("processor")]
     return {
         "command": run.command,
         "folder": run.place,
         "seed": str(run.leaves.get("seed", "")),
         "seconds": ", ".join(f"{name} {stage['seconds']:.1f}" for name, stage in stages),
         "code": str(provenance.get("code", ""))[:8],
-        "git": (git.get("revision") or "")[:10] + (" and changes" if git.get("dirty") else ""),
-        "machine": ", ".join(str(each) for each in where if each),
+        "git": origin.revision(run),
+        "machine": ", ".join(origin.devices(run)),
     }
 
 

@@ -55,13 +55,14 @@ def _row(sheet: tables.Sheet, cells: Sequence[tables.Cell]) -> str:
             words = ' class="words"' if sheet.titles[at] == tables.TOGETHER else ""
             parts.append(f"<td{words}>{escape(cell.text)}</td>")
             continue
-        classes = ["number"] + ["best"] * cell.bold + ["level"] * getattr(cell, "level", False)
+        classes = ["number"] + ["best"] * cell.bold + ["level"] * cell.level
         value = f' data-value="{cell.value}"' if cell.value == cell.value else ""
         text = escape(cell.text)
         if cell.setting is not None and cell.text:
             number, error = _split(cell.text)
             text = f'<span class="mean">{escape(number)}</span>'
             text += f'<span class="error">{escape(error)}</span>'
+            text += f"<sup>{tables.LEVEL}</sup>" * cell.level
         note = f"<small>{escape(cell.note)}</small>" if cell.note else ""
         parts.append(f'<td class="{" ".join(classes)}"{value}>{text}{note}</td>')
     return "".join(parts)

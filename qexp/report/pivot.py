@@ -74,13 +74,18 @@ class Setting:
 
     @cached_property
     def seeded(self) -> dict[Column, dict[str, Run]]:
-        """By column, the latest run of each seed that measured it."""
+        """By column, the latest run of each seed (of each value of `over`) that measured it."""
         latest: dict[Column, dict[str, Run]] = {}
         for run in self.runs:
-            seed = " ".join(str(run.leaves.get(key)) for key in self.over)
+            over = sorted(self.over, key=lambda key: key not in SEED)  # the seed first
+            sample = " ".join(str(run.leaves.get(key)) for key in over)
             for column in run.columns:
-                latest.setdefault(column, {})[seed] = run
+                latest.setdefault(column, {})[sample] = run
         return latest
+
+    def seed(self, sample: str) -> str:
+        """The seed of a key of `seeded`; the key itself if the setting is not over seeds."""
+        return sample.partition(" ")[0] if set(SEED) & set(self.over) else sample
 
     def spread(self, column: Column) -> Spread:
         """The column's values by seed; empty if it was not measured."""
@@ -201,8 +206,8 @@ def pivot(
         if place in cells:
             keys = differing([cells[place], setting])
             raise UserError(
-                f"--rows {','.join(rows)}: {' '.join(labels) or 'one row'} would contain several "
-                f"settings; add {' or '.join(keys) or 'a key'} to --rows or --columns"
+                f"rows {','.join(rows)}: {' '.join(labels) or 'one row'} would contain several "
+                f"settings; add {' or '.join(keys) or 'a key'} to rows or columns"
             )
         cells[place] = setting
     if metrics is None:

@@ -20,6 +20,10 @@ CROWD = 10  # lines: with more of them only the main keys (FIRST) separate lines
 GREY = "#666666"
 PANEL = ("model", "data", "calibration")  # equal for all settings of a panel
 
+BARS = (
+    "Bars in the plots: with caps, the deviation over seeds; dotted, the standard error of one run."
+)
+
 
 @dataclass(frozen=True)
 class Line:
@@ -118,10 +122,11 @@ def _panel(
             line = pareto(line, column.higher)
         axes.plot(*zip(*line, strict=True), color=colour, lw=1.6)
         for at, value, setting in points:
-            spread = setting.spread(column).deviation
-            spread = setting.error(column) if math.isnan(spread) else spread
-            error = spread if math.isfinite(spread) else 0.0
-            axes.errorbar([at], [value], yerr=[error], color=colour, lw=1, capsize=2)
+            deviation, error = setting.spread(column).deviation, setting.error(column)
+            if math.isfinite(deviation):
+                axes.errorbar([at], [value], yerr=[deviation], color=colour, lw=1, capsize=2)
+            elif math.isfinite(error):
+                axes.errorbar([at], [value], yerr=[error], color=colour, lw=1)[2][0].set_ls(":")
             # white edges separate the points of lines that meet
             axes.plot([at], [value], **each.look, ms=7, mec="white", ls="", zorder=3)
         labels.append((points[0][0], points[0][1], each.name, colour))

@@ -150,9 +150,9 @@ def order(
     if moved is None or moved.count < 2:
         return "untested", "one seed of both"
     said = f"{moved.below} of {moved.count} seeds"
-    if moved.p != moved.p:
+    if not moved.tested:
         return "untested", f"{said}, no variation or no finite number"
-    said += f", {moved.interval(column)}, p {moved.p:.2g}"
+    said += f", {moved.interval()}, p {moved.p:.2g}"
     return "holds" if moved.high < 0 else "reversed" if moved.low > 0 else "level", said
 
 

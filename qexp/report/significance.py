@@ -1,4 +1,4 @@
-"""Best setting per column, and differences from a baseline with paired t-tests over seeds."""
+"""Best setting per column, settings level with it, and paired differences from a baseline."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,48 +17,77 @@ CONFIDENCE = 0.95  # of an interval; it excludes zero where p is below 1 - CONFI
 class Difference:
     """A setting less its baseline over the seeds they share, and a paired t-test by seed.
 
-    `low`, `high`: the interval of the mean difference; of perplexities that of their ratio less 1.
-    `p`, `low` and `high` are NaN where nothing can be tested: one seed, no finite values, or seeds
-    that change nothing. `below`: seeds whose difference is negative.
+    `mean`, `deviation`: in the metric's unit. `change`: the estimate that the test is about, the
+    mean difference or, where it is `relative` (perplexities), the mean ratio less 1 by logarithms.
+    `low`, `high`: the 95 % interval of `change`. `p`, `low` and `high` are NaN where nothing can be
+    tested: one seed, no finite values, or seeds that change nothing. `below`: seeds whose
+    difference is negative.
     """
 
     mean: float
     deviation: float
     count: int
+    change: float
+    relative: bool
     p: float
     low: float
     high: float
     below: int
 
-    def interval(self, column: Column) -> str:
-        """From `low` to `high`, in percent where the column's differences are ratios."""
-        form = ".1%" if column.is_perplexity else ".3g"
+    @property
+    def tested(self) -> bool:
+        """Whether there is an interval."""
+        return not math.isnan(self.low)
+
+    @property
+    def level(self) -> bool:
+        """Whether there is an interval and it includes zero."""
+        return self.low <= 0 <= self.high
+
+    def interval(self) -> str:
+        """From `low` to `high`, in percent where it is relative."""
+        form = ".1%" if self.relative else ".3g"
         return f"{self.low:+{form}} to {self.high:+{form}}"
 
 
-def best(table: Table) -> set[tuple[int, Column]]:
-    """The best of each column, as `(id(setting), column)`.
+@dataclass(frozen=True)
+class Standing:
+    """The best of each column and the settings level with it, as `(id(setting), column)`."""
 
-    Only quantized settings of one model and placement whose measured bits differ by no more than
+    best: frozenset[tuple[int, Column]]
+    level: frozenset[tuple[int, Column]]
+
+
+def standing(table: Table) -> Standing:
+    """Only quantized settings of one model and placement whose measured bits differ by no more than
     NEAR compete; a setting that has no rival is not the best.
+
+    A rival of the best is level with it where the interval of their paired difference includes
+    zero; one seed tests nothing, and then nothing is level.
     """
-    winners: set[tuple[int, Column]] = set()
+    best: set[tuple[int, Column]] = set()
+    level: set[tuple[int, Column]] = set()
     for column in table.columns:
-        alike: dict[tuple[str, ...], list[tuple[float, Setting]]] = {}
+        alike: dict[tuple[str, ...], list[tuple[float, float, Setting]]] = {}
         for row in table.rows:
             for place, setting in row.cells.items():
                 value = setting.spread(column).mean
                 if setting.run.is_float or math.isnan(value):
                     continue
                 same = [setting.label(key) for key in ("model", "data", "activation", "kv")]
-                rank = -value if column.higher else value
-                alike.setdefault((*place, *same), []).append((rank, setting))
+                member = (-value if column.higher else value, setting.bits, setting)
+                alike.setdefault((*place, *same), []).append(member)
         for members in alike.values():
-            for rank, setting in members:
-                ranks = [other for other, each in members if _near(setting.bits, each.bits)]
-                if len(ranks) > 1 and rank == min(ranks):
-                    winners.add((id(setting), column))
-    return winners
+            for rank, bits, winner in members:
+                rivals = [(other, each) for other, size, each in members if _near(bits, size)]
+                if len(rivals) < 2 or rank > min(other for other, _ in rivals):
+                    continue
+                best.add((id(winner), column))
+                for other, rival in rivals:
+                    moved = compare(rival, winner, column) if other > rank else None
+                    if moved is not None and moved.level:
+                        level.add((id(rival), column))
+    return Standing(frozenset(best), frozenset(level - best))
 
 
 def _near(one: float, other: float) -> bool:
@@ -74,25 +103,32 @@ def compare(setting: Setting, baseline: Setting, column: Column) -> Difference |
 
 
 def effect(pairs: Sequence[tuple[Setting, Setting]], column: Column) -> Difference | None:
-    """What several pairs of a setting and its baseline have in common, over the seeds that all of
-    them share.
+    """What several pairs of a setting and its baseline have in common, over the samples (a seed and
+    whatever else a setting is averaged over) that all of them share.
 
     Pairs that share a seed are not independent: differences are averaged within a seed first.
     """
     values = [(a.spread(column).values, b.spread(column).values) for a, b in pairs]
-    shared = [seed for seed in values[0][0] if all(seed in v for pair in values for v in pair)]
+    shared = [key for key in values[0][0] if all(key in v for pair in values for v in pair)]
     if not shared:
         return None
-    moved = Spread({s: fmean(one[s] - other[s] for one, other in values) for s in shared})
-    logarithms = column.is_perplexity and all(v[s] > 0 for p in values for v in p for s in shared)
-    tested = list(moved.values.values())
-    if logarithms:
-        tested = [fmean(math.log(one[s] / other[s]) for one, other in values) for s in shared]
+    by_seed: dict[str, list[tuple[float, float]]] = {}
+    for key in shared:
+        both = [(one[key], other[key]) for one, other in values]
+        by_seed.setdefault(pairs[0][0].seed(key), []).extend(both)
+    moved = Spread({s: fmean(a - b for a, b in found) for s, found in by_seed.items()})
+    tested, change = list(moved.values.values()), moved.mean
+    relative = column.is_perplexity and all(min(p) > 0 for f in by_seed.values() for p in f)
+    if relative:
+        tested = [fmean(math.log(a / b) for a, b in found) for found in by_seed.values()]
+        change = _ratio(fmean(tested))
     p, low, high = _test(tested)
-    if logarithms:
-        low, high = (math.inf if end > 700 else math.expm1(end) for end in (low, high))
+    if relative:
+        low, high = _ratio(low), _ratio(high)
     below = sum(value < 0 for value in tested)
-    return Difference(moved.mean, moved.deviation, moved.count, p, low, high, below)
+    return Difference(
+        moved.mean, moved.deviation, moved.count, change, relative, p, low, high, below
+    )
 
 
 def counterparts(settings: Sequence[Setting], chosen: Mapping[str, str]) -> dict[int, Setting]:
@@ -108,7 +144,7 @@ def counterparts(settings: Sequence[Setting], chosen: Mapping[str, str]) -> dict
     if not baselines:
         wanted = ",".join(f"{key}={value}" for key, value in chosen.items())
         seen = sorted({each.label(key) for each in settings for key in chosen})
-        raise UserError(f"--baseline {wanted}: no run has it; there are {', '.join(seen)}")
+        raise UserError(f"baseline {wanted}: no run has it; there are {', '.join(seen)}")
     keys = [key for key in differing(settings) if key not in chosen]
     counterparts = {}
     for setting in settings:
@@ -126,6 +162,11 @@ def _alike(setting: Setting, baseline: Setting, keys: Sequence[str]) -> bool:
         if one and other and one != other:
             return False
     return True
+
+
+def _ratio(logarithm: float) -> float:
+    """A ratio less 1; infinite beyond what a float holds."""
+    return math.inf if logarithm > 700 else math.expm1(logarithm)
 
 
 def _test(moved: Sequence[float]) -> tuple[float, float, float]:

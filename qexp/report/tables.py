@@ -1,40 +1,74 @@
-"""Tables of settings as Markdown, LaTeX and CSV."""
+"""Layout of settings as a table, its numbers as text, and its legend."""
 
-import csv
-import io
 import math
-import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from qexp.report.pivot import Row, Setting, Table
-from qexp.report.significance import NEAR, Difference, best, compare
+from qexp.report.significance import NEAR, Difference, compare, standing
 from qexp.runs.finished import Column
 
-LEGEND = (
-    "± is the standard error over what was evaluated; ± … (n) is the deviation over n seeds around "
-    f"their mean. The best of a column among several settings within {NEAR} bits of it is bold."
-)
 RECORD = "ʳ"  # after the number of a setting
-RECORDED = f"{RECORD}: read from a record, which was committed; the run's folder is not here."
 TOGETHER = "settings"
 UNSAID = f"Values that the column {TOGETHER} omits, for settings with such a key: "
-AGAINST = (
-    "Δ is the difference from {baseline} over shared seeds, p that of a paired t-test "
-    "(on logarithms for perplexities; not corrected for multiple tests)."
-)
+COSTS = ("bits", "seconds", "memory GB", "cuda GB", "run")
+LEVEL = "†"
+# the signs of a table, and their sentences
+SIGNS = {
+    "±": "± … (n) is the sample standard deviation over n seeds around their mean.",
+    "(se ": (
+        "(se …) is the standard error over what one run evaluated, such as the windows of a text."
+    ),
+    "**": f"The best of a column among several settings within {NEAR} bits of it is bold.",
+    LEVEL: (
+        f"{LEVEL} marks a setting level with the best: the 95 % interval of their paired "
+        "difference over seeds (by t; of perplexities by their logarithms) includes zero. "
+        "Nothing is tested with one seed."
+    ),
+    "Δ": (
+        "Δ is the difference from {baseline}, paired over shared seeds, with its 95 % interval "
+        "(by t, in percent and by logarithms for perplexities; not corrected for multiple tests)."
+    ),
+    RECORD: f"{RECORD}: read from a record, which was committed; the run's folder is not here.",
+}
 
 
 class Cell(NamedTuple):
-    """The content of one cell; `value` is its sort key."""
+    """The content of one cell; `value` is its sort key. `level`: with the best of its column."""
 
     text: str
     value: float = math.nan
     bold: bool = False
     note: str = ""
     setting: Setting | None = None
+    level: bool = False
+
+
+@dataclass(frozen=True)
+class Style:
+    """Words and numbers of a table.
+
+    `titles`: by the name of a key, a metric or a cost. `labels`: by key, then by value. `digits`:
+    decimals of metrics; by their size if None. `costs`: those of COSTS that are shown.
+    """
+
+    titles: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    digits: int | None = None
+    costs: Sequence[str] = COSTS
+
+    def title(self, name: str, default: str = "") -> str:
+        """The heading of a key, a metric or a cost."""
+        return self.titles.get(name, default or name)
+
+    def label(self, key: str, value: str) -> str:
+        """A value of a key, as it is shown."""
+        return self.labels.get(key, {}).get(value, value)
+
+
+PLAIN = Style()
 
 
 @dataclass(frozen=True)
@@ -53,39 +87,37 @@ class Sheet:
         return [f"{above}: {title}" if above else title for above, title in self.heads]
 
 
-def lay(table: Table, baselines: Mapping[int, Setting]) -> Sheet:
+def lay(table: Table, baselines: Mapping[int, Setting], style: Style = PLAIN) -> Sheet:
     """Labels, then bits and metrics for each label of the column keys, costs and run numbers.
 
     `baselines`: by id of the setting that is compared with it. Empty columns are removed.
     """
     numbers = {id(setting): number for number, setting in enumerate(table.settings, 1)}
-    bold = best(table)
-    places = [(_above(table, place), place) for place in table.places]
+    ranks = standing(table)
+    places = [(_above(table, place, style), place) for place in table.places]
     separate = [i for i, key in enumerate(table.row_keys) if key not in table.together]
-    heads = [("", table.row_keys[i]) for i in separate] + [("", TOGETHER)]
+    heads = [("", style.title(table.row_keys[i])) for i in separate] + [("", TOGETHER)]
     usual = _usual(table)
+    bits = ["bits"] if "bits" in style.costs else []
     for above, _ in places:
-        heads += [(above, "bits"), *((above, column.title) for column in table.columns)]
-    heads += [("", title) for title in ("seconds", "memory GB", "cuda GB", "run")]
+        heads += [(above, style.title(name)) for name in bits]
+        heads += [(above, style.title(each.name, each.title)) for each in table.columns]
+    heads += [("", style.title(name)) for name in style.costs if name != "bits"]
     rows = []
     for row in table.rows:
-        cells = [*(Cell(row.labels[i]) for i in separate), Cell(_rest(table, row, separate, usual))]
+        cells = [Cell(style.label(table.row_keys[i], row.labels[i])) for i in separate]
+        cells.append(Cell(_rest(table, row, separate, usual)))
         for _, place in places:
             if (setting := row.cells.get(place)) is None:
-                cells += [Cell("")] * (1 + len(table.columns))
+                cells += [Cell("")] * (len(bits) + len(table.columns))
                 continue
-            cells.append(Cell(_plain(setting.bits, 2), setting.bits))
+            cells += [Cell(_plain(setting.bits, 2), setting.bits)] * len(bits)
             for column in table.columns:
-                marked = (id(setting), column) in bold
-                cells.append(_cell(setting, column, marked, baselines.get(id(setting))))
+                cell = _cell(setting, column, baselines.get(id(setting)), style)
+                at = (id(setting), column)
+                cells.append(cell._replace(bold=at in ranks.best, level=at in ranks.level))
         settings = list(row.cells.values())
-        seconds = sum(setting.seconds for setting in settings)
-        cells.append(Cell(_plain(seconds, 0 if seconds >= 10 else 1), seconds))
-        for kind in ("rss", "cuda"):
-            peak = max((p for s in settings if (p := s.peak(kind)) == p), default=math.nan)
-            cells.append(Cell(_plain(peak, 2), peak))
-        marks = [f"{numbers[id(setting)]}{RECORD * setting.recorded}" for setting in settings]
-        cells.append(Cell(", ".join(marks)))
+        cells += [_cost(name, settings, numbers) for name in style.costs if name != "bits"]
         rows.append(cells)
     filled = [i for i in range(len(heads)) if any(cells[i].text for cells in rows)]
     return Sheet(
@@ -93,60 +125,23 @@ def lay(table: Table, baselines: Mapping[int, Setting]) -> Sheet:
         sum(1 for i in filled if i <= len(separate)),
         tuple(tuple(cells[i] for i in filled) for cells in rows),
         numbers,
-        (UNSAID + ", ".join(f"{k}={v}" for k, v in usual.items()),) * bool(usual)
-        + (RECORDED,) * any(setting.recorded for setting in table.settings),
+        (UNSAID + ", ".join(f"{k}={v}" for k, v in usual.items()),) if usual else (),
     )
 
 
-def markdown(sheet: Sheet) -> str:
-    """A Markdown table with aligned columns, so that it is readable in a terminal."""
-    lines = [sheet.titles]
-    for cells in sheet.rows:
-        texts = [
-            _joined(f"**{cell.text}**" if cell.bold else cell.text, cell.note) for cell in cells
-        ]
-        lines.append([text.replace("|", "\\|") for text in texts])
-    widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(sheet.heads))]
-    rule = "|".join(
-        "-" * (width + 1) + ("-" if i < sheet.labels else ":") for i, width in enumerate(widths)
+def legend(sheet: Sheet, baseline: str = "") -> list[str]:
+    """The sentences of the signs that the table has, then its notes. `baseline`: its name."""
+    shown = " ".join(
+        f"{cell.text} {cell.note} {'**' * cell.bold} {LEVEL * cell.level}"
+        for cells in sheet.rows
+        for cell in cells
     )
-    shown = [
-        " | ".join(
-            text.ljust(width) if i < sheet.labels else text.rjust(width)
-            for i, (text, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-    return "\n".join([f"| {shown[0]} |", f"|{rule}|", *(f"| {line} |" for line in shown[1:])])
+    sentences = [text.format(baseline=baseline) for sign, text in SIGNS.items() if sign in shown]
+    return [*sentences, *sheet.notes]
 
 
-def latex(sheet: Sheet) -> str:
-    """A LaTeX `tabular` for the package booktabs."""
-    align = "".join("l" if i < sheet.labels else "r" for i in range(len(sheet.heads)))
-    lines = [f"\\begin{{tabular}}{{{align}}}", "\\toprule"]
-    lines.append(" & ".join(_tex(title) for title in sheet.titles) + r" \\")
-    lines.append("\\midrule")
-    for cells in sheet.rows:
-        texts = []
-        for cell in cells:
-            text = _tex(cell.text)
-            texts.append(_joined(f"\\textbf{{{text}}}" if cell.bold else text, _tex(cell.note)))
-        lines.append(" & ".join(texts) + r" \\")
-    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"])
-
-
-def spreadsheet(table: Table, baselines: Mapping[int, Setting]) -> str:
-    """CSV with a line per setting: all of its numbers, its command and its folders."""
-    lines = list(_numbers(table, baselines))
-    file = io.StringIO()
-    writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return file.getvalue()
-
-
-def number(value: float, of: float | None = None, digits: int = 2) -> str:
-    """`digits` decimals, four below 1, an exponent from 10^4; empty for NaN.
+def number(value: float, of: float | None = None, digits: int = 2, below: int = 4) -> str:
+    """`digits` decimals, `below` of them below 1, an exponent from 10^4; empty for NaN.
 
     `of`: the number whose error `value` is; the error gets the decimals of that number.
     """
@@ -155,61 +150,73 @@ def number(value: float, of: float | None = None, digits: int = 2) -> str:
         return ""
     if size >= 1e4 or abs(value) >= 1e4:
         return f"{value:.2e}"
-    return (
-        f"{value:.{digits}f}" if size >= 1 else f"{value:.4f}" if value or of is not None else "0"
-    )
+    if size >= 1:
+        return f"{value:.{digits}f}"
+    return f"{value:.{below}f}" if value or of is not None else "0"
 
 
-def spread(setting: Setting, column: Column) -> str:
-    """A mean with its deviation over seeds, or with the standard error of the only seed."""
+def spread(setting: Setting, column: Column, digits: int | None = None) -> str:
+    """A mean with its deviation over seeds, `33.60 ± 0.40 (3)`, or the number of the only seed with
+    its standard error, `33.60 (se 1.99)`. `digits`: decimals; by size if None."""
     values = setting.spread(column)
     if not values.count:
         return ""
+    usual, below = (3 if column.name.endswith("/ratio") else 2), 4
+    if digits is not None:
+        usual = below = digits
+    text = number(values.mean, digits=usual, below=below)
     error = setting.error(column) if values.count == 1 else values.deviation
-    digits = 3 if column.name.endswith("/ratio") else 2
-    text = number(values.mean, digits=digits)
-    if not math.isnan(error):
-        text += f" ± {number(error, of=values.mean, digits=digits)}"
-    return text + (f" ({values.count})" if values.count > 1 else "")
+    around = number(error, of=values.mean, digits=usual, below=below)
+    if values.count == 1:
+        return text + (f" (se {around})" if around else "")
+    return text + (f" ± {around}" if around else "") + f" ({values.count})"
 
 
 def said(difference: Difference) -> str:
-    """A difference, and its p value if there is one."""
-    sign = "+" if difference.mean > 0 else "-" if difference.mean < 0 else ""
-    text = f"Δ {sign}{number(abs(difference.mean))}"
-    return text if math.isnan(difference.p) else f"{text}, p {difference.p:.2g}"
+    """A difference and, if it was tested, its interval; in percent where it is relative."""
+    text = f"Δ {signed(difference)}"
+    if difference.tested:
+        ends = (replace(difference, change=end) for end in (difference.low, difference.high))
+        text += f" [{', '.join(map(signed, ends))}]"
+    return text
 
 
-def _cell(setting: Setting, column: Column, bold: bool, baseline: Setting | None) -> Cell:
+def signed(difference: Difference) -> str:
+    """The estimate of a difference with its sign."""
+    change = difference.change
+    if difference.relative:
+        return f"{change:+.1%}"
+    return ("+" if change > 0 else "-" if change < 0 else "") + number(abs(change))
+
+
+def _cell(setting: Setting, column: Column, baseline: Setting | None, style: Style) -> Cell:
     difference = compare(setting, baseline, column) if baseline is not None else None
     note = said(difference) if difference is not None else ""
     value = setting.spread(column).mean
-    return Cell(spread(setting, column), value, bold, note, setting)
+    return Cell(spread(setting, column, style.digits), value, note=note, setting=setting)
 
 
-def _numbers(table: Table, baselines: Mapping[int, Setting]) -> Iterator[dict[str, object]]:
-    for row in table.rows:
-        for place, setting in row.cells.items():
-            line: dict[str, object] = dict(zip(table.row_keys, row.labels, strict=True))
-            line |= dict(zip(table.column_keys, place, strict=True))
-            line["bits"] = setting.bits
-            baseline = baselines.get(id(setting))
-            for column in table.columns:
-                values, title = setting.spread(column), column.title
-                line |= {title: values.mean, f"{title} stderr": setting.error(column)}
-                line |= {f"{title} deviation": values.deviation, f"{title} seeds": values.count}
-                if baselines:
-                    moved = compare(setting, baseline, column) if baseline is not None else None
-                    line[f"{title} difference"] = moved.mean if moved is not None else math.nan
-                    line[f"{title} p"] = moved.p if moved is not None else math.nan
-            line |= {"seconds": setting.seconds, "memory GB": setting.peak("rss")}
-            line |= {"cuda GB": setting.peak("cuda"), "command": setting.run.command}
-            yield line | {"folders": " ".join(str(run.folder) for run in setting.runs)}
+def _cost(name: str, settings: Sequence[Setting], numbers: Mapping[int, int]) -> Cell:
+    """What the settings of a row took together, or the numbers of their runs."""
+    if name == "run":
+        marks = [f"{numbers[id(setting)]}{RECORD * setting.recorded}" for setting in settings]
+        return Cell(", ".join(marks))
+    if name == "seconds":
+        seconds = sum(setting.seconds for setting in settings)
+        return Cell(_plain(seconds, 0 if seconds >= 10 else 1), seconds)
+    kind = {"memory GB": "rss", "cuda GB": "cuda"}[name]
+    peak = max((p for s in settings if (p := s.peak(kind)) == p), default=math.nan)
+    return Cell(_plain(peak, 2), peak)
 
 
-def _above(table: Table, place: Sequence[str]) -> str:
-    pairs = zip(table.column_keys, place, strict=True)
-    return ", ".join(f"{key.rpartition('.')[2]}={label or 'none'}" for key, label in pairs)
+def _above(table: Table, place: Sequence[str], style: Style) -> str:
+    """The labels of the column keys; a label of the style needs no key."""
+    words = []
+    for key, value in zip(table.column_keys, place, strict=True):
+        name = style.title(key, key.rpartition(".")[2])
+        label = style.label(key, value)
+        words.append(label if label != value else f"{name}={value or 'none'}")
+    return ", ".join(words)
 
 
 def _usual(table: Table) -> dict[str, str]:
@@ -236,15 +243,5 @@ def _rest(table: Table, row: Row, separate: Sequence[int], usual: Mapping[str, s
     return ", ".join(shown)
 
 
-def _joined(text: str, note: str) -> str:
-    return f"{text} ({note})" if note else text
-
-
 def _plain(value: float, decimals: int) -> str:
     return "" if math.isnan(value) else f"{value:.{decimals}f}"
-
-
-def _tex(text: str) -> str:
-    text = re.sub(r"([&%$#_{}])", r"\\\1", text.replace("\\", r"\textbackslash "))
-    symbols = {"±": r"$\pm$", "Δ": r"$\Delta$"}
-    return "".join(symbols.get(letter, letter) for letter in text)

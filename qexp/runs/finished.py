@@ -15,6 +15,7 @@ from qexp.runs.run import NOT_SETTINGS as NOT_SETTINGS
 from qexp.runs.run import Column as Column
 from qexp.runs.run import Run as Run
 from qexp.runs.run import flat as flat
+from qexp.runs.run import word as word
 
 
 def load(folder: Path) -> Run:

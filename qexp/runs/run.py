@@ -80,7 +80,7 @@ class Run:
         if _top(key) == "weight" and not self.uses_grid:
             return ""
         value = self.choices.get(key, self._values.get(key, ""))
-        return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+        return word(value)
 
     @property
     def command(self) -> str:
@@ -137,6 +137,11 @@ class Run:
     @property
     def _stages(self) -> list[dict[str, Any]]:
         return list(self.provenance.get("stages", {}).values())
+
+
+def word(value: Any) -> str:
+    """A value of a configuration as a label."""
+    return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def flat(tree: Any, above: str = "", without: Sequence[str] = ()) -> dict[str, Any]:

@@ -167,7 +167,7 @@ def headline(metrics: dict[str, float]) -> str:
         if name.endswith(("/ppl", "/acc")) and name.count("/") == 1:
             digits = 2 if name.endswith("/ppl") else 4
             error = metrics.get(f"{name}_stderr", math.nan)  # a single window has none
-            spread = "" if math.isnan(error) else f" ± {error:.{digits}f}"
+            spread = "" if math.isnan(error) else f" (se {error:.{digits}f})"
             parts.append(f"{name} {value:.{digits}f}{spread}")
         elif name == "weight/bits":
             parts.append(f"{name} {value:.2f}")

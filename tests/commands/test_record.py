@@ -9,8 +9,9 @@ from helpers.folders import folder
 
 from qexp.cli import command
 from qexp.common.files import data_folder
+from qexp.report.formats import markdown
 from qexp.report.pivot import group, pivot
-from qexp.report.tables import RECORD, lay, markdown
+from qexp.report.tables import RECORD, lay
 from qexp.runs import finished, record, results
 
 PRIVATE = ("alice", "example-host", "/home", "Linux-6")

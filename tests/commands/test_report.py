@@ -92,7 +92,7 @@ def test_every_finished_run_is_a_row_and_others_are_named(sweep, capsys) -> None
     assert printed.out.startswith(lines[0])
     assert len({len(line) for line in lines[:6]}) == 1  # it is read in terminals too
     assert [line.split("|")[1].strip() for line in lines[2:6]] == ["none", "gptq", "gptq", "gptq"]
-    assert "36.00 ± 0.50" in lines[3] and " 4.50 " in lines[3]
+    assert "36.00 (se 0.50)" in lines[3] and " 4.50 " in lines[3]
     assert "left out, it did not finish" in Path("made/report.html").read_text()
     with Path("made/table.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -125,8 +125,8 @@ def test_seeds_share_a_cell_and_the_better_method_is_bold(seeds) -> None:
     head, _, *lines = Path("made/table.md").read_text().split("\n\n")[0].splitlines()
     assert f"bits=3: {TITLE}" in head and f"bits=4: {TITLE}" in head
     [gptq] = [line for line in lines if "gptq" in line]
-    assert "**37.50 ± 0.71 (2)** (Δ -3.00, p 0.0082)" in gptq
-    assert "36.50 ± 0.71 (2)** (Δ 0)" in gptq
+    assert "**37.50 ± 0.71 (2)**, Δ -7.4% [-8.6%, -6.2%]" in gptq
+    assert "36.50 ± 0.71 (2)**, Δ +0.0%" in gptq
     latex = Path("made/table.tex").read_text()
     assert r"37.50 $\pm$ 0.71 (2)" in latex and r"held\_out/ppl" in latex
     assert latex.count("&") == (1 + len(lines)) * (head.count("|") - 2)
@@ -354,7 +354,7 @@ def test_a_damaged_run_is_left_out_with_a_note(sweep) -> None:
         (["--metrics", "*/acc"], "none fits; there are held_out/ppl"),
         (["--rows", "method"], "add weight.bits"),
         (["--rows", "method,weigth.bits"], "weigth.bits: no run has this key; perhaps weight.bits"),
-        (["--over", "sead"], "--over sead: no run has this key; perhaps seed"),
+        (["--over", "sead"], "over sead: no run has this key; perhaps seed"),
     ],
 )
 def test_a_wish_that_cannot_be_met_is_a_sentence(sweep, capsys, options, said) -> None:

@@ -1,15 +1,17 @@
 """Settings over their seeds, tables of them, and who is better than whom."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from qexp.common.errors import UserError
-from qexp.report import pivot, significance
+from qexp.report import formats, pivot, significance, tables
 from qexp.runs.finished import Column, Run, flat
 
 PPL = Column("text/ppl", "12345678")
+STAGES = {"stages": {"quantize": {"seconds": 1.5}}}
 
 
 def run(method: str, seed: int, ppl: float, finished: str = "", **fields: object) -> Run:
@@ -28,7 +30,7 @@ def run(method: str, seed: int, ppl: float, finished: str = "", **fields: object
         flat(config, without=["label"]),
         (),
         {"text/ppl": float(ppl), "weight/bits": float(str(bits))},
-        {"protocols": {"text": {"digest": digest}}, "finished": finished},
+        {"protocols": {"text": {"digest": digest}}, "finished": finished} | STAGES,
     )
 
 
@@ -92,7 +94,7 @@ def test_the_best_is_among_equals() -> None:
         *seeds("rtn", 6, bits=4),
     ]
     table = pivot.pivot(pivot.group(runs))
-    bold = significance.best(table)
+    bold = significance.standing(table).best
     assert [s.label("method") for s in table.settings if (id(s), PPL) in bold] == ["gptq"]
 
 
@@ -108,8 +110,63 @@ def test_settings_within_a_twentieth_of_a_bit_compete(columns) -> None:
     for each in runs:  # one column of the table for all, as nominal bits make it
         each.config["weight"]["bits"] = each.leaves["weight.bits"] = 3
     table = pivot.pivot(pivot.group(runs), columns=list(columns))
-    bold = significance.best(table)
+    bold = significance.standing(table).best
     assert [s.label("method") for s in table.settings if (id(s), PPL) in bold] == ["spqr"]
+
+
+def test_a_rival_whose_interval_includes_zero_is_level_with_the_best() -> None:
+    """`near` is worse at two seeds of three, `far` is worse at all by nearly as much."""
+    runs = [
+        *seeds("best", 10, 21, 30),
+        *seeds("near", 10.5, 20.9, 30.6),
+        *seeds("far", 10.5, 22.1, 31.4),
+        *seeds("single", 40),
+        *seeds("wider", 10, 21, 30.1, bits=4),
+    ]
+    table = pivot.pivot(pivot.group(runs))
+    ranks = significance.standing(table)
+    names = {id(s): s.label("method") for s in table.settings}
+    assert [names[each] for each, _ in ranks.best] == ["best"]
+    assert [names[each] for each, _ in ranks.level] == ["near"]
+    sheet = tables.lay(table, {})
+    marked = {row[0].text: cell for row in sheet.rows for cell in row if cell.level}
+    assert list(marked) == ["near"]
+    assert f"{marked['near'].text} {tables.LEVEL} |" in formats.markdown(sheet)
+    assert formats.latex(sheet).count(r"(3)$^\dagger$") == 1
+    assert any(tables.LEVEL in line for line in tables.legend(sheet))
+    alone = tables.lay(pivot.pivot(pivot.group(runs[:1] + runs[3:4])), {})
+    assert not any(cell.level for row in alone.rows for cell in row)  # one seed tests nothing
+    assert not any(tables.LEVEL in line or "±" in line for line in tables.legend(alone))
+
+
+def test_samples_of_one_seed_are_averaged_before_the_test() -> None:
+    """Three seeds with two calibration samples each are three pairs, not six."""
+    over = ["calibration.split", "seed"]
+
+    def samples(method: str, *ppl: float) -> list[Run]:
+        return [
+            replace(each, leaves={**each.leaves, "calibration.split": split})
+            for at, split in enumerate(("train", "valid"))
+            for each in seeds(method, *ppl[at::2])
+        ]
+
+    found = pivot.group(
+        [*samples("gptq", 9, 19, 28, 10, 20, 30), *samples("rtn", 10, 20, 31, 9, 22, 34)], over
+    )
+    gptq, rtn = found
+    assert gptq.spread(PPL).count == 6
+    moved = significance.compare(gptq, rtn, PPL)
+    logs = [
+        (math.log(9 / 10) + math.log(19 / 20)) / 2,
+        (math.log(28 / 31) + math.log(10 / 9)) / 2,
+        (math.log(20 / 22) + math.log(30 / 34)) / 2,
+    ]
+    mean = sum(logs) / 3
+    half = 4.303 * math.sqrt(sum((x - mean) ** 2 for x in logs) / 2 / 3)
+    assert moved is not None and moved.count == 3
+    assert math.log1p(moved.change) == pytest.approx(mean)
+    assert math.log1p(moved.low) == pytest.approx(mean - half, rel=1e-3)
+    assert tables.said(moved) == f"Δ {moved.change:+.1%} [{moved.low:+.1%}, {moved.high:+.1%}]"
 
 
 def test_a_difference_is_paired_over_seeds() -> None:
