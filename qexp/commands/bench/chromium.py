@@ -16,9 +16,11 @@ from typing import Any
 from qexp.common.errors import UserError
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-OPTIONS = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run")
-# nothing is reachable through this proxy, so a page that needs the network fails
-OPTIONS += ("--remote-debugging-pipe", "--proxy-server=127.0.0.1:9", "--disable-dev-shm-usage")
+OPTIONS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"),
+    *("--remote-debugging-pipe", "--disable-dev-shm-usage"),
+    "--proxy-server=127.0.0.1:9",  # nothing is there, so a page that needs the network fails
+)
 PATIENCE = 120.0  # seconds until a page has to be ready
 
 
