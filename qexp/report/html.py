@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from qexp.report import embedded, html_table, plots, tables
 from qexp.report.pivot import Setting, Table
@@ -137,10 +138,10 @@ def _plot() -> str:
     )
 
 
-def _maps(layers: dict[str, object] | None) -> str:
+def _maps(layers: dict[str, Any] | None) -> str:
     if layers is None:
         return ""
-    low, high = layers["limits"]  # type: ignore[misc]
+    low, high = layers["limits"]
     return (
         f'<section><h2>Errors by layer</h2><p class="legend">{LAYERS} <span class="scale">'
         f'≤ {low:.2g} <canvas id="bar"></canvas> ≥ {high:.2g}</span></p>'
