@@ -1,23 +1,19 @@
 """Run folders as tables and as an HTML page."""
 
-import base64
 import csv
-import hashlib
 import json
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from helpers.folders import folder
+from helpers.folders import folder, seeded, some
+from helpers.page import Page
 from helpers.stub import SMALL
 
 from qexp.cli import command
-from qexp.commands.bench.chromium import chromium, find
-from qexp.report import html, plots, tables
+from qexp.report import plots, tables
 from qexp.report.pivot import group
 from qexp.runs import finished
 
-VOID = ("meta", "link", "br", "wbr", "input")
 TITLE = "held_out/ppl [12345678]"
 
 
@@ -25,63 +21,13 @@ TITLE = "held_out/ppl [12345678]"
 def sweep(tmp_path, monkeypatch) -> Path:
     """The float model, GPTQ at three bit-widths and a run that failed."""
     monkeypatch.chdir(tmp_path)
-    for bits in (2, 3, 4):
-        folder(Path("outputs"), "gptq", bits)
-    folder(Path("outputs"), "none")
-    failed = folder(Path("outputs"), "gptq", 11)
-    (failed / "metrics.json").unlink()
-    (failed / "failure.json").write_text('{"reason": "weight.bits=11: is not wanted"}')
-    return Path("outputs")
+    return some(Path("outputs"))
 
 
 @pytest.fixture
 def seeds(sweep) -> Path:
     """RTN too, and a second seed of both at 3 and 4 bits; GPTQ is better at 3."""
-    for bits in (3, 4):
-        folder(sweep, "gptq", bits, seed=1)
-        for seed in (0, 1):
-            folder(sweep, "rtn", bits, seed, 40.0 + seed if bits == 3 else None)
-    return sweep
-
-
-class Page(HTMLParser):
-    """What a page refers to, its tables as text, and its data."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.refers: list[str] = []
-        self.open: list[str] = []
-        self.tables: list[list[list[str]]] = []
-        self.scripts: list[str] = []
-        self.feed(path.read_text(encoding="utf-8"))
-        self.data = json.loads(self.scripts[1])
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.refers += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href", "action")]
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "table":
-            self.tables.append([])
-        elif tag == "tr":
-            self.tables[-1].append([])
-        elif tag in ("td", "th"):
-            self.tables[-1][-1].append("")
-        elif tag == "script":
-            self.scripts.append("")
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        if tag not in VOID:
-            self.handle_endtag(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if "script" in self.open:
-            self.scripts[-1] += data
-        elif {"td", "th"} & set(self.open):
-            self.tables[-1][-1][-1] += data
+    return seeded(sweep)
 
 
 def test_every_finished_run_is_a_row_and_others_are_named(sweep, capsys) -> None:
@@ -194,109 +140,6 @@ def test_what_several_rows_have_in_common_is_tested_by_seed(seeds, capsys) -> No
     (seeds / "rtn-3-1" / "metrics.json").unlink()
     assert command("report", [str(seeds), "--out", "made", "--baseline", "method=rtn"]) == 0
     assert "averaged within" not in Path("made/table.md").read_text()  # one pair has its own Δ
-
-
-def test_the_page_needs_nothing_else_and_says_what_its_marks_are(seeds) -> None:
-    assert command("report", [str(seeds), "--out", "made", "--baseline", "method=rtn"]) == 0
-    page = Page(Path("made/report.html"))
-    assert page.open == []
-    assert all(each.startswith(("#", "data:")) for each in page.refers)
-    [table] = page.tables
-    assert table[0][:3] == ["method", "weight.bits", "bits"]
-    assert ["gptq", "3", "3.50"] in [row[:3] for row in table]
-    settings = page.data["settings"]
-    assert len(settings) == 6 and sum(len(setting["runs"]) for setting in settings) == 10
-    assert [at for row in page.data["rows"] for at in row] == [0, 1, 2, 3, 4, 5]
-    names = [each["name"] for each in page.data["quantities"]]
-    assert names[page.data["x"]] == "weight/bits" and names[page.data["y"]] == TITLE
-    [gptq] = [each for each in settings if each["words"] == "gptq, bits=3"]
-    assert gptq["values"][page.data["y"]] == [37.5, 0.707107, None] and gptq["count"] == 2
-    assert gptq["values"][page.data["x"]] == 3.5
-    assert "method=gptq seed=1 weight.bits=3" in gptq["runs"][1]["command"]
-    assert "outputs/" in gptq["runs"][1]["folder"]
-    [grid] = page.data["layers"]["grids"]
-    assert grid["names"] == ["model.layers.0.mlp.up_proj", "<b>"]
-    assert gptq["layers"] == [0, [0.25, 0.001]]
-    assert [line["name"] for line in page.data["series"][""]] == ["gptq", "rtn"]
-
-
-def test_nothing_of_a_run_is_markup(sweep) -> None:
-    """Names, reasons and definitions of runs are text, and no other script may run."""
-    attack = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
-    made = folder(sweep, "gptq", 5, note=1, errors={attack: 0.5, "a.0.b": float("inf")})
-    content = json.loads((made / "provenance.json").read_text())
-    content["machine"] = {"processor": attack}
-    content["protocols"]["held_out"]["definition"] = {"name": attack}
-    (made / "provenance.json").write_text(json.dumps(content))
-    (sweep / "gptq-11-0/failure.json").write_text(json.dumps({"reason": attack}))
-    assert command("report", [str(sweep), "--out", "made"]) == 0
-    text = Path("made/report.html").read_text()
-    assert "<script>alert" not in text and "<img" not in text
-    page = Page(Path("made/report.html"))
-    assert len(page.scripts) == 3 and page.open == []
-    assert any(run["machine"] == attack for each in page.data["settings"] for run in each["runs"])
-    policy = text.partition('Content-Security-Policy" content="')[2].partition('"')[0]
-    for script in page.scripts[::2]:
-        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-        assert f"'sha256-{digest}'" in policy
-    assert "default-src 'none'" in policy and "unsafe" not in policy
-
-
-@pytest.mark.skipif(find() is None, reason="no browser on this machine")
-def test_a_browser_draws_sorts_filters_and_obeys_the_keyboard(seeds) -> None:
-    folder(seeds, "none", seed=1)
-    assert command("report", [str(seeds), "--out", "made"]) == 0
-    with chromium(str(find())) as page:
-        page.show(Path("made/report.html"), 360, 780)
-        assert page.evaluate("document.documentElement.scrollWidth") == 360  # nothing sticks out
-        page.show(Path("made/report.html"), 1400, 900, dark=True)
-        paper = "getComputedStyle(document.body).backgroundColor"
-        dark = page.evaluate(paper)
-        for _ in range(2):  # auto, light, dark
-            page.evaluate("document.getElementById('theme').click()")
-            assert (page.evaluate(paper) == dark) == bool(_)
-        wide = "document.querySelector('#panels svg').getBoundingClientRect().width"
-        assert page.evaluate(wide) > 1300
-
-        column = "[...document.querySelectorAll('tbody tr:not([hidden], .detail)')]"
-        column += ".map(row => row.cells[3].dataset.value)"
-        heads = "document.querySelectorAll('.sort')"
-        page.evaluate(f"{heads}[3].focus()")
-        page.press("Enter")
-        values = [float(value) for value in page.evaluate(column)]
-        assert values == sorted(values) and len(set(values)) > 2
-        assert page.evaluate("document.querySelectorAll('thead th')[3].ariaSort") == "ascending"
-
-        page.press("/", "/")
-        assert page.evaluate("document.activeElement.id") == "query"
-        for letter in "rtn":
-            page.press(letter, letter)
-        assert len(page.evaluate(column)) == 2
-        assert page.evaluate("document.querySelectorAll('#names li').length") == 1
-        assert page.evaluate("document.getElementById('count').textContent") == "2 of 6 rows"
-        assert "q=rtn" in page.evaluate("location.hash")
-
-        page.evaluate("document.querySelector('.row[tabindex=\"0\"]').focus()")
-        page.press("ArrowDown")
-        page.press("Enter")
-        assert "method=rtn" in page.evaluate("document.querySelector('.detail code').textContent")
-        page.evaluate("document.querySelector('#panels svg').focus()")
-        page.press("ArrowRight")
-        tip = page.evaluate("document.getElementById('tip').textContent")
-        assert "rtn, bits=3" in tip and "perplexity: 40.5 ± 0.7071 (2)" in tip
-
-
-@pytest.mark.skipif(find() is None, reason="no browser on this machine")
-def test_the_page_and_the_png_plots_have_the_same_front() -> None:
-    points = [(3.0, 5.0), (1.0, 9.0), (2.0, 9.5), (2.0, 7.0), (4.0, 5.0), (5.0, 1.0)]
-    script = (Path(html.PAGE) / "axes.js").read_text()
-    with chromium(str(find())) as page:
-        for higher in (False, True):
-            given = json.dumps([{"x": x, "y": y} for x, y in points])
-            found = page.evaluate(
-                f"(() => {{ {script}; return pareto({given}, {str(higher).lower()}) }})()"
-            )
-            assert [(p["x"], p["y"]) for p in found] == plots.pareto(points, higher)
 
 
 def test_keys_that_few_look_for_share_a_column(tmp_path) -> None:

@@ -57,3 +57,23 @@ def folder(
     metrics |= {f"{PROTOCOL}/ppl_stderr": 0.5} | ({"weight/bits": bits + 0.5} if quantized else {})
     (path / "metrics.json").write_text(json.dumps(metrics))
     return path
+
+
+def some(top: Path) -> Path:
+    """The float model, GPTQ at three bit-widths and a run that failed, in `top`."""
+    for bits in (2, 3, 4):
+        folder(top, "gptq", bits)
+    folder(top, "none")
+    failed = folder(top, "gptq", 11)
+    (failed / "metrics.json").unlink()
+    (failed / "failure.json").write_text('{"reason": "weight.bits=11: is not wanted"}')
+    return top
+
+
+def seeded(top: Path) -> Path:
+    """Adds RTN to `some`, and a second seed of both at 3 and 4 bits; GPTQ is better at 3."""
+    for bits in (3, 4):
+        folder(top, "gptq", bits, seed=1)
+        for seed in (0, 1):
+            folder(top, "rtn", bits, seed, 40.0 + seed if bits == 3 else None)
+    return top

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from signal import SIGKILL
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import IO, Any
 
 from qexp.common.errors import UserError
 
@@ -19,7 +19,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 OPTIONS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"),
     *("--remote-debugging-pipe", "--disable-dev-shm-usage"),
-    "--proxy-server=127.0.0.1:9",  # nothing is there, so a page that needs the network fails
+    "--proxy-server=127.0.0.1:9",  # nothing answers there: a page that needs the network fails
 )
 PATIENCE = 120.0  # seconds until a page has to be ready
 
@@ -33,8 +33,8 @@ def find() -> str | None:
 class Chromium:
     """One page of a browser; see `chromium`."""
 
-    def __init__(self, read: int, write: int) -> None:
-        self.read, self.write = os.fdopen(read, "rb"), os.fdopen(write, "wb")
+    def __init__(self, read: IO[bytes], write: IO[bytes]) -> None:
+        self.read, self.write = read, write
         self.count, self.rest, self.session = 0, b"", ""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
@@ -49,7 +49,6 @@ class Chromium:
         if self.session:
             message["sessionId"] = self.session
         self.write.write(json.dumps(message).encode() + b"\0")
-        self.write.flush()
         while (answer := self._next()).get("id") != self.count:
             pass
         if "error" in answer:
@@ -106,7 +105,7 @@ class Chromium:
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self.rest:
-            piece = os.read(self.read.fileno(), 1 << 20)
+            piece = self.read.read(1 << 20)
             if not piece:
                 raise UserError("the browser ended; CHROME_BIN may name another one")
             self.rest += piece
@@ -130,7 +129,8 @@ def chromium(browser: str) -> Iterator[Chromium]:
         os.close(to_browser)
         os.close(from_browser)
         try:
-            yield Chromium(to_us, from_us)
+            with os.fdopen(to_us, "rb", 0) as read, os.fdopen(from_us, "wb", 0) as write:
+                yield Chromium(read, write)
         finally:
             os.killpg(process, SIGKILL)
             os.waitpid(process, 0)

@@ -63,5 +63,5 @@ const short = value => {
   const size = Math.abs(value);
   if (value === 0) return '0';
   if (size >= 1e6 || size < 1e-4) return value.toExponential(2).replace(/\.?0+e\+?/, 'e');
-  return Number(value.toPrecision(size >= 1000 ? 6 : 4)).toLocaleString('en');
+  return Number(value.toPrecision(size >= 1000 ? 6 : 4)).toLocaleString('en', { maximumFractionDigits: 8 });
 };
