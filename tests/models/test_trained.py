@@ -11,7 +11,7 @@ from qexp.models.trained import Trained
 from qexp.runs import finished, results
 
 TUNE = ("progress=false", "method=finetune", "method/loss=logit_kl", "trainer=smoke")
-FILE_GRID = ("method=rtn", "weight.real_zero=true", "weight.group_size=32")
+FILE_GRID = ("method=rtn", "+weight.real_zero=true", "weight.group_size=32")
 
 
 def trained(folder: Path) -> Trained:
@@ -26,10 +26,10 @@ def losses(folder: Path) -> list[float]:
 @pytest.mark.usefixtures("configured")
 def test_a_dithered_model_is_trained_towards_its_source_and_read_as_float(tmp_path):
     run(tmp_path / "file", "model=tiny_llama", "progress=false", *FILE_GRID)
-    quantized = ("model=from_run", f"run={tmp_path / 'file'}", "data=synthetic", *TUNE)
+    quantized = ("model=from_run", f"run={tmp_path / 'file'}", "transform=dither", *TUNE)
     made = tmp_path / "made" / "0123abcd"
-    after = run(made, *quantized, "transform=dither", "method.teacher=source")
-    run(tmp_path / "start", *quantized, "transform=dither")
+    after = run(made, *quantized, "method.teacher=source", small=[])
+    run(tmp_path / "start", *quantized, small=[])
     # the first interval: against itself a model is at 0, against the source it is not
     assert losses(made)[0] > 10 * losses(tmp_path / "start")[0]
 
