@@ -115,6 +115,8 @@ def load(parts: Parts, cfg: DictConfig, folder: Path) -> Task:
     task = as_task(parts.source, loaded, cfg)
     task.workspace = Workspace(folder)
     loaded.finish(task)
+    unquantized = parts.source.origin()
+    task.original = lambda: as_task(unquantized, unquantized.load(), cfg).model
     _check_quantizers(task, parts.steps)
     for evaluator in parts.evaluators:
         evaluator.check(task)

@@ -38,6 +38,8 @@ class Task(L.LightningModule):
         self.quantizers = torch.nn.ModuleDict()
         self.workspace = Workspace()
         self._sampler: torch.Generator | None = None
+        # Loads the model as it was before any change; a run sets it.
+        self.original: Callable[[], PreTrainedModel] | None = None
 
     @property
     def device(self) -> torch.device:

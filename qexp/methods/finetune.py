@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -11,10 +11,11 @@ from types import MappingProxyType
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from qexp.common import hashes
 from qexp.common.cache import checksum
-from qexp.common.errors import FieldError, UserError, check_int
+from qexp.common.errors import FieldError, UserError, check_choice, check_int
 from qexp.data.recipe import Recipe
 from qexp.gradients import ClampGradient, RoundingGradient
 from qexp.grid import Grid
@@ -37,14 +38,27 @@ from qexp.training.trainable import TrainableParameters
 from qexp.training.trainer import Trainer
 
 
+def _source(task: Task) -> PreTrainedModel:
+    if task.original is None:
+        raise UserError("method.teacher=source: this task was not loaded by a run; give start.")
+    return task.original()
+
+
+TEACHERS: dict[str, Callable[[Task], PreTrainedModel]] = {
+    "start": lambda task: copy.deepcopy(task.model),  # as training finds it, transformed
+    "source": _source,  # as it was loaded, before transforms and any quantization
+}
+
+
 @dataclass(frozen=True)
 class FineTune(Step):
     """Fake-quantize weights and activations, train, keep the codes.
 
     weight: null trains a model whose weights stay float. rounding, clamp: what is differentiated;
     activation_rounding: in place of `rounding` for activations, where it is not null.
-    scale: where the scales of weights come from. trained: what moves. train, validation: data, null
-    for the calibration batches and for none. Static ranges of activations are fitted to the float
+    scale: where the scales of weights come from. trained: what moves. teacher: the model that the
+    loss compares with, a key of TEACHERS. train, validation: data, null for the calibration batches
+    and for none. Static ranges of activations are fitted to the float
     model first.
     """
 
@@ -58,6 +72,7 @@ class FineTune(Step):
     trainer: Trainer
     penalty: Penalty | None = None
     activation_rounding: RoundingGradient | None = None
+    teacher: str = "start"
     train: Recipe | None = None
     validation: Recipe | None = None
     seed: int = 0
@@ -65,6 +80,12 @@ class FineTune(Step):
 
     def __post_init__(self) -> None:
         check_int(None, self, seed=0)
+        check_choice(None, self, teacher=TEACHERS)
+        if self.teacher != "start" and not self.loss.teacher:
+            raise FieldError(
+                f"teacher={self.teacher}: {type(self.loss).__name__} compares with no model; give "
+                "start, or a loss that does (method/loss=logit_kl)."
+            )
         if self.trainer.patience is not None and self.validation is None:
             raise FieldError(
                 f"validation=null: trainer.patience={self.trainer.patience} waits for a better "
@@ -90,7 +111,7 @@ class FineTune(Step):
         identity = f"{origin_of(task, data)} {self!r} {hashes.code()}"
         teacher = None
         if self.loss.teacher:
-            teacher = copy.deepcopy(task.model).eval().requires_grad_(False)
+            teacher = TEACHERS[self.teacher](task).eval().requires_grad_(False)
         quantize_activations(task, self.activations, once)
         linears = task.linears() if self.weight is not None else {}
         start = time.perf_counter()

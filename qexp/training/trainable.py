@@ -36,7 +36,8 @@ class LowRank(nn.Module):
 class TrainableParameters:
     """The kinds of parameters that train; all others are frozen.
 
-    weights: all parameters of the model, except norms. norms: parameters of norms. scales: scales
+    weights: all parameters of the model, except norms. embeddings: among these, the embeddings and
+    the head, which are one matrix in many models. norms: parameters of norms. scales: scales
     of weight quantizers. ranges: scales and zero points of static activation quantizers. Scales
     and zero points train only if the scale rule made them trainable. channels: channel scales that
     a method added before quantizers (Quadapter). rank: of a low-rank update of every quantized
@@ -51,6 +52,7 @@ class TrainableParameters:
     channels: bool = False
     rank: int = 0
     alpha: float = 16.0
+    embeddings: bool = True
 
     def __post_init__(self) -> None:
         check_int(None, self, rank=0)
@@ -75,6 +77,7 @@ class TrainableParameters:
 
     def _all(self, task: Task) -> Iterator[tuple[str, nn.Parameter, bool]]:
         norms = _norms(task)
+        outside = set() if self.embeddings else _embeddings(task)
         for module in task.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 if isinstance(module, FakeWeight | FakeQuant):
@@ -85,8 +88,15 @@ class TrainableParameters:
                     yield "channels", parameter, self.channels
                 elif isinstance(module, LowRank):
                     yield "weights", parameter, True
+                elif module in norms:
+                    yield "weights", parameter, self.norms
                 else:
-                    yield "weights", parameter, self.norms if module in norms else self.weights
+                    yield "weights", parameter, self.weights and module not in outside
+
+
+def _embeddings(task: Task) -> set[nn.Module]:
+    names = (*task.arch.embeddings, task.arch.head)
+    return {module for name in names for module in task.model.get_submodule(name).modules()}
 
 
 def _norms(task: Task) -> set[nn.Module]:

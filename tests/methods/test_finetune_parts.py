@@ -91,6 +91,10 @@ def test_fixed_codes_are_those_of_rounding_to_nearest():
         (TrainableParameters(weights=False, norms=False, scales=False), "quantizers"),
         (TrainableParameters(weights=False, norms=False, ranges=False), "nothing of its own"),
         (TrainableParameters(norms=False, scales=False, ranges=False), "embed_tokens|lm_head"),
+        (
+            TrainableParameters(norms=False, scales=False, ranges=False, embeddings=False),
+            "nothing of its own",
+        ),
     ],
     ids=str,
 )

@@ -1,7 +1,7 @@
 """Objectives by hand: what is compared with what, in which direction."""
 
 import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -55,3 +55,35 @@ def test_images_alone_are_augmented():
     with pytest.raises(UserError, match=r"^method\.loss: augmentation .*causal_lm"):
         replace(METHOD, loss=Augmented())(task_of(), lambda: asked.append(1) or batches("llama"))
     assert not asked
+
+
+@pytest.mark.parametrize("teacher", ["start", "source"])
+def test_the_teacher_is_the_model_at_the_start_or_its_source(teacher):
+    seen = []
+
+    @dataclass(frozen=True)
+    class Watched(LogitKL):
+        def __call__(self, task, teacher, batch):
+            seen.append(teacher)
+            return super().__call__(task, teacher, batch)
+
+    source, task = task_of(), task_of()
+    task.original = lambda: source.model
+    for linear in task.linears().values():  # a transform that changes the function
+        linear.weight.data += 0.01
+    start = copy.deepcopy(task.model)
+    method = replace(METHOD, weight=None, loss=Watched(), teacher=teacher)
+    method(task, lambda: batches("llama", 1))
+    expected = {"start": start, "source": source.model}[teacher].state_dict()
+    for name, tensor in seen[0].state_dict().items():
+        assert torch.equal(tensor, expected[name])
+
+
+def test_a_teacher_that_is_not_there_is_refused():
+    with pytest.raises(FieldError, match=r"^teacher=source: CrossEntropy compares with no model"):
+        replace(METHOD, teacher="source")
+    with pytest.raises(FieldError, match=r"^teacher=other is unknown: give start or source"):
+        replace(METHOD, teacher="other")
+    method = replace(METHOD, loss=LogitKL(), teacher="source")
+    with pytest.raises(UserError, match=r"method\.teacher=source: this task was not loaded"):
+        method(task_of(), lambda: batches("llama", 1))
