@@ -78,7 +78,7 @@ class Setting:
         latest: dict[Column, dict[str, Run]] = {}
         for run in self.runs:
             over = sorted(self.over, key=lambda key: key not in SEED)  # the seed first
-            sample = " ".join(str(run.leaves.get(key)) for key in over)
+            sample = " ".join(str(run.leaves.get(key, run.choices.get(key))) for key in over)
             for column in run.columns:
                 latest.setdefault(column, {})[sample] = run
         return latest
@@ -152,15 +152,18 @@ class Table:
 
 
 def group(runs: Iterable[Run], over: Sequence[str] = SEED) -> list[Setting]:
-    """Settings in the order of their first runs. `over`: keys that may differ inside a setting.
+    """Settings in the order of their first runs.
 
-    Runs may also differ in their evaluators: a setting may have been measured in several runs.
+    Runs of a setting may differ in `over`, keys or groups of keys, and in their evaluators: it may
+    have been measured in several runs.
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        content = {key: value for key, value in run.leaves.items() if key not in over}
+        content = {key: value for key, value in run.leaves.items() if not _within(key, over)}
         groups.setdefault(json.dumps(content, sort_keys=True, default=str), []).append(run)
-    return [Setting(tuple(sorted(members, key=_finished)), (*over,)) for members in groups.values()]
+    for members in groups.values():
+        members.sort(key=lambda run: str(run.provenance.get("finished", "")))
+    return [Setting(tuple(members), (*over,)) for members in groups.values()]
 
 
 def differing(settings: Sequence[Setting]) -> list[str]:
@@ -169,13 +172,14 @@ def differing(settings: Sequence[Setting]) -> list[str]:
     The main keys (FIRST) that vary come first, then as few others as needed, with choices of
     config groups before single values.
     """
-    keys = [key for key in FIRST if len({setting.label(key) for setting in settings}) > 1]
-    candidates = [key for setting in settings for key in setting.run.settings]
     over = {key for setting in settings for key in setting.over}
+    main = [key for key in FIRST if not _within(key, over)]
+    keys = [key for key in main if len({setting.label(key) for setting in settings}) > 1]
+    candidates = [key for setting in settings for key in setting.run.settings]
     distinct = len({_values(setting, keys) for setting in settings})
     for key in dict.fromkeys(candidates):
         values = {_values(setting, [*keys, key]) for setting in settings}
-        if len(values) > distinct and key not in over:
+        if len(values) > distinct and not _within(key, over):
             keys, distinct = [*keys, key], len(values)
     return keys
 
@@ -184,7 +188,6 @@ def pivot(
     settings: Sequence[Setting],
     rows: Sequence[str] | None = None,
     columns: Sequence[str] = (),
-    metrics: Sequence[Column] | None = None,
 ) -> Table:
     """A table with `rows` down and `columns` across.
 
@@ -210,14 +213,12 @@ def pivot(
                 f"settings; add {' or '.join(keys) or 'a key'} to rows or columns"
             )
         cells[place] = setting
-    if metrics is None:
-        metrics = [column for setting in settings for column in setting.seeded]
     return Table(
         row_keys=tuple(rows),
         column_keys=tuple(columns),
         rows=tuple(Row(labels, cells) for labels, cells in table.items()),
         places=tuple(dict.fromkeys(place for cells in table.values() for place in cells)),
-        columns=tuple(dict.fromkeys(metrics)),
+        columns=tuple(dict.fromkeys(column for each in settings for column in each.seeded)),
         together=tuple(together),
     )
 
@@ -235,8 +236,9 @@ def names(keys: Sequence[str]) -> dict[str, str]:
     return short
 
 
-def _finished(run: Run) -> str:
-    return str(run.provenance.get("finished", ""))
+def _within(key: str, over: Iterable[str]) -> bool:
+    """Whether a key is one of these or below one of them."""
+    return any(key == each or key.startswith((f"{each}.", f"{each}/")) for each in over)
 
 
 def _values(setting: Setting, keys: Sequence[str]) -> tuple[str, ...]:

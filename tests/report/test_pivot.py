@@ -141,11 +141,15 @@ def test_a_rival_whose_interval_includes_zero_is_level_with_the_best() -> None:
 
 def test_samples_of_one_seed_are_averaged_before_the_test() -> None:
     """Three seeds with two calibration samples each are three pairs, not six."""
-    over = ["calibration.split", "seed"]
+    over = ["calibration", "seed"]
 
     def samples(method: str, *ppl: float) -> list[Run]:
         return [
-            replace(each, leaves={**each.leaves, "calibration.split": split})
+            replace(
+                each,
+                leaves={**each.leaves, "calibration.split": split},
+                choices={**each.choices, "calibration": split},
+            )
             for at, split in enumerate(("train", "valid"))
             for each in seeds(method, *ppl[at::2])
         ]
@@ -154,6 +158,7 @@ def test_samples_of_one_seed_are_averaged_before_the_test() -> None:
         [*samples("gptq", 9, 19, 28, 10, 20, 30), *samples("rtn", 10, 20, 31, 9, 22, 34)], over
     )
     gptq, rtn = found
+    assert pivot.differing(found) == ["method"]
     assert gptq.spread(PPL).count == 6
     moved = significance.compare(gptq, rtn, PPL)
     logs = [
