@@ -22,7 +22,10 @@ from qexp.runs.signature import UNSIGNED, short_hash, signed
 
 FORMAT = 1
 NAMES = f"{'[0-9a-f]' * 8}.json"  # as a pattern: <signature>.json
-KEYS = {"choices", "config", "layers", "metrics", "overrides", "provenance", "signature"}
+KINDS = {
+    **dict.fromkeys(("choices", "config", "metrics", "provenance", "resolved"), dict),
+    **{"layers": list, "overrides": list, "signature": str},
+}
 MACHINE = ("processor", "cores", "cuda")  # the host's name and kernel are nobody's business
 OTHER_RUN = "${run_config:"  # an interpolation that only the folder of another run can resolve
 LABEL = "label"  # the only key outside the signature that reports show
@@ -110,9 +113,14 @@ def read(path: Path) -> dict[str, Any]:
             f"{path}: has format {content['format']} and this version of qexp reads {FORMAT}; "
             "record the run again, or use the version that wrote it"
         )
-    if missing := sorted(KEYS - content.keys()):
+    wrong = [key for key, kind in KINDS.items() if not isinstance(content.get(key), kind)]
+    files = {} if wrong else content["provenance"].get("inputs")
+    if not isinstance(files, dict) or not all(isinstance(each, dict) for each in files.values()):
+        wrong = ["provenance.inputs"]
+    if wrong:
         raise UserError(
-            f"{path}: has no {', '.join(missing)}; restore it from git, or record the run again"
+            f"{path}: has no {', '.join(sorted(wrong))} as a record has; restore it from git, or "
+            "record the run again"
         )
     return content
 

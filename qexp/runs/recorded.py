@@ -64,14 +64,11 @@ def lookup(cfg: DictConfig, files: Sequence[Path] | None = None) -> Found:
 def _check(cfg: DictConfig, path: Path, files: Sequence[Path] | None) -> Found:
     try:
         content = record.read(path)
-        provenance = content["provenance"]
-        inputs = provenance["inputs"]
-        code = provenance.get("modules", {}).get("digest")
     except UserError as error:
         return Found(None, str(error))
-    except (KeyError, AttributeError, TypeError):
-        return Found(None, f"{path}: is damaged; restore it from git")
-    if code != facts(used_modules.roots(cfg))["digest"]:
+    provenance = content["provenance"]
+    inputs, code = provenance["inputs"], provenance.get("modules")
+    if not isinstance(code, dict) or code.get("digest") != facts(used_modules.roots(cfg))["digest"]:
         return Found(None, f"{path} was made by other code of the modules that it uses")
     if unknown := record.unhashed(content):
         return Found(None, f"{path} has no hash of {', '.join(unknown)}")

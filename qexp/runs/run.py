@@ -135,7 +135,7 @@ class Run:
         return flat(self.config)
 
     @property
-    def _stages(self) -> list[dict[str, float]]:
+    def _stages(self) -> list[dict[str, Any]]:
         return list(self.provenance.get("stages", {}).values())
 
 

@@ -86,6 +86,8 @@ def test_every_way_to_import_is_followed() -> None:
 def test_packages_only_pass_names_on() -> None:
     """Else what an `__init__` does would count for no job."""
     for path in PACKAGE.rglob("__init__.py"):
+        if ".".join(path.relative_to(PACKAGE.parent).parts).startswith(UNCOUNTED):
+            continue
         body = ast.parse(path.read_text()).body[1:]
         kinds = {type(node) for node in body if not ast.unparse(node).startswith("__version__")}
         assert kinds <= {ast.ImportFrom, ast.Import}, path
