@@ -147,8 +147,7 @@ const sort = (column, direction) => {
     return sign * (isNaN(x) || isNaN(y) ? natural(x, y) : x - y) || a.at - b.at;
   };
   view.rows.sort(direction ? compare : (a, b) => a.at - b.at);
-  for (const { tr, detail } of view.rows) body.append(tr, ...detail ? [detail] : []);
-  body.append($('none'));
+  body.append(...view.rows.flatMap(({ tr, detail }) => detail ? [tr, detail] : [tr]));
   view.shown = visible().flatMap(row => row.settings);
   keep('sort', direction ? `${column}.${direction}` : '');
 };
