@@ -31,7 +31,7 @@ SHAPES = tests/test_gradients.py tests/grid tests/hessian tests/packed tests/qua
 
 # one thread for each worker: the models of the tests are too small to share
 test: $(VENV)/installed
-	if [ -z "$$QEXP_DATA_DIR" ] && [ -d ../shared/data ]; then \
+	@if [ -z "$$QEXP_DATA_DIR" ] && [ -d ../shared/data ]; then \
 		QEXP_DATA_DIR=$$(cd ../shared/data && pwd); export QEXP_DATA_DIR; fi; \
 	export OMP_NUM_THREADS=1; pytest="$(VENV)/bin/python -m pytest -q -n auto --maxprocesses 8"; \
 	$$pytest -m "not slow" --jaxtyping-packages=qexp,beartype.beartype $(SHAPES) && \
