@@ -208,8 +208,8 @@ def _evaluator(name: str, node: Any) -> Evaluator:
 
 
 def storage(records: list[Record], numbers: int = 0) -> dict[str, float]:
-    """Measured bits per quantized weight over all linears, and how many weights those are; beside
-    them the bits that the method's paper would print, where it counts otherwise.
+    """Measured bits per quantized weight over all linears, how many weights those are, and
+    the bits that the method's paper would print, where it counts otherwise.
 
     numbers: that steps added to the model (a head untied by a rotation, biases), which storage must
     keep too. They are part of `weight/bits`; `weight/added_bits` says which part."""

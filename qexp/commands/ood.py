@@ -43,12 +43,12 @@ def table(runs: Sequence[Run]) -> pivot.Table:
     """Settings by the keys that distinguish them; seeds are averaged, metrics are columns."""
     settings = pivot.group(measured(runs))
 
-    def told(keys: Sequence[str]) -> int:
+    def distinct(keys: Sequence[str]) -> int:
         return len({tuple(setting.label(key) for key in keys) for setting in settings})
 
-    rows = [key for key in ROWS if told([key]) > 1]
+    rows = [key for key in ROWS if distinct([key]) > 1]
     for key in pivot.differing(settings):
-        if told([*rows, key]) > told(rows):
+        if distinct([*rows, key]) > distinct(rows):
             rows.append(key)
     return pivot.pivot(settings, rows or ["method"])
 

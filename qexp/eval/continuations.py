@@ -21,7 +21,7 @@ from qexp.eval.windowed import ratio
 from qexp.task import CausalLM, Task
 
 FILE = "continuations.md"
-PARTING = " ‖ "
+DIVERGENCE = " ‖ "
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +144,7 @@ def page(
     """Markdown: each prompt and both continuations, with a mark at the first difference."""
     parts = [
         "# Continuations",
-        f"Greedy. `{PARTING.strip()}` marks the first difference between float and quantized.",
+        f"Greedy. `{DIVERGENCE.strip()}` marks the first difference between float and quantized.",
     ]
     for index, (prompt, a, b, same) in enumerate(
         zip(prompts, plain, changed, agreed, strict=True), start=1
@@ -153,7 +153,7 @@ def page(
         for title, tokens in (("float", a), ("quantized", b)):
             text = tokenizer.decode(tokens[:same])
             if same < len(tokens):
-                text += PARTING + tokenizer.decode(tokens[same:])
+                text += DIVERGENCE + tokenizer.decode(tokens[same:])
             parts.append(f"**{title}**\n\n{_quoted(text)}")
     return "\n\n".join(parts) + "\n"
 

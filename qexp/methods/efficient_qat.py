@@ -51,7 +51,7 @@ class BlockPhase:
     def __call__(self, task: Task, batches: Sequence[Batch], journal: Journal) -> list[Record]:
         """Blocks that the journal holds are restored from it."""
         records: list[Record] = []
-        told: list[dict[str, float | int | str]] = []
+        log_rows: list[dict[str, float | int | str]] = []
         exact: list[Tensor] = []
         for block in walk(task, batches, self.sequences):
             with torch.no_grad():
@@ -62,9 +62,9 @@ class BlockPhase:
             else:
                 finished.restore(task)
             records += finished.records
-            told += [{"block": block.index, **line} for line in finished.log]
+            log_rows += [{"block": block.index, **line} for line in finished.log]
             if task.workspace.folder is not None:
-                write_rows(task.workspace.folder / BLOCKS, told)
+                write_rows(task.workspace.folder / BLOCKS, log_rows)
         return records
 
     def _finish(self, block: Block, exact: Sequence[Tensor]) -> Finished:

@@ -39,7 +39,7 @@ def check(config: DictConfig) -> None:
     for step in steps:
         recipes |= step.recipes()
     for key, node in config.eval.items():
-        if node.get("_target_") is None:  # not chosen: told when a job builds it
+        if node.get("_target_") is None:  # not chosen: reported when a job builds it
             continue
         evaluator: Evaluator = instantiate(node)
         if judged := evaluator.judged():

@@ -17,7 +17,7 @@ DISK = (
     *(errno.EEXIST, errno.ENOTDIR),  # a file where a folder was to be made
 )
 TRACE = "QEXP_TRACE"  # tells the workers of a launcher what HYDRA_FULL_ERROR was
-REPORTED = "told when it happened"
+REPORTED = "reported when it happened"
 
 
 def run_reporting_errors(work: Callable[[], object]) -> int:

@@ -38,10 +38,10 @@ def gpus() -> list[str]:
     if chosen is not None:
         return [name for name in chosen.split(",") if name.strip()]
     try:
-        told = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.SubprocessError):
         return []
-    lines = told.stdout.splitlines() if told.returncode == 0 else []
+    lines = listed.stdout.splitlines() if listed.returncode == 0 else []
     return [str(index) for index in range(sum(line.startswith("GPU ") for line in lines))]
 
 

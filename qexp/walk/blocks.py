@@ -172,9 +172,9 @@ def walk(task: Task, batches: Sequence[Batch], chunk: int | None = None) -> Iter
         )
     tuples = returns_tuple(task, parts[0])
     chunks = [capture_calls(task, part, tuples) for part in parts]
-    told = f"{task.model.config.to_json_string()} {task.quantizers!r}"
+    described = f"{task.model.config.to_json_string()} {task.quantizers!r}"
     states = [dict(task.model.state_dict()), dict(task.quantizers.state_dict()), *batches]
-    origin = sha256(told.encode()).hexdigest() + "".join(map(checksum, states))
+    origin = sha256(described.encode()).hexdigest() + "".join(map(checksum, states))
     arch, module = task.arch, task.blocks[0]
     first = Block(0, f"{arch.blocks}.0", module, arch.groups, chunks, task, tuples, origin)
     yield from _visited(first)

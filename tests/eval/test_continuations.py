@@ -1,4 +1,4 @@
-"""Greedy continuations, float beside quantized."""
+"""Greedy continuations of the float and the quantized model."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What several test files share.
+"""Helpers of several test files.
 
 Large libraries are imported before any module of qexp: while such a module is imported, jaxtyping's
 import hook keeps Python from its cache of bytecode, so that every library is compiled again.

@@ -78,7 +78,7 @@ def test_dynamic_scales_are_each_tokens_own():
 
 @torch.no_grad()
 def test_all_ops_rounds_the_residual_stream_itself():
-    """The sum that the second norm reads is also what goes on beside it."""
+    """The sum that the second norm reads is also the residual stream after it."""
     task, batch = task_of("llama"), joined("llama")
     quantize_activations(
         task, [QuantizedActivations(AllOps(), IntGrid(3, per_tensor=True))], lambda: [batch]

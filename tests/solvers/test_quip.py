@@ -141,8 +141,8 @@ def test_storage_is_exact_and_complete(rescale: bool, feedback: bool, places: In
     weight, hessian = problem()
     solution = QuIP(places, rescale=rescale, feedback=feedback, seed=5)(weight, hessian)
     assert is_stored_whole(solution)
-    beside = (16 * 96 + 64) / weight.numel()
-    assert solution.bits == pytest.approx(places.cost(48, 96) + beside)
+    extra = (16 * 96 + 64) / weight.numel()
+    assert solution.bits == pytest.approx(places.cost(48, 96) + extra)
 
 
 def test_scale_of_the_hessian_is_free_and_the_seed_is_not() -> None:

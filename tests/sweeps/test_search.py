@@ -1,4 +1,4 @@
-"""Searches: every one composes at its own choices, is told to W&B's agents, and goes on."""
+"""Searches: every one composes at its own choices, is passed to W&B's agents, and resumes."""
 
 from importlib.util import find_spec
 from pathlib import Path

@@ -80,7 +80,7 @@ def test_what_both_processes_met_is_said_once():
     ],
 )
 def test_shards_of_one_process_change_nothing(monkeypatch, family, changes):
-    """Ties (gpt2, bert), learned scales in and beside the blocks; the model is the one it was."""
+    """Ties (gpt2, bert), learned scales inside and outside blocks; the model is the one it was."""
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)  # from which Lightning seeds shards again
     method = replace(METHOD, activations=[STATIC], validation=Same(batches(family, 1)), **changes)
     made, left = [], []

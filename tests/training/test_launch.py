@@ -132,7 +132,7 @@ def qexp(
 
 
 def result(folder: Path) -> tuple[dict[str, float], list[dict[str, float]]]:
-    """Of the only run in a folder: its metrics and what its training told."""
+    """Of the only run in a folder: its metrics and its training log."""
     [run] = (path.parent for path in folder.glob("outputs/*/metrics.json"))
     assert not list(run.glob("training-*/"))
     with (run / "training.csv").open(newline="") as file:
@@ -169,9 +169,9 @@ def test_the_command_trains_with_two_processes_as_with_one(tmp_path):
         assert [each.returncode for each in started] == [0] * len(started), said
     metrics, lines = result(tmp_path / "one")
     for name in ("ddp", "fsdp", "together", "torchrun"):
-        others, told = result(tmp_path / name)
+        others, other_lines = result(tmp_path / name)
         assert others == pytest.approx(metrics, rel=1e-3)
-        for one, two in zip(lines, told, strict=True):
+        for one, two in zip(lines, other_lines, strict=True):
             assert two == pytest.approx(one, rel=1e-3, abs=1e-3)
 
 

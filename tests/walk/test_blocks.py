@@ -60,7 +60,7 @@ def test_the_forward_that_shows_inputs_is_the_only_one():
         block.mlp.register_forward_hook(lambda *_: runs.append(1))
     for block in walk(task, [batch]):
         block.advance(lambda names, inputs: None)
-    # One per block, beside the one sequence that shows what a block returns.
+    # One per block, and the one sequence that shows what a block returns.
     assert len(runs) == 1 + len(task.blocks)
 
 

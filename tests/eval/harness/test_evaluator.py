@@ -1,4 +1,4 @@
-"""The harness adapter beside the harness's own model; local rows beside the hub's."""
+"""Parity of the harness adapter with the harness's own model, and of local rows with the hub's."""
 
 import json
 from itertools import permutations
