@@ -31,6 +31,7 @@ pytestmark = pytest.mark.usefixtures("configured")
         ("method=rtn", "weight.per_tensor=true", "weight.group_size=null", "weight.bits=8"),
         ("method=rtn", "weight/range=mse"),
         ("method=rtn", "weight/range=percentile", "weight.symmetric=true"),
+        ("method=gptq", "weight/range=hqq", "weight.real_zero=true", "weight.include_zero=false"),
         ("method=gptq",),
         ("method=gptq", "method.solver.static_groups=false"),
         ("method=gptq", "method.solver.act_order=false", "method.solver.static_groups=false"),

@@ -23,6 +23,10 @@ class Range(ABC):
     ) -> Interval:
         """The interval (low, high) that the grid should cover, for each row."""
 
+    def check(self, grid: "Grid") -> None:
+        """UserError when the range does not fit the grid."""
+        return None
+
     def observer(self) -> Observer:
         """An observer for values that arrive one tensor at a time."""
         return HistogramObserver()
@@ -135,7 +139,9 @@ class Grid(ABC):
         return x.clamp(low, high)
 
     def check(self, rows: int, columns: int) -> None:
-        """UserError when group sizes do not divide the sides of a [rows, columns] matrix."""
+        """UserError when group sizes do not divide the sides of a [rows, columns] matrix, or the
+        range does not fit the grid."""
+        self.range.check(self)
         self.groups(columns)
         for name, grid in self.second_level.items():
             cut(rows, grid.group_size, f"weight.{name}.group_size", "outputs")

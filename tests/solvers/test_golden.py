@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qexp.grid import IntGrid
+from qexp.grid.half_quadratic import HalfQuadratic
 from qexp.grid.ranges import RMS
 from qexp.packed.coded import Coded
 from qexp.packed.mixed import Partial
-from qexp.solvers import GPTQ, BiLLM, Solver, SpQR
+from qexp.solvers import GPTQ, RTN, BiLLM, Solver, SpQR
 from qexp.solvers.pbllm import PBLLM
 from qexp.solvers.quip import QuIP
 from qexp.transforms.awq import clipped
@@ -106,6 +107,24 @@ def test_parity_of_pbllm(golden: dict[str, Tensor], key: str) -> None:
     mask = solution.packed.salient == reference[f"{key}.salient"].bool()
     assert mask.double().mean() >= 0.999
     assert same(solution.weight, reference[key], golden) >= 0.99
+
+
+@pytest.mark.parametrize("key", ["w4.g64", "w3.g64", "w2.g64", "w3.g96"])
+def test_parity_of_hqq(golden: dict[str, Tensor], key: str) -> None:
+    reference, size = of_file("hqq.safetensors"), int(key[4:])
+    grid = IntGrid(
+        int(key[1]),
+        group_size=size,
+        include_zero=False,
+        real_zero=True,
+        range=HalfQuadratic(),
+    )
+    coded = RTN(grid)(golden["weight"], golden["hessian"]).packed
+    assert isinstance(coded, Coded)
+    codes, zero = reference[f"hqq.{key}.codes"], reference[f"hqq.{key}.zero"]
+    assert (coded.codes == codes).double().mean() >= 0.999
+    torch.testing.assert_close(coded.scales().zero, zero, rtol=0, atol=1e-4)
+    assert same(coded.dequantize(), reference[f"hqq.{key}"], golden) >= 0.99
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
