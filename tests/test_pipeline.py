@@ -34,6 +34,8 @@ pytestmark = pytest.mark.usefixtures("configured")
         ("method=gptq", "weight/range=hqq", "weight.real_zero=true", "weight.include_zero=false"),
         ("method=gptq",),
         ("method=gptq", "method.solver.static_groups=false"),
+        ("method=gptaq",),
+        ("method=spqr", "method/target=asymmetric", "activation=int8_token"),
         ("method=gptq", "method.solver.act_order=false", "method.solver.static_groups=false"),
         ("method=gptq", "method.propagate=false", "method.chunk=2"),
         ("method=gptq", "method.hessian.sequential=false"),

@@ -15,10 +15,12 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from qexp.solvers.base import Moments
 from qexp.walk import Block
 
-# Called with the names of linears that share one Hessian, and with that Hessian.
-OnHessian = Callable[[tuple[str, ...], Float[Tensor, "columns columns"]], None]
+# Called with the names of linears that share one Hessian, with that Hessian and, by a walk that
+# carries the float model's inputs along, with the moments of their common input.
+OnHessian = Callable[[tuple[str, ...], Float[Tensor, "columns columns"], Moments | None], None]
 
 # Calls `on_hessian` for every linear of a block once, as soon as its Hessian is known. May leave
 # the block settled (see `Block.advance`).
@@ -41,6 +43,11 @@ class Hessian(ABC):
         """Whether `prepare` measures everything, so that no block has to be run afterwards."""
         return False
 
+    @property
+    def is_own_moment(self) -> bool:
+        """Whether the Hessian of a group is `Moments.own` of its inputs as the group is solved."""
+        return False
+
     @abstractmethod
     def prepare(self, first: Block) -> ForEachGroup:
         """What hands out the Hessians of the blocks of one walk, in order.
@@ -51,13 +58,18 @@ class Hessian(ABC):
 
     def __call__(self, block: Block) -> dict[str, Float[Tensor, "_ _"]]:
         """The Hessian of each linear of one block; the block stays as it is."""
-        found: dict[str, Tensor] = {}
+        return collected(self.prepare(block), block)
 
-        def keep(names: tuple[str, ...], hessian: Tensor) -> None:
-            found.update(dict.fromkeys(names, hessian))
 
-        self.prepare(block)(replace(block), keep)
-        return found
+def collected(for_each_group: ForEachGroup, block: Block) -> dict[str, Float[Tensor, "_ _"]]:
+    """The Hessian of each linear of one block; the block stays as it is."""
+    found: dict[str, Tensor] = {}
+
+    def keep(names: tuple[str, ...], hessian: Tensor, _: Moments | None) -> None:
+        found.update(dict.fromkeys(names, hessian))
+
+    for_each_group(replace(block), keep)
+    return found
 
 
 class CacheableHessian(Hessian):

@@ -78,7 +78,8 @@ class Precomputed:
         order = list(block.linears)
         for names in sorted(found, key=lambda names: order.index(names.split()[0])):
             members = tuple(names.split())
-            on_hessian(members, found[names].to(block.linears[members[0]].weight.device))
+            device = block.linears[members[0]].weight.device
+            on_hessian(members, found[names].to(device), None)
 
     def key(self, block: Block, index: int) -> dict[str, Any]:
         """Everything that the Hessians of a block at float weights depend on."""

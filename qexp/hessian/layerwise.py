@@ -67,17 +67,21 @@ class Layerwise(CacheableHessian):
     def blocks_per_pass(self) -> int:
         return 1
 
+    @property
+    def is_own_moment(self) -> bool:
+        return self.sequential
+
     def prepare(self, first: Block) -> ForEachGroup:
         return self._for_each_group
 
     def _for_each_group(self, block: Block, on_hessian: OnHessian) -> None:
         if self.sequential:
-            block.advance(lambda names, inputs: on_hessian(names, second_moment(inputs)))
+            block.advance(lambda names, inputs: on_hessian(names, second_moment(inputs), None))
             return
         found: list[tuple[tuple[str, ...], Tensor]] = []
         block.observe(lambda names, inputs: found.append((names, second_moment(inputs))))
         for names, hessian in found:
-            on_hessian(names, hessian)
+            on_hessian(names, hessian, None)
 
     def measure(self, first: Block, wanted: Collection[int]) -> Iterator[Measured]:
         for block in first.onward():

@@ -91,7 +91,7 @@ class FromGradients(CacheableHessian):
                 stop = min(block.index + self.blocks_per_pass, len(block.task.blocks))
                 waiting.update(self._gradient_hessians(block, range(block.index, stop)))
             for name in block.linears:
-                on_hessian((name,), waiting.pop(f"{block.name}.{name}"))
+                on_hessian((name,), waiting.pop(f"{block.name}.{name}"), None)
 
         return for_each_group
 

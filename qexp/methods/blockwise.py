@@ -13,11 +13,14 @@ from qexp.common.errors import UserError, check_int
 from qexp.common.progress import bar
 from qexp.hessian import AtFloatWeights, CacheableHessian, Hessian
 from qexp.hessian.base import ForEachGroup
+from qexp.hessian.paired import Paired
 from qexp.methods.journal import Finished, Journal
 from qexp.methods.write_back import write
 from qexp.quantizers.scheme import Activations, quantize_activations
 from qexp.solvers import Solver
+from qexp.solvers.base import Moments
 from qexp.solvers.factor import NotPositiveDefinite
+from qexp.solvers.target import Same, Target
 from qexp.step import Record, Step
 from qexp.task import Batches, Task
 from qexp.walk import Block, walk
@@ -64,6 +67,7 @@ class Blockwise(Step):
     chunk: sequences run at a time. null takes all at once where memory allows: one forward in all,
     each linear rounded as its input becomes known. A number bounds memory, at the price of one
     forward per group of linears; results are equal up to the order of summation.
+    target: which matrix a layer's solution is to be near, see `qexp.solvers.target`.
     activations_first: static ranges are fitted to the float model, then activations are rounded,
     and Hessians (those at float weights too) are of the rounded inputs that layers will read.
     Otherwise Hessians see float activations, and ranges are fitted to the rounded weights.
@@ -75,10 +79,17 @@ class Blockwise(Step):
     chunk: int | None = None
     activations: tuple[Activations, ...] | list[Activations] = ()
     activations_first: bool = True
+    target: Target = Same()  # noqa: RUF009 (frozen: sharing the default is safe)
 
     def __post_init__(self) -> None:
         if self.chunk is not None:
             check_int("method", self, chunk=1)
+        if self._is_paired and not self.propagate:
+            raise UserError(
+                "method.propagate=false: every layer then reads the float model's inputs, from "
+                "which method.target=asymmetric and method.solver.carry cannot differ; give "
+                "method.propagate=true."
+            )
 
     @torch.no_grad()
     def __call__(self, task: Task, batches: Batches) -> list[Record]:
@@ -88,14 +99,17 @@ class Blockwise(Step):
             quantize_activations(task, self.activations, lambda: data)
         records: list[Record] = []
         journal: Journal | None = None
+        paired = Paired(self.effective_hessian) if self._is_paired else None
         for block in walk(task, data, self.chunk):
-            if self.effective_hessian.is_precomputed:
+            if paired is not None:
+                paired.observe(block)
+            elif self.effective_hessian.is_precomputed:
                 block.skip()
             if journal is None:
                 journal = Journal({"model": block.origin, "method": repr(self)})
                 finished = self._finished(journal, len(task.blocks))
                 if len(finished) < len(task.blocks):
-                    for_each_group = self.effective_hessian.prepare(block)
+                    for_each_group = (paired or self.effective_hessian).prepare(block)
             if block.index < len(finished):
                 finished[block.index].restore(task)
                 records += finished[block.index].records
@@ -112,6 +126,10 @@ class Blockwise(Step):
         if not self.activations_first:
             quantize_activations(task, self.activations, lambda: data)
         return records
+
+    @property
+    def _is_paired(self) -> bool:
+        return self.target.needs_moments or self.solver.needs_moments
 
     def _finished(self, journal: Journal, blocks: int) -> list[Finished]:
         """The blocks that an interrupted run finished, up to where Hessians can be
@@ -144,10 +162,16 @@ class Blockwise(Step):
         linears = block.linears
         records: list[Record] = []
 
-        def on_hessian(names: tuple[str, ...], hessian: Float[Tensor, "columns columns"]) -> None:
+        def on_hessian(
+            names: tuple[str, ...],
+            hessian: Float[Tensor, "columns columns"],
+            moments: Moments | None,
+        ) -> None:
             for stack in [names] if self.solver.rowwise else [(name,) for name in names]:
                 full = [f"{block.name}.{name}" for name in stack]
-                records.extend(self._write(full, [linears[name] for name in stack], hessian))
+                records.extend(
+                    self._write(full, [linears[name] for name in stack], hessian, moments)
+                )
 
         for_each_group(block, on_hessian)
         return records
@@ -157,6 +181,7 @@ class Blockwise(Step):
         names: list[str],
         linears: list[nn.Linear],
         hessian: Float[Tensor, "columns columns"],
+        moments: Moments | None,
     ) -> list[Record]:
         """Solve matrices that share a Hessian as one stacked matrix."""
         for name, linear in zip(names, linears, strict=True):
@@ -169,8 +194,10 @@ class Blockwise(Step):
             )
         start = time.perf_counter()
         weight = torch.cat([linear.weight.detach().float() for linear in linears])
+        target = self.target(weight, moments)
+        extra = (moments,) if self.solver.needs_moments else ()
         try:
-            solution = self.solver(weight, hessian)
+            solution = self.solver(target, hessian, *extra)
         except NotPositiveDefinite as reason:
             raise UserError(
                 f"{names[0]}: its Hessian cannot be factored: {reason}; give more calibration "
@@ -178,6 +205,7 @@ class Blockwise(Step):
             ) from reason
         seconds = time.perf_counter() - start
         nearest = self.solver.baseline(weight, hessian).weight
+        aim = self.solver.aim(target, moments)
         records, row, tolerance = [], 0, self.solver.tolerance
         for name, linear in zip(names, linears, strict=True):
             rows = slice(row, row := row + linear.out_features)
@@ -185,7 +213,9 @@ class Blockwise(Step):
             packed = solution.packed if whole else solution.packed.rows(rows.start, rows.stop)
             own = solution._replace(weight=solution.weight[rows], bits=packed.bits(), packed=packed)
             share = seconds * linear.out_features / len(weight)
-            records.append(write(name, linear, own, nearest[rows], hessian, share, tolerance))
+            records.append(
+                write(name, linear, own, nearest[rows], hessian, share, tolerance, aim[rows])
+            )
         return records
 
 

@@ -29,21 +29,25 @@ def write(
     hessian: Float[Tensor, "columns columns"] | None,
     seconds: float,
     tolerance: float = 1e-3,
+    target: Float[Tensor, "rows columns"] | None = None,
 ) -> Record:
     """Write a solution into its layer after checking it.
 
+    target: the matrix from which errors are measured; None is the layer's weight.
+
     Raises RuntimeError naming the layer when the weights are not finite, are not what storage
-    gives back, or lie farther from the float layer than rounding to nearest would leave them, by
-    more than a share of `tolerance`.
+    gives back, or lie farther from the target than rounding to nearest would leave them, by more
+    than a share of `tolerance`.
     """
     weight = linear.weight.detach().float()
+    target = weight if target is None else target
     if not solution.weight.isfinite().all():
         raise RuntimeError(f"{name}: the solver returned weights that are not finite")
     if not torch.equal(solution.weight, solution.packed.dequantize()):
         raise RuntimeError(f"{name}: the quantized weights are not those that storage gives back")
     scale = max(error(weight, hessian), torch.finfo(torch.float32).tiny)
-    before = error(baseline - weight, hessian) / scale
-    after = error(solution.weight - weight, hessian) / scale
+    before = error(baseline - target, hessian) / scale
+    after = error(solution.weight - target, hessian) / scale
     if after > before * (1 + tolerance) + 1e-7:
         raise RuntimeError(
             f"{name}: the calibrated error {after:.3g} exceeds the {before:.3g} of rounding to "

@@ -115,6 +115,19 @@ def all_called(task: Task, during: str) -> Iterator[None]:
         )
 
 
+@contextmanager
+def float_activations(task: Task) -> Iterator[None]:
+    """No quantizer of the task rounds."""
+    rounding = [q for q in task.quantizers.values() if isinstance(q, FakeQuant) and q.enabled]
+    for quantizer in rounding:
+        quantizer.enabled = False
+    try:
+        yield
+    finally:
+        for quantizer in rounding:
+            quantizer.enabled = True
+
+
 @torch.no_grad()
 def quantize_activations(task: Task, kinds: Sequence[Activations], batches: Batches) -> None:
     """Attach, fit static ranges and start to round. The ranges are those of unrounded activations

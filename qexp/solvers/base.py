@@ -9,6 +9,16 @@ from torch import Tensor
 from qexp.packed.base import Packed
 
 
+class Moments(NamedTuple):
+    """Second moments of a layer's inputs x̃ and of the float model's inputs x at the same tokens.
+
+    own: 2/N Σ x̃ x̃ᵀ. cross: 2/N Σ x x̃ᵀ, rows of the float side.
+    """
+
+    own: Float[Tensor, "columns columns"]
+    cross: Float[Tensor, "columns columns"]
+
+
 class Solution(NamedTuple):
     """A rounded matrix and its stored form.
 
@@ -47,6 +57,17 @@ class Solver(ABC):
     @abstractmethod
     def baseline(self) -> "Solver":
         """Round-to-nearest on the same grid; the result must not be worse."""
+
+    @property
+    def needs_moments(self) -> bool:
+        """Whether the solver is called with a third argument, the `Moments` of the inputs."""
+        return False
+
+    def aim(
+        self, target: Float[Tensor, "rows columns"], moments: Moments | None
+    ) -> Float[Tensor, "rows columns"]:
+        """The matrix from which the solver's error is measured when it rounds `target`."""
+        return target
 
     @property
     def tolerance(self) -> float:

@@ -8,10 +8,11 @@ from torch import Tensor
 from qexp.common.errors import UserError, check_bool, check_int, check_number
 from qexp.grid import Grid, Scale
 from qexp.packed.coded import Coded
-from qexp.solvers.base import Solution
+from qexp.solvers.base import Moments, Solution
 from qexp.solvers.factor import ordered
 from qexp.solvers.rtn import OnGrid
 from qexp.solvers.sweep import Rule, sweep
+from qexp.solvers.target import shift
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class GPTQ(OnGrid):
     fit_every: those errors are heard of every so many columns. The reference fits a group on the
     weights as its block of 128 began; 1 fits on the latest ones.
     block: columns finished before the rest is updated; no effect on the result.
+    carry: alpha of GPTAQ (2504.02692): each column also passes on, to the columns after it, how its
+    input differs from the float model's. 0 is GPTQ.
     """
 
     grid: Grid
@@ -39,6 +42,7 @@ class GPTQ(OnGrid):
     block: int = 128
     backwards: bool = False
     clip_first: bool = False
+    carry: float | int = 0.0
 
     def __post_init__(self) -> None:
         check_bool("method.solver", self, "backwards", "clip_first")
@@ -47,13 +51,25 @@ class GPTQ(OnGrid):
                 "method.solver.clip_first=true: the ends are known before the sweep only with "
                 "method.solver.static_groups=true."
             )
-        check_number("method.solver", self, damp=0)
+        check_number("method.solver", self, damp=0, carry=0)
         check_int("method.solver", self, fit_every=1, block=1)
+
+    @property
+    def needs_moments(self) -> bool:
+        return self.carry > 0
+
+    def aim(
+        self, target: Float[Tensor, "rows columns"], moments: Moments | None
+    ) -> Float[Tensor, "rows columns"]:
+        if moments is None or not self.carry:
+            return target
+        return target + shift(target, moments, self.damp)
 
     def __call__(
         self,
         weight: Float[Tensor, "rows columns"],
         hessian: Float[Tensor, "columns columns"],
+        moments: Moments | None = None,
     ) -> Solution:
         columns = weight.shape[1]
         size = columns // self.grid.groups(columns)
@@ -82,9 +98,13 @@ class GPTQ(OnGrid):
                 flat = Scale(q.scale.squeeze(1), q.zero.squeeze(1))
                 return lambda w, _: self.grid.round(w, flat)
 
-        rounded = sweep(weight, factor.upper, fit, size, self.block, fit_every=self.fit_every)[
-            :, place
-        ]
+        carry = None
+        if moments is not None and self.carry:
+            moved = (moments.cross - moments.own)[order][:, order].masked_fill(factor.dead, 0)
+            carry = self.carry * (moved @ factor.upper.T).triu(1) @ factor.upper
+        rounded = sweep(
+            weight, factor.upper, fit, size, self.block, fit_every=self.fit_every, carry=carry
+        )[:, place]
         if self.static_groups:
             packed = Coded.of(self.grid, rounded, static)
         else:

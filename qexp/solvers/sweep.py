@@ -26,6 +26,7 @@ def sweep(
     block: int = 128,
     within: bool = True,
     fit_every: int = 1,
+    carry: Float[Tensor, "columns columns"] | None = None,
 ) -> Float[Tensor, "rows columns"]:
     """Round column by column, spreading each error over the remaining columns.
 
@@ -33,6 +34,9 @@ def sweep(
     or, with `fit_every`, at the last multiple of this many columns before it.
     block: columns per lazy batch update (GPTQ, section 3.3); affects speed only.
     within: whether errors are spread inside a block (BiLLM does not).
+    carry: strictly upper; column j adds row j times its value: in its own block the value before
+    it is rounded, in later blocks the rounded one, as GPTAQ's code does. With `carry` the length of
+    a block therefore has a small effect.
     """
     columns = weight.shape[1]
     window = max(group, fit_every)
@@ -56,7 +60,11 @@ def sweep(
             torch.sub(rest[j], out[j], out=errors[j - start]).div_(diagonal[j])
             if within:
                 rest[j + 1 : stop].addr_(factor[j, j + 1 : stop], errors[j - start], alpha=-1)
+                if carry is not None:
+                    rest[j + 1 : stop].addr_(carry[j, j + 1 : stop], rest[j])
         rest[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+        if carry is not None:
+            rest[stop:].addmm_(carry[start:stop, stop:].T, out[start:stop])
     return out.T.contiguous()
 
 

@@ -9,6 +9,7 @@ ROOT = Path(__file__).parents[2]
 GROUPS = (
     "transform",
     "method",
+    "method/target",
     "weight",
     "weight/range",
     "activation",

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from qexp.grid import IntGrid
 from qexp.grid.half_quadratic import HalfQuadratic
-from qexp.grid.ranges import RMS
+from qexp.grid.ranges import MSE, RMS
 from qexp.packed.coded import Coded
 from qexp.packed.mixed import Partial
 from qexp.solvers import GPTQ, RTN, BiLLM, Solver, SpQR
+from qexp.solvers.base import Moments
 from qexp.solvers.pbllm import PBLLM
 from qexp.solvers.quip import QuIP
 from qexp.transforms.awq import clipped
@@ -125,6 +126,25 @@ def test_parity_of_hqq(golden: dict[str, Tensor], key: str) -> None:
     assert (coded.codes == codes).double().mean() >= 0.999
     torch.testing.assert_close(coded.scales().zero, zero, rtol=0, atol=1e-4)
     assert same(coded.dequantize(), reference[f"hqq.{key}"], golden) >= 0.99
+
+
+MSE3 = IntGrid(3, range=MSE())
+NARROW = IntGrid(3, symmetric=True, narrow=True, group_size=64, range=MSE())
+GPTAQS = {
+    "w4": GPTQ(IntGrid(4), carry=0.25),
+    "w3": GPTQ(IntGrid(3), carry=0.25),
+    "w3.alpha1": GPTQ(IntGrid(3), carry=1.0),
+    "w3.mse": GPTQ(MSE3, carry=0.25),
+    "w3.sym.g64.act": GPTQ(NARROW, carry=0.25, act_order=True, static_groups=True),
+}
+
+
+@pytest.mark.parametrize("key", GPTAQS)
+def test_parity_of_gptaq(golden: dict[str, Tensor], key: str) -> None:
+    reference, hessian = of_file("gptaq.safetensors"), golden["hessian"]
+    moments = Moments(hessian, hessian + reference["cross"])
+    ours = GPTAQS[key](golden["weight"], hessian, moments).weight
+    assert same(ours, reference[f"gptaq.{key}"], golden) >= 0.99
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
