@@ -26,8 +26,8 @@ demo: $(VENV)/installed
 	$(VENV)/bin/python scripts/report.py outputs/demo
 
 # Tests of the functions that make tensors run with the shapes in their signatures checked, at half as much time again.
-SHAPES = tests/test_gradients.py tests/grid tests/hessian tests/packed tests/quantizers tests/solvers tests/training \
-	tests/walk tests/methods/test_finetune_parts.py tests/transforms/test_fixed.py tests/transforms/test_rotate.py
+SHAPES = tests/test_gradients.py tests/grid tests/hessian/test_output.py tests/packed tests/quantizers tests/solvers \
+	tests/training tests/walk tests/transforms/test_fixed.py tests/transforms/test_rotate.py
 
 # one thread for each worker: the models of the tests are too small to share
 test: $(VENV)/installed

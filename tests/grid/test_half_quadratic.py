@@ -86,7 +86,7 @@ def test_grids_without_a_real_zero_point_are_refused(grid: IntGrid) -> None:
         replace(grid, range=HalfQuadratic()).check(8, 64)
 
 
-@pytest.mark.parametrize("wrong", [{"p": 0.0}, {"beta": -1.0}, {"steps": 2.5}, {"growth": 0}])
+@pytest.mark.parametrize("wrong", [{"p": 0.0}, {"beta": -1.0}, {"steps": -1}, {"growth": 0}])
 def test_settings_are_checked(wrong: dict[str, float]) -> None:
     with pytest.raises(UserError, match=next(iter(wrong))):
         HalfQuadratic(**wrong)

@@ -20,7 +20,7 @@ def measured(task, source, data) -> dict[str, torch.Tensor]:
 def keeping(found: dict[str, torch.Tensor], prefix: str):
     """Keeps the Hessians that it is called with in `found`."""
 
-    def on_hessian(names: tuple[str, ...], hessian: torch.Tensor) -> None:
+    def on_hessian(names: tuple[str, ...], hessian: torch.Tensor, _: object) -> None:
         found.update({f"{prefix}.{name}": hessian for name in names})
 
     return on_hessian

@@ -15,7 +15,7 @@ from qexp.grid import IntGrid
 from qexp.hessian import AtFloatWeights, Layerwise, OutputAdaptive, TokenWeighted
 from qexp.hessian.float_weights import KIND
 from qexp.methods.blockwise import Blockwise
-from qexp.solvers import GPTQ, SpQR
+from qexp.solvers import GPTQ, RTN, SpQR
 from qexp.walk import walk
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -44,7 +44,7 @@ def kept() -> list[cache_entries.Stored]:
 def test_a_second_job_runs_nothing_on_the_calibration_data(source, solver, tmp_path):
     expected = weights(source, solver)
     shutil.rmtree(tmp_path / "cache")
-    weights(source)  # other bits, and for SpQR another solver
+    weights(source, RTN(GRID))  # another solver and other bits
     assert len(kept()) == 3
     task, ran = task_of("llama"), []
     for index, block in enumerate(task.blocks):
@@ -57,20 +57,20 @@ def test_a_second_job_runs_nothing_on_the_calibration_data(source, solver, tmp_p
 
 
 def test_what_makes_no_difference_at_float_weights_is_shared_and_what_does_is_not():
-    weights(Layerwise())
-    weights(Layerwise(sequential=False, memory=1.0))
+    weights(Layerwise(), RTN(GRID))
+    weights(Layerwise(sequential=False, memory=1.0), RTN(GRID))
     assert len(kept()) == 3
-    weights(Layerwise(), chunk=1)  # another order of summation
+    weights(Layerwise(), RTN(GRID), chunk=1)  # another order of summation
     assert len(kept()) == 6
     for source in (OutputAdaptive(), OutputAdaptive(schedule="every_k", k=2, memory=1.0)):
-        weights(source)
+        weights(source, RTN(GRID))
         assert len(kept()) == 9
-    weights(OutputAdaptive(labels="sampled"))
-    weights(TokenWeighted())
+    weights(OutputAdaptive(labels="sampled"), RTN(GRID))
+    weights(TokenWeighted(), RTN(GRID))
     assert len(kept()) == 15
     other = task_of("llama")
     other.model.config.rope_parameters["rope_theta"] = 77.0  # nothing of it is in the weights
-    weights(Layerwise(), task=other)
+    weights(Layerwise(), RTN(GRID), task=other)
     assert len(kept()) == 18
 
 
@@ -109,6 +109,6 @@ def test_entries_that_go_before_they_are_used_end_the_run():
             for entry in kept():
                 entry.path.unlink()
             with pytest.raises(UserError, match=r"model\.layers\.1: its Hessians went"):
-                for_each_group(block, lambda names, hessian: None)
+                for_each_group(block, lambda *_: None)
             break
-        for_each_group(block, lambda names, hessian: None)
+        for_each_group(block, lambda *_: None)

@@ -78,21 +78,20 @@ def test_what_waits_on_disk_is_what_memory_would_hold(tmp_path, monkeypatch, wri
 
 
 @pytest.mark.parametrize(
-    ("source", "propagate", "killed", "solved"),
+    ("solver", "source", "propagate", "killed", "solved"),
     [
-        (Layerwise(), True, 2, [2]),
-        (Layerwise(), False, 1, [1, 2]),
-        (OutputAdaptive(), True, 1, [1, 2]),
-        (OutputAdaptive(schedule="every_k", k=2), True, 1, [0, 1, 2]),
-        (OutputAdaptive(schedule="every_k", k=2), True, 2, [2]),
-        (OutputAdaptive(schedule="every_k", k=2), False, 1, [1, 2]),
-        (OutputAdaptive(schedule="one_pass"), True, 1, [1, 2]),
+        (GPTQ(GRID), Layerwise(), True, 2, [2]),
+        (BiLLM(block=32), Layerwise(), False, 1, [1, 2]),
+        (GPTQ(GRID), OutputAdaptive(), True, 1, [1, 2]),
+        (GPTQ(GRID), OutputAdaptive(schedule="every_k", k=2), True, 1, [0, 1, 2]),
+        (BiLLM(block=32), OutputAdaptive(schedule="every_k", k=2), True, 2, [2]),
+        (GPTQ(GRID), OutputAdaptive(schedule="every_k", k=2), False, 1, [1, 2]),
+        (GPTQ(GRID), OutputAdaptive(schedule="one_pass"), True, 1, [1, 2]),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("solver", [GPTQ(GRID), BiLLM(block=32)], ids=["gptq", "billm"])
 def test_a_killed_run_goes_on_at_the_block(
-    tmp_path, monkeypatch, source, propagate, killed, solved, solver
+    tmp_path, monkeypatch, solver, source, propagate, killed, solved
 ):
     method = Blockwise(solver, source, propagate)
     whole = task_of("llama")
