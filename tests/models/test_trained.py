@@ -11,7 +11,7 @@ from qexp.models.trained import Trained
 from qexp.runs import finished, results
 
 TUNE = ("progress=false", "method=finetune", "method/loss=logit_kl", "trainer=smoke")
-FILE_GRID = ("method=rtn", "+weight.real_zero=true", "weight.group_size=32")
+FILE_GRID = ("method=rtn", "weight.real_zero=true", "weight.group_size=32")
 
 
 def trained(folder: Path) -> Trained:
