@@ -84,6 +84,11 @@ class Blockwise(Step):
     def __post_init__(self) -> None:
         if self.chunk is not None:
             check_int("method", self, chunk=1)
+        if self.target.needs_moments and self.solver.needs_moments:
+            raise UserError(
+                "method.target=asymmetric with method.solver.carry: both correct for the inputs; "
+                "give method/target=same, or method.solver.carry=0."
+            )
         if self._is_paired and not self.propagate:
             raise UserError(
                 "method.propagate=false: every layer then reads the float model's inputs, from "

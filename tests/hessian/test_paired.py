@@ -120,3 +120,8 @@ def test_a_killed_run_resumes_with_the_float_stream_where_it_was(monkeypatch, sc
     method(resumed, lambda: [joined("llama")])
     for one, two in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, two)
+
+
+def test_two_corrections_of_the_same_inputs_are_refused():
+    with pytest.raises(UserError, match=r"both correct .* method/target=same"):
+        Blockwise(GPTQ(GRID, carry=0.25), Layerwise(), target=Asymmetric())
