@@ -114,7 +114,7 @@ class FirstOrder(Metric):
                     weight.requires_grad_(False)
             parts = zip(linears, weights, totals, strict=True)
             return {
-                name: float((total * (floats[name] - weight).float()).abs().sum().double())
+                name: float((total * (floats[name] - weight.detach()).float()).abs().sum().double())
                 for name, weight, total in parts
             }
 

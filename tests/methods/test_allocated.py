@@ -124,20 +124,27 @@ def test_bits_go_where_they_help_and_the_budget_holds(rule) -> None:
         assert record.packed.grid.bits == record.option
 
 
-def test_options_are_solved_once_for_every_budget_and_metric(monkeypatch) -> None:
-    solved: list[bool] = []
-    original = Blockwise._solve
+def test_a_killed_run_goes_on_and_options_are_solved_once_for_every_budget(monkeypatch) -> None:
+    solved: list[str] = []
+    original, killed = Blockwise._solve, [True]
 
     def solve(self, block, for_each_group):
-        solved.append(self.propagate)
+        if killed[0] and self.propagate and block.index == 1:
+            raise KeyboardInterrupt
+        solved.append(f"{block.index} {'quantized' if self.propagate else 'float'}")
         return original(self, block, for_each_group)
 
     monkeypatch.setattr(Blockwise, "_solve", solve)
-    allocated(3.3)(task_of("llama"), data)
-    assert solved == 9 * [False] + 3 * [True]
+    with pytest.raises(KeyboardInterrupt):
+        allocated(3.3)(task_of("llama"), data)
+    assert solved == [*3 * ["0 float", "1 float", "2 float"], "0 quantized"]
+    solved.clear()
+    killed[0] = False
+    resumed = allocated(3.3)(task_of("llama"), data)
+    assert solved == ["1 quantized", "2 quantized"] and len(resumed) == 21
     solved.clear()
     records = allocated(3.0, Loss(TokenWeighted()))(task_of("llama"), data)
-    assert solved == 3 * [True]
+    assert solved == ["0 quantized", "1 quantized", "2 quantized"]
     assert pipeline.storage(records)["weight/bits"] <= 3.0
 
 
