@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qexp.common.errors import UserError
 from qexp.grid.clipping import Clamp, Rounding, inside, reached
 from qexp.grid.observers import HistogramObserver, Observer
 from qexp.grid.scale import Scale, cut
@@ -48,6 +49,13 @@ class Grid(ABC):
     @abstractmethod
     def bits(self) -> int:
         """Stored bits per code."""
+
+    def with_bits(self, bits: int) -> "Grid":
+        """The grid with codes of `bits` bits. UserError where their number is fixed."""
+        raise UserError(
+            f"method.options={bits}: the codes of {type(self).__name__} have {self.bits} bits; "
+            "give weight=int."
+        )
 
     @property
     def rowwise(self) -> bool:

@@ -1,6 +1,6 @@
 """Integer grids: evenly spaced values, symmetric or with a zero point."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -58,6 +58,9 @@ class IntGrid(Grid):
                 f"per_tensor=true with group_size={self.group_size}: a single scale has no "
                 "groups; give null (weight.per_tensor=true needs weight.group_size=null)."
             )
+
+    def with_bits(self, bits: int) -> "IntGrid":
+        return replace(self, bits=bits)
 
     @property
     def second_level(self) -> dict[str, Grid]:

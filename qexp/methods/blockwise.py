@@ -1,8 +1,8 @@
 """Post-training quantization of weights: every linear of every block, one after another."""
 
-import logging
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -14,18 +14,18 @@ from qexp.common.progress import bar
 from qexp.hessian import AtFloatWeights, CacheableHessian, Hessian
 from qexp.hessian.base import ForEachGroup
 from qexp.hessian.paired import Paired
-from qexp.methods.journal import Finished, Journal
+from qexp.methods.checks import check, finite
+from qexp.methods.journal import Journal
 from qexp.methods.write_back import write
 from qexp.quantizers.scheme import Activations, quantize_activations
 from qexp.solvers import Solver
 from qexp.solvers.base import Moments
 from qexp.solvers.factor import NotPositiveDefinite
+from qexp.solvers.low_rank import Residual, Uncorrected
 from qexp.solvers.target import Same, Target
 from qexp.step import Record, Step
-from qexp.task import Batches, Task
+from qexp.task import Batch, Batches, Task
 from qexp.walk import Block, walk
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,18 @@ class Direct(Step):
 
     activations_first: static ranges of activations are fitted to the float model; otherwise to the
     model with rounded weights.
+    residual: what is stored of the error, in the metric of the identity.
     """
 
     solver: Solver
     activations: tuple[Activations, ...] | list[Activations] = ()
     activations_first: bool = True
+    residual: Residual = Uncorrected()  # noqa: RUF009 (frozen: sharing the default is safe)
 
     @torch.no_grad()
     def __call__(self, task: Task, batches: Batches) -> list[Record]:
-        check(task, self.solver)
+        solver = self.residual.around(self.solver)
+        check(task, lambda _: solver)
         if self.activations_first:
             quantize_activations(task, self.activations, batches)
         records = []
@@ -50,9 +53,13 @@ class Direct(Step):
             finite(name, linear)
             start = time.perf_counter()
             eye = torch.eye(linear.in_features, device=linear.weight.device)
-            solution = self.solver(linear.weight.detach().float(), eye)
+            weight = linear.weight.detach().float()
+            solution = solver(weight, eye)
             seconds = time.perf_counter() - start
-            records.append(write(name, linear, solution, solution.weight, None, seconds))
+            nearest = solution
+            if solver.baseline != solver:
+                nearest = solver.baseline(weight, eye)
+            records.append(write(name, linear, solution, nearest.weight, None, seconds))
         if not self.activations_first:
             quantize_activations(task, self.activations, batches)
         return records
@@ -71,6 +78,8 @@ class Blockwise(Step):
     activations_first: static ranges are fitted to the float model, then activations are rounded,
     and Hessians (those at float weights too) are of the rounded inputs that layers will read.
     Otherwise Hessians see float activations, and ranges are fitted to the rounded weights.
+    residual: what is stored of the error of each layer in addition.
+    own: solvers of single linears, by full name, in place of `solver`.
     """
 
     solver: Solver
@@ -80,6 +89,8 @@ class Blockwise(Step):
     activations: tuple[Activations, ...] | list[Activations] = ()
     activations_first: bool = True
     target: Target = Same()  # noqa: RUF009 (frozen: sharing the default is safe)
+    residual: Residual = Uncorrected()  # noqa: RUF009
+    own: Mapping[str, Solver] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.chunk is not None:
@@ -98,10 +109,24 @@ class Blockwise(Step):
 
     @torch.no_grad()
     def __call__(self, task: Task, batches: Batches) -> list[Record]:
-        check(task, self.solver)
+        check(task, self.solver_of)
         data = batches()  # before anything is rounded: some recipes run the model
         if self.activations_first:
             quantize_activations(task, self.activations, lambda: data)
+        records, journal = self.rounded(task, data)
+        task.workspace.remove_when_done(partial(journal.clear, len(task.blocks)))
+        if not self.activations_first:
+            quantize_activations(task, self.activations, lambda: data)
+        return records
+
+    def solver_of(self, name: str) -> Solver:
+        """The solver of a linear, by its full name."""
+        return self.residual.around(self.own.get(name, self.solver))
+
+    @torch.no_grad()
+    def rounded(self, task: Task, data: list[Batch]) -> tuple[list[Record], Journal]:
+        """Round the weights; the journal, which a run that is done clears, answers the same call
+        again."""
         records: list[Record] = []
         journal: Journal | None = None
         paired = Paired(self.effective_hessian) if self._is_paired else None
@@ -112,7 +137,9 @@ class Blockwise(Step):
                 block.skip()
             if journal is None:
                 journal = Journal({"model": block.origin, "method": repr(self)})
-                finished = self._finished(journal, len(task.blocks))
+                finished = journal.finished(
+                    len(task.blocks), self.effective_hessian.blocks_per_pass
+                )
                 if len(finished) < len(task.blocks):
                     for_each_group = (paired or self.effective_hessian).prepare(block)
             if block.index < len(finished):
@@ -126,32 +153,12 @@ class Blockwise(Step):
             raise RuntimeError(
                 f"{len(records)} linears were quantized, not the {expected} asked for"
             )
-        if journal is not None:
-            task.workspace.remove_when_done(partial(journal.clear, len(task.blocks)))
-        if not self.activations_first:
-            quantize_activations(task, self.activations, lambda: data)
-        return records
+        assert journal is not None
+        return records, journal
 
     @property
     def _is_paired(self) -> bool:
         return self.target.needs_moments or self.solver.needs_moments
-
-    def _finished(self, journal: Journal, blocks: int) -> list[Finished]:
-        """The blocks that an interrupted run finished, up to where Hessians can be
-        taken up again."""
-        found: list[Finished] = []
-        for index in range(blocks):
-            if (block := journal.read(index)) is None:
-                break
-            found.append(block)
-        found = found[
-            : len(found)
-            // self.effective_hessian.blocks_per_pass
-            * self.effective_hessian.blocks_per_pass
-        ]
-        if found:
-            log.info("taken up again at block %d of %d", len(found), blocks)
-        return found
 
     @property
     def effective_hessian(self) -> Hessian:
@@ -172,14 +179,26 @@ class Blockwise(Step):
             hessian: Float[Tensor, "columns columns"],
             moments: Moments | None,
         ) -> None:
-            for stack in [names] if self.solver.rowwise else [(name,) for name in names]:
-                full = [f"{block.name}.{name}" for name in stack]
-                records.extend(
-                    self._write(full, [linears[name] for name in stack], hessian, moments)
-                )
+            full = {f"{block.name}.{name}": linears[name] for name in names}
+            for stack in self._stacks(full):
+                records.extend(self._write(stack, [full[name] for name in stack], hessian, moments))
 
         for_each_group(block, on_hessian)
         return records
+
+    def _stacks(self, names: Iterable[str]) -> list[list[str]]:
+        """Names of linears that are solved as one matrix: those of equal solvers, if these take
+        each row by itself."""
+        stacks: list[list[str]] = []
+        for name in names:
+            solver = self.solver_of(name)
+            for stack in stacks:
+                if solver.rowwise and self.solver_of(stack[0]) == solver:
+                    stack.append(name)
+                    break
+            else:
+                stacks.append([name])
+        return stacks
 
     def _write(
         self,
@@ -197,21 +216,22 @@ class Blockwise(Step):
                 f"{names[0]}: its calibration inputs are {state}; check the model's weights and "
                 "the calibration text (calibration.corpus)."
             )
+        solver = self.solver_of(names[0])
         start = time.perf_counter()
         weight = torch.cat([linear.weight.detach().float() for linear in linears])
         target = self.target(weight, moments)
-        extra = (moments,) if self.solver.needs_moments else ()
+        extra = (moments,) if solver.needs_moments else ()
         try:
-            solution = self.solver(target, hessian, *extra)
+            solution = solver(target, hessian, *extra)
         except NotPositiveDefinite as reason:
             raise UserError(
                 f"{names[0]}: its Hessian cannot be factored: {reason}; give more calibration "
                 "sequences (calibration.sequences) or more damping (method.solver.damp)."
             ) from reason
         seconds = time.perf_counter() - start
-        nearest = self.solver.baseline(weight, hessian).weight
-        aim = self.solver.aim(target, moments)
-        records, row, tolerance = [], 0, self.solver.tolerance
+        nearest = solver.baseline(weight, hessian).weight
+        aim = solver.aim(target, moments)
+        records, row, tolerance = [], 0, solver.tolerance
         for name, linear in zip(names, linears, strict=True):
             rows = slice(row, row := row + linear.out_features)
             whole = len(linears) == 1
@@ -222,21 +242,3 @@ class Blockwise(Step):
                 write(name, linear, own, nearest[rows], hessian, share, tolerance, aim[rows])
             )
         return records
-
-
-def check(task: Task, solver: Solver) -> None:
-    """UserError, before any work, when the solver cannot take one of the model's shapes."""
-    for name, linear in task.linears().items():
-        try:
-            solver.check(linear.out_features, linear.in_features)
-        except UserError as reason:
-            raise UserError(f"{name}: {reason}") from reason
-
-
-def finite(name: str, linear: nn.Linear) -> None:
-    """UserError when a layer's weights hold NaN or infinity."""
-    if not linear.weight.isfinite().all():
-        raise UserError(
-            f"{name}.weight holds values that are not finite: the model's file is damaged, or was "
-            "saved from a diverged run; load another one (model.path, model.id)."
-        )

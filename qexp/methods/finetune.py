@@ -19,7 +19,7 @@ from qexp.common.errors import FieldError, UserError, check_choice, check_int
 from qexp.data.recipe import Recipe
 from qexp.gradients import ClampGradient, RoundingGradient
 from qexp.grid import Grid
-from qexp.methods.blockwise import finite
+from qexp.methods.checks import finite
 from qexp.methods.write_back import error
 from qexp.packed.coded import Coded
 from qexp.quantizers.activation import FakeQuant

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
+from qexp.common.errors import UserError
 from qexp.packed.base import Packed
 
 
@@ -57,6 +58,18 @@ class Solver(ABC):
     @abstractmethod
     def baseline(self) -> "Solver":
         """Round-to-nearest on the same grid; the result must not be worse."""
+
+    def least_bits(self, rows: int, columns: int) -> float:
+        """Stored bits per weight that every solution of a [rows, columns] matrix takes, as far as
+        they are known without solving."""
+        return 0.0
+
+    def with_bits(self, bits: int) -> "Solver":
+        """The solver with codes of `bits` bits. UserError where it has no codes of any width."""
+        raise UserError(
+            f"method.options={bits}: {type(self).__name__} has no bit width that could be chosen; "
+            "give a solver on weight=int, such as method@method.quantization=gptq."
+        )
 
     @property
     def needs_moments(self) -> bool:

@@ -10,6 +10,7 @@ from qexp.packed import weights_file
 from qexp.packed.bitpacking import pack_bits, unpack_bits
 from qexp.solvers import GPTQ, BiLLM, Solver, SpQR
 from qexp.solvers.billm import Binarize
+from qexp.solvers.low_rank import Correction
 from qexp.solvers.pbllm import PBLLM
 from qexp.solvers.quip import QuIP
 
@@ -20,6 +21,7 @@ SOLVERS: dict[str, Solver] = {
     "binary": Binarize(64, "float16"),
     "pbllm": PBLLM(IntGrid(8, scale_dtype="float16"), scale_dtype="float16"),
     "quip": QuIP(IntGrid(2, per_tensor=True, scale_dtype="float16")),
+    "low rank": Correction(4, factors="int8").around(GPTQ(IntGrid(3, group_size=32))),
 }
 
 

@@ -27,6 +27,9 @@ METHODS = {
     "quip": [],
     "gptq": ["weight=spqr", "method.solver.damp=0.1"],
     "rtn": ["weight=spqr"],
+    "lorc": [],
+    "slim": ["method.residual.rank=0.25"],
+    "gptq low rank": ["method/residual=low_rank", "method.residual.factors=int4"],
 }
 
 

@@ -1,0 +1,81 @@
+"""Stored form of matrices that are the sum of another stored form and a product of two factors."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from qexp.packed.base import Packed, restored
+from qexp.packed.coded import Coded
+
+# [rank, rows] and [rank, columns]: groups of a coded factor run along the long side.
+Factor = Float[Tensor, "rank length"] | Coded
+
+
+@dataclass(frozen=True)
+class LowRank(Packed):
+    """base + outputsᵀ · inputs, with factors in their stored dtype or on a grid.
+
+    The product is taken in float64 and the sum cast once, so that storage gives the same float32 on
+    any machine.
+    """
+
+    base: Packed
+    outputs: Factor
+    inputs: Factor
+
+    def dequantize(self) -> Float[Tensor, "rows columns"]:
+        product = _plain(self.outputs).T @ _plain(self.inputs)
+        return (self.base.dequantize().double() + product).float().contiguous()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.base.shape
+
+    def size(self) -> int:
+        return self.base.size() + sum(_size(factor) for factor in (self.outputs, self.inputs))
+
+    def rows(self, start: int, stop: int) -> "LowRank":
+        raise ValueError("rows that share their factors cannot be separated")
+
+    def stored(self) -> dict[str, Tensor]:
+        tensors = {f"base.{key}": tensor for key, tensor in self.base.stored().items()}
+        for name, factor in (("outputs", self.outputs), ("inputs", self.inputs)):
+            if isinstance(factor, Coded):
+                tensors |= {f"{name}.{key}": tensor for key, tensor in factor.stored().items()}
+            else:
+                tensors[name] = factor
+        return tensors
+
+    def layout(self) -> dict[str, Any]:
+        layout: dict[str, Any] = {"base": self.base.described()}
+        for name, factor in (("outputs", self.outputs), ("inputs", self.inputs)):
+            if isinstance(factor, Coded):
+                layout[name] = factor.layout()
+        return layout
+
+    @staticmethod
+    def restore(stored: dict[str, Tensor], layout: dict[str, Any]) -> "LowRank":
+        def below(name: str) -> dict[str, Tensor]:
+            prefix = f"{name}."
+            inside = {key for key in stored if key.startswith(prefix)}
+            return {key.removeprefix(prefix): stored[key] for key in inside}
+
+        def factor(name: str) -> Factor:
+            if name in layout:
+                return Coded.restore(below(name), layout[name])
+            return stored[name]
+
+        return LowRank(restored(below("base"), layout["base"]), factor("outputs"), factor("inputs"))
+
+
+def _plain(factor: Factor) -> Float[Tensor, "rank length"]:
+    values = factor.dequantize() if isinstance(factor, Coded) else factor
+    return values.double()
+
+
+def _size(factor: Factor) -> int:
+    if isinstance(factor, Coded):
+        return factor.size()
+    return 8 * factor.element_size() * factor.numel()
