@@ -4,6 +4,7 @@ import logging
 import time
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -20,7 +21,7 @@ from qexp.quantizers.scheme import Activations, quantize_activations
 from qexp.solvers import Solver
 from qexp.solvers.base import Moments
 from qexp.solvers.factor import NotPositiveDefinite
-from qexp.solvers.target import Same, Target
+from qexp.solvers.target import Same, Target, check_together
 from qexp.step import Record, Step
 from qexp.task import Batches, Task
 from qexp.walk import Block, walk
@@ -84,17 +85,7 @@ class Blockwise(Step):
     def __post_init__(self) -> None:
         if self.chunk is not None:
             check_int("method", self, chunk=1)
-        if self.target.needs_moments and self.solver.needs_moments:
-            raise UserError(
-                "method.target=asymmetric with method.solver.carry: both correct for the inputs; "
-                "give method/target=same, or method.solver.carry=0."
-            )
-        if self._is_paired and not self.propagate:
-            raise UserError(
-                "method.propagate=false: every layer then reads the float model's inputs, from "
-                "which method.target=asymmetric and method.solver.carry cannot differ; give "
-                "method.propagate=true."
-            )
+        check_together(self.solver, self.target, self.propagate)
 
     @torch.no_grad()
     def __call__(self, task: Task, batches: Batches) -> list[Record]:
@@ -200,9 +191,11 @@ class Blockwise(Step):
         start = time.perf_counter()
         weight = torch.cat([linear.weight.detach().float() for linear in linears])
         target = self.target(weight, moments)
-        extra = (moments,) if self.solver.needs_moments else ()
+        extra: dict[str, Any] = {"moments": moments} if self.solver.needs_moments else {}
+        if self.target.gives_first:
+            extra["first"] = self.target.first(weight, moments)
         try:
-            solution = self.solver(target, hessian, *extra)
+            solution = self.solver(target, hessian, **extra)
         except NotPositiveDefinite as reason:
             raise UserError(
                 f"{names[0]}: its Hessian cannot be factored: {reason}; give more calibration "
