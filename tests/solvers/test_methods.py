@@ -27,6 +27,17 @@ METHODS = {
     "quip": [],
     "gptq": ["weight=spqr", "method.solver.damp=0.1"],
     "rtn": ["weight=spqr"],
+    "gptq refined": [
+        "method.solver.descend=1",
+        "method.solver.refit=true",
+        "method.solver.importance=diagonal",
+        "weight/range=mse",
+        "weight.range.steps=10",
+        "weight.bits=3",
+        "weight.group_size=32",
+    ],
+    "qronos": ["weight.bits=3", "weight.group_size=32"],
+    "obq": ["weight=channel", "weight.bits=3"],
 }
 
 
@@ -66,6 +77,15 @@ def test_solves_every_linear_and_comes_back(family: str, name: str, tmp_path) ->
         *((name, "solver.block=0") for name in ("gptq", "spqr", "billm", "pbllm", "quip")),
         ("gptq", "solver.damp=nan"),
         ("gptq", "solver.fit_every=0"),
+        ("gptq", "solver.descend=-1"),
+        ("gptq", "solver.importance=fisher"),
+        ("gptq", "solver.refit=maybe"),
+        ("spqr", "solver.importance=fisher"),
+        ("quip", "solver.importance=fisher"),
+        ("obq", "solver.damp=-0.1"),
+        ("obq", "solver.rows=0"),
+        ("obq", "solver.importance=fisher"),
+        ("qronos", "target.first_column=maybe"),
         ("gptq", "chunk=0"),
         ("spqr", "solver.threshold=-1.0"),
         ("spqr", "solver.outlier_dtype=int8"),
