@@ -1,6 +1,7 @@
 """Interfaces of grids and range estimators."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -180,9 +181,10 @@ class Grid(ABC):
         rows, columns = x.shape
         groups = self.groups(columns)
         if self.second_level:  # their groups run along the rows of one group of columns
-            each = [None] * groups if counts is None else counts.chunk(groups, 1)
-            parts = zip(x.chunk(groups, 1), each, strict=True)
-            return Scale.join([self.fit(part, weights) for part, weights in parts])
+            weights: Sequence[Tensor | None] = [None] * groups
+            weights = weights if counts is None else counts.chunk(groups, 1)
+            parts = zip(x.chunk(groups, 1), weights, strict=True)
+            return Scale.join([self.fit(part, each) for part, each in parts])
         shape = rows * groups, columns // groups
         q = self.fit(x.reshape(shape), None if counts is None else counts.reshape(shape))
         return q.map(lambda part: part.expand(rows * groups, 1).reshape(rows, groups))

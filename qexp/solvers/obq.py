@@ -63,7 +63,8 @@ class OBQ(OnGrid):
             self.importance, hessian.diagonal(), factor.upper.diagonal().float()
         )
         coded = Coded.of(self.grid, weight, self.grid.scales_of(weight, importance(weight, 0)))
-        inverse, wide, parts = factor.upper.T @ factor.upper, coded.per_column(), []
+        inverse, wide = factor.upper.T @ factor.upper, coded.per_column()
+        parts: list[Tensor] = []
         for start in range(0, len(weight), self.rows):
             tile = slice(start, start + self.rows)
             q = Scale(wide.scale[tile].double(), wide.zero[tile].double())

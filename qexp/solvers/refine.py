@@ -85,7 +85,7 @@ def refitted(
         _refitted(coded.rows(row, min(row + TILE, len(weight))), weight[row : row + TILE], hessian)
         for row in tiles
     ]
-    scale, zero = (torch.cat(each) for each in zip(*(part[:2] for part in parts), strict=True))
+    scale, zero = torch.cat([q.scale for q in parts]), torch.cat([q.zero for q in parts])
     return _with(coded, Scale(scale, zero))
 
 
@@ -112,8 +112,9 @@ def _refitted(coded: Coded, weight: Tensor, hessian: Tensor) -> Scale:
 
     def better(one: tuple[Tensor, Scale], other: tuple[Tensor, Scale]) -> tuple[Tensor, Scale]:
         wins = other[0] < one[0]
-        parts = zip(one[1][:2], other[1][:2], strict=True)
-        return torch.minimum(one[0], other[0]), Scale(*(b.where(wins, a) for a, b in parts))
+        old, new = one[1], other[1]
+        scale, zero = new.scale.where(wins, old.scale), new.zero.where(wins, old.zero)
+        return torch.minimum(one[0], other[0]), Scale(scale, zero)
 
     return reduce(better, [(error(each), each.scales()) for each in found])[1]
 

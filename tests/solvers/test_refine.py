@@ -174,7 +174,8 @@ def test_every_range_takes_an_importance(kind: str, name: str, order: dict) -> N
     solution = GPTQ(grid, importance=kind, **order)(weight, hessian)
     assert solution.weight.isfinite().all() and is_stored_whole(solution)
     scaled = GPTQ(grid, importance=kind, **order)(weight, 1000 * hessian).weight
-    assert (solution.weight - scaled).abs().lt(1e-4).double().mean() > 0.99
+    errors = [loss(each - weight, hessian) for each in (solution.weight, scaled)]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-2)  # a 0 may lie between two codes
     if name != "minmax":
         plain = GPTQ(grid, **order)(weight, hessian)
         assert not torch.equal(plain.weight, solution.weight)
