@@ -103,11 +103,10 @@ class IntGrid(Grid):
         scale = width if self.scales is not None else self.as_stored(width)
         if self.symmetric:
             zero = torch.full_like(scale, 2 ** (self.bits - 1))
-        elif self.real_zero:
+        elif self.real_zero and self.zeros is not None:
             zero = -low / scale
-            zero = zero if self.zeros is not None else zero.to(self.stored_dtype).float()
         else:
-            zero = (-low / scale).round().clamp(0, self.top)
+            zero = self.zero_as_stored(-low / scale)
         if not self.second_level:
             return Scale(scale, zero)
         # As in SpQR, zero points are computed from the scale before it is quantized.
@@ -116,6 +115,12 @@ class IntGrid(Grid):
             n: g(raw[n].reshape(1, -1)).reshape(-1, 1) for n, g in self.second_level.items()
         }
         return Scale(positive(quantized["scales"]), quantized["zeros"], (scale, zero))
+
+    def zero_as_stored(self, zero: Float[Tensor, "*rows each"]) -> Float[Tensor, "*rows each"]:
+        if not self.real_zero:
+            return zero.round().clamp(0, self.top)
+        limit = torch.finfo(self.stored_dtype).max
+        return zero.clamp(-limit, limit).to(self.stored_dtype).float()
 
     def encode(
         self,

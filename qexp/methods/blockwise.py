@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -22,7 +23,7 @@ from qexp.solvers import Solver
 from qexp.solvers.base import Moments
 from qexp.solvers.factor import NotPositiveDefinite
 from qexp.solvers.low_rank import Residual, Uncorrected
-from qexp.solvers.target import Same, Target
+from qexp.solvers.target import Same, Target, check_together
 from qexp.step import Record, Step
 from qexp.task import Batch, Batches, Task
 from qexp.walk import Block, walk
@@ -95,17 +96,7 @@ class Blockwise(Step):
     def __post_init__(self) -> None:
         if self.chunk is not None:
             check_int("method", self, chunk=1)
-        if self.target.needs_moments and self.solver.needs_moments:
-            raise UserError(
-                "method.target=asymmetric with method.solver.carry: both correct for the inputs; "
-                "give method/target=same, or method.solver.carry=0."
-            )
-        if self._is_paired and not self.propagate:
-            raise UserError(
-                "method.propagate=false: every layer then reads the float model's inputs, from "
-                "which method.target=asymmetric and method.solver.carry cannot differ; give "
-                "method.propagate=true."
-            )
+        check_together(self.solver, self.target, self.propagate)
 
     @torch.no_grad()
     def __call__(self, task: Task, batches: Batches) -> list[Record]:
@@ -220,9 +211,11 @@ class Blockwise(Step):
         start = time.perf_counter()
         weight = torch.cat([linear.weight.detach().float() for linear in linears])
         target = self.target(weight, moments)
-        extra = (moments,) if solver.needs_moments else ()
+        extra: dict[str, Any] = {"moments": moments} if solver.needs_moments else {}
+        if self.target.gives_first:
+            extra["first"] = self.target.first(weight, moments)
         try:
-            solution = solver(target, hessian, *extra)
+            solution = solver(target, hessian, **extra)
         except NotPositiveDefinite as reason:
             raise UserError(
                 f"{names[0]}: its Hessian cannot be factored: {reason}; give more calibration "

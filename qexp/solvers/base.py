@@ -76,6 +76,11 @@ class Solver(ABC):
         """Whether the solver is called with a third argument, the `Moments` of the inputs."""
         return False
 
+    @property
+    def takes_first(self) -> bool:
+        """Whether the solver can be called with an argument `first`, see `target.Target.first`."""
+        return False
+
     def aim(
         self, target: Float[Tensor, "rows columns"], moments: Moments | None
     ) -> Float[Tensor, "rows columns"]:

@@ -114,6 +114,10 @@ class Corrected(Solver):
     def needs_moments(self) -> bool:
         return self.base.needs_moments
 
+    @property
+    def takes_first(self) -> bool:
+        return self.base.takes_first
+
     def aim(
         self, target: Float[Tensor, "rows columns"], moments: Moments | None
     ) -> Float[Tensor, "rows columns"]:
@@ -138,15 +142,18 @@ class Corrected(Solver):
         weight: Float[Tensor, "rows columns"],
         hessian: Float[Tensor, "columns columns"],
         moments: Moments | None = None,
+        first: Float[Tensor, "rows columns"] | None = None,
     ) -> Solution:
         correction = self.correction
         factor = inverse_factor(correction.weighting(hessian), correction.damp)
         rank = correction.rank_of(*weight.shape)
-        extra = () if moments is None else (moments,)
-        rest = weight
+        product = torch.zeros_like(weight)
         found: list[tuple[float, Solution]] = []
         for _ in range(correction.rounds):
-            base = self.base(rest, hessian, *extra)
+            extra: dict[str, Tensor | Moments] = {} if moments is None else {"moments": moments}
+            if first is not None:
+                extra["first"] = first - product
+            base = self.base(weight - product, hessian, **extra)
             aim = self.base.aim(weight, moments)
             error = (aim - base.packed.dequantize()).double().masked_fill(factor.dead, 0)
             outputs, inputs = nearest_product(error, factor.upper, rank)
@@ -157,7 +164,7 @@ class Corrected(Solver):
             )
             change = (solution.weight - aim).double()
             found.append((float(((change @ hessian.double()) * change).sum()), solution))
-            rest = weight - (solution.weight - base.packed.dequantize())
+            product = solution.weight - base.packed.dequantize()
         return min(found, key=lambda each: each[0])[1]
 
 
