@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 
@@ -22,7 +22,7 @@ from qexp.runs.results import BLOCKS
 from qexp.step import Record
 from qexp.task import Batch, Task
 from qexp.training.code_statistics import CodeStatistics
-from qexp.training.optimizer import Optimizer
+from qexp.training.optimizer import Optimizer, Parameters
 from qexp.training.rounding_penalty import RoundingPenalty
 from qexp.walk import Block, walk
 
@@ -59,9 +59,7 @@ class BlockPhase:
 
     def __post_init__(self) -> None:
         check_int(None, self, sequences=1, seed=0)
-        check_choice(
-            None, self, unit=UNITS, inputs=("quantized", "float"), keep=("last", "best")
-        )
+        check_choice(None, self, unit=UNITS, inputs=("quantized", "float"), keep=("last", "best"))
         if self.epochs is not None:
             check_int(None, self, epochs=1)
         if self.steps is not None:
@@ -138,6 +136,7 @@ class BlockPhase:
         losses: list[Tensor] = []
         statistics = CodeStatistics(unit.linears)
         statistics()
+        penalty = self._penalty_of(unit, parameters)
         best = _Best(unit, parameters)
         best.look(self.keep)
         for step in bar(range(steps), unit.name):
@@ -152,7 +151,7 @@ class BlockPhase:
                         "method.blocks.optimizer's rates."
                     )
                 optimizer.zero_grad()
-                self._penalized(loss, unit, parameters, step, steps).backward()
+                (loss + penalty(step, steps)).backward()
             limit = math.inf if self.optimizer.clip is None else self.optimizer.clip
             torch.nn.utils.clip_grad_norm_([p for g in parameters.values() for p in g], limit)
             optimizer.step()
@@ -176,18 +175,15 @@ class BlockPhase:
         assert self.epochs is not None
         return self.epochs * unit.pieces
 
-    def _penalized(
-        self,
-        loss: Tensor,
-        unit: Unit,
-        parameters: Mapping[str, Sequence[nn.Parameter]],
-        step: int,
-        steps: int,
-    ) -> Tensor:
-        """With the penalty, which is made for a sum over channels where the loss is a mean."""
-        if self.penalty is None:
-            return loss
-        return loss + self.penalty(parameters["rounding"], step, steps) / unit.width
+    def _penalty_of(self, unit: Unit, parameters: Parameters) -> Callable[[int, int], Tensor | int]:
+        """The penalty at a step, of so many, for errors that are averaged over channels."""
+        penalty, rounding = self.penalty, parameters.get("rounding", ())
+        if penalty is None:
+            return lambda step, steps: 0
+        factor = 1 / unit.width
+        if penalty.relative:
+            factor = _hard_loss(unit) / sum(v.numel() for v in rounding)
+        return lambda step, steps: factor * penalty(rounding, step, steps)
 
     def _parameters(self, unit: Unit) -> dict[str, list[nn.Parameter]]:
         """What trains, by kind; nothing else of the unit asks for gradients."""
@@ -217,7 +213,7 @@ class BlockPhase:
 class _Best:
     """The parameters with the least loss of a unit's first piece, as far as they were looked at."""
 
-    def __init__(self, unit: Unit, parameters: Mapping[str, Sequence[nn.Parameter]]) -> None:
+    def __init__(self, unit: Unit, parameters: Parameters) -> None:
         self.unit, self.loss = unit, inf
         self.parameters = [p for group in parameters.values() for p in group]
         self.values: list[Tensor] = []
@@ -226,16 +222,22 @@ class _Best:
     def look(self, keep: str) -> None:
         if keep == "last":
             return
-        _set_training(self.unit, False)
-        loss = float(self.unit.loss(0))
-        _set_training(self.unit, True)
-        if loss < self.loss:
+        if (loss := _hard_loss(self.unit)) < self.loss:
             self.loss, self.values = loss, [p.detach().clone() for p in self.parameters]
 
     @torch.no_grad()
     def restore(self) -> None:
         for parameter, value in zip(self.parameters, self.values, strict=False):
             parameter.copy_(value)
+
+
+@torch.no_grad()
+def _hard_loss(unit: Unit) -> float:
+    """The loss of a unit's first piece with codes as they would be stored."""
+    _set_training(unit, False)
+    loss = float(unit.loss(0))
+    _set_training(unit, True)
+    return loss
 
 
 def _set_training(unit: Unit, mode: bool) -> None:

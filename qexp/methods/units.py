@@ -128,14 +128,14 @@ class OutputMoments(NamedTuple):
     @staticmethod
     def of(inputs: Iterable[Float[Tensor, "..."]], floats: Iterable[Tensor]) -> "OutputMoments":
         """Of chunks [..., columns] of equal tokens, accumulated in float32."""
-        sums: list[Tensor] = []
+        sums: Sequence[Tensor] = []
         count = 0
         for own, other in zip(inputs, floats, strict=True):
             x, y = (each.detach().reshape(-1, each.shape[-1]).float() for each in (own, other))
             gap = nn.functional.pad(x - y.to(x), (0, 1))
             x = nn.functional.pad(x, (0, 1), value=1.0)
             parts = [x.T @ x, gap.T @ x, gap.T @ gap]
-            sums = [total + part for total, part in zip(sums, parts, strict=True)] or parts
+            sums = [total + part for total, part in zip(sums or [0, 0, 0], parts, strict=True)]
             count += len(x)
         return OutputMoments(*(total / count for total in sums))
 
@@ -154,7 +154,7 @@ class OneLinear(Unit):
         self.name, self.label, self.module = name, label, linear
         self.linear, self.linears = linear, {label: linear}
         self.width, self.moments = linear.out_features, moments
-        self.exact = self._matrix(linear.weight.detach())
+        self.exact = self._matrix(linear.weight).detach()
         self.shift = 2 * self.exact @ moments.moved
         self.constant = self._squares(self.exact, moments.gap)
 

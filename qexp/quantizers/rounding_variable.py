@@ -1,4 +1,4 @@
-"""Weights whose rounding is trained: a variable per weight decides which neighbouring code it takes."""
+"""Fake-quantized weights with a trained rounding variable each (SignRound, AdaRound)."""
 
 from typing import ClassVar
 

@@ -98,7 +98,7 @@ class AdamW(Optimizer):
 
 @dataclass(frozen=True)
 class SignSGD(Optimizer):
-    """Steps of one size against the gradient's sign, with linear decay to 0 (AutoRound, 2309.05516).
+    """Steps of one size against the gradient's sign, with linear decay to 0 (SignSGD, 2309.05516).
 
     rounding, ranges: first step sizes of rounding variables and of multipliers of ranges, in units
     of 1 / steps: with 1 a parameter moves by at most (1 + 1 / steps) / 2 in all. 0 fixes them.

@@ -16,12 +16,15 @@ from qexp.quantizers.rounding_variable import share_up
 class RoundingPenalty:
     """weight · Σ (1 - |2 h(V) - 1|^β) over the rounding variables V (2004.10568, equation 24).
 
-    weight: for a loss that is a sum over output channels and a mean over tokens. warmup: share of
-    the steps without penalty. beta: its first and last value. anneal: how it moves between them,
-    `cosine` (AIMET's code) or `linear` (BRECQ's).
+    relative: `weight` is in units of the error of round-to-nearest per weight, and so does not
+    depend on how large inputs and steps are; otherwise it is the paper's, for errors that are
+    summed over output channels and averaged over tokens. warmup: share of the steps without
+    penalty. beta: its first and last value. anneal: how it moves between them, `cosine` (AIMET's
+    code) or `linear` (BRECQ's).
     """
 
-    weight: float = 0.01
+    weight: float = 100.0
+    relative: bool = True
     warmup: float = 0.2
     beta: tuple[float, float] | list[float] = (20.0, 2.0)
     anneal: str = "cosine"
