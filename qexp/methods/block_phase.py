@@ -124,7 +124,7 @@ class BlockPhase:
         for linear in unit.linears.values():
             attach_weight_quantizer(linear, self.scale, self.weight, self.formula)
         unit.begin()
-        _set_training(unit, True)  # the walk is in evaluation mode, where clamping is hard
+        unit.set_training(True)  # the walk is in evaluation mode, where clamping is hard
         steps = self._steps(unit)
         every = unit.pieces if self.steps is None else max(steps // LINES, 1)
         parameters = self._parameters(unit)
@@ -164,7 +164,7 @@ class BlockPhase:
                 log += _lines(at, unit, torch.stack(losses), statistics)
                 losses.clear()
         best.restore()
-        _set_training(unit, False)
+        unit.set_training(False)
         for parameter in unit.module.parameters():
             parameter.grad = None
         return log
@@ -182,7 +182,7 @@ class BlockPhase:
             return lambda step, steps: 0
         factor = 1 / unit.width
         if penalty.relative:
-            factor = _hard_loss(unit) / sum(v.numel() for v in rounding)
+            factor = unit.hard_loss() / sum(v.numel() for v in rounding)
         return lambda step, steps: factor * penalty(rounding, step, steps)
 
     def _parameters(self, unit: Unit) -> dict[str, list[nn.Parameter]]:
@@ -222,27 +222,13 @@ class _Best:
     def look(self, keep: str) -> None:
         if keep == "last":
             return
-        if (loss := _hard_loss(self.unit)) < self.loss:
+        if (loss := self.unit.hard_loss()) < self.loss:
             self.loss, self.values = loss, [p.detach().clone() for p in self.parameters]
 
     @torch.no_grad()
     def restore(self) -> None:
         for parameter, value in zip(self.parameters, self.values, strict=False):
             parameter.copy_(value)
-
-
-@torch.no_grad()
-def _hard_loss(unit: Unit) -> float:
-    """The loss of a unit's first piece with codes as they would be stored."""
-    _set_training(unit, False)
-    loss = float(unit.loss(0))
-    _set_training(unit, True)
-    return loss
-
-
-def _set_training(unit: Unit, mode: bool) -> None:
-    for linear in unit.linears.values():
-        weight_quantizer(linear).train(mode)
 
 
 def _lines(

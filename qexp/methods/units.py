@@ -13,6 +13,7 @@ from qexp.grid import Grid
 from qexp.hessian.float_stream import FloatInputs, FloatStream
 from qexp.methods.finetune import record
 from qexp.methods.output_importance import output_importance
+from qexp.quantizers.parametrization import weight_quantizer
 from qexp.quantizers.scheme import float_activations
 from qexp.step import Record
 from qexp.walk import Block
@@ -39,6 +40,19 @@ class Unit(ABC):
     @abstractmethod
     def loss(self, piece: int) -> Float[Tensor, ""]:
         """The error of the output at the present parameters, a mean over tokens and channels."""
+
+    def set_training(self, mode: bool) -> None:
+        """Of the quantizers: soft clamps and soft rounding, or codes as they would be stored."""
+        for linear in self.linears.values():
+            weight_quantizer(linear).train(mode)
+
+    @torch.no_grad()
+    def hard_loss(self) -> float:
+        """The loss of the first piece with codes as they would be stored."""
+        self.set_training(False)
+        loss = float(self.loss(0))
+        self.set_training(True)
+        return loss
 
     @abstractmethod
     def records(self, grid: Grid, seconds: float) -> list[Record]:
@@ -128,14 +142,14 @@ class OutputMoments(NamedTuple):
     @staticmethod
     def of(inputs: Iterable[Float[Tensor, "..."]], floats: Iterable[Tensor]) -> "OutputMoments":
         """Of chunks [..., columns] of equal tokens, accumulated in float32."""
-        sums: Sequence[Tensor] = []
+        sums: list[Tensor] = []
         count = 0
         for own, other in zip(inputs, floats, strict=True):
             x, y = (each.detach().reshape(-1, each.shape[-1]).float() for each in (own, other))
             gap = nn.functional.pad(x - y.to(x), (0, 1))
             x = nn.functional.pad(x, (0, 1), value=1.0)
             parts = [x.T @ x, gap.T @ x, gap.T @ gap]
-            sums = [total + part for total, part in zip(sums or [0, 0, 0], parts, strict=True)]
+            sums = parts if not sums else [a + b for a, b in zip(sums, parts, strict=True)]
             count += len(x)
         return OutputMoments(*(total / count for total in sums))
 

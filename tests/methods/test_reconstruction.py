@@ -143,8 +143,18 @@ def test_it_goes_on_where_it_was_killed(unit: str, tmp_path: Path, monkeypatch) 
 # ---- SignRound
 
 
+def correlated() -> tuple[Tensor, Tensor]:
+    """Inputs with a few strong directions. Where all are alike, sign descent is worse than rounding
+    to nearest: no gradient is small enough to leave a weight where it is."""
+    weight, _ = problem()
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(400, 6, generator=generator) @ torch.randn(6, 96, generator=generator)
+    x += 0.05 * torch.randn(x.shape, generator=generator)
+    return weight, 2 / len(x) * x.T @ x
+
+
 def test_a_rounding_variable_moves_a_code_by_one_at_most() -> None:
-    weight, hessian = problem()
+    weight, hessian = correlated()
     unit = one_linear(weight, hessian)
     kept: list[Shifted] = []
     made = SignRound.__call__
@@ -341,6 +351,17 @@ def test_blocks_read_rounded_activations_and_aim_at_float_ones() -> None:
         torch.testing.assert_close(units._exact[0], exact)
         units(block, lambda unit: losses.append(float(unit.loss(0))))
     assert len(reference) == len(losses) and min(losses) > 1e-4
+
+
+def test_the_end_phase_keeps_the_activation_quantizers_that_blocks_trained_with() -> None:
+    more = ["trainer.steps=1", "trainer.sequences=1", "activation=int8_tensor"]
+    overrides = ["method=efficient_qat", "weight.group_size=32", *more]
+    task = task_of()
+    step = instantiate(compose("config", [*overrides, "method.activations_first=true"]).method)
+    records = step(task, lambda: batches("llama", 1))
+    assert len(records) == len(task.linears())
+    assert len(task.quantizers) == len(task.blocks) * len(task.arch.groups)
+    assert all(q.enabled and not list(q.parameters()) for q in task.quantizers.values())
 
 
 @pytest.mark.parametrize(
