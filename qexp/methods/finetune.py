@@ -32,7 +32,7 @@ from qexp.task import Batch, Batches, Task
 from qexp.training.code_statistics import CodeStatistics
 from qexp.training.losses import Objective, Penalty
 from qexp.training.module import TrainingSetup
-from qexp.training.optimizer import AdamW
+from qexp.training.optimizer import Optimizer
 from qexp.training.penalized import PenalizedLoss, Probe
 from qexp.training.trainable import TrainableParameters
 from qexp.training.trainer import Trainer
@@ -68,7 +68,7 @@ class FineTune(Step):
     scale: ScaleRule
     trained: TrainableParameters
     loss: Objective
-    optimizer: AdamW
+    optimizer: Optimizer
     trainer: Trainer
     penalty: Penalty | None = None
     activation_rounding: RoundingGradient | None = None
@@ -168,26 +168,31 @@ class FineTune(Step):
     def check(self, task: Task) -> None:
         """UserError, before any work, for what cannot be trained."""
         self.loss.check(task)
-        if next(task.blocks.parameters()).device != task.device:
+        check_trainable(task, self.weight)
+
+
+def check_trainable(task: Task, grid: Grid | None) -> None:
+    """UserError, before any work, for a model that cannot be trained, or not with this grid."""
+    if next(task.blocks.parameters()).device != task.device:
+        raise UserError(
+            "offload: training needs the whole model on its device; give offload=false "
+            "(trainer.recompute=true saves memory)."
+        )
+    for name, parameter in task.model.named_parameters():
+        if parameter.dtype != torch.float32:
             raise UserError(
-                "offload: training needs the whole model on its device; give offload=false "
-                "(trainer.recompute=true saves memory)."
+                f"model.dtype: {name} is {parameter.dtype}, too coarse to train; load the "
+                "model in float32 and let trainer.precision=bf16-mixed save time."
             )
-        for name, parameter in task.model.named_parameters():
-            if parameter.dtype != torch.float32:
-                raise UserError(
-                    f"model.dtype: {name} is {parameter.dtype}, too coarse to train; load the "
-                    "model in float32 and let trainer.precision=bf16-mixed save time."
-                )
-            if not parameter.isfinite().all():
-                raise UserError(f"{name} holds values that are not finite; load another model.")
-        for name, linear in task.linears().items():
-            if self.weight is None:
-                break
-            try:
-                self.weight.check(linear.out_features, linear.in_features)
-            except UserError as reason:
-                raise UserError(f"{name}: {reason}") from reason
+        if not parameter.isfinite().all():
+            raise UserError(f"{name} holds values that are not finite; load another model.")
+    if grid is None:
+        return
+    for name, linear in task.linears().items():
+        try:
+            grid.check(linear.out_features, linear.in_features)
+        except UserError as reason:
+            raise UserError(f"{name}: {reason}") from reason
 
 
 def origin_of(task: Task, batches: Sequence[Batch]) -> str:

@@ -1,6 +1,7 @@
 """Fake quantization of activations: static or dynamic ranges, constant or trained scales."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -22,6 +23,7 @@ class FakeQuant(nn.Module):
     surrogates; between `make_trainable` and `make_constant` a static scale is a parameter.
     """
 
+    kinds: ClassVar[Mapping[str, str]] = {"scale": "scales", "zero": "offsets"}
     scale: Tensor
     zero: Tensor
 

@@ -1,4 +1,4 @@
-"""Scales of fake-quantized weights in training: dynamic, static, learned (LSQ), fixed codes."""
+"""Scales and codes of fake-quantized weights in training: what is fitted, fixed or trained."""
 
 import math
 from abc import ABC, abstractmethod
@@ -9,9 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qexp.common.errors import FieldError, UserError, check_choice
-from qexp.grid import Grid, Scale
+from qexp.grid import Grid, IntGrid, Scale
 from qexp.packed.coded import Coded
 from qexp.quantizers.fake_quantize import FakeQuantize
+from qexp.quantizers.rounding_variable import Shifted, Soft
 from qexp.quantizers.weight import FakeWeight, Frozen, Rounded
 
 
@@ -19,6 +20,7 @@ class ScaleRule(ABC):
     """Source of the scales of weights in training."""
 
     offset: bool = False  # whether zero points train with them
+    has_rounding_variable = False
 
     @abstractmethod
     def __call__(
@@ -104,8 +106,43 @@ class KnownCodes(ScaleRule):
         return Frozen(self.start, self.offset and grid.has_zero)
 
 
+@dataclass(frozen=True)
+class SignRound(ScaleRule):
+    """A rounding variable per weight and multipliers of each group's range (AutoRound, 2309.05516).
+
+    The range is that of the grid's range estimator, and can only shrink.
+    """
+
+    has_rounding_variable = True
+
+    def __call__(
+        self, weight: Float[Tensor, "rows columns"], grid: Grid, fake_quantize: FakeQuantize
+    ) -> FakeWeight:
+        _single(grid)
+        return Shifted(grid, fake_quantize, weight.detach().float())
+
+
+@dataclass(frozen=True)
+class AdaRound(ScaleRule):
+    """Up or down for each weight, trained as a soft choice (2004.10568); scales fitted once."""
+
+    has_rounding_variable = True
+
+    def __call__(
+        self, weight: Float[Tensor, "rows columns"], grid: Grid, fake_quantize: FakeQuantize
+    ) -> FakeWeight:
+        _single(grid)
+        return Soft(grid, weight.detach().float())
+
+
 def check_scale_rule(rule: ScaleRule, grid: Grid) -> None:
-    """FieldError where zero points are to be trained and the grid has none."""
+    """FieldError where zero points are to be trained and the grid has none, or rounding and its
+    values are not even."""
+    if rule.has_rounding_variable and not isinstance(grid, IntGrid):
+        raise FieldError(
+            f"scale={type(rule).__name__}: rounding variables are in steps of an even grid; give "
+            "weight=int, or another method/scale."
+        )
     if rule.offset and not grid.has_zero:
         raise FieldError(
             "scale.offset=true: a symmetric grid has no zero points to train; choose one that has "

@@ -1,6 +1,8 @@
 """Fake-quantized weights: rounded in the forward pass while the float weights behind them train."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -12,7 +14,15 @@ from qexp.quantizers.fake_quantize import FakeQuantize, as_stored, lsq_gradient_
 
 
 class FakeWeight(nn.Module, ABC):
-    """Parametrization of `Linear.weight` that puts the float weight on a grid."""
+    """Parametrization of `Linear.weight` that puts the float weight on a grid.
+
+    kinds: of its parameters, the names that optimizers know them by. has_fixed_codes: training
+    changes no code.
+    """
+
+    kinds: ClassVar[Mapping[str, str]] = {"scale": "scales", "zero": "offsets"}
+    has_fixed_codes = False
+    grid: Grid
 
     @abstractmethod
     def forward(self, weight: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]: ...
@@ -23,7 +33,11 @@ class FakeWeight(nn.Module, ABC):
 
     @abstractmethod
     def coded(self, weight: Float[Tensor, "rows columns"]) -> Coded:
-        """The stored form; its values are those of `forward`, bit for bit."""
+        """The stored form; its values are those of `forward` in evaluation, bit for bit."""
+
+    def unrounded(self, weight: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
+        """The matrix whose nearest codes are stored: the weight, moved by rounding variables."""
+        return weight
 
 
 class Rounded(FakeWeight):
@@ -65,11 +79,12 @@ class Rounded(FakeWeight):
 class Frozen(FakeWeight):
     """Constant codes; their scales train."""
 
+    has_fixed_codes = True
     codes: Tensor
 
     def __init__(self, start: Coded, offset: bool) -> None:
         super().__init__()
-        self.start = start
+        self.start, self.grid = start, start.grid
         q = start.scales()
         self.register_buffer(
             "codes", start.codes.to(torch.uint8 if start.grid.bits <= 8 else torch.int32)

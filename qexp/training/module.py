@@ -23,7 +23,7 @@ from qexp.training import divergence
 from qexp.training.batches import SeededBatches, random_state, restore_random, stack
 from qexp.training.code_statistics import Snapshot
 from qexp.training.fsdp import full_tensor, unsharded
-from qexp.training.optimizer import AdamW
+from qexp.training.optimizer import AdamW, Optimizer
 
 Loss = Callable[[Batch], Float[Tensor, ""]]
 
@@ -42,7 +42,7 @@ class TrainingSetup:
     loss: Loss
     parameters: Mapping[str, Sequence[nn.Parameter]]
     batches: Sequence[Batch]
-    optimizer: AdamW = field(default_factory=AdamW)
+    optimizer: Optimizer = field(default_factory=AdamW)
     validation: Sequence[Batch] = ()
     validation_loss: Loss | None = None
     measure: Callable[[], Snapshot] = Snapshot
