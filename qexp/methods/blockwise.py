@@ -84,6 +84,11 @@ class Blockwise(Step):
     def __post_init__(self) -> None:
         if self.chunk is not None:
             check_int("method", self, chunk=1)
+        if self.hessian.is_diagonal and not self.solver.needs_diagonal:
+            raise UserError(
+                f"method.hessian=diagonal: {type(self.solver).__name__} needs the products of inputs "
+                "too; give method/hessian=layerwise, token or output."
+            )
         if self.target.needs_moments and self.solver.needs_moments:
             raise UserError(
                 "method.target=asymmetric with method.solver.carry: both correct for the inputs; "
@@ -144,11 +149,8 @@ class Blockwise(Step):
             if (block := journal.read(index)) is None:
                 break
             found.append(block)
-        found = found[
-            : len(found)
-            // self.effective_hessian.blocks_per_pass
-            * self.effective_hessian.blocks_per_pass
-        ]
+        each = self.effective_hessian.blocks_per_pass
+        found = found[: len(found) // each * each]
         if found:
             log.info("taken up again at block %d of %d", len(found), blocks)
         return found
@@ -169,7 +171,7 @@ class Blockwise(Step):
 
         def on_hessian(
             names: tuple[str, ...],
-            hessian: Float[Tensor, "columns columns"],
+            hessian: Float[Tensor, "_ columns"],
             moments: Moments | None,
         ) -> None:
             for stack in [names] if self.solver.rowwise else [(name,) for name in names]:
@@ -185,7 +187,7 @@ class Blockwise(Step):
         self,
         names: list[str],
         linears: list[nn.Linear],
-        hessian: Float[Tensor, "columns columns"],
+        hessian: Float[Tensor, "_ columns"],
         moments: Moments | None,
     ) -> list[Record]:
         """Solve matrices that share a Hessian as one stacked matrix."""
@@ -197,6 +199,8 @@ class Blockwise(Step):
                 f"{names[0]}: its calibration inputs are {state}; check the model's weights and "
                 "the calibration text (calibration.corpus)."
             )
+        if self.solver.needs_diagonal and not self.hessian.is_diagonal:
+            hessian = hessian.diagonal()[None]
         start = time.perf_counter()
         weight = torch.cat([linear.weight.detach().float() for linear in linears])
         target = self.target(weight, moments)
@@ -218,9 +222,8 @@ class Blockwise(Step):
             packed = solution.packed if whole else solution.packed.rows(rows.start, rows.stop)
             own = solution._replace(weight=solution.weight[rows], bits=packed.bits(), packed=packed)
             share = seconds * linear.out_features / len(weight)
-            records.append(
-                write(name, linear, own, nearest[rows], hessian, share, tolerance, aim[rows])
-            )
+            write_own = partial(write, name, linear, own, nearest[rows], hessian, share)
+            records.append(write_own(tolerance, aim[rows], self.solver.measure))
         return records
 
 

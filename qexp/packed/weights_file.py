@@ -16,10 +16,13 @@ from qexp.packed.binary import Binary
 from qexp.packed.coded import Coded
 from qexp.packed.mixed import Partial
 from qexp.packed.rotated import Rotated
+from qexp.packed.table import Table
 from qexp.runs import results
 
 FILE = results.WEIGHTS
-FORMS: dict[str, type[Packed]] = {form.__name__: form for form in (Coded, Binary, Partial, Rotated)}
+FORMS: dict[str, type[Packed]] = {
+    form.__name__: form for form in (Coded, Binary, Partial, Rotated, Table)
+}
 
 
 def save(folder: Path, weights: Mapping[str, Packed], others: Mapping[str, Tensor]) -> None:
