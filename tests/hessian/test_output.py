@@ -6,7 +6,7 @@ from helpers.hessians import GRID, measured
 from helpers.models import batches, joined, task_of
 
 from qexp.common.errors import UserError
-from qexp.hessian import Layerwise, OutputAdaptive, TokenWeighted
+from qexp.hessian import Diagonal, Layerwise, OutputAdaptive, TokenWeighted
 from qexp.hessian.gradient_hooks import check_dead
 from qexp.hessian.output import through_tokens
 from qexp.methods.blockwise import Blockwise
@@ -43,6 +43,22 @@ def test_oac_is_the_sum_of_each_sequences_gram_matrix(family, schedule):
         torch.testing.assert_close(hessians[name], expected, rtol=1e-3, atol=1e-5 * expected.max())
         summed = sum(each)  # the mistake: one gradient of the whole batch
         assert not torch.allclose(hessians[name], 64.0**2 * summed.T @ summed, rtol=0.05)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("schedule", ["per_block", "one_pass"])
+def test_the_diagonal_is_the_sum_of_each_sequences_squares(family, schedule):
+    source = Diagonal(schedule=schedule, sequences=2, loss_scale=64.0)
+    assert source.is_diagonal and not OutputAdaptive().is_diagonal
+    hessians = measured(task_of(family), source, [joined(family)])
+    for name, each in gradients(family).items():
+        expected = 64.0**2 * sum(g.square() for g in each)
+        torch.testing.assert_close(hessians[name], expected, rtol=1e-3, atol=1e-5 * expected.max())
+
+
+def test_an_underflow_of_the_diagonal_is_an_error():
+    with pytest.raises(UserError, match="underflowed"):
+        measured(task_of("llama"), Diagonal(loss_scale=1e-30), [joined("llama")])
 
 
 def test_sequences_at_a_time_change_nothing():
