@@ -50,7 +50,7 @@ class Hessian(ABC):
 
     @property
     def is_diagonal(self) -> bool:
-        """Whether a linear's Hessian is handed out as the diagonals of its rows, [rows, columns]."""
+        """Whether a linear is handed the diagonals of its rows' Hessians, [rows, columns]."""
         return False
 
     @abstractmethod

@@ -10,7 +10,7 @@ from qexp.hessian.output import FromGradients
 
 @dataclass(frozen=True)
 class Diagonal(FromGradients):
-    """Σ_n G[n]², one gradient per sequence: a number for each weight, without products of inputs."""
+    """Σ_n G[n]², one gradient per sequence: a number for each weight."""
 
     @property
     def is_diagonal(self) -> bool:

@@ -198,9 +198,7 @@ class Gram(FromGradients):
     ) -> None:
         add_symmetric(total, *self.factors(x, g))
 
-    def finished(
-        self, total: Float[Tensor, "columns columns"]
-    ) -> Float[Tensor, "columns columns"]:
+    def finished(self, total: Float[Tensor, "columns columns"]) -> Float[Tensor, "columns columns"]:
         return mirrored(total)
 
     def per_input(self, hessian: Float[Tensor, "columns columns"]) -> Float[Tensor, " columns"]:

@@ -86,8 +86,8 @@ class Blockwise(Step):
             check_int("method", self, chunk=1)
         if self.hessian.is_diagonal and not self.solver.needs_diagonal:
             raise UserError(
-                f"method.hessian=diagonal: {type(self.solver).__name__} needs the products of inputs "
-                "too; give method/hessian=layerwise, token or output."
+                f"method.hessian=diagonal: {type(self.solver).__name__} needs the products of "
+                "inputs too; give method/hessian=layerwise, token or output."
             )
         if self.target.needs_moments and self.solver.needs_moments:
             raise UserError(

@@ -100,8 +100,8 @@ class FineTune(Step):
             check_scale_rule(self.scale, self.weight)
         if self.scale.moves_codes and self.trainer.strategy == "fsdp":
             raise FieldError(
-                "scale: codes move in whole matrices, of which trainer.strategy=fsdp gives a process "
-                "a part; give trainer.strategy=ddp."
+                "scale: codes move in whole matrices, of which trainer.strategy=fsdp gives a "
+                "process a part; give trainer.strategy=ddp."
             )
 
     def __call__(self, task: Task, batches: Batches) -> list[Record]:

@@ -10,7 +10,6 @@ from qexp.grid import Grid, Scale
 from qexp.packed.coded import Coded
 from qexp.quantizers.fake_quantize import FakeQuantize, as_stored, lsq_gradient_scale
 
-
 # Codes that a residual may be away from its code: less than a half, which would round to the next.
 EDGE = 0.499
 
@@ -102,7 +101,7 @@ class Frozen(FakeWeight):
 
 
 class Moving(FakeWeight):
-    """Codes of which a share changes after each step, and scales that train (PV-Tuning, 2405.14852).
+    """Scales that train, and codes of which a share changes after each step (2405.14852, V step).
 
     A parameter holds the position of each weight in codes: the code itself during a forward pass,
     whose gradient is that of the code, and where the optimizer wants it after a step. Of each

@@ -25,7 +25,7 @@ def nearest_codes(
 
 
 def onto(table: Float[Tensor, "rows levels"]) -> Rule:
-    """The rule that rounds a column to the nearest entries, for the sweep and coordinate descent."""
+    """The rule of the sweep and of coordinate descent: the nearest entries for a column."""
     edges = _edges(table)
 
     def rule(w: Tensor, _: int) -> Tensor:
@@ -133,7 +133,8 @@ def _traded(sums: Sums, bounds: Int[Tensor, "rows bounds"]) -> Int[Tensor, "rows
     split, pair = inside.gather(1, at), torch.arange(loss.shape[1], device=bounds.device)
     loss = torch.where((pair == split) | (pair + 1 == split), torch.inf, loss)
     least, missed = loss.min(1, keepdim=True)
-    place = torch.where(most > least + 1e-12 * alone.sum(1, keepdim=True), at + 1, bounds.gather(1, missed + 1))
+    pays = most > least + 1e-12 * alone.sum(1, keepdim=True)
+    place = torch.where(pays, at + 1, bounds.gather(1, missed + 1))
     return bounds.scatter(1, missed + 1, place).sort(1).values
 
 

@@ -1,4 +1,4 @@
-"""SqueezeLLM (Kim et al., 2306.07629): sensitivity-weighted k-means per row, and sparse outliers."""
+"""SqueezeLLM (Kim et al., 2306.07629): weighted k-means per row, and sparse outliers."""
 
 from dataclasses import dataclass
 

@@ -19,12 +19,12 @@ class AdamW:
     """AdamW with separate learning rates, linear warmup and cosine decay.
 
     weights, scales, offsets, channels, codes: learning rates of weights, scales, zero points (in
-    codes), logarithms of channel scales, and codes. codes_betas: the betas of codes. relative: the rate of scales is relative to each tensor's
-    initial mean scale. Adam changes a parameter by about its rate per step, whatever its gradient,
-    and the scales of one model lie between 1e-3 and 10: an absolute rate for small scales would
-    hardly change large ones, which come from outliers. warmup: share of all steps. floor: final
-    rate relative to the peak. clip: largest norm of all gradients together; null for none. Codes are left
-    out of it, since their step does not depend on the size of their gradient.
+    codes), logarithms of channel scales, and codes. codes_betas: the betas of codes. relative: the
+    rate of scales is relative to each tensor's initial mean scale. Adam changes a parameter by
+    about its rate per step, whatever its gradient, and the scales of one model lie between 1e-3 and
+    10: an absolute rate for small scales would hardly change large ones, which come from outliers.
+    warmup: share of all steps. floor: final rate relative to the peak. clip: largest norm of all
+    gradients together, those of codes left out; null for none.
     """
 
     weights: float = 2e-5
@@ -62,7 +62,8 @@ class AdamW:
             elif members:
                 decay = self.weight_decay if kind == "weights" else 0.0
                 betas = tuple(self.codes_betas if kind == "codes" else self.betas)
-                groups.append({"params": members, "lr": rate, "weight_decay": decay, "betas": betas})
+                own = {"params": members, "lr": rate, "weight_decay": decay, "betas": betas}
+                groups.append(own)
         # Fused: one pass over weights and moments instead of about ten.
         return torch.optim.AdamW(groups, betas=(self.betas[0], self.betas[1]), fused=True)
 

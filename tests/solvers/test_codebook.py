@@ -1,5 +1,7 @@
 """Tables of rows: k-means near its optimum, least squares, coordinate descent, storage."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from helpers.models import joined, task_of
@@ -131,7 +133,7 @@ def test_no_step_of_lnq_raises_the_objective(dtype: str) -> None:
         found, values = solver.improved(weight, hessian, codes, table)
         change = (values.gather(1, found) - weight).double()
         errors.append(((change @ hessian.double()) * change).sum(1))
-    for before, after in zip(errors, errors[1:], strict=False):
+    for before, after in pairwise(errors):
         assert (after <= before * (1 + 1e-5)).all()
     assert errors[1].sum() < 0.95 * errors[0].sum() and errors[2].sum() < 0.95 * errors[1].sum()
 
@@ -155,7 +157,8 @@ def test_lnq_on_a_diagonal_is_lloyds_algorithm(rounds: int) -> None:
     codes = nearest_codes(weight, start)
     solver = LNQ(2, rounds, scale_dtype="float32", damp=0.0)
     _, ours = solver.improved(weight, diagonal.diag(), codes, start)
-    theirs = [lloyd(w, diagonal, start[0].clone(), c, rounds) for w, c in zip(weight, codes, strict=True)]
+    pairs = zip(weight, codes, strict=True)
+    theirs = [lloyd(w, diagonal, start[0].clone(), c, rounds) for w, c in pairs]
     torch.testing.assert_close(ours, torch.stack(theirs), rtol=1e-4, atol=1e-4)
 
 

@@ -205,7 +205,9 @@ def test_parity_of_quip(golden: dict[str, Tensor], key: str) -> None:
     assert sort or (ours - theirs).abs().lt(HALF).double().mean() >= 0.99
 
 
-def weighted_error(rounded: Tensor, golden: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
+def weighted_error(
+    rounded: Tensor, golden: dict[str, Tensor], reference: dict[str, Tensor]
+) -> float:
     return float((reference["sensitivity"] * (rounded - golden["weight"]).square()).sum())
 
 
@@ -238,7 +240,8 @@ def test_squeezellm_is_between_the_optimum_and_the_reference(
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_parity_of_lnq(golden: dict[str, Tensor], bits: int) -> None:
     """From the reference's own start, and from ours."""
-    reference, weight, hessian = of_file("lnq.safetensors"), golden["weight"][:64], golden["hessian"]
+    weight, hessian = golden["weight"][:64], golden["hessian"]
+    reference = of_file("lnq.safetensors")
     start, key = of_file("squeezellm.safetensors"), f"squeezellm.w{bits}"
     if bits == 2:
         table, codes = (reference[f"lnq.w2.start_{part}"] for part in ("table", "codes"))
