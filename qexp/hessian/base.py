@@ -20,7 +20,7 @@ from qexp.walk import Block
 
 # Called with the names of linears that share one Hessian, with that Hessian and, by a walk that
 # carries the float model's inputs along, with the moments of their common input.
-OnHessian = Callable[[tuple[str, ...], Float[Tensor, "columns columns"], Moments | None], None]
+OnHessian = Callable[[tuple[str, ...], Float[Tensor, "_ columns"], Moments | None], None]
 
 # Calls `on_hessian` for every linear of a block once, as soon as its Hessian is known. May leave
 # the block settled (see `Block.advance`).
@@ -46,6 +46,11 @@ class Hessian(ABC):
     @property
     def is_own_moment(self) -> bool:
         """Whether the Hessian of a group is `Moments.own` of its inputs as the group is solved."""
+        return False
+
+    @property
+    def is_diagonal(self) -> bool:
+        """Whether a linear is handed the diagonals of its rows' Hessians, [rows, columns]."""
         return False
 
     @abstractmethod

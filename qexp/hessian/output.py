@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from qexp.common.errors import UserError, check_choice, check_int, check_number
@@ -23,7 +23,7 @@ from qexp.grid.scale import DTYPES
 from qexp.hessian import gradient_hooks, layerwise
 from qexp.hessian.base import CacheableHessian, ForEachGroup, Measured, OnHessian
 from qexp.hessian.float_weights import AtFloatWeights
-from qexp.hessian.gradient_hooks import frozen, watching
+from qexp.hessian.gradient_hooks import check_dead, frozen, watching
 from qexp.hessian.layerwise import add_symmetric, mirrored
 from qexp.walk import Block
 
@@ -68,10 +68,25 @@ class FromGradients(CacheableHessian):
             )
 
     @abstractmethod
-    def factors(
-        self, x: Float[Tensor, "tokens columns"], g: Float[Tensor, "tokens rows"]
-    ) -> Factors:
-        """A and B of AᵀB, the symmetric matrix that one sequence adds to the Hessian."""
+    def shape(self, rows: int, columns: int) -> tuple[int, int]:
+        """The shape of the Hessian of a [rows, columns] linear."""
+
+    @abstractmethod
+    def add(
+        self,
+        total: Float[Tensor, "_ columns"],
+        x: Float[Tensor, "tokens columns"],
+        g: Float[Tensor, "tokens rows"],
+    ) -> None:
+        """Add one sequence to what `finished` makes the Hessian of."""
+
+    @abstractmethod
+    def finished(self, total: Float[Tensor, "_ columns"]) -> Float[Tensor, "_ columns"]:
+        """The Hessian, after all sequences."""
+
+    @abstractmethod
+    def per_input(self, hessian: Float[Tensor, "_ columns"]) -> Float[Tensor, " columns"]:
+        """A number for each input, 0 where it has no gradient: the diagonal where there is one."""
 
     @property
     def blocks_per_pass(self) -> int:
@@ -98,7 +113,8 @@ class FromGradients(CacheableHessian):
     def measure(self, first: Block, wanted: Collection[int]) -> Iterator[Measured]:
         """One pass for as many blocks as fit into `memory`."""
         count = len(first.task.blocks)
-        size = sum(4 * linear.in_features**2 for linear in first.linears.values())
+        shapes = (self.shape(*linear.weight.shape) for linear in first.linears.values())
+        size = sum(4 * rows * columns for rows, columns in shapes)
         span = max(int(self.memory * 2**30 / size), 1)
         for start in range(first.index, count, span):
             covered = range(start, min(start + span, count))
@@ -136,8 +152,9 @@ class FromGradients(CacheableHessian):
             xs, gs = (part.float().reshape(running, -1, part.shape[-1]) for part in (x, g))
             for x, g in zip(xs, gs, strict=True):
                 if name not in found:
-                    found[name] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-                add_symmetric(found[name], *self.factors(x, g))
+                    shape = self.shape(g.shape[1], x.shape[1])
+                    found[name] = torch.zeros(shape, device=x.device)
+                self.add(found[name], x, g)
                 for key, part in ((name, x), (f"{name} scored", x[:-1])):
                     used = (part != 0).any(0)
                     seen[key] = seen[key] | used if key in seen else used
@@ -155,35 +172,41 @@ class FromGradients(CacheableHessian):
             for loss, running in bar(losses, f"gradients from block {block.index}", total):
                 (loss * running * self.loss_scale).backward()
         for name in found:
-            hessian = found[name] = mirrored(found[name])
-            _check_dead(name, hessian, seen[name], seen[f"{name} scored"])
+            hessian = found[name] = self.finished(found[name])
+            check_dead(name, self.per_input(hessian), seen[name], seen[f"{name} scored"])
         return found
 
 
-def _check_dead(
-    name: str,
-    hessian: Float[Tensor, "columns columns"],
-    seen: Bool[Tensor, " columns"],
-    scored: Bool[Tensor, " columns"],
-) -> None:
-    """Check that only inputs without data have a zero diagonal: solvers set their weights to 0.
+@dataclass(frozen=True)
+class Gram(FromGradients):
+    """Base of Hessians [columns, columns] to which a sequence adds AᵀB, known to be symmetric."""
 
-    An input that only a sequence's last token uses has data and rightly no gradient, as nothing is
-    predicted there; it gets the least diagonal of the others. UserError for an underflow.
-    """
-    diagonal = hessian.diagonal()
-    dead = diagonal == 0
-    if (lost := int((dead & scored).sum())) > 0:
-        raise UserError(
-            f"{name}: {lost} inputs with data have no gradient: it underflowed; raise "
-            "method.hessian.loss_scale or take method.hessian.dtype=float32."
-        )
-    if not dead.all():
-        diagonal[dead & seen] = diagonal[~dead].min()
+    @abstractmethod
+    def factors(
+        self, x: Float[Tensor, "tokens columns"], g: Float[Tensor, "tokens rows"]
+    ) -> Factors:
+        """A and B of one sequence."""
+
+    def shape(self, rows: int, columns: int) -> tuple[int, int]:
+        return columns, columns
+
+    def add(
+        self,
+        total: Float[Tensor, "columns columns"],
+        x: Float[Tensor, "tokens columns"],
+        g: Float[Tensor, "tokens rows"],
+    ) -> None:
+        add_symmetric(total, *self.factors(x, g))
+
+    def finished(self, total: Float[Tensor, "columns columns"]) -> Float[Tensor, "columns columns"]:
+        return mirrored(total)
+
+    def per_input(self, hessian: Float[Tensor, "columns columns"]) -> Float[Tensor, " columns"]:
+        return hessian.diagonal()
 
 
 @dataclass(frozen=True)
-class OutputAdaptive(FromGradients):
+class OutputAdaptive(Gram):
     """Σ_n G[n]ᵀ G[n], one gradient per sequence (OAC, Algorithm 1)."""
 
     def factors(
@@ -196,7 +219,7 @@ class OutputAdaptive(FromGradients):
 
 
 @dataclass(frozen=True)
-class TokenWeighted(FromGradients):
+class TokenWeighted(Gram):
     """Σ_t ‖g_t‖² x_t x_tᵀ: tokens weighted by the squared gradient norm at the layer's output."""
 
     def factors(

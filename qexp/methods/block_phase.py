@@ -77,6 +77,11 @@ class BlockPhase:
                     "weights; give unit=block, or loss_weight=null."
                 )
         check_scale_rule(self.scale, self.weight)
+        if self.scale.moves_codes:
+            raise FieldError(
+                "scale: moving codes train with the whole model; give a rule that trains weights "
+                "or scales, for example method/scale@method.blocks.scale=lsq."
+            )
         if self.penalty is not None and not self.scale.has_rounding_variable:
             raise FieldError(
                 f"penalty: {type(self.scale).__name__} has no rounding variables; give null, or "

@@ -15,7 +15,7 @@ from qexp.common.progress import bar
 from qexp.hessian import AtFloatWeights, CacheableHessian, Hessian
 from qexp.hessian.base import ForEachGroup
 from qexp.hessian.paired import Paired
-from qexp.methods.checks import check, finite
+from qexp.methods.checks import check, check_shape, finite
 from qexp.methods.journal import Journal
 from qexp.methods.write_back import write
 from qexp.quantizers.scheme import Activations, quantize_activations
@@ -97,6 +97,7 @@ class Blockwise(Step):
         if self.chunk is not None:
             check_int("method", self, chunk=1)
         check_together(self.solver, self.target, self.propagate)
+        check_shape(self.solver, self.hessian)
 
     @torch.no_grad()
     def __call__(self, task: Task, batches: Batches) -> list[Record]:
@@ -167,7 +168,7 @@ class Blockwise(Step):
 
         def on_hessian(
             names: tuple[str, ...],
-            hessian: Float[Tensor, "columns columns"],
+            hessian: Float[Tensor, "_ columns"],
             moments: Moments | None,
         ) -> None:
             full = {f"{block.name}.{name}": linears[name] for name in names}
@@ -195,7 +196,7 @@ class Blockwise(Step):
         self,
         names: list[str],
         linears: list[nn.Linear],
-        hessian: Float[Tensor, "columns columns"],
+        hessian: Float[Tensor, "_ columns"],
         moments: Moments | None,
     ) -> list[Record]:
         """Solve matrices that share a Hessian as one stacked matrix."""
@@ -208,6 +209,8 @@ class Blockwise(Step):
                 "the calibration text (calibration.corpus)."
             )
         solver = self.solver_of(names[0])
+        if solver.needs_diagonal and not self.hessian.is_diagonal:
+            hessian = hessian.diagonal()[None]
         start = time.perf_counter()
         weight = torch.cat([linear.weight.detach().float() for linear in linears])
         target = self.target(weight, moments)
@@ -231,7 +234,6 @@ class Blockwise(Step):
             packed = solution.packed if whole else solution.packed.rows(rows.start, rows.stop)
             own = solution._replace(weight=solution.weight[rows], bits=packed.bits(), packed=packed)
             share = seconds * linear.out_features / len(weight)
-            records.append(
-                write(name, linear, own, nearest[rows], hessian, share, tolerance, aim[rows])
-            )
+            write_own = partial(write, name, linear, own, nearest[rows], hessian, share)
+            records.append(write_own(tolerance, aim[rows], solver.measure))
         return records

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from types import MappingProxyType
 
 import torch
@@ -20,13 +20,18 @@ from qexp.data.recipe import Recipe
 from qexp.gradients import ClampGradient, RoundingGradient
 from qexp.grid import Grid
 from qexp.methods.checks import finite
-from qexp.methods.write_back import error
 from qexp.packed.coded import Coded
 from qexp.quantizers.activation import FakeQuant
 from qexp.quantizers.fake_quantize import FakeQuantize
-from qexp.quantizers.parametrization import attach_weight_quantizer, bake, float_weight
+from qexp.quantizers.parametrization import (
+    attach_weight_quantizer,
+    bake,
+    float_weight,
+    weight_quantizer,
+)
 from qexp.quantizers.scale_rules import KnownCodes, ScaleRule, check_scale_rule
 from qexp.quantizers.scheme import Activations, quantize_activations
+from qexp.solvers.base import error
 from qexp.step import Record, Step
 from qexp.task import Batch, Batches, Task
 from qexp.training.code_statistics import CodeStatistics
@@ -93,6 +98,11 @@ class FineTune(Step):
             )
         if self.weight is not None:
             check_scale_rule(self.scale, self.weight)
+        if self.scale.moves_codes and self.trainer.strategy == "fsdp":
+            raise FieldError(
+                "scale: codes move in whole matrices, of which trainer.strategy=fsdp gives a "
+                "process a part; give trainer.strategy=ddp."
+            )
 
     def __call__(self, task: Task, batches: Batches) -> list[Record]:
         return self.tune(task, batches, {})
@@ -137,6 +147,7 @@ class FineTune(Step):
                 folder=task.workspace.folder,
                 notes=[statistics.notes] if watch is None else [statistics.notes, watch.notes],
                 reaches_all=self.loss.reaches_all,
+                after_step=partial(_after_step, list(linears.values())),
             )
             self.trainer.fit(setup)
             for quantizer in task.quantizers.values():
@@ -198,6 +209,11 @@ def check_trainable(task: Task, grid: Grid | None) -> None:
 def origin_of(task: Task, batches: Sequence[Batch]) -> str:
     """What a result depends on, method aside: a checksum of the model's weights and the data."""
     return "".join(map(checksum, [dict(task.model.state_dict()), *batches]))
+
+
+def _after_step(linears: Sequence[nn.Linear]) -> None:
+    for linear in linears:
+        weight_quantizer(linear).after_step()
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from qexp.common.errors import check_bool, check_int
 from qexp.hessian import AtFloatWeights, CacheableHessian
 from qexp.hessian.base import ForEachGroup, collected
 from qexp.hessian.gradient_hooks import frozen
-from qexp.methods.write_back import error
+from qexp.solvers.base import error
 from qexp.step import Record
 from qexp.task import Batch, Task
 from qexp.walk import Block, walk

@@ -17,11 +17,12 @@ from qexp.packed.coded import Coded
 from qexp.packed.low_rank import LowRank
 from qexp.packed.mixed import Partial
 from qexp.packed.rotated import Rotated
+from qexp.packed.table import Table
 from qexp.runs import results
 
 FILE = results.WEIGHTS
 FORMS: dict[str, type[Packed]] = {
-    form.__name__: form for form in (Coded, Binary, LowRank, Partial, Rotated)
+    form.__name__: form for form in (Coded, Binary, LowRank, Partial, Rotated, Table)
 }
 
 

@@ -8,12 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qexp.common.errors import FieldError, UserError, check_choice
+from qexp.common.errors import FieldError, UserError, check_choice, check_range
 from qexp.grid import Grid, IntGrid, Scale
 from qexp.packed.coded import Coded
 from qexp.quantizers.fake_quantize import FakeQuantize
 from qexp.quantizers.rounding_variable import Shifted, Soft
-from qexp.quantizers.weight import FakeWeight, Frozen, Rounded
+from qexp.quantizers.weight import FakeWeight, Frozen, Moving, Rounded
 
 
 class ScaleRule(ABC):
@@ -21,6 +21,7 @@ class ScaleRule(ABC):
 
     offset: bool = False  # whether zero points train with them
     has_rounding_variable = False
+    moves_codes: bool = False  # whether codes are parameters
 
     @abstractmethod
     def __call__(
@@ -91,6 +92,33 @@ class FixedCodes(ScaleRule):
         _single(grid)
         weight = weight.detach().float()
         return Frozen(Coded.of(grid, weight, grid.scales_of(weight)), self.offset and grid.has_zero)
+
+
+@dataclass(frozen=True)
+class MovingCodes(ScaleRule):
+    """Scales that train, and codes of which a few change after each step of the optimizer, whose
+    rate for them is `optimizer.codes` (PV-Tuning, 2405.14852).
+
+    share: of a matrix' weights that may change their code after one step; 0 is `FixedCodes`.
+    keep: of what a weight was to move and did not, the share that is added to its next step. 0 is
+    the paper's; with share=1, 1 is straight-through training in codes.
+    """
+
+    share: float | int = 0.01
+    keep: float | int = 0.0
+    offset: bool = False
+    moves_codes = True
+
+    def __post_init__(self) -> None:
+        check_range(None, self, "a number from 0 to 1", lambda x: 0 <= x <= 1, "share", "keep")
+
+    def __call__(
+        self, weight: Float[Tensor, "rows columns"], grid: Grid, fake_quantize: FakeQuantize
+    ) -> FakeWeight:
+        _single(grid)
+        weight = weight.detach().float()
+        start = Coded.of(grid, weight, grid.scales_of(weight))
+        return Moving(start, self.offset and grid.has_zero, self.share, self.keep)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -33,6 +34,15 @@ class Solution(NamedTuple):
     packed: Packed
     damp: float = 0.0
     paper_bits: float | None = None
+
+
+def error(
+    change: Float[Tensor, "rows columns"], hessian: Float[Tensor, "columns columns"] | None
+) -> float:
+    """tr(Δ H Δᵀ); the squared norm of Δ without a Hessian."""
+    change = change.float()
+    moved = change if hessian is None else change @ hessian
+    return float(torch.sum(moved * change, dtype=torch.float64))
 
 
 class Solver(ABC):
@@ -86,6 +96,18 @@ class Solver(ABC):
     ) -> Float[Tensor, "rows columns"]:
         """The matrix from which the solver's error is measured when it rounds `target`."""
         return target
+
+    @property
+    def needs_diagonal(self) -> bool:
+        """Whether the solver is called with the diagonals of the rows' Hessians in place of a
+        matrix: [rows, columns], or [1, columns] where all rows have the same."""
+        return False
+
+    def measure(
+        self, change: Float[Tensor, "rows columns"], hessian: Float[Tensor, "_ _"] | None
+    ) -> float:
+        """The objective of the solver, for a change of the matrix that it rounds."""
+        return error(change, hessian)
 
     @property
     def tolerance(self) -> float:

@@ -66,7 +66,14 @@ class Correction(Residual):
         check_int("method.residual", self, rounds=1)
 
     def around(self, solver: Solver) -> Solver:
-        return Corrected(solver, self) if self.rank else solver
+        if not self.rank:
+            return solver
+        if solver.needs_diagonal:
+            raise UserError(
+                f"method.residual.rank={self.rank}: {type(solver).__name__} rounds in the diagonal "
+                "of a Hessian, not in all of it; give method/residual=none, or another solver."
+            )
+        return Corrected(solver, self)
 
     def rank_of(self, rows: int, columns: int) -> int:
         """The rank for a [rows, columns] matrix, at least 1."""

@@ -12,7 +12,7 @@ from torch import nn
 from qexp.common.errors import FieldError, check_finite, check_positive, check_range
 from qexp.training.fsdp import full_tensor
 
-KINDS = ("weights", "scales", "offsets", "channels", "rounding", "ranges")
+KINDS = ("weights", "scales", "offsets", "channels", "rounding", "ranges", "codes")
 Parameters = Mapping[str, Sequence[nn.Parameter]]  # by kind
 
 
@@ -39,13 +39,14 @@ class Optimizer(ABC):
 class AdamW(Optimizer):
     """AdamW with separate learning rates, linear warmup and cosine decay.
 
-    weights, scales, offsets, channels, rounding, ranges: learning rates of weights, scales, zero
-    points (in codes), logarithms of channel scales, rounding variables and multipliers of ranges;
-    None for what does not train. relative: the rate of scales is relative to each tensor's
-    initial mean scale. Adam changes a parameter by about its rate per step, whatever its gradient,
-    and the scales of one model lie between 1e-3 and 10: an absolute rate for small scales would
-    hardly change large ones, which come from outliers. warmup: share of all steps. floor: final
-    rate relative to the peak. clip: largest norm of all gradients together; null for none.
+    weights, scales, offsets, channels, rounding, ranges, codes: learning rates of weights, scales,
+    zero points (in codes), logarithms of channel scales, rounding variables, multipliers of ranges,
+    and codes; None for what does not train. codes_betas: the betas of codes. relative: the rate of
+    scales is relative to each tensor's initial mean scale. Adam changes a parameter by about its
+    rate per step, whatever its gradient, and the scales of one model lie between 1e-3 and 10: an
+    absolute rate for small scales would hardly change large ones, which come from outliers.
+    warmup: share of all steps. floor: final rate relative to the peak. clip: largest norm of all
+    gradients together, those of codes left out; null for none.
     """
 
     weights: float | None = 2e-5
@@ -54,9 +55,11 @@ class AdamW(Optimizer):
     channels: float | None = 1e-3
     rounding: float | None = 1e-3
     ranges: float | None = 1e-3
+    codes: float | None = 0.2
     relative: bool = True
     weight_decay: float = 0.0  # only for weights
     betas: tuple[float, float] | list[float] = (0.9, 0.999)
+    codes_betas: tuple[float, float] | list[float] = (0.0, 0.95)
     warmup: float = 0.05
     floor: float = 0.0
     clip: float | None = 1.0
@@ -66,9 +69,11 @@ class AdamW(Optimizer):
         check_range(None, self, "a number from 0 to 1", lambda x: 0 <= x <= 1, "warmup", "floor")
         if self.clip is not None:
             check_positive(None, self, "clip")
-        valid = (type(beta) in (int, float) and 0 <= beta < 1 for beta in self.betas)
-        if len(self.betas) != 2 or not all(valid):
-            raise FieldError(f"betas={self.betas}: give two numbers from 0 to below 1.")
+        for key in ("betas", "codes_betas"):
+            betas = getattr(self, key)
+            valid = (type(beta) in (int, float) and 0 <= beta < 1 for beta in betas)
+            if len(betas) != 2 or not all(valid):
+                raise FieldError(f"{key}={betas}: give two numbers from 0 to below 1.")
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -84,7 +89,9 @@ class AdamW(Optimizer):
                     groups.append({"params": [scale], "lr": rate * unit, "weight_decay": 0.0})
             elif members:
                 decay = self.weight_decay if kind == "weights" else 0.0
-                groups.append({"params": members, "lr": rate, "weight_decay": decay})
+                betas = tuple(self.codes_betas if kind == "codes" else self.betas)
+                own = {"params": members, "lr": rate, "weight_decay": decay, "betas": betas}
+                groups.append(own)
         # Fused: one pass over weights and moments instead of about ten.
         return torch.optim.AdamW(groups, betas=(self.betas[0], self.betas[1]), fused=True)
 

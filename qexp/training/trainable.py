@@ -38,10 +38,10 @@ class TrainableParameters:
 
     weights: all parameters of the model, except norms. embeddings: among these, the embeddings and
     the head, which are one matrix in many models. norms: parameters of norms. scales: scales of
-    weight quantizers, and their rounding variables. ranges: scales and zero points of static
-    activation quantizers. Scales and zero points train only if the scale rule made them trainable.
-    channels: channel scales that a method added before quantizers (Quadapter). rank: of a low-rank
-    update of every quantized weight with factor alpha / rank; 0 for none.
+    weight quantizers, their rounding variables and codes. ranges: scales and zero points of static
+    activation quantizers. Scales, codes and zero points train only if the scale rule made them
+    trainable. channels: channel scales that a method added before quantizers (Quadapter). rank: of
+    a low-rank update of every quantized weight with factor alpha / rank; 0 for none.
     """
 
     weights: bool = True

@@ -8,7 +8,7 @@ from qexp.common.errors import UserError
 from qexp.grid import IntGrid
 from qexp.packed import weights_file
 from qexp.packed.bitpacking import pack_bits, unpack_bits
-from qexp.solvers import GPTQ, BiLLM, Solver, SpQR
+from qexp.solvers import GPTQ, LNQ, BiLLM, Solver, SpQR
 from qexp.solvers.billm import Binarize
 from qexp.solvers.low_rank import Correction
 from qexp.solvers.pbllm import PBLLM
@@ -20,6 +20,7 @@ SOLVERS: dict[str, Solver] = {
     "billm": BiLLM(block=40, scale_dtype="float16"),
     "binary": Binarize(64, "float16"),
     "pbllm": PBLLM(IntGrid(8, scale_dtype="float16"), scale_dtype="float16"),
+    "table": LNQ(3),
     "quip": QuIP(IntGrid(2, per_tensor=True, scale_dtype="float16")),
     "low rank": Correction(4, factors="int8").around(GPTQ(IntGrid(3, group_size=32))),
 }

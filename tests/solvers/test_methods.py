@@ -47,6 +47,11 @@ METHODS = {
         "method.residual.rounds=2",
     ],
     "obq": ["weight=channel", "weight.bits=3"],
+    "squeezellm": [],
+    "squeezellm dense": ["method.solver.outliers=0", "method.solver.sensitive=0"],
+    "squeezellm without gradients": ["method/hessian=layerwise"],
+    "lnq": [],
+    "lnq of the output": ["method/hessian=output", "method.solver.bits=2"],
 }
 
 
@@ -108,6 +113,16 @@ def test_solves_every_linear_and_comes_back(family: str, name: str, tmp_path) ->
         ("pbllm", "solver.salient_metric=mean"),
         ("pbllm", "solver.scale_dtype=float8"),
         ("quip", "solver.greedy=-1"),
+        *(("squeezellm", f"solver.bits={bits}") for bits in (1, 9, 2.5)),
+        ("squeezellm", "solver.steps=0"),
+        ("squeezellm", "solver.sensitive=-0.1"),
+        ("squeezellm", "solver.outliers=1.5"),
+        ("squeezellm", "solver.scale_dtype=float8"),
+        ("squeezellm", "hessian.k=0"),
+        ("lnq", "solver.bits=1"),
+        ("lnq", "solver.rounds=-1"),
+        ("lnq", "solver.cycles=0"),
+        ("lnq", "solver.damp=-0.1"),
         ("oac", "hessian.k=0"),
         ("oac", "hessian.sequences=0"),
         ("oac", "hessian.sequences=true"),
@@ -130,7 +145,7 @@ def test_what_cannot_be_is_refused_before_any_model_is_loaded(name: str, wrong: 
 
 
 def test_a_grid_that_nothing_reads_is_refused() -> None:
-    for name in ("billm", "pbllm", "oac_binary"):
+    for name in ("billm", "pbllm", "oac_binary", "squeezellm", "lnq"):
         cfg = compose("config", [f"method={name}"])
         assert cfg.weight == grid_choice.BUILT_IN
         grid_choice.check(cfg)
@@ -138,7 +153,7 @@ def test_a_grid_that_nothing_reads_is_refused() -> None:
             compose("config", [f"method={name}", "weight.bits=3"])
         said = messages.message_for(refusal.value)
         assert said.startswith("weight.bits: ") and "weight has no settings" in said
-        with pytest.raises(UserError, match=r"weight: (BiLLM|PBLLM) defines its own values"):
+        with pytest.raises(UserError, match=r"weight: \w+ defines its own values"):
             grid_choice.check(compose("config", [f"method={name}", "weight=nf4"]))
     with pytest.raises(UserError, match="weight=built_in: a grid is needed"):
         instantiate(compose("config", ["method=gptq", "weight=built_in"]).method)
