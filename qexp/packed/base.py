@@ -44,3 +44,16 @@ class Packed(ABC):
     @abstractmethod
     def restore(stored: dict[str, Tensor], layout: dict[str, Any]) -> "Packed":
         """The inverse of `stored` and `layout`."""
+
+
+def nested(name: str, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a form that is part of another one, under its name."""
+    return {f"{name}.{key}": tensor for key, tensor in stored.items()}
+
+
+def part_of(name: str, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `nested`."""
+    prefix = f"{name}."
+    return {
+        key.removeprefix(prefix): tensor for key, tensor in stored.items() if key.startswith(prefix)
+    }

@@ -11,15 +11,12 @@ from torch import Tensor
 
 from qexp.common.errors import UserError
 from qexp.common.files import atomic
+from qexp.packed import parts
 from qexp.packed.base import Packed
-from qexp.packed.binary import Binary
-from qexp.packed.coded import Coded
-from qexp.packed.mixed import Partial
-from qexp.packed.rotated import Rotated
 from qexp.runs import results
 
 FILE = results.WEIGHTS
-FORMS: dict[str, type[Packed]] = {form.__name__: form for form in (Coded, Binary, Partial, Rotated)}
+FORMS: dict[str, type[Packed]] = {**parts.FORMS, "Parts": parts.Parts}
 
 
 def save(folder: Path, weights: Mapping[str, Packed], others: Mapping[str, Tensor]) -> None:
