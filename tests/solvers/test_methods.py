@@ -27,6 +27,15 @@ METHODS = {
     "quip": [],
     "gptq": ["weight=spqr", "method.solver.damp=0.1"],
     "rtn": ["weight=spqr"],
+    "owq": ["weight.bits=3", "weight.group_size=32", "weight/range=mse"],
+    "sparsegpt": ["weight.group_size=null"],
+    "sparsegpt alone": [
+        "weight=built_in",
+        "method.solver.grid=null",
+        "method.solver.pattern=[2,4]",
+    ],
+    "slim_llm": ["weight.bits=2", "weight.group_size=16"],
+    "adpq": ["weight=channel"],
 }
 
 
@@ -52,7 +61,7 @@ def test_solves_every_linear_and_comes_back(family: str, name: str, tmp_path) ->
         assert torch.equal(packed[record.name].dequantize(), weight)
         assert packed[record.name].bits() == record.bits
     metrics = pipeline.storage(records)
-    if name.split()[0] in ("spqr", "billm", "pbllm"):
+    if name.split()[0] in ("spqr", "billm", "pbllm", "owq", "sparsegpt", "slim_llm"):
         assert 1 < metrics["weight/paper_bits"] < metrics["weight/bits"]
     if isinstance(step, Blockwise):
         before = sum(record.error_before for record in records)
@@ -79,6 +88,13 @@ def test_solves_every_linear_and_comes_back(family: str, name: str, tmp_path) ->
         ("pbllm", "solver.salient_metric=mean"),
         ("pbllm", "solver.scale_dtype=float8"),
         ("quip", "solver.greedy=-1"),
+        ("owq", "solver.extra=1.0"),
+        ("owq", "solver.columns=-1"),
+        ("sparsegpt", "solver.sparsity=1.0"),
+        ("sparsegpt", "solver.score=mean"),
+        ("slim_llm", "solver.metric=mean"),
+        ("slim_llm", "solver.step=0"),
+        ("adpq", "solver.outliers=1.0"),
         ("oac", "hessian.k=0"),
         ("oac", "hessian.sequences=0"),
         ("oac", "hessian.sequences=true"),
