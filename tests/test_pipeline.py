@@ -42,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("configured")
         ("method=gptq", "weight=nf4", "method.solver.damp=0.1"),
         ("method=owq", "weight.bits=3"),
         ("method=sparsegpt", "method.solver.score=wanda"),
-        ("method=slim_llm", "weight.bits=2"),
+        ("method=slim_llm", "weight.bits=2", "weight/range=minmax"),
         ("method=adpq", "weight=channel", "weight.group_size=32", "activation=int8_outliers"),
         ("method=rtn", "activation=int8_tensor"),
         ("method=rtn", "activation=int8_tensor", "activation/grid/range=mse"),
