@@ -25,13 +25,12 @@ def in_turn(
     Δ = Q - W as well as they can. They do: W_l += Δ U_ss⁻¹ U_sl. For GPTQ's sweep that is what one
     sweep over all columns does, so that the parts differ only in their settings.
     """
-    rest, first, solutions = weight.float(), 0, []
+    rest, first, solutions = weight.float().clone(), 0, []
     for size, solver in parts:
         here, later = slice(first, first + size), slice(first + size, None)
         inverse = left_factor(upper, here)
         solution = solver(rest[:, here], (inverse @ inverse.T).float())
         moved = (solution.weight - rest[:, here]).double() @ inverse
-        rest = rest.clone()
         rest[:, later] += moved.float() @ upper[here, later]
         solutions.append(solution)
         first += size
