@@ -25,7 +25,8 @@ class IntGrid(Grid):
     narrow: symmetric, with scale = max|x| / (2^(bits-1) - 1) (LLM-QAT, QuaRot), so that both ends
     of the range are codes; code 0 is left to values below it.
     include_zero: asymmetric ranges are widened to hold 0 (GPTQ does, SpQR does not).
-    real_zero: zero points are not rounded (SpQR's default).
+    real_zero: zero points are not rounded (SpQR's default). Without it and a range that need not
+    hold 0, one bit would leave 0 and a single other value, so that the least is two.
     scales, zeros: the grid of the scales or zero points of this grid. Its groups are adjacent rows
     within one group of columns (SpQR's second level).
     """
@@ -43,8 +44,9 @@ class IntGrid(Grid):
     zeros: "IntGrid | None" = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.bits, int) or not 2 <= self.bits <= 16:
-            raise UserError(f"bits={self.bits!r}: give a whole number from 2 to 16.")
+        least = 1 if self.real_zero and not self.include_zero and not self.symmetric else 2
+        if not isinstance(self.bits, int) or not least <= self.bits <= 16:
+            raise UserError(f"bits={self.bits!r}: give a whole number from {least} to 16.")
         if self.narrow and not self.symmetric:
             raise UserError("narrow=true with symmetric=false: give symmetric=true as well.")
         if self.scale_dtype not in DTYPES:

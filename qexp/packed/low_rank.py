@@ -6,7 +6,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from qexp.packed.base import Packed, restored
+from qexp.packed.base import Packed, nested, part_of, restored
 from qexp.packed.coded import Coded
 
 # [rank, rows] and [rank, columns]: groups of a coded factor run along the long side.
@@ -40,10 +40,10 @@ class LowRank(Packed):
         raise ValueError("rows that share their factors cannot be separated")
 
     def stored(self) -> dict[str, Tensor]:
-        tensors = {f"base.{key}": tensor for key, tensor in self.base.stored().items()}
+        tensors = nested("base", self.base.stored())
         for name, factor in (("outputs", self.outputs), ("inputs", self.inputs)):
             if isinstance(factor, Coded):
-                tensors |= {f"{name}.{key}": tensor for key, tensor in factor.stored().items()}
+                tensors |= nested(name, factor.stored())
             else:
                 tensors[name] = factor
         return tensors
@@ -57,17 +57,13 @@ class LowRank(Packed):
 
     @staticmethod
     def restore(stored: dict[str, Tensor], layout: dict[str, Any]) -> "LowRank":
-        def below(name: str) -> dict[str, Tensor]:
-            prefix = f"{name}."
-            inside = {key for key in stored if key.startswith(prefix)}
-            return {key.removeprefix(prefix): stored[key] for key in inside}
-
         def factor(name: str) -> Factor:
             if name in layout:
-                return Coded.restore(below(name), layout[name])
+                return Coded.restore(part_of(name, stored), layout[name])
             return stored[name]
 
-        return LowRank(restored(below("base"), layout["base"]), factor("outputs"), factor("inputs"))
+        base = restored(part_of("base", stored), layout["base"])
+        return LowRank(base, factor("outputs"), factor("inputs"))
 
 
 def _plain(factor: Factor) -> Float[Tensor, "rank length"]:

@@ -52,6 +52,15 @@ METHODS = {
     "squeezellm without gradients": ["method/hessian=layerwise"],
     "lnq": [],
     "lnq of the output": ["method/hessian=output", "method.solver.bits=2"],
+    "owq": ["weight.bits=3", "weight.group_size=32", "weight/range=mse"],
+    "sparsegpt": ["weight.group_size=null"],
+    "sparsegpt alone": [
+        "weight=built_in",
+        "method.solver.grid=null",
+        "method.solver.pattern=[2,4]",
+    ],
+    "slim_llm": ["weight.bits=2", "weight.group_size=16", "weight/range=minmax"],
+    "adpq": ["weight=channel"],
 }
 
 
@@ -77,7 +86,8 @@ def test_solves_every_linear_and_comes_back(family: str, name: str, tmp_path) ->
         assert torch.equal(packed[record.name].dequantize(), weight)
         assert packed[record.name].bits() == record.bits
     metrics = pipeline.storage(records)
-    if name.split()[0] in ("spqr", "billm", "pbllm"):
+    paper = ("spqr", "billm", "pbllm", "owq", "sparsegpt", "slim_llm")
+    if name.split()[0] in paper and name != "sparsegpt alone":  # which has no scales
         assert 1 < metrics["weight/paper_bits"] < metrics["weight/bits"]
     if isinstance(step, Blockwise):
         before = sum(record.error_before for record in records)
@@ -123,6 +133,13 @@ def test_solves_every_linear_and_comes_back(family: str, name: str, tmp_path) ->
         ("lnq", "solver.rounds=-1"),
         ("lnq", "solver.cycles=0"),
         ("lnq", "solver.damp=-0.1"),
+        ("owq", "solver.extra=1.0"),
+        ("owq", "solver.columns=-1"),
+        ("sparsegpt", "solver.sparsity=1.0"),
+        ("sparsegpt", "solver.score=mean"),
+        ("slim_llm", "solver.metric=mean"),
+        ("slim_llm", "solver.step=0"),
+        ("adpq", "solver.outliers=1.0"),
         ("oac", "hessian.k=0"),
         ("oac", "hessian.sequences=0"),
         ("oac", "hessian.sequences=true"),
