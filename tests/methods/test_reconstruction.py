@@ -349,7 +349,7 @@ def test_blocks_read_rounded_activations_and_aim_at_float_ones() -> None:
         units.observe(block)
         [exact] = float_block.outputs()
         torch.testing.assert_close(units._exact[0], exact)
-        units(block, lambda unit: losses.append(float(unit.loss(0))))
+        units(block, lambda unit: losses.append(float(unit.loss(0).detach())))
     assert len(reference) == len(losses) and min(losses) > 1e-4
 
 
