@@ -23,6 +23,8 @@ TENSOR = ("weight=channel", "weight.bits=8", "activation=int8_tensor")
         (("quadapter", "transform=quadapter", "method=quadapter", "transform.steps=2", *TENSOR),
          "memory, phase 2"),
         (("penalty", "method=quanttune", *TENSOR), "throughput with penalty"),
+        (("methods", "+methods=[rtn,\"gptq method.solver.damp=0.1\"]", "weight.group_size=16"),
+         "gptq method.solver.damp=0.1"),
     ],
     ids=lambda words: words[0],
 )  # fmt: skip
