@@ -117,7 +117,7 @@ class ExportedRun:
                         "activation=int8_tensor: static inputs need symmetric 8-bit weights with "
                         f"one scale a row; say weight=channel weight.bits=8 ({name})"
                     )
-                tensors |= inputs.tensors[name]
+                tensors |= {key: each.clone() for key, each in inputs.tensors[name].items()}
             state |= {f"{name}.{end}": tensor.contiguous() for end, tensor in tensors.items()}
         floats = [
             name

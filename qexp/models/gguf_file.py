@@ -165,6 +165,5 @@ def _add_config(writer: GGUFWriter, model: PreTrainedModel, file_type: int) -> N
     writer.add_rope_dimension_count(head)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(len(model.get_input_embeddings().weight))
-    if head * heads != width:
-        writer.add_key_length(head)
-        writer.add_value_length(head)
+    writer.add_key_length(head)
+    writer.add_value_length(head)

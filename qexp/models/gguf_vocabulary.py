@@ -73,8 +73,8 @@ def settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     if model.get("type") != "BPE" or not bytes_ or content.get("normalizer") or pre is None:
         raise UserError(
             "model: its tokenizer is none of those that this export writes (byte-level BPE of "
-            "gpt-2, smollm, llama 3 or qwen2); say format=float and convert that folder with llama.cpp's "
-            "convert_hf_to_gguf.py"
+            "gpt-2, smollm, llama 3 or qwen2); say format=float and convert that folder with "
+            "llama.cpp's convert_hf_to_gguf.py"
         )
     return {"merges": model.get("merges", []), "pre": pre}
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qexp.grid import IntGrid, LevelGrid
+from qexp.packed.binary import Binary, Halves
 from qexp.packed.coded import Coded
 from qexp.packed.formats import awq, compressed_tensors, gguf, gptq, mlx, nf4, words
 from qexp.packed.formats.checks import Unreadable, coded_refusal, of_integers
@@ -258,6 +259,8 @@ def test_matrices_without_plain_codes_are_refused():
     outliers = Outliers.of(matrix.dequantize(), matrix.dequantize() > 2, "float16")
     assert "outliers" in str(coded_refusal(replace(matrix, outliers=outliers)))
     assert "second time" in str(coded_refusal(replace(matrix, scale=coded(4))))
+    signs = Binary(96, Halves(matrix.codes > 7), torch.ones(64, 1, 2))
+    assert "method: its matrices are stored as Binary" in str(coded_refusal(signs))
     assert coded_refusal(matrix) is None
 
 
