@@ -16,7 +16,7 @@ from qexp.common.errors import UserError
 from qexp.eval.perplexity import Perplexity
 from qexp.models.code_formats import FORMATS
 from qexp.models.export import FLOAT, GGUF, export, fits
-from qexp.runs import results, used_modules
+from qexp.runs import resolvers, results, used_modules
 from qexp.runs.provenance import Provenance
 
 CHOICES = {"format": (*FORMATS, GGUF, FLOAT), "verify": ("protocol",)}
@@ -35,6 +35,7 @@ def main(arguments: Sequence[str]) -> None:
     words = dict(word.split("=", 1) for word in given.rest if "=" in word)
     outs = [word for word in given.rest if "=" not in word]
     _check(words, outs)
+    resolvers.register()
     if not outs:
         for name, said in fits(given.run).items():
             print(f"{name}: {said}")

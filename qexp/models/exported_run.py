@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qexp.common.errors import UserError
 from qexp.config.instantiate import instantiate
 from qexp.models import gguf_file
-from qexp.models.base import ModelSource
 from qexp.models.code_formats import FORMATS, CodeFormat
 from qexp.models.from_run import FromRun
 from qexp.models.input_ranges import Inputs, of_task
@@ -37,7 +36,6 @@ class ExportedRun:
 
     folder: Path
     cfg: DictConfig
-    source: ModelSource
     task: Task
     packed: Mapping[str, Packed]
     kinds: tuple[Activations, ...]
@@ -52,9 +50,7 @@ class ExportedRun:
         task = TASKS[source.objective](loaded.model, loaded.tokenizer)
         loaded.finish(task)
         _untie(loaded.model)
-        return ExportedRun(
-            folder, cfg, source, task, packed, tuple(instantiate(cfg.method).activations)
-        )
+        return ExportedRun(folder, cfg, task, packed, tuple(instantiate(cfg.method).activations))
 
     @property
     def model(self) -> PreTrainedModel:

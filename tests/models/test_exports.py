@@ -68,7 +68,8 @@ CASES = {  # format and what makes a run that fits it
     "nf4": (*LLAMA, "weight=nf4"),
     "gguf": LLAMA,
     "gguf_qwen2": ("model=tiny_qwen2", *LLAMA[1:]),
-    "gguf_qwen3": ("model=tiny_qwen3", *LLAMA[1:], "weight.bits=3"),
+    # transformers reads no head_dim from a qwen3 file: it is 128, as in all published models
+    "gguf_qwen3": ("model=tiny_qwen3", "model.sizes.head_dim=128", *LLAMA[1:], "weight.bits=3"),
     "gguf_mistral": ("model=tiny_mistral", *LLAMA[1:], *W8[:2]),
     "float": LLAMA,
 }
