@@ -17,13 +17,33 @@ from qexp.packed.formats.checks import Unreadable
 class CodeFormat(Protocol):
     """A module of `qexp.packed.formats`."""
 
-    METHOD: str  # `quant_method` of config.json
-    MARKS: tuple[str, ...]  # ends of tensor names that a float linear does not have
-    PARTS: tuple[str, ...]  # ends of all tensor names of a linear, the bias excepted
-    refusal: Callable[[Coded], str | None]
-    write: Callable[..., dict[str, Tensor]]
-    config: Callable[..., dict[str, Any]]
-    read: Callable[[Mapping[str, Tensor], Mapping[str, Any], str], Coded]
+    @property
+    def METHOD(self) -> str:
+        """`quant_method` of config.json."""
+
+    @property
+    def MARKS(self) -> tuple[str, ...]:
+        """Ends of tensor names that a float linear does not have."""
+
+    @property
+    def PARTS(self) -> tuple[str, ...]:
+        """Ends of all tensor names of a linear, the bias excepted."""
+
+    @property
+    def refusal(self) -> Callable[[Coded], str | None]:
+        """Why the format cannot hold a matrix, beginning with the run's key; None if it can."""
+
+    @property
+    def write(self) -> Callable[..., dict[str, Tensor]]:
+        """The tensors of one linear by the ends of their names."""
+
+    @property
+    def config(self) -> Callable[..., dict[str, Any]]:
+        """The section of config.json for matrices by name and the names of float linears."""
+
+    @property
+    def read(self) -> Callable[[Mapping[str, Tensor], Mapping[str, Any], str], Coded]:
+        """The inverse of `write`, of the section of config.json and the linear's name."""
 
 
 FORMATS: dict[str, CodeFormat] = {  # in the order of recommendation

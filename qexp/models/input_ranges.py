@@ -56,7 +56,7 @@ def of_task(task: Task, kinds: Sequence[Activations]) -> Inputs | None:
         return Inputs(_scheme(True, "token", True), {})
     if not grid.per_tensor or grid.real_zero:
         raise UserError("activation.grid: static inputs have one scale and a whole zero point")
-    tensors = {}
+    tensors: dict[str, dict[str, Tensor]] = {}
     for site, names in _sites(task).items():
         quantizer = task.quantizers[site]
         scale, zero = (getattr(quantizer, key).detach().reshape(1) for key in ("scale", "zero"))

@@ -57,10 +57,8 @@ def logits(source: Local | FromRun) -> torch.Tensor:
 
 CASES = {  # format and what makes a run that fits it
     "compressed_tensors": LLAMA,
-    "compressed_tensors_symmetric": (*LLAMA, "weight.bits=3", "weight.symmetric=true"),
     "compressed_tensors_fp8": (*LLAMA, "weight=fp8_e4m3", "weight.group_size=null"),
     "compressed_tensors_qwen2": ("model=tiny_qwen2", *LLAMA[1:]),
-    "gptq": (*LLAMA, "weight.symmetric=true"),
     "gptq_v2": LLAMA,
     "gptq_order": ("model=tiny_llama", "method.solver.static_groups=false"),
     "awq": LLAMA,
@@ -70,7 +68,6 @@ CASES = {  # format and what makes a run that fits it
     "gguf_qwen2": ("model=tiny_qwen2", *LLAMA[1:]),
     # transformers reads no head_dim from a qwen3 file: it is 128, as in all published models
     "gguf_qwen3": ("model=tiny_qwen3", "model.sizes.head_dim=128", *LLAMA[1:], "weight.bits=3"),
-    "gguf_mistral": ("model=tiny_mistral", *LLAMA[1:], *W8[:2]),
     "float": LLAMA,
 }
 
@@ -177,12 +174,10 @@ def test_what_fits_a_run_is_printed_with_the_reasons(folders):
 
 REFUSED = {
     ("gptq", "method=none"): "method: the run quantized no weights",
-    ("awq", "method=rtn", "weight.bits=3"): r"weight\.bits=3",
     ("compressed_tensors", "method=rtn", "activation=int8_tensor"): "activation=int8_tensor",
     ("gguf", "method=rtn", "activation=int8_tensor"): "activation",
     ("float", "method=rtn", "activation=int8_tensor"): "activations are quantized",
     ("compressed_tensors", "method=rtn", "kv=int8_token"): "kv",
-    ("compressed_tensors", "method=spqr", "weight.group_size=16"): "method: it keeps outliers",
     ("compressed_tensors", "method.solver.static_groups=false"): "static_groups=false",
     ("gguf", "method=rtn", "model=tiny_gpt2"): "Conv1D",
     ("gguf", "method=rtn", "model=tiny_opt"): "families llama",
