@@ -64,12 +64,18 @@ def export(
         facts = source.facts(format) | {"bits": source.bits(kept, coded)}
         facts["verified"] = [read_back(folder, format, section, kept, coded)]
         if verify is not None:
-            facts |= verify(folder)
+            _measured(facts, verify(folder))
         write_json(folder / "qexp.json", facts)
         card = model_card.text(source, facts, coded)
         (folder / "README.md").write_text(card, encoding="utf-8")
     log.info("%s: use it as model=local model.path=%s", out, out)
     return facts
+
+
+def _measured(facts: dict[str, Any], found: Mapping[str, Any]) -> None:
+    """Add what was measured from the export to the facts: verification of level 2."""
+    facts |= found
+    facts["verified"].append({"level": 2, "metrics": sorted(found["measured"])})
 
 
 def _gguf(source: ExportedRun, out: Path, verify: Verify | None) -> dict[str, Any]:
@@ -92,7 +98,7 @@ def _gguf(source: ExportedRun, out: Path, verify: Verify | None) -> dict[str, An
         read = {"level": 0, "matrices": len(coded), "tensors": len(found) + len(others)}
         facts["verified"] = [read]
         if verify is not None:
-            facts |= verify(path)
+            _measured(facts, verify(path))
     log.info("%s: use it as model=local model.path=%s", out, out)
     return facts
 

@@ -1,6 +1,7 @@
 """GGUF files of quantized models for llama.cpp: written, and read back."""
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from qexp.packed.formats import gguf as blocks
 FAMILIES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 PERMUTED = ("llama", "mistral")  # rows of queries and keys are in pairs, not in halves
 FILE_TYPES = {"Q4_0": 2, "Q8_0": 7, "Q5_0": 8}
+logging.getLogger("gguf.gguf_writer").setLevel(logging.WARNING)  # it names temporary files
 FACTS = "qexp.facts"  # key with the JSON of the run's facts
 
 

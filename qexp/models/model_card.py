@@ -8,8 +8,8 @@ from qexp.packed.coded import Coded
 
 LOAD = {
     "compressed_tensors": """\
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("{folder}"{options})  # needs compressed-tensors 0.18
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+model = AutoModelForCausalLM.from_pretrained("{folder}"{options})
 """,
     "gptq": """\
 from transformers import AutoModelForCausalLM
@@ -104,7 +104,7 @@ def text(source: ExportedRun, facts: Mapping[str, Any], coded: Mapping[str, Code
         "```python",
         LOAD[format].format(folder=".", options=DEQUANTIZE if note(format, coded) else "").rstrip(),
         "```",
-        *(["", f"{note(format, coded)}.".capitalize()] if note(format, coded) else []),
+        *(["", f"Condition: {note(format, coded)}."] if note(format, coded) else []),
         "",
         f"{exactness(format)}",
         "",
@@ -126,10 +126,10 @@ def _tags(format: str, method: str, coded: Mapping[str, Coded]) -> list[str]:
 
 
 def _grid(coded: Coded) -> str:
-    groups = coded.scales().scale.shape[1]
-    size = f"groups of {coded.shape[1] // groups}" if groups > 1 else "one scale a row"
+    size = coded.grid.group_size
+    span = "one scale a row" if size is None else f"groups of {size}"
     kind = "asymmetric" if coded.grid.has_zero else "symmetric"
-    return f"{coded.grid.bits} bits, {size}, {kind}"
+    return f"{coded.grid.bits} bits, {span}, {kind}"
 
 
 def _of(facts: Mapping[str, Any], name: str) -> str:

@@ -47,11 +47,10 @@ def write(coded: Coded) -> dict[str, Tensor]:
 def config(matrices: Mapping[str, Coded], floats: Sequence[str]) -> dict[str, Any]:
     """`quantization_config`, of matrices with one grid. floats: the other linears of the model."""
     coded = next(iter(matrices.values()))
-    groups = coded.scales().scale.shape[1]
     return {
         "quant_method": METHOD,
         "bits": BITS,
-        "group_size": coded.shape[1] // groups if groups > 1 else -1,
+        "group_size": coded.grid.group_size or -1,
         "zero_point": True,
         "version": "gemm",
         "modules_to_not_convert": list(floats),

@@ -42,7 +42,7 @@ def layout(coded: Coded, inputs: Mapping[str, Any] | None = None) -> str:
     """The name of the layout of one matrix, given the scheme of its inputs."""
     if isinstance(coded.grid, LevelGrid):
         return FLOAT
-    by_rows = coded.grid.bits == 8 and coded.zero is None and coded.scales().scale.shape[1] == 1
+    by_rows = coded.grid.bits == 8 and coded.zero is None and coded.grid.group_size is None
     return INTEGER if inputs is not None and by_rows else PACKED
 
 
@@ -69,16 +69,16 @@ def write(coded: Coded, inputs: Mapping[str, Any] | None = None) -> dict[str, Te
 
 def scheme(coded: Coded, inputs: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The config group of one matrix, without its targets. inputs: `input_activations`."""
-    groups = coded.scales().scale.shape[1]
+    size = coded.grid.group_size  # also where a row is one group: linears then share a config group
     weights = {
         "num_bits": coded.grid.bits,
         "type": "float" if isinstance(coded.grid, LevelGrid) else "int",
         "symmetric": coded.zero is None,
         "dynamic": False,
-        "strategy": "group" if groups > 1 else "channel",
+        "strategy": "channel" if size is None else "group",
     }
-    if groups > 1:
-        weights["group_size"] = coded.shape[1] // groups
+    if size is not None:
+        weights["group_size"] = size
     return {
         "weights": weights,
         "input_activations": None if inputs is None else dict(inputs),

@@ -58,12 +58,11 @@ def config(matrices: Mapping[str, Coded], floats: Sequence[str]) -> dict[str, An
     """`quantization_config`, of matrices with one grid. floats: the other linears of the model."""
     coded = next(iter(matrices.values()))
     symmetric = all(each.zero is None for each in matrices.values())
-    groups = coded.scales().scale.shape[1]
     blocks = list(dict.fromkeys(inner(name) for name in matrices))
     settings: dict[str, Any] = {
         "quant_method": METHOD,
         "bits": coded.grid.bits,
-        "group_size": coded.shape[1] // groups if groups > 1 else -1,
+        "group_size": coded.grid.group_size or -1,
         "desc_act": any(each.group is not None for each in matrices.values()),
         "sym": symmetric,
         "lm_head": False,

@@ -27,8 +27,7 @@ def refusal(coded: Coded) -> str | None:
     """Why the format cannot hold a matrix."""
     if said := integer_refusal(coded, BITS):
         return said
-    columns = coded.shape[1]
-    size = columns // coded.scales().scale.shape[1]
+    size = coded.grid.group_size
     if size not in GROUPS:
         return f"weight.group_size={size}: the format holds groups of {GROUPS}"
     return None
@@ -47,8 +46,7 @@ def write(coded: Coded) -> dict[str, Tensor]:
 def config(matrices: Mapping[str, Coded], floats: Sequence[str]) -> dict[str, Any]:
     """`quantization`, of matrices with one grid; a linear without scales stays float by itself."""
     coded = next(iter(matrices.values()))
-    size = coded.shape[1] // coded.scales().scale.shape[1]
-    return {"group_size": size, "bits": coded.grid.bits, "mode": "affine"}
+    return {"group_size": coded.grid.group_size, "bits": coded.grid.bits, "mode": "affine"}
 
 
 def read(tensors: Mapping[str, Tensor], config: Mapping[str, Any], name: str) -> Coded:

@@ -118,6 +118,8 @@ def test_compressed_tensors_of_padded_words_and_of_other_targets_is_read():
     packed = (rows << torch.arange(0, 30, 3)).sum(-1).int()
     config = compressed_tensors.config({"a": matrix, "b": coded(8, symmetric=True)}, [])
     assert [group["targets"] for group in config["config_groups"].values()] == [["a"], ["b"]]
+    narrow = replace(matrix, codes=matrix.codes[:, :32], scale=matrix.scale[:, :1])  # one group
+    assert len(compressed_tensors.config({"a": matrix, "b": narrow}, [])["config_groups"]) == 1
     config["config_groups"]["group_0"]["targets"] = ["re:.*blocks[.]a$"]
     found = compressed_tensors.read(tensors | {"weight_packed": packed}, config, "blocks.a")
     same(found, matrix)
@@ -244,7 +246,7 @@ def test_a_refusal_names_the_key():
         (gguf.refusal(coded(4, 16)), "weight.group_size=16"),
         (gptq.refusal(coded(5)), "weight.bits=5"),
         (awq.refusal(coded(8)), "weight.bits=8"),
-        (mlx.refusal(coded(4, None)), "weight.group_size=96"),
+        (mlx.refusal(coded(4, None)), "weight.group_size=None"),
         (compressed_tensors.refusal(replace(matrix, grid=IntGrid(9))), "weight.bits=9"),
         (compressed_tensors.refusal(coded(4, real_zero=True)), "weight.real_zero=true"),
         (gptq.refusal(replace(matrix, scale=matrix.scale + 1e-6)), "weight.scale_dtype"),
