@@ -118,6 +118,10 @@ def read_back(
         if name in written and not equal(written[name], tensor):
             raise RuntimeError(f"{name}: the file does not hold the tensor that was written")
     if section is not None:
+        kept = {state[name].data_ptr() for name in written if name in state}
+        for name in state.keys() - written.keys():
+            if state[name].data_ptr() not in kept:  # a tied head is written once
+                raise RuntimeError(f"{name}: is not in the file")
         found, _, _ = code_formats.separate(written, FORMATS[format], section, where)
         if found.keys() != coded.keys():
             raise RuntimeError(f"{folder}: other linears are coded than in the run")
