@@ -46,7 +46,17 @@ def published(model: PreTrainedModel) -> dict[str, Tensor]:
     state = model.state_dict()
     for name in state.keys() - family.state_dict().keys():
         raise UserError(f"{name}: a {model.config.model_type} model folder has no place for it")
-    transposed = {
+    transposed = _transposed(family)
+    return {name: t.T.contiguous() if name in transposed else t for name, t in state.items()}
+
+
+def has_transposed(model: PreTrainedModel) -> bool:
+    """Whether the format of transformers transposes weights of the family (GPT-2)."""
+    with torch.device("meta"):
+        return bool(_transposed(type(model)(model.config)))
+
+
+def _transposed(family: nn.Module) -> set[str]:
+    return {
         f"{name}.weight" for name, module in family.named_modules() if isinstance(module, Conv1D)
     }
-    return {name: t.T.contiguous() if name in transposed else t for name, t in state.items()}

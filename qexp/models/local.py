@@ -1,23 +1,28 @@
-"""Local models: a folder as save_pretrained writes it, or a GGUF file."""
+"""Local models: a folder of float or quantized weights, or a GGUF file."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
+from transformers import AutoConfig, PreTrainedModel
 
 from qexp.common.errors import UserError, first_line
 from qexp.common.hashes import sha256
+from qexp.models import code_formats, input_ranges
 from qexp.models.base import AUTO_DTYPE, Loaded, ModelSource, check, ready
 from qexp.models.gguf import GGUF
 from qexp.models.pretrained import (
     Head,
     checkpoint_dtype,
+    from_state,
     marked,
     pretrained,
-    refuse_quantized,
     tokenizer_of,
 )
+from qexp.task import Task
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # one of these is enough for a tokenizer, with or without further files
@@ -26,7 +31,11 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "s
 
 @dataclass(frozen=True)
 class Local(ModelSource):
-    """path: a folder with config.json, weights and tokenizer, or a .gguf file."""
+    """path: a folder with config.json, weights and tokenizer, or a .gguf file.
+
+    Weights may be codes of compressed-tensors, GPTQ, AWQ, MLX or NF4; they are dequantized in
+    float32, and the inputs of linears are rounded where the checkpoint says so.
+    """
 
     path: str
     dtype: str = AUTO_DTYPE
@@ -42,11 +51,16 @@ class Local(ModelSource):
         folder, name = self._folder(), f"model.path: {self.path}"
         self.files()  # a UserError that names a missing file
         try:
-            refuse_quantized(json.loads((folder / "config.json").read_text()), name)
-            model = pretrained(str(folder), name, self, self.head, local_files_only=True)
+            stored = code_formats.section(json.loads((folder / "config.json").read_text()), name)
+            if stored is not None:
+                model, finish = _dequantized(folder, self, name, *stored)
+            else:
+                model = pretrained(str(folder), name, self, self.head, local_files_only=True)
+                finish = _nothing
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{name} cannot be loaded ({first_line(error)})") from error
-        return Loaded(ready(model), tokenizer_of(str(folder), name, self, local_files_only=True))
+        tokenizer = tokenizer_of(str(folder), name, self, local_files_only=True)
+        return Loaded(ready(model), tokenizer, finish)
 
     def fingerprint(self) -> dict[str, str]:
         if gguf := self._gguf():
@@ -99,6 +113,33 @@ class Local(ModelSource):
         if not folder.is_dir():
             raise UserError(f"model.path: {folder} is neither a folder nor a .gguf file")
         return folder
+
+
+def _nothing(task: Task) -> None:
+    """Nothing is attached to a float model."""
+
+
+def _dequantized(
+    folder: Path,
+    source: ModelSource,
+    where: str,
+    format: code_formats.CodeFormat,
+    section: dict[str, Any],
+) -> tuple[PreTrainedModel, Callable[[Task], None]]:
+    """The float model of a checkpoint of codes, and what attaches the quantizers of its inputs."""
+    paths = [path for path in _weights(folder) if path.suffix != ".json"]
+    if any(path.suffix != ".safetensors" for path in paths):
+        raise UserError(f"{where}: codes are read from safetensors files, not from {paths[0].name}")
+    state = code_formats.tensors(paths, where)
+    matrices, others, linears = code_formats.separate(state, format, section, where)
+    config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    weights = {f"{name}.weight": coded.dequantize() for name, coded in matrices.items()}
+    model = from_state(weights | others, config, where, source)
+    groups = section.get("config_groups", {}).values()
+    schemes = [group.get("input_activations") for group in groups]
+    return model, input_ranges.attached(schemes, linears, where)
 
 
 def _weights(folder: Path) -> list[Path]:

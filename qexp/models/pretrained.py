@@ -5,7 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from qexp.common.errors import UserError, first_line
 from qexp.grid.scale import DTYPES
@@ -39,13 +46,33 @@ def pretrained(
         options |= {"num_labels": head.classes, "ignore_mismatched_sizes": True}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0 if head is None else head.seed)
-        model, report = AUTO[source.objective].from_pretrained(
-            where,
-            dtype=DTYPES[source.settled_dtype()],
-            output_loading_info=True,
-            low_cpu_mem_usage=True,
-            **options,
-        )
+        return _complete(AUTO[source.objective], where, name, source, head, **options)
+
+
+def from_state(
+    state: dict[str, Tensor], config: PretrainedConfig, name: str, source: ModelSource
+) -> PreTrainedModel:
+    """The model of a configuration with these tensors. Errors as `pretrained`."""
+    with torch.device("meta"):
+        family = type(AUTO[source.objective].from_config(config))
+    return _complete(family, None, name, source, None, config=config, state_dict=state)
+
+
+def _complete(
+    loader: Any,
+    where: str | None,
+    name: str,
+    source: ModelSource,
+    head: Head | None,
+    **options: Any,
+) -> PreTrainedModel:
+    model, report = loader.from_pretrained(
+        where,
+        dtype=DTYPES[source.settled_dtype()],
+        output_loading_info=True,
+        low_cpu_mem_usage=True,
+        **options,
+    )
     missing = sorted(report["missing_keys"])
     if head is not None:  # the head is everything outside the base model
         base = f"{model.base_model_prefix}."

@@ -1,0 +1,104 @@
+"""Command `qexp export RUN OUT format=…`: a run's model in a format of other software."""
+
+import argparse
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import seed_everything
+from omegaconf import OmegaConf
+
+from qexp import pipeline
+from qexp.common.errors import UserError
+from qexp.eval.perplexity import Perplexity
+from qexp.models.code_formats import FORMATS
+from qexp.models.export import FLOAT, GGUF, export, fits
+from qexp.runs import resolvers, results, used_modules
+from qexp.runs.provenance import Provenance
+
+CHOICES = {"format": (*FORMATS, GGUF, FLOAT), "verify": ("protocol",)}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Writes the export after it was read back; without OUT, prints what each format would hold."""
+    parser = argparse.ArgumentParser(
+        "qexp export",
+        description=main.__doc__,
+        usage="qexp export RUN [OUT] [format=NAME] [verify=protocol]",
+    )
+    parser.add_argument("run", type=Path, help="folder of a finished run with its weights")
+    parser.add_argument("rest", nargs="*", help="OUT, a new folder or FILE.gguf, and key=value")
+    given = parser.parse_args(arguments)
+    words = dict(word.split("=", 1) for word in given.rest if "=" in word)
+    outs = [word for word in given.rest if "=" not in word]
+    _check(words, outs)
+    resolvers.register()
+    if not outs:
+        for name, said in fits(given.run).items():
+            print(f"{name}: {said}")
+        return
+    out = Path(outs[0])
+    verify = partial(measure, given.run) if words.get("verify") else None
+    facts = export(given.run, out, words.get("format", FLOAT), verify)
+    print("\n".join(report(out, facts)))
+
+
+def report(out: Path, facts: Mapping[str, Any]) -> list[str]:
+    """What was written and verified, in lines."""
+    first = facts["verified"][0]
+    bits = f", {facts['bits']:.3f} bits a weight" if facts["bits"] is not None else ""
+    lines = [
+        f"{out}  {facts['format']}{bits}",
+        f"read back: {first['matrices']} coded matrices and {first['tensors']} tensors equal the "
+        "run's",
+    ]
+    for name, value in facts.get("measured", {}).items():
+        lines.append(
+            f"{name}: {value:.6g} from the export, {facts['metrics'][name]:.6g} in the run"
+        )
+    return lines
+
+
+@torch.no_grad()
+def measure(run: Path, place: Path) -> dict[str, Any]:
+    """The run's perplexities from an export, under the run's own protocols: `measured`."""
+    cfg = results.config(str(run))
+    parts = pipeline.build(cfg)
+    model = {
+        "_target_": "qexp.models.local.Local",
+        "path": str(place),
+        "dtype": parts.source.settled_dtype(),
+        "objective": parts.source.objective,
+    }
+    OmegaConf.set_struct(cfg, False)
+    cfg.model = model
+    cfg.transform = {"_target_": "qexp.step.Nothing"}
+    cfg.method = {"_target_": "qexp.step.Nothing"}
+    seed_everything(cfg.seed, verbose=False)
+    with tempfile.TemporaryDirectory() as folder:
+        own = pipeline.build(cfg)
+        task = pipeline.load(own, cfg, Path(folder))
+        chosen = [each for each in own.evaluators if isinstance(each, Perplexity)]
+        found = pipeline.evaluate(chosen, task, Provenance(used_modules.roots(cfg)))
+    stored = results.metrics(run)
+    measured = {
+        name: value for name, value in found.items() if name.endswith("/ppl") and name in stored
+    }
+    if not measured:
+        raise UserError("verify=protocol: the run measured no perplexity; leave verify out")
+    return {"measured": measured}
+
+
+def _check(words: Mapping[str, str], outs: Sequence[str]) -> None:
+    for key, value in words.items():
+        if key not in CHOICES:
+            raise UserError(f"{key}={value}: is no key of qexp export; give {' or '.join(CHOICES)}")
+        if value and value not in CHOICES[key]:
+            raise UserError(f"{key}={value} is unknown: give {' or '.join(CHOICES[key])}")
+    if len(outs) > 1:
+        raise UserError(f"{outs[1]}: qexp export takes one run and one OUT")
+    if outs and words.get("format") == "":
+        raise UserError("format: has no value; leave OUT out to see what fits the run")
