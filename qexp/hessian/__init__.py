@@ -1,4 +1,4 @@
-"""In which loss a rounding error counts: three sources of a layer's Hessian."""
+"""In which loss a rounding error counts: four sources of a layer's Hessian."""
 
 from qexp.hessian.base import CacheableHessian as CacheableHessian
 from qexp.hessian.base import Hessian as Hessian
@@ -7,3 +7,4 @@ from qexp.hessian.layerwise import Layerwise as Layerwise
 from qexp.hessian.layerwise import second_moment as second_moment
 from qexp.hessian.output import OutputAdaptive as OutputAdaptive
 from qexp.hessian.output import TokenWeighted as TokenWeighted
+from qexp.hessian.two_sided import BothSides as BothSides

@@ -15,12 +15,13 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from qexp.solvers.base import Moments
+from qexp.common.errors import UserError
+from qexp.solvers.base import Moments, Solver
 from qexp.walk import Block
 
 # Called with the names of linears that share one Hessian, with that Hessian and, by a walk that
 # carries the float model's inputs along, with the moments of their common input.
-OnHessian = Callable[[tuple[str, ...], Float[Tensor, "columns columns"], Moments | None], None]
+OnHessian = Callable[[tuple[str, ...], Float[Tensor, "..."], Moments | None], None]
 
 # Calls `on_hessian` for every linear of a block once, as soon as its Hessian is known. May leave
 # the block settled (see `Block.advance`).
@@ -48,6 +49,11 @@ class Hessian(ABC):
         """Whether the Hessian of a group is `Moments.own` of its inputs as the group is solved."""
         return False
 
+    def adapted(self, solver: Solver) -> Solver:
+        """The solver for what is handed out, [columns, columns] unless a source says otherwise.
+        UserError where the solver needs something else."""
+        return one_sided(solver)
+
     @abstractmethod
     def prepare(self, first: Block) -> ForEachGroup:
         """What hands out the Hessians of the blocks of one walk, in order.
@@ -56,12 +62,22 @@ class Hessian(ABC):
         measured at float weights is measured here.
         """
 
-    def __call__(self, block: Block) -> dict[str, Float[Tensor, "_ _"]]:
+    def __call__(self, block: Block) -> dict[str, Float[Tensor, "..."]]:
         """The Hessian of each linear of one block; the block stays as it is."""
         return collected(self.prepare(block), block)
 
 
-def collected(for_each_group: ForEachGroup, block: Block) -> dict[str, Float[Tensor, "_ _"]]:
+def one_sided(solver: Solver) -> Solver:
+    """The solver. UserError where it needs a Hessian of the outputs too."""
+    if solver.needs_both_sides:
+        raise UserError(
+            f"method.hessian: {type(solver).__name__} needs a Hessian of the outputs too; give "
+            "method/hessian=output_both."
+        )
+    return solver
+
+
+def collected(for_each_group: ForEachGroup, block: Block) -> dict[str, Float[Tensor, "..."]]:
     """The Hessian of each linear of one block; the block stays as it is."""
     found: dict[str, Tensor] = {}
 

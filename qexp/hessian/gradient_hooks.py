@@ -1,9 +1,12 @@
-"""Hooks that collect the inputs of layers with the gradients at their outputs."""
+"""Hooks that collect the inputs of layers with the gradients at their outputs; lost gradients."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
+
+from qexp.common.errors import UserError
 
 # (name of a linear, its inputs, the gradients at its outputs)
 OnGradient = Callable[[str, Tensor, Tensor], None]
@@ -38,3 +41,25 @@ def watching(linears: dict[str, nn.Module], take: OnGradient) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def check_dead(
+    name: str,
+    hessian: Float[Tensor, "columns columns"],
+    seen: Bool[Tensor, " columns"],
+    scored: Bool[Tensor, " columns"],
+) -> None:
+    """Check that only inputs without data have a zero diagonal: solvers set their weights to 0.
+
+    An input that only a sequence's last token uses has data and rightly no gradient, as nothing is
+    predicted there; it gets the least diagonal of the others. UserError for an underflow.
+    """
+    diagonal = hessian.diagonal()
+    dead = diagonal == 0
+    if (lost := int((dead & scored).sum())) > 0:
+        raise UserError(
+            f"{name}: {lost} inputs with data have no gradient: it underflowed; raise "
+            "method.hessian.loss_scale or take method.hessian.dtype=float32."
+        )
+    if not dead.all():
+        diagonal[dead & seen] = diagonal[~dead].min()

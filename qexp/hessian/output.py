@@ -7,27 +7,31 @@ activation Hessian weighted by ‖g_t‖².
 """
 
 from abc import abstractmethod
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from math import inf
+from math import inf, prod
 from types import ModuleType
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from qexp.common.errors import UserError, check_choice, check_int, check_number
 from qexp.common.progress import bar
 from qexp.grid.scale import DTYPES
 from qexp.hessian import gradient_hooks, layerwise
-from qexp.hessian.base import CacheableHessian, ForEachGroup, Measured, OnHessian
+from qexp.hessian.base import CacheableHessian, ForEachGroup, Measured, OnHessian, one_sided
 from qexp.hessian.float_weights import AtFloatWeights
-from qexp.hessian.gradient_hooks import frozen, watching
+from qexp.hessian.gradient_hooks import check_dead, frozen, watching
 from qexp.hessian.layerwise import add_symmetric, mirrored
+from qexp.solvers import both_sides
+from qexp.solvers.base import Solver
+from qexp.solvers.by_rows import ByRows
 from qexp.walk import Block
 
 Factors = tuple[Float[Tensor, "each columns"], Float[Tensor, "each columns"]]
+Matrices = tuple[Sequence[Float[Tensor, "_ _"]], Sequence[Float[Tensor, "_ _"]]]
 
 SCHEDULES = ("per_block", "every_k", "one_pass")
 LABELS = ("data", "sampled")
@@ -58,7 +62,8 @@ class FromGradients(CacheableHessian):
     seed: int = 0
     memory: float = 8.0
 
-    def __post_init__(self) -> None:
+    def check_settings(self) -> None:
+        """UserError for settings that cannot be."""
         check_choice("method.hessian", self, schedule=SCHEDULES, dtype=DTYPES, labels=LABELS)
         check_int("method.hessian", self, k=1, sequences=1)
         check_number("method.hessian", self, memory=0, loss_scale=0)
@@ -68,10 +73,18 @@ class FromGradients(CacheableHessian):
             )
 
     @abstractmethod
+    def shape(self, rows: int, columns: int) -> tuple[int, ...]:
+        """The shape of the Hessian of a [rows, columns] linear."""
+
+    @abstractmethod
+    def matrices(self, hessian: Float[Tensor, "..."], columns: int) -> Matrices:
+        """Its symmetric matrices: those of the inputs, then those of the outputs."""
+
+    @abstractmethod
     def factors(
         self, x: Float[Tensor, "tokens columns"], g: Float[Tensor, "tokens rows"]
-    ) -> Factors:
-        """A and B of AᵀB, the symmetric matrix that one sequence adds to the Hessian."""
+    ) -> list[Factors]:
+        """A and B of AᵀB, the symmetric matrix that one sequence adds to each of `matrices`."""
 
     @property
     def blocks_per_pass(self) -> int:
@@ -98,7 +111,8 @@ class FromGradients(CacheableHessian):
     def measure(self, first: Block, wanted: Collection[int]) -> Iterator[Measured]:
         """One pass for as many blocks as fit into `memory`."""
         count = len(first.task.blocks)
-        size = sum(4 * linear.in_features**2 for linear in first.linears.values())
+        shapes = [self.shape(*linear.weight.shape) for linear in first.linears.values()]
+        size = sum(4 * prod(shape) for shape in shapes)
         span = max(int(self.memory * 2**30 / size), 1)
         for start in range(first.index, count, span):
             covered = range(start, min(start + span, count))
@@ -110,7 +124,7 @@ class FromGradients(CacheableHessian):
 
     @property
     def code(self) -> tuple[ModuleType, ...]:
-        return (gradient_hooks, layerwise)
+        return (gradient_hooks, layerwise, both_sides)
 
     def identity(self, first: Block) -> dict[str, Any]:
         fields = asdict(self)
@@ -118,7 +132,7 @@ class FromGradients(CacheableHessian):
             fields.pop(irrelevant)
         return fields
 
-    def _gradient_hessians(self, block: Block, covered: range) -> dict[str, Float[Tensor, "_ _"]]:
+    def _gradient_hessians(self, block: Block, covered: range) -> dict[str, Float[Tensor, "..."]]:
         """Hessians of the linears of the blocks in `covered`, which starts at `block` or later."""
         task = block.task
         found: dict[str, Tensor] = {}
@@ -136,8 +150,10 @@ class FromGradients(CacheableHessian):
             xs, gs = (part.float().reshape(running, -1, part.shape[-1]) for part in (x, g))
             for x, g in zip(xs, gs, strict=True):
                 if name not in found:
-                    found[name] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-                add_symmetric(found[name], *self.factors(x, g))
+                    found[name] = x.new_zeros(self.shape(g.shape[1], x.shape[1]))
+                inputs, outputs = self.matrices(found[name], x.shape[1])
+                for matrix, pair in zip([*inputs, *outputs], self.factors(x, g), strict=True):
+                    add_symmetric(matrix, *pair)
                 for key, part in ((name, x), (f"{name} scored", x[:-1])):
                     used = (part != 0).any(0)
                     seen[key] = seen[key] | used if key in seen else used
@@ -154,39 +170,56 @@ class FromGradients(CacheableHessian):
             losses = block.losses(self.sequences)
             for loss, running in bar(losses, f"gradients from block {block.index}", total):
                 (loss * running * self.loss_scale).backward()
-        for name in found:
-            hessian = found[name] = mirrored(found[name])
-            _check_dead(name, hessian, seen[name], seen[f"{name} scored"])
+        for name, hessian in found.items():
+            inputs, outputs = self.matrices(hessian, len(seen[name]))
+            for matrix in (*inputs, *outputs):
+                matrix.copy_(mirrored(matrix))
+            for matrix in inputs:
+                check_dead(name, matrix, seen[name], seen[f"{name} scored"])
         return found
 
 
-def _check_dead(
-    name: str,
-    hessian: Float[Tensor, "columns columns"],
-    seen: Bool[Tensor, " columns"],
-    scored: Bool[Tensor, " columns"],
-) -> None:
-    """Check that only inputs without data have a zero diagonal: solvers set their weights to 0.
+@dataclass(frozen=True)
+class OfInputs(FromGradients):
+    """Base of Hessians of the inputs: [columns, columns], or one for each group of rows.
 
-    An input that only a sequence's last token uses has data and rightly no gradient, as nothing is
-    predicted there; it gets the least diagonal of the others. UserError for an underflow.
+    groups: of adjacent rows; each has a Hessian from the gradients at its own outputs, and is
+    solved by itself (GuidedQuant, 2505.07004).
     """
-    diagonal = hessian.diagonal()
-    dead = diagonal == 0
-    if (lost := int((dead & scored).sum())) > 0:
-        raise UserError(
-            f"{name}: {lost} inputs with data have no gradient: it underflowed; raise "
-            "method.hessian.loss_scale or take method.hessian.dtype=float32."
-        )
-    if not dead.all():
-        diagonal[dead & seen] = diagonal[~dead].min()
+
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        self.check_settings()
+        check_int("method.hessian", self, groups=1)
+
+    @abstractmethod
+    def factors_of(
+        self, x: Float[Tensor, "tokens columns"], g: Float[Tensor, "tokens rows"]
+    ) -> Factors:
+        """A and B of AᵀB for the rows of one group."""
+
+    def shape(self, rows: int, columns: int) -> tuple[int, ...]:
+        return (columns, columns) if self.groups == 1 else (self.groups, columns, columns)
+
+    def matrices(self, hessian: Float[Tensor, "..."], columns: int) -> Matrices:
+        return hessian.view(-1, columns, columns).unbind(), ()
+
+    def factors(
+        self, x: Float[Tensor, "tokens columns"], g: Float[Tensor, "tokens rows"]
+    ) -> list[Factors]:
+        return [self.factors_of(x, part) for part in g.chunk(self.groups, 1)]
+
+    def adapted(self, solver: Solver) -> Solver:
+        solver = one_sided(solver)
+        return solver if self.groups == 1 else ByRows(solver, self.groups)
 
 
 @dataclass(frozen=True)
-class OutputAdaptive(FromGradients):
+class OutputAdaptive(OfInputs):
     """Σ_n G[n]ᵀ G[n], one gradient per sequence (OAC, Algorithm 1)."""
 
-    def factors(
+    def factors_of(
         self, x: Float[Tensor, "tokens columns"], g: Float[Tensor, "tokens rows"]
     ) -> Factors:
         if through_tokens(len(x), g.shape[1], x.shape[1]):
@@ -196,10 +229,10 @@ class OutputAdaptive(FromGradients):
 
 
 @dataclass(frozen=True)
-class TokenWeighted(FromGradients):
+class TokenWeighted(OfInputs):
     """Σ_t ‖g_t‖² x_t x_tᵀ: tokens weighted by the squared gradient norm at the layer's output."""
 
-    def factors(
+    def factors_of(
         self, x: Float[Tensor, "tokens columns"], g: Float[Tensor, "tokens rows"]
     ) -> Factors:
         weighted = x * g.norm(dim=1, keepdim=True)

@@ -89,6 +89,7 @@ class Blockwise(Step):
                 "method.target=asymmetric with method.solver.carry: both correct for the inputs; "
                 "give method/target=same, or method.solver.carry=0."
             )
+        self.hessian.adapted(self.solver)  # UserError where they do not fit
         if self._is_paired and not self.propagate:
             raise UserError(
                 "method.propagate=false: every layer then reads the float model's inputs, from "
@@ -98,7 +99,7 @@ class Blockwise(Step):
 
     @torch.no_grad()
     def __call__(self, task: Task, batches: Batches) -> list[Record]:
-        check(task, self.solver)
+        check(task, self.effective_solver)
         data = batches()  # before anything is rounded: some recipes run the model
         if self.activations_first:
             quantize_activations(task, self.activations, lambda: data)
@@ -158,6 +159,11 @@ class Blockwise(Step):
         """What hands out Hessians."""
         return self.hessian if self.propagate else AtFloatWeights(self.hessian)
 
+    @property
+    def effective_solver(self) -> Solver:
+        """The solver for what the Hessian's source hands out."""
+        return self.hessian.adapted(self.solver)
+
     def _solve(self, block: Block, for_each_group: ForEachGroup) -> list[Record]:
         """Round the linears of a block.
 
@@ -169,10 +175,10 @@ class Blockwise(Step):
 
         def on_hessian(
             names: tuple[str, ...],
-            hessian: Float[Tensor, "columns columns"],
+            hessian: Float[Tensor, "..."],
             moments: Moments | None,
         ) -> None:
-            for stack in [names] if self.solver.rowwise else [(name,) for name in names]:
+            for stack in [names] if self.effective_solver.rowwise else [(name,) for name in names]:
                 full = [f"{block.name}.{name}" for name in stack]
                 records.extend(
                     self._write(full, [linears[name] for name in stack], hessian, moments)
@@ -185,7 +191,7 @@ class Blockwise(Step):
         self,
         names: list[str],
         linears: list[nn.Linear],
-        hessian: Float[Tensor, "columns columns"],
+        hessian: Float[Tensor, "..."],
         moments: Moments | None,
     ) -> list[Record]:
         """Solve matrices that share a Hessian as one stacked matrix."""
@@ -197,30 +203,30 @@ class Blockwise(Step):
                 f"{names[0]}: its calibration inputs are {state}; check the model's weights and "
                 "the calibration text (calibration.corpus)."
             )
+        solver = self.effective_solver
         start = time.perf_counter()
         weight = torch.cat([linear.weight.detach().float() for linear in linears])
         target = self.target(weight, moments)
-        extra = (moments,) if self.solver.needs_moments else ()
+        extra = (moments,) if solver.needs_moments else ()
         try:
-            solution = self.solver(target, hessian, *extra)
+            solution = solver(target, hessian, *extra)
         except NotPositiveDefinite as reason:
             raise UserError(
                 f"{names[0]}: its Hessian cannot be factored: {reason}; give more calibration "
                 "sequences (calibration.sequences) or more damping (method.solver.damp)."
             ) from reason
         seconds = time.perf_counter() - start
-        nearest = self.solver.baseline(weight, hessian).weight
-        aim = self.solver.aim(target, moments)
-        records, row, tolerance = [], 0, self.solver.tolerance
+        nearest = solver.baseline(weight, hessian).weight
+        aim = solver.aim(target, moments)
+        keep = partial(write, tolerance=solver.tolerance, measure=solver.measure)
+        records, row = [], 0
         for name, linear in zip(names, linears, strict=True):
             rows = slice(row, row := row + linear.out_features)
             whole = len(linears) == 1
             packed = solution.packed if whole else solution.packed.rows(rows.start, rows.stop)
             own = solution._replace(weight=solution.weight[rows], bits=packed.bits(), packed=packed)
             share = seconds * linear.out_features / len(weight)
-            records.append(
-                write(name, linear, own, nearest[rows], hessian, share, tolerance, aim[rows])
-            )
+            records.append(keep(name, linear, own, nearest[rows], hessian, share, target=aim[rows]))
         return records
 
 

@@ -20,13 +20,13 @@ from qexp.data.recipe import Recipe
 from qexp.gradients import ClampGradient, RoundingGradient
 from qexp.grid import Grid
 from qexp.methods.blockwise import finite
-from qexp.methods.write_back import error
 from qexp.packed.coded import Coded
 from qexp.quantizers.activation import FakeQuant
 from qexp.quantizers.fake_quantize import FakeQuantize
 from qexp.quantizers.parametrization import attach_weight_quantizer, bake, float_weight
 from qexp.quantizers.scale_rules import KnownCodes, ScaleRule, check_scale_rule
 from qexp.quantizers.scheme import Activations, quantize_activations
+from qexp.solvers.base import error
 from qexp.step import Record, Step
 from qexp.task import Batch, Batches, Task
 from qexp.training.code_statistics import CodeStatistics

@@ -1,24 +1,17 @@
 """Writing a solution into its layer, checked against round-to-nearest."""
 
 import logging
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from qexp.solvers import Solution
+from qexp.solvers.base import error
 from qexp.step import Record
 
 log = logging.getLogger(__name__)
-
-
-def error(
-    change: Float[Tensor, "rows columns"], hessian: Float[Tensor, "columns columns"] | None
-) -> float:
-    """tr(Δ H Δᵀ); the squared norm of Δ without a Hessian."""
-    change = change.float()
-    moved = change if hessian is None else change @ hessian
-    return float(torch.sum(moved * change, dtype=torch.float64))
 
 
 def write(
@@ -26,14 +19,16 @@ def write(
     linear: nn.Linear,
     solution: Solution,
     baseline: Float[Tensor, "rows columns"],
-    hessian: Float[Tensor, "columns columns"] | None,
+    hessian: Float[Tensor, "..."] | None,
     seconds: float,
     tolerance: float = 1e-3,
     target: Float[Tensor, "rows columns"] | None = None,
+    measure: Callable[[Tensor, Tensor | None], float] = error,
 ) -> Record:
     """Write a solution into its layer after checking it.
 
-    target: the matrix from which errors are measured; None is the layer's weight.
+    target: the matrix from which errors are measured; None is the layer's weight. measure: the
+    objective of the solver.
 
     Raises RuntimeError naming the layer when the weights are not finite, are not what storage
     gives back, or lie farther from the target than rounding to nearest would leave them, by more
@@ -45,9 +40,9 @@ def write(
         raise RuntimeError(f"{name}: the solver returned weights that are not finite")
     if not torch.equal(solution.weight, solution.packed.dequantize()):
         raise RuntimeError(f"{name}: the quantized weights are not those that storage gives back")
-    scale = max(error(weight, hessian), torch.finfo(torch.float32).tiny)
-    before = error(baseline - target, hessian) / scale
-    after = error(solution.weight - target, hessian) / scale
+    scale = max(measure(weight, hessian), torch.finfo(torch.float32).tiny)
+    before = measure(baseline - target, hessian) / scale
+    after = measure(solution.weight - target, hessian) / scale
     if after > before * (1 + tolerance) + 1e-7:
         raise RuntimeError(
             f"{name}: the calibrated error {after:.3g} exceeds the {before:.3g} of rounding to "

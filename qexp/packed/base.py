@@ -40,7 +40,17 @@ class Packed(ABC):
     def layout(self) -> dict[str, Any]:
         """What `restore` needs in addition to the tensors, as JSON values."""
 
+    def described(self) -> dict[str, Any]:
+        """`layout` with the name of the form, from which `restored` finds the class."""
+        return {"form": type(self).__name__, **self.layout()}
+
     @staticmethod
     @abstractmethod
     def restore(stored: dict[str, Tensor], layout: dict[str, Any]) -> "Packed":
         """The inverse of `stored` and `layout`."""
+
+
+def restored(stored: dict[str, Tensor], described: dict[str, Any]) -> Packed:
+    """The stored form of any class, from `stored` and `described`. A form holds others by it."""
+    forms = {form.__name__: form for form in Packed.__subclasses__()}
+    return forms[described["form"]].restore(stored, described)

@@ -16,10 +16,13 @@ from qexp.packed.binary import Binary
 from qexp.packed.coded import Coded
 from qexp.packed.mixed import Partial
 from qexp.packed.rotated import Rotated
+from qexp.packed.stacked import Stacked
 from qexp.runs import results
 
 FILE = results.WEIGHTS
-FORMS: dict[str, type[Packed]] = {form.__name__: form for form in (Coded, Binary, Partial, Rotated)}
+FORMS: dict[str, type[Packed]] = {
+    form.__name__: form for form in (Binary, Coded, Partial, Rotated, Stacked)
+}
 
 
 def save(folder: Path, weights: Mapping[str, Packed], others: Mapping[str, Tensor]) -> None:
@@ -58,7 +61,7 @@ def flatten(weights: Mapping[str, Packed]) -> tuple[dict[str, Tensor], dict[str,
     """Stored forms as one dict of tensors, and the layout (JSON values) needed to read it."""
     tensors, layout = {}, {}
     for name, packed in weights.items():
-        layout[name] = {"form": type(packed).__name__, **packed.layout()}
+        layout[name] = packed.described()
         for key, tensor in packed.stored().items():
             tensors[f"{name}:{key}"] = tensor.contiguous().cpu()
     return tensors, layout

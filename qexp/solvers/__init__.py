@@ -9,3 +9,4 @@ from qexp.solvers.pbllm import PBLLM as PBLLM
 from qexp.solvers.quip import QuIP as QuIP
 from qexp.solvers.rtn import RTN as RTN
 from qexp.solvers.spqr import SpQR as SpQR
+from qexp.solvers.two_sided import TwoSided as TwoSided

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -34,14 +35,24 @@ class Solution(NamedTuple):
     paper_bits: float | None = None
 
 
+def error(
+    change: Float[Tensor, "rows columns"], hessian: Float[Tensor, "columns columns"] | None
+) -> float:
+    """tr(Δ H Δᵀ); the squared norm of Δ without a Hessian."""
+    change = change.float()
+    moved = change if hessian is None else change @ hessian
+    return float(torch.sum(moved * change, dtype=torch.float64))
+
+
 class Solver(ABC):
     @abstractmethod
     def __call__(
         self,
         weight: Float[Tensor, "rows columns"],
-        hessian: Float[Tensor, "columns columns"],
+        hessian: Float[Tensor, "..."],
     ) -> Solution:
-        """Round `weight` so that tr(Δ H Δᵀ) is small; scaling H does not change the result."""
+        """Round `weight` so that `measure` of the change is small: unless a solver says otherwise
+        tr(Δ H Δᵀ) with H [columns, columns]. Scaling H does not change the result."""
 
     @abstractmethod
     def check(self, rows: int, columns: int) -> None:
@@ -68,6 +79,17 @@ class Solver(ABC):
     ) -> Float[Tensor, "rows columns"]:
         """The matrix from which the solver's error is measured when it rounds `target`."""
         return target
+
+    @property
+    def needs_both_sides(self) -> bool:
+        """Whether the solver is called with a Hessian of both sides (`both_sides.joined`)."""
+        return False
+
+    def measure(
+        self, change: Float[Tensor, "rows columns"], hessian: Float[Tensor, "..."] | None
+    ) -> float:
+        """The objective of the solver, for a change of the matrix that it rounds."""
+        return error(change, hessian)
 
     @property
     def tolerance(self) -> float:

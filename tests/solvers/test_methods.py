@@ -27,6 +27,8 @@ METHODS = {
     "quip": [],
     "gptq": ["weight=spqr", "method.solver.damp=0.1"],
     "rtn": ["weight=spqr"],
+    "yaqa": ["weight.group_size=32"],
+    "gptq by rows": ["method/hessian=token_one_pass", "method.hessian.groups=4", "weight.bits=3"],
 }
 
 
