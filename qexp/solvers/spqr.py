@@ -14,7 +14,7 @@ from qexp.packed.coded import Coded
 from qexp.packed.outliers import Outliers
 from qexp.solvers.base import Solution
 from qexp.solvers.factor import ordered
-from qexp.solvers.rtn import OnGrid
+from qexp.solvers.rtn import OnGrid, check_fits_groups
 from qexp.solvers.sweep import Rule, sweep
 
 
@@ -52,6 +52,7 @@ class SpQR(OnGrid):
         check_number("method.solver", self, threshold=0, damp=0)
         check_int("method.solver", self, block=1)
         check_choice("method.solver", self, outlier_dtype=DTYPES)
+        check_fits_groups(self.grid, "give method=gptq, or another grid")
 
     @property
     def rowwise(self) -> bool:
