@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from qexp.common.errors import check_bool, check_int, check_number
 from qexp.grid import Grid, Scale
@@ -17,8 +18,8 @@ from qexp.solvers.rtn import OnGrid
 
 # (values, their rows, their columns) → the rounded values
 Nearest = Callable[
-    [Float[Tensor, " count"], Int[Tensor, " count"], Int[Tensor, " count"]],
-    Float[Tensor, " count"],
+    [Float[Tensor, "*shape"], Int[Tensor, "*shape"], Int[Tensor, "*shape"]],
+    Float[Tensor, "*shape"],
 ]
 
 
@@ -32,13 +33,13 @@ class TwoSided(OnGrid):
 
     damp: share of each side's mean diagonal added to its diagonal.
     act_order: rows and columns by descending diagonal of their Hessian.
-    block: side of the tiles after which the rest is updated; no effect on the result.
+    block: side of the tiles that are rounded together; no effect on the result.
     """
 
     grid: Grid
     damp: float | int = 0.01
     act_order: bool = False
-    block: int = 128
+    block: int = 32
 
     def __post_init__(self) -> None:
         check_number("method.solver", self, damp=0)
@@ -107,45 +108,71 @@ def antidiagonal_sweep(
     weights with a ≥ i and b ≥ j.
 
     left, right: the upper Cholesky factors of the inverse Hessians of outputs and inputs.
-    block: side of the tiles; affects speed only.
+    block: side of the tiles; affects speed only. Tiles on one antidiagonal are rounded together.
     """
-    rest = weight.float().clone()
+    rows, columns = weight.shape
+    tall, wide = -(-rows // block), -(-columns // block)
+    below, beyond = tall * block - rows, wide * block - columns
+    # What is added comes last and moves nothing.
+    rest = pad(weight.float(), (0, beyond, 0, below)).clone()
+    left, right = _extended(left, below), _extended(right, beyond)
     out = torch.empty_like(rest)
-    for top in range(0, len(rest), block):
-        rows = slice(top, top + block)
-        corner = left[rows, rows]
-        errors = torch.zeros_like(rest[rows])
-        for first in range(0, rest.shape[1], block):
-            columns = slice(first, first + block)
-            out[rows, columns], errors[:, columns] = _tile(
-                rest[rows, columns], corner, right[columns, columns], nearest, top, first
+
+    def inside(values: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return nearest(values, i.clamp(max=rows - 1), j.clamp(max=columns - 1))
+
+    for wave in range(tall + wide - 1):
+        high = torch.arange(max(0, wave - wide + 1), min(tall, wave + 1), device=weight.device)
+        top, first = high * block, (wave - high) * block
+        corners = list(zip(top.tolist(), first.tolist(), strict=True))
+        tiles, lefts, rights = (
+            torch.stack([_tile(whole, *at, block) for at in places])
+            for whole, places in (
+                (rest, corners),
+                (left, [(i, i) for i, _ in corners]),
+                (right, [(j, j) for _, j in corners]),
             )
-            later = slice(first + block, None)
-            rest[rows, later] -= corner.T @ (errors[:, columns] @ right[columns, later])
-        below = slice(top + block, None)
-        rest[below] -= left[rows, below].T @ (errors @ right)
-    return out
+        )
+        rounded, errors = _rounded(tiles, lefts, rights, inside, top, first)
+        for (i, j), values, own in zip(corners, rounded, errors, strict=True):
+            _tile(out, i, j, block).copy_(values)
+            rest[i:, j:] -= left[i : i + block, i:].T @ (own @ right[j : j + block, j:])
+    return out[:rows, :columns].contiguous()
+
+
+def _extended(factor: Float[Tensor, "n n"], more: int) -> Float[Tensor, "m m"]:
+    """A factor of `more` further rows and columns, those of the identity."""
+    factor = pad(factor, (0, more, 0, more))
+    factor.diagonal()[len(factor) - more :] = 1
+    return factor
 
 
 def _tile(
-    weight: Float[Tensor, "rows columns"],
-    left: Float[Tensor, "rows rows"],
-    right: Float[Tensor, "columns columns"],
+    whole: Float[Tensor, "_ _"], top: int, first: int, block: int
+) -> Float[Tensor, "block block"]:
+    return whole[top : top + block, first : first + block]
+
+
+def _rounded(
+    weight: Float[Tensor, "tiles block block"],
+    left: Float[Tensor, "tiles block block"],
+    right: Float[Tensor, "tiles block block"],
     nearest: Nearest,
-    top: int,
-    first: int,
-) -> tuple[Float[Tensor, "rows columns"], Float[Tensor, "rows columns"]]:
-    """The rounded values of one tile and their errors, each divided by both factors' diagonals."""
-    rows, columns = weight.shape
+    top: Int[Tensor, " tiles"],
+    first: Int[Tensor, " tiles"],
+) -> tuple[Float[Tensor, "tiles block block"], Float[Tensor, "tiles block block"]]:
+    """The rounded values of tiles and their errors, divided by both factors' diagonals."""
+    block = weight.shape[1]
     out, errors = torch.empty_like(weight), torch.zeros_like(weight)
     spread = torch.zeros_like(weight)  # errors @ right, as far as errors are known
-    scales = left.diagonal()[:, None] * right.diagonal()
-    every = torch.arange(rows, device=weight.device)
-    for step in range(rows + columns - 1):
-        i = every[max(0, step - columns + 1) : min(rows, step + 1)]
+    scales = left.diagonal(dim1=1, dim2=2)[:, :, None] * right.diagonal(dim1=1, dim2=2)[:, None]
+    every = torch.arange(block, device=weight.device)
+    for step in range(2 * block - 1):
+        i = every[max(0, step - block + 1) : min(block, step + 1)]
         j = step - i
-        target = weight[i, j] - (left[:, i] * spread[:, j]).sum(0)
-        out[i, j] = nearest(target, top + i, first + j)
-        errors[i, j] = (target - out[i, j]) / scales[i, j]
-        spread[i] += errors[i, j, None] * right[j]
+        target = weight[:, i, j] - (left[:, :, i] * spread[:, :, j]).sum(1)
+        value = nearest(target, top[:, None] + i, first[:, None] + j)
+        own = (target - value) / scales[:, i, j]
+        out[:, i, j], errors[:, i, j] = value, own
+        spread[:, i] += own[:, :, None] * right[:, j]
     return out, errors
