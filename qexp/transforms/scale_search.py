@@ -1,7 +1,7 @@
 """Search for the best channel scale and shift of every site, block by block."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from math import inf
 from typing import Any
 
@@ -49,7 +49,7 @@ def search_and_fold(
     measured = finish is not None
     for block in walk(task, batches):
         channels = channels_of(task, block.index, sites)
-        with input_moments(block) if measured else nullcontext({}) as moments:
+        with input_moments(block, block.groups if measured else ()) as moments:
             statistics = collect_statistics(block, channels, searched, measured)
         with on_device(block):
             for site in statistics:

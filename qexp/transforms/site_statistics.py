@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from qexp.arch import Group
 from qexp.grid import Grid
 from qexp.hessian.layerwise import add_symmetric
 from qexp.quantizers.scheme import Activations
@@ -142,9 +143,8 @@ def collect_statistics(
 
 
 @contextmanager
-def input_moments(block: Block) -> Iterator[InputMoments]:
-    """Within the context, sums Σ x xᵀ on and above the diagonal over the inputs of the block's
-    linears, by the first linear of each group."""
+def input_moments(block: Block, groups: Iterable[Group]) -> Iterator[InputMoments]:
+    """Within the context, sums Σ x xᵀ on and above the diagonal over the inputs of `groups`."""
     found: InputMoments = {}
 
     def hook(linear: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -153,7 +153,7 @@ def input_moments(block: Block) -> Iterator[InputMoments]:
             found[linear] = x.new_zeros(x.shape[1], x.shape[1])
         add_symmetric(found[linear], x, x)
 
-    first = [block.module.get_submodule(group.linears[0]) for group in block.groups]
+    first = [block.module.get_submodule(group.linears[0]) for group in groups]
     handles = [linear.register_forward_pre_hook(hook) for linear in first]
     try:
         yield found

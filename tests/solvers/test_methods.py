@@ -27,6 +27,7 @@ METHODS = {
     "quip": [],
     "gptq": ["weight=spqr", "method.solver.damp=0.1"],
     "rtn": ["weight=spqr"],
+    "gptq dgq": ["weight=dgq", "weight.group_size=32"],
     "yaqa": ["weight.group_size=32"],
     "gptq by rows": ["method/hessian=token_one_pass", "method.hessian.groups=4", "weight.bits=3"],
 }

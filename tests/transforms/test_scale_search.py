@@ -103,7 +103,7 @@ def test_the_moment_of_its_inputs_gives_a_linears_output_error():
     block = next(walk(task, sequences()))
     channels = [each for each in channels_of(task, 0, ALL) if len(each.linears) == 1]
     replayed = collect_statistics(block, channels, replay=True)
-    with input_moments(block) as moments:
+    with input_moments(block, block.groups) as moments:
         kept = collect_statistics(block, channels, replay=True, moments=True)
     assert len(kept) == 2 and not kept[0].calls
     for one, two in zip(replayed, kept, strict=True):

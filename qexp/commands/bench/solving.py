@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from functools import partial
 
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
@@ -51,7 +52,7 @@ def transform(cfg: DictConfig) -> None:
     for name, node in (("method", cfg.method), ("transform", cfg.transform)):
         task.model.load_state_dict(state)
         step: Step = instantiate(node)
-        stages[name] = spent(task, lambda step=step: step(task, lambda: batches))
+        stages[name] = spent(task, partial(step, task, lambda: batches))
     show(stages, "method")
 
 
