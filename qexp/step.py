@@ -17,7 +17,8 @@ class Record:
     error_before, error: tr(Δ H Δᵀ) / tr(W H Wᵀ) of round-to-nearest on the same grid and of the
     method, with the method's Hessian (the identity where it uses none). bits: per weight, counted
     from storage. paper_bits: as the method's paper counts them, where that differs. damp: share of
-    the mean diagonal of H. seconds: of the solver.
+    the mean diagonal of H. seconds: of the solver. option: bits of its codes, where a rule chose
+    them.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Record:
     seconds: float
     packed: Packed
     paper_bits: float | None = None
+    option: int | None = None
 
 
 class Step(ABC):

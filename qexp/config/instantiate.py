@@ -2,6 +2,7 @@
 
 import inspect
 import pydoc
+from types import SimpleNamespace
 from typing import Any
 
 from hydra.errors import InstantiationException
@@ -45,7 +46,9 @@ def _check(node: DictConfig | ListConfig) -> None:
         settable = [key for key in given if kinds.get(key) == bool | None and node[key] is not None]
         certain = [key for key in given if kinds.get(key) is bool]
         where = node._get_full_key("_target_").rpartition(".")[0]
-        check_bool(where, node, *certain, *settable)
+        # The node itself would give its method for a key such as `update`.
+        values = SimpleNamespace(**{key: node[key] for key in (*certain, *settable)})
+        check_bool(where, values, *certain, *settable)
     for key in given:
         if OmegaConf.is_config(node[key]):
             _check(node[key])

@@ -1,11 +1,13 @@
 """Interfaces of grids and range estimators."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qexp.common.errors import UserError
 from qexp.grid.clipping import Clamp, Rounding, inside, reached
 from qexp.grid.observers import HistogramObserver, Observer
 from qexp.grid.scale import Scale, cut
@@ -50,6 +52,13 @@ class Grid(ABC):
     def bits(self) -> int:
         """Stored bits per code."""
 
+    def with_bits(self, bits: int) -> "Grid":
+        """The grid with codes of `bits` bits. UserError where their number is fixed."""
+        raise UserError(
+            f"method.options={bits}: the codes of {type(self).__name__} have {self.bits} bits; "
+            "give weight=int."
+        )
+
     @property
     def rowwise(self) -> bool:
         """Whether the values of a row depend only on that row."""
@@ -84,7 +93,8 @@ class Grid(ABC):
     def fit(
         self, x: Float[Tensor, "rows size"], counts: Float[Tensor, "rows size"] | None = None
     ) -> Scale:
-        """The scale of each row. counts: how often each value occurs (histogram bins)."""
+        """The scale of each row. counts: how often each value occurs (histogram bins), or how
+        much its error counts (importance)."""
         if self.per_tensor:
             x = x.reshape(1, -1)
             counts = None if counts is None else counts.reshape(1, -1)
@@ -181,19 +191,32 @@ class Grid(ABC):
         """Stored bits per zero point."""
         return self.bits if self.has_zero else 0
 
-    def scales_of(self, x: Float[Tensor, "rows columns"]) -> Scale:
-        """Fit every group of a matrix. Scales and zero points are [rows, groups]."""
+    def scales_of(
+        self,
+        x: Float[Tensor, "rows columns"],
+        counts: Float[Tensor, "rows columns"] | None = None,
+    ) -> Scale:
+        """Fit every group of a matrix. Scales and zero points are [rows, groups]. counts: as for
+        `fit`."""
         rows, columns = x.shape
         groups = self.groups(columns)
-        if (
-            self.second_level and not self.fits_whole_rows
-        ):  # their groups run along the rows of one group of columns
-            return Scale.join([self.fit(part) for part in x.chunk(groups, 1)])
-        q = self.fit(x.reshape(rows * groups, columns // groups))
+        if self.second_level and not self.fits_whole_rows:
+            # Their groups run along the rows of one group of columns.
+            weights: Sequence[Tensor | None] = [None] * groups
+            weights = weights if counts is None else counts.chunk(groups, 1)
+            parts = zip(x.chunk(groups, 1), weights, strict=True)
+            return Scale.join([self.fit(part, each) for part, each in parts])
+        shape = rows * groups, columns // groups
+        q = self.fit(x.reshape(shape), None if counts is None else counts.reshape(shape))
         q = q.map(lambda part: part.expand(rows * groups, 1).reshape(rows, groups))
-        return self.along_rows(q, x)
+        return self.along_rows(q, x, counts)
 
-    def along_rows(self, q: Scale, x: Float[Tensor, "rows columns"]) -> Scale:
+    def along_rows(
+        self,
+        q: Scale,
+        x: Float[Tensor, "rows columns"],
+        counts: Float[Tensor, "rows columns"] | None,
+    ) -> Scale:
         """The scales [rows, groups] of a matrix after a second level along the inputs, if any."""
         return q
 
@@ -203,6 +226,10 @@ class Grid(ABC):
         """Round to nearest, group by group."""
         q = self.scales_of(x).map(lambda part: part.reshape(-1, 1))
         return self.round(x.reshape(len(q.scale), -1), q, rounding).reshape(x.shape)
+
+    def zero_as_stored(self, zero: Float[Tensor, "*rows each"]) -> Float[Tensor, "*rows each"]:
+        """The zero point in its stored precision."""
+        return zero
 
     def as_stored(self, scale: Float[Tensor, "*rows each"]) -> Float[Tensor, "*rows each"]:
         """The scale in its stored precision. Rounding must use it, or reloading changes values.

@@ -1,6 +1,6 @@
 """Integer grids: evenly spaced values, symmetric or with a zero point."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -26,7 +26,8 @@ class IntGrid(Grid):
     narrow: symmetric, with scale = max|x| / (2^(bits-1) - 1) (LLM-QAT, QuaRot), so that both ends
     of the range are codes; code 0 is left to values below it.
     include_zero: asymmetric ranges are widened to hold 0 (GPTQ does, SpQR does not).
-    real_zero: zero points are not rounded (SpQR's default).
+    real_zero: zero points are not rounded (SpQR's default). Without it and a range that need not
+    hold 0, one bit would leave 0 and a single other value, so that the least is two.
     scales, zeros: the grid of the scales or zero points of this grid.
     axis: of such a grid: its groups are adjacent rows within one group of columns ("outputs",
     SpQR's second level), or it has one scale for the scales of a row ("inputs", DGQ's), which are
@@ -47,8 +48,9 @@ class IntGrid(Grid):
     axis: str = "outputs"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.bits, int) or not 2 <= self.bits <= 16:
-            raise UserError(f"bits={self.bits!r}: give a whole number from 2 to 16.")
+        least = 1 if self.real_zero and not self.include_zero and not self.symmetric else 2
+        if not isinstance(self.bits, int) or not least <= self.bits <= 16:
+            raise UserError(f"bits={self.bits!r}: give a whole number from {least} to 16.")
         if self.narrow and not self.symmetric:
             raise UserError("narrow=true with symmetric=false: give symmetric=true as well.")
         if self.scale_dtype not in DTYPES:
@@ -73,6 +75,9 @@ class IntGrid(Grid):
                 f"per_tensor=true with group_size={self.group_size}: a single scale has no "
                 "groups; give null (weight.per_tensor=true needs weight.group_size=null)."
             )
+
+    def with_bits(self, bits: int) -> "IntGrid":
+        return replace(self, bits=bits)
 
     @property
     def second_level(self) -> dict[str, Grid]:
@@ -115,11 +120,10 @@ class IntGrid(Grid):
         scale = width if self.scales is not None else self.as_stored(width)
         if self.symmetric:
             zero = torch.full_like(scale, 2 ** (self.bits - 1))
-        elif self.real_zero:
+        elif self.real_zero and self.zeros is not None:
             zero = -low / scale
-            zero = zero if self.zeros is not None else zero.to(self.stored_dtype).float()
         else:
-            zero = (-low / scale).round().clamp(0, self.top)
+            zero = self.zero_as_stored(-low / scale)
         if not self.second_level or self.fits_whole_rows:  # or `along_rows` follows
             return Scale(scale, zero)
         # As in SpQR, zero points are computed from the scale before it is quantized.
@@ -129,10 +133,21 @@ class IntGrid(Grid):
         }
         return Scale(positive(quantized["scales"]), quantized["zeros"], (scale, zero))
 
-    def along_rows(self, q: Scale, x: Float[Tensor, "rows columns"]) -> Scale:
+    def along_rows(
+        self,
+        q: Scale,
+        x: Float[Tensor, "rows columns"],
+        counts: Float[Tensor, "rows columns"] | None,
+    ) -> Scale:
         if self.scales is None or not self.fits_whole_rows:
             return q
-        return row_multiples(self, self.scales, q, x)
+        return row_multiples(self, self.scales, q, x, counts)
+
+    def zero_as_stored(self, zero: Float[Tensor, "*rows each"]) -> Float[Tensor, "*rows each"]:
+        if not self.real_zero:
+            return zero.round().clamp(0, self.top)
+        limit = torch.finfo(self.stored_dtype).max
+        return zero.clamp(-limit, limit).to(self.stored_dtype).float()
 
     def encode(
         self,

@@ -15,17 +15,19 @@ def row_multiples(
     second: Grid,
     q: Scale,
     x: Float[Tensor, "rows columns"],
+    counts: Float[Tensor, "rows columns"] | None = None,
     tried: int = TRIED,
 ) -> Scale:
     """Scales [rows, groups] k · s with whole k ≥ 1 and one s per row, nearest to those of `q`.
 
     k is so small that |code - zero| · k ≤ 2^(b-1) - 1 for every code, b the bits of `second`: then
     the weights of a row are b-bit integers times s. s is the one of `tried` numbers, from the
-    row's largest scale downwards, with the least squared error of the row's weights. `raw` of the
-    result holds s in place of the scale.
+    row's largest scale downwards, with the least squared error of the row's weights, each
+    times its entry of `counts`. `raw` of the result holds s in place of the scale.
     """
     rows, groups = q.scale.shape
     values, zero = x.reshape(rows, groups, -1), q.zero[:, :, None]
+    weights = 1.0 if counts is None else counts.reshape(values.shape)
     top = float(2 ** (second.bits - 1) - 1)
     most = (top / torch.maximum(q.zero, grid.top - q.zero)).floor().clamp(min=1)
     used = values.abs().amax(2) > 0  # the scale of a group of zeros is arbitrary
@@ -37,7 +39,7 @@ def row_multiples(
         own = second.as_stored(largest / divisor)
         scale = (q.scale / own).round().clamp(min=1).minimum(most) * own
         change = grid.round(values, Scale(scale[:, :, None], zero)) - values
-        error = change.square().sum((1, 2))[:, None]
+        error = (change.square() * weights).sum((1, 2))[:, None]
         better = error < least
         least = torch.where(better, error, least)
         best, unit = torch.where(better, scale, best), torch.where(better, own, unit)

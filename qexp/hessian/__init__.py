@@ -1,7 +1,8 @@
-"""In which loss a rounding error counts: four sources of a layer's Hessian."""
+"""In which loss a rounding error counts: sources of a layer's Hessian."""
 
 from qexp.hessian.base import CacheableHessian as CacheableHessian
 from qexp.hessian.base import Hessian as Hessian
+from qexp.hessian.diagonal import Diagonal as Diagonal
 from qexp.hessian.float_weights import AtFloatWeights as AtFloatWeights
 from qexp.hessian.layerwise import Layerwise as Layerwise
 from qexp.hessian.layerwise import second_moment as second_moment

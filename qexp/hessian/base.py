@@ -2,7 +2,7 @@
 
 To add a Hessian, implement `Hessian`, or `CacheableHessian` if it can be measured at float weights,
 and add one yaml in conf/method/hessian/. A Hessian from gradients is a subclass of
-`output.FromGradients` with one method. The scale of a Hessian is free: solvers give the same result
+`from_gradients.FromGradients`. The scale of a Hessian is free: solvers give the same result
 for H and c·H.
 """
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qexp.common.errors import UserError
 from qexp.solvers.base import Moments, Solver
+from qexp.solvers.wrapper import OfDiagonal
 from qexp.walk import Block
 
 # Called with the names of linears that share one Hessian, with that Hessian and, by a walk that
@@ -49,9 +50,13 @@ class Hessian(ABC):
         """Whether the Hessian of a group is `Moments.own` of its inputs as the group is solved."""
         return False
 
+    @property
+    def is_matrix(self) -> bool:
+        """Whether what is handed out for a linear is one matrix [columns, columns]."""
+        return True
+
     def adapted(self, solver: Solver) -> Solver:
-        """The solver for what is handed out, [columns, columns] unless a source says otherwise.
-        UserError where the solver needs something else."""
+        """The solver for what is handed out. UserError where it needs something else."""
         return one_sided(solver)
 
     @abstractmethod
@@ -68,13 +73,13 @@ class Hessian(ABC):
 
 
 def one_sided(solver: Solver) -> Solver:
-    """The solver. UserError where it needs a Hessian of the outputs too."""
+    """The solver for a Hessian [columns, columns]. UserError where it needs one of the outputs."""
     if solver.needs_both_sides:
         raise UserError(
             f"method.hessian: {type(solver).__name__} needs a Hessian of the outputs too; give "
-            "method/hessian=output_both."
+            "method=yaqa, or method/hessian=output_both."
         )
-    return solver
+    return OfDiagonal(solver) if solver.needs_diagonal else solver
 
 
 def collected(for_each_group: ForEachGroup, block: Block) -> dict[str, Float[Tensor, "..."]]:

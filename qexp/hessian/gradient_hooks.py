@@ -45,7 +45,7 @@ def watching(linears: dict[str, nn.Module], take: OnGradient) -> Iterator[None]:
 
 def check_dead(
     name: str,
-    hessian: Float[Tensor, "columns columns"],
+    diagonal: Float[Tensor, " columns"],
     seen: Bool[Tensor, " columns"],
     scored: Bool[Tensor, " columns"],
 ) -> None:
@@ -54,7 +54,6 @@ def check_dead(
     An input that only a sequence's last token uses has data and rightly no gradient, as nothing is
     predicted there; it gets the least diagonal of the others. UserError for an underflow.
     """
-    diagonal = hessian.diagonal()
     dead = diagonal == 0
     if (lost := int((dead & scored).sum())) > 0:
         raise UserError(

@@ -1,9 +1,10 @@
 """Post-training quantization of weights: every linear of every block, one after another."""
 
-import logging
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -12,20 +13,20 @@ from torch import Tensor, nn
 from qexp.common.errors import UserError, check_int
 from qexp.common.progress import bar
 from qexp.hessian import AtFloatWeights, CacheableHessian, Hessian
-from qexp.hessian.base import ForEachGroup
+from qexp.hessian.base import ForEachGroup, one_sided
 from qexp.hessian.paired import Paired
-from qexp.methods.journal import Finished, Journal
+from qexp.methods.checks import check, finite
+from qexp.methods.journal import Journal
 from qexp.methods.write_back import write
 from qexp.quantizers.scheme import Activations, quantize_activations
 from qexp.solvers import Solver
 from qexp.solvers.base import Moments
 from qexp.solvers.factor import NotPositiveDefinite
-from qexp.solvers.target import Same, Target
+from qexp.solvers.low_rank import Residual, Uncorrected
+from qexp.solvers.target import Same, Target, check_together
 from qexp.step import Record, Step
-from qexp.task import Batches, Task
+from qexp.task import Batch, Batches, Task
 from qexp.walk import Block, walk
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,15 +35,18 @@ class Direct(Step):
 
     activations_first: static ranges of activations are fitted to the float model; otherwise to the
     model with rounded weights.
+    residual: what is stored of the error, in the metric of the identity.
     """
 
     solver: Solver
     activations: tuple[Activations, ...] | list[Activations] = ()
     activations_first: bool = True
+    residual: Residual = Uncorrected()  # noqa: RUF009 (frozen: sharing the default is safe)
 
     @torch.no_grad()
     def __call__(self, task: Task, batches: Batches) -> list[Record]:
-        check(task, self.solver)
+        solver = one_sided(self.residual.around(self.solver))
+        check(task, lambda _: solver)
         if self.activations_first:
             quantize_activations(task, self.activations, batches)
         records = []
@@ -50,9 +54,13 @@ class Direct(Step):
             finite(name, linear)
             start = time.perf_counter()
             eye = torch.eye(linear.in_features, device=linear.weight.device)
-            solution = self.solver(linear.weight.detach().float(), eye)
+            weight = linear.weight.detach().float()
+            solution = solver(weight, eye)
             seconds = time.perf_counter() - start
-            records.append(write(name, linear, solution, solution.weight, None, seconds))
+            nearest = solution
+            if solver.baseline != solver:
+                nearest = solver.baseline(weight, eye)
+            records.append(write(name, linear, solution, nearest.weight, None, seconds))
         if not self.activations_first:
             quantize_activations(task, self.activations, batches)
         return records
@@ -71,6 +79,8 @@ class Blockwise(Step):
     activations_first: static ranges are fitted to the float model, then activations are rounded,
     and Hessians (those at float weights too) are of the rounded inputs that layers will read.
     Otherwise Hessians see float activations, and ranges are fitted to the rounded weights.
+    residual: what is stored of the error of each layer in addition.
+    own: solvers of single linears, by full name, in place of `solver`.
     """
 
     solver: Solver
@@ -80,29 +90,40 @@ class Blockwise(Step):
     activations: tuple[Activations, ...] | list[Activations] = ()
     activations_first: bool = True
     target: Target = Same()  # noqa: RUF009 (frozen: sharing the default is safe)
+    residual: Residual = Uncorrected()  # noqa: RUF009
+    own: Mapping[str, Solver] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.chunk is not None:
             check_int("method", self, chunk=1)
-        if self.target.needs_moments and self.solver.needs_moments:
-            raise UserError(
-                "method.target=asymmetric with method.solver.carry: both correct for the inputs; "
-                "give method/target=same, or method.solver.carry=0."
-            )
-        self.hessian.adapted(self.solver)  # UserError where they do not fit
-        if self._is_paired and not self.propagate:
-            raise UserError(
-                "method.propagate=false: every layer then reads the float model's inputs, from "
-                "which method.target=asymmetric and method.solver.carry cannot differ; give "
-                "method.propagate=true."
-            )
+        check_together(self.solver, self.target, self.propagate)
+        self._fitted(self.solver)  # UserError where they do not fit
 
     @torch.no_grad()
     def __call__(self, task: Task, batches: Batches) -> list[Record]:
-        check(task, self.effective_solver)
+        check(task, self.solver_of)
         data = batches()  # before anything is rounded: some recipes run the model
         if self.activations_first:
             quantize_activations(task, self.activations, lambda: data)
+        records, journal = self.rounded(task, data)
+        task.workspace.remove_when_done(partial(journal.clear, len(task.blocks)))
+        if not self.activations_first:
+            quantize_activations(task, self.activations, lambda: data)
+        return records
+
+    def solver_of(self, name: str) -> Solver:
+        """The solver of a linear, by its full name."""
+        return self._fitted(self.own.get(name, self.solver))
+
+    def _fitted(self, solver: Solver) -> Solver:
+        """The solver with the residual, in what the Hessian's source hands out: where that differs
+        between groups of rows, each group has a residual of its own."""
+        return self.hessian.adapted(self.residual.around(solver))
+
+    @torch.no_grad()
+    def rounded(self, task: Task, data: list[Batch]) -> tuple[list[Record], Journal]:
+        """Round the weights; the journal, which a run that is done clears, answers the same call
+        again."""
         records: list[Record] = []
         journal: Journal | None = None
         paired = Paired(self.effective_hessian) if self._is_paired else None
@@ -113,7 +134,9 @@ class Blockwise(Step):
                 block.skip()
             if journal is None:
                 journal = Journal({"model": block.origin, "method": repr(self)})
-                finished = self._finished(journal, len(task.blocks))
+                finished = journal.finished(
+                    len(task.blocks), self.effective_hessian.blocks_per_pass
+                )
                 if len(finished) < len(task.blocks):
                     for_each_group = (paired or self.effective_hessian).prepare(block)
             if block.index < len(finished):
@@ -127,42 +150,17 @@ class Blockwise(Step):
             raise RuntimeError(
                 f"{len(records)} linears were quantized, not the {expected} asked for"
             )
-        if journal is not None:
-            task.workspace.remove_when_done(partial(journal.clear, len(task.blocks)))
-        if not self.activations_first:
-            quantize_activations(task, self.activations, lambda: data)
-        return records
+        assert journal is not None
+        return records, journal
 
     @property
     def _is_paired(self) -> bool:
         return self.target.needs_moments or self.solver.needs_moments
 
-    def _finished(self, journal: Journal, blocks: int) -> list[Finished]:
-        """The blocks that an interrupted run finished, up to where Hessians can be
-        taken up again."""
-        found: list[Finished] = []
-        for index in range(blocks):
-            if (block := journal.read(index)) is None:
-                break
-            found.append(block)
-        found = found[
-            : len(found)
-            // self.effective_hessian.blocks_per_pass
-            * self.effective_hessian.blocks_per_pass
-        ]
-        if found:
-            log.info("taken up again at block %d of %d", len(found), blocks)
-        return found
-
     @property
     def effective_hessian(self) -> Hessian:
         """What hands out Hessians."""
         return self.hessian if self.propagate else AtFloatWeights(self.hessian)
-
-    @property
-    def effective_solver(self) -> Solver:
-        """The solver for what the Hessian's source hands out."""
-        return self.hessian.adapted(self.solver)
 
     def _solve(self, block: Block, for_each_group: ForEachGroup) -> list[Record]:
         """Round the linears of a block.
@@ -178,14 +176,26 @@ class Blockwise(Step):
             hessian: Float[Tensor, "..."],
             moments: Moments | None,
         ) -> None:
-            for stack in [names] if self.effective_solver.rowwise else [(name,) for name in names]:
-                full = [f"{block.name}.{name}" for name in stack]
-                records.extend(
-                    self._write(full, [linears[name] for name in stack], hessian, moments)
-                )
+            full = {f"{block.name}.{name}": linears[name] for name in names}
+            for stack in self._stacks(full):
+                records.extend(self._write(stack, [full[name] for name in stack], hessian, moments))
 
         for_each_group(block, on_hessian)
         return records
+
+    def _stacks(self, names: Iterable[str]) -> list[list[str]]:
+        """Names of linears that are solved as one matrix: those of equal solvers, if these take
+        each row by itself."""
+        stacks: list[list[str]] = []
+        for name in names:
+            solver = self.solver_of(name)
+            for stack in stacks:
+                if solver.rowwise and self.solver_of(stack[0]) == solver:
+                    stack.append(name)
+                    break
+            else:
+                stacks.append([name])
+        return stacks
 
     def _write(
         self,
@@ -203,13 +213,15 @@ class Blockwise(Step):
                 f"{names[0]}: its calibration inputs are {state}; check the model's weights and "
                 "the calibration text (calibration.corpus)."
             )
-        solver = self.effective_solver
+        solver = self.solver_of(names[0])
         start = time.perf_counter()
         weight = torch.cat([linear.weight.detach().float() for linear in linears])
         target = self.target(weight, moments)
-        extra = (moments,) if solver.needs_moments else ()
+        extra: dict[str, Any] = {"moments": moments} if solver.needs_moments else {}
+        if self.target.gives_first:
+            extra["first"] = self.target.first(weight, moments)
         try:
-            solution = solver(target, hessian, *extra)
+            solution = solver(target, hessian, **extra)
         except NotPositiveDefinite as reason:
             raise UserError(
                 f"{names[0]}: its Hessian cannot be factored: {reason}; give more calibration "
@@ -218,31 +230,13 @@ class Blockwise(Step):
         seconds = time.perf_counter() - start
         nearest = solver.baseline(weight, hessian).weight
         aim = solver.aim(target, moments)
-        keep = partial(write, tolerance=solver.tolerance, measure=solver.measure)
-        records, row = [], 0
+        records, row, tolerance = [], 0, solver.tolerance
         for name, linear in zip(names, linears, strict=True):
             rows = slice(row, row := row + linear.out_features)
             whole = len(linears) == 1
             packed = solution.packed if whole else solution.packed.rows(rows.start, rows.stop)
             own = solution._replace(weight=solution.weight[rows], bits=packed.bits(), packed=packed)
             share = seconds * linear.out_features / len(weight)
-            records.append(keep(name, linear, own, nearest[rows], hessian, share, target=aim[rows]))
+            write_own = partial(write, name, linear, own, nearest[rows], hessian, share)
+            records.append(write_own(tolerance, aim[rows], solver.measure))
         return records
-
-
-def check(task: Task, solver: Solver) -> None:
-    """UserError, before any work, when the solver cannot take one of the model's shapes."""
-    for name, linear in task.linears().items():
-        try:
-            solver.check(linear.out_features, linear.in_features)
-        except UserError as reason:
-            raise UserError(f"{name}: {reason}") from reason
-
-
-def finite(name: str, linear: nn.Linear) -> None:
-    """UserError when a layer's weights hold NaN or infinity."""
-    if not linear.weight.isfinite().all():
-        raise UserError(
-            f"{name}.weight holds values that are not finite: the model's file is damaged, or was "
-            "saved from a diverged run; load another one (model.path, model.id)."
-        )

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from types import MappingProxyType
 
 import torch
@@ -19,11 +19,16 @@ from qexp.common.errors import FieldError, UserError, check_choice, check_int
 from qexp.data.recipe import Recipe
 from qexp.gradients import ClampGradient, RoundingGradient
 from qexp.grid import Grid
-from qexp.methods.blockwise import finite
+from qexp.methods.checks import finite
 from qexp.packed.coded import Coded
 from qexp.quantizers.activation import FakeQuant
 from qexp.quantizers.fake_quantize import FakeQuantize
-from qexp.quantizers.parametrization import attach_weight_quantizer, bake, float_weight
+from qexp.quantizers.parametrization import (
+    attach_weight_quantizer,
+    bake,
+    float_weight,
+    weight_quantizer,
+)
 from qexp.quantizers.scale_rules import KnownCodes, ScaleRule, check_scale_rule
 from qexp.quantizers.scheme import Activations, quantize_activations
 from qexp.solvers.base import error
@@ -32,7 +37,7 @@ from qexp.task import Batch, Batches, Task
 from qexp.training.code_statistics import CodeStatistics
 from qexp.training.losses import Objective, Penalty
 from qexp.training.module import TrainingSetup
-from qexp.training.optimizer import AdamW
+from qexp.training.optimizer import Optimizer
 from qexp.training.penalized import PenalizedLoss, Probe
 from qexp.training.trainable import TrainableParameters
 from qexp.training.trainer import Trainer
@@ -68,7 +73,7 @@ class FineTune(Step):
     scale: ScaleRule
     trained: TrainableParameters
     loss: Objective
-    optimizer: AdamW
+    optimizer: Optimizer
     trainer: Trainer
     penalty: Penalty | None = None
     activation_rounding: RoundingGradient | None = None
@@ -93,6 +98,11 @@ class FineTune(Step):
             )
         if self.weight is not None:
             check_scale_rule(self.scale, self.weight)
+        if self.scale.moves_codes and self.trainer.strategy == "fsdp":
+            raise FieldError(
+                "scale: codes move in whole matrices, of which trainer.strategy=fsdp gives a "
+                "process a part; give trainer.strategy=ddp."
+            )
 
     def __call__(self, task: Task, batches: Batches) -> list[Record]:
         return self.tune(task, batches, {})
@@ -137,6 +147,7 @@ class FineTune(Step):
                 folder=task.workspace.folder,
                 notes=[statistics.notes] if watch is None else [statistics.notes, watch.notes],
                 reaches_all=self.loss.reaches_all,
+                after_step=partial(_after_step, list(linears.values())),
             )
             self.trainer.fit(setup)
             for quantizer in task.quantizers.values():
@@ -168,31 +179,41 @@ class FineTune(Step):
     def check(self, task: Task) -> None:
         """UserError, before any work, for what cannot be trained."""
         self.loss.check(task)
-        if next(task.blocks.parameters()).device != task.device:
+        check_trainable(task, self.weight)
+
+
+def check_trainable(task: Task, grid: Grid | None) -> None:
+    """UserError, before any work, for a model that cannot be trained, or not with this grid."""
+    if next(task.blocks.parameters()).device != task.device:
+        raise UserError(
+            "offload: training needs the whole model on its device; give offload=false "
+            "(trainer.recompute=true saves memory)."
+        )
+    for name, parameter in task.model.named_parameters():
+        if parameter.dtype != torch.float32:
             raise UserError(
-                "offload: training needs the whole model on its device; give offload=false "
-                "(trainer.recompute=true saves memory)."
+                f"model.dtype: {name} is {parameter.dtype}, too coarse to train; load the "
+                "model in float32 and let trainer.precision=bf16-mixed save time."
             )
-        for name, parameter in task.model.named_parameters():
-            if parameter.dtype != torch.float32:
-                raise UserError(
-                    f"model.dtype: {name} is {parameter.dtype}, too coarse to train; load the "
-                    "model in float32 and let trainer.precision=bf16-mixed save time."
-                )
-            if not parameter.isfinite().all():
-                raise UserError(f"{name} holds values that are not finite; load another model.")
-        for name, linear in task.linears().items():
-            if self.weight is None:
-                break
-            try:
-                self.weight.check(linear.out_features, linear.in_features)
-            except UserError as reason:
-                raise UserError(f"{name}: {reason}") from reason
+        if not parameter.isfinite().all():
+            raise UserError(f"{name} holds values that are not finite; load another model.")
+    if grid is None:
+        return
+    for name, linear in task.linears().items():
+        try:
+            grid.check(linear.out_features, linear.in_features)
+        except UserError as reason:
+            raise UserError(f"{name}: {reason}") from reason
 
 
 def origin_of(task: Task, batches: Sequence[Batch]) -> str:
     """What a result depends on, method aside: a checksum of the model's weights and the data."""
     return "".join(map(checksum, [dict(task.model.state_dict()), *batches]))
+
+
+def _after_step(linears: Sequence[nn.Linear]) -> None:
+    for linear in linears:
+        weight_quantizer(linear).after_step()
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Journal of finished blocks, from which a killed block-wise run resumes."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from types import MappingProxyType
@@ -17,6 +18,8 @@ from qexp.task import Task
 
 KIND = "blocks"
 OTHER = "other/"
+
+log = logging.getLogger(__name__)
 
 
 class Finished(NamedTuple):
@@ -52,6 +55,19 @@ class Journal:
         records = [Record(**row, packed=packed[row["name"]]) for row in head["rows"]]
         others = {k.removeprefix(OTHER): t for k, t in found.items() if k.startswith(OTHER)}
         return Finished(records, others, head["log"])
+
+    def finished(self, blocks: int, per_pass: int) -> list[Finished]:
+        """The blocks that an interrupted run finished, of `blocks`, up to a multiple of `per_pass`,
+        from which it can go on."""
+        found: list[Finished] = []
+        for index in range(blocks):
+            if (block := self.read(index)) is None:
+                break
+            found.append(block)
+        found = found[: len(found) // per_pass * per_pass]
+        if found:
+            log.info("taken up again at block %d of %d", len(found), blocks)
+        return found
 
     def write(
         self,

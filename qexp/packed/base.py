@@ -54,3 +54,16 @@ def restored(stored: dict[str, Tensor], described: dict[str, Any]) -> Packed:
     """The stored form of any class, from `stored` and `described`. A form holds others by it."""
     forms = {form.__name__: form for form in Packed.__subclasses__()}
     return forms[described["form"]].restore(stored, described)
+
+
+def nested(name: str, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a form that is part of another one, under its name."""
+    return {f"{name}.{key}": tensor for key, tensor in stored.items()}
+
+
+def part_of(name: str, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `nested`."""
+    prefix = f"{name}."
+    return {
+        key.removeprefix(prefix): tensor for key, tensor in stored.items() if key.startswith(prefix)
+    }

@@ -4,12 +4,12 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from qexp.grid import Grid, IntGrid, LevelGrid, Scale
 from qexp.grid.scale import positive
-from qexp.packed.base import Packed
+from qexp.packed.base import Packed, nested, part_of
 from qexp.packed.bitpacking import pack_bits, unpack_bits
 from qexp.packed.outliers import Outliers
 
@@ -113,7 +113,7 @@ class Coded(Packed):
         tensors = {"codes": pack_bits(self.codes, self.grid.bits)}
         for name, part in (("scale", self.scale), ("zero", self.zero)):
             if isinstance(part, Coded):
-                tensors |= {f"{name}.{key}": value for key, value in part.stored().items()}
+                tensors |= nested(name, part.stored())
             elif part is not None and name == "zero" and self.grid.zero_bits == self.grid.bits:
                 tensors[name] = pack_bits(part.to(torch.int32), self.grid.bits)
             elif part is not None:
@@ -121,6 +121,25 @@ class Coded(Packed):
         if self.group is not None:
             tensors["group"] = self.group.to(torch.int16)
         return tensors | ({} if self.outliers is None else self.outliers.stored())
+
+    @property
+    def entry_bits(self) -> int:
+        """Stored bits of each weight's own code."""
+        return self.grid.bits
+
+    def stored_where(self, kept: Bool[Tensor, "rows columns"]) -> dict[str, Tensor]:
+        """`stored` without the codes of the other weights."""
+        return self.stored() | {"codes": pack_bits(self.codes[kept], self.grid.bits)}
+
+    @staticmethod
+    def restore_where(
+        kept: Bool[Tensor, "rows columns"], stored: dict[str, Tensor], layout: dict[str, Any]
+    ) -> "Coded":
+        """The inverse of `stored_where`; the other weights have the code 0."""
+        bits = layout["grid"]["bits"]
+        codes = torch.zeros(kept.shape, dtype=torch.int32)
+        codes[kept] = unpack_bits(stored["codes"], bits, (int(kept.sum()),)).int()
+        return Coded.restore(stored | {"codes": pack_bits(codes, bits)}, layout)
 
     def layout(self) -> dict[str, Any]:
         grid = {
@@ -148,13 +167,7 @@ class Coded(Packed):
         parts: dict[str, Tensor | Coded | None] = {"scale": None, "zero": None}
         for name in parts:
             if isinstance(layout.get(name), dict):
-                prefix = f"{name}."
-                inner = {
-                    key.removeprefix(prefix): value
-                    for key, value in stored.items()
-                    if key.startswith(prefix)
-                }
-                parts[name] = Coded.restore(inner, layout[name])
+                parts[name] = Coded.restore(part_of(name, stored), layout[name])
             elif name in layout and stored[name].dtype == torch.uint8:
                 parts[name] = unpack_bits(stored[name], grid.bits, tuple(layout[name])).float()
             elif name in layout:

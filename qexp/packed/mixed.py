@@ -1,6 +1,6 @@
 """Stored form of matrices in which some weights are coded and the others binarized."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,9 +41,7 @@ class Partial(Packed):
         return Partial(salient, self.coded.rows(start, stop), self.signs.rows(start, stop))
 
     def stored(self) -> dict[str, Tensor]:
-        codes = self.coded.codes[self.salient]
-        return self.coded.stored() | {
-            "codes": pack_bits(codes, self.coded.grid.bits),
+        return self.coded.stored_where(self.salient) | {
             "salient": pack_bits(self.salient.int(), 1),
             "signs": pack_bits(self.signs.halves.signs[~self.salient].int(), 1),
             "levels": self.signs.levels,
@@ -56,11 +54,8 @@ class Partial(Packed):
     def restore(stored: dict[str, Tensor], layout: dict[str, Any]) -> "Partial":
         rows, columns = layout["coded"]["shape"]
         salient = unpack_bits(stored["salient"], 1, (rows, columns)).bool()
-        bits, count = layout["coded"]["grid"]["bits"], int(salient.sum())
-        codes = torch.zeros(rows, columns, dtype=torch.int32)
-        codes[salient] = unpack_bits(stored["codes"], bits, (count,)).int()
-        whole = stored | {"codes": pack_bits(codes, bits)}
-        coded = replace(Coded.restore(whole, layout["coded"]), codes=codes)
+        coded = Coded.restore_where(salient, stored, layout["coded"])
+        count = int(salient.sum())
         signs = torch.zeros(rows, columns, dtype=torch.bool)
         signs[~salient] = unpack_bits(stored["signs"], 1, (rows * columns - count,)).bool()
         return Partial(salient, coded, Binary(layout["block"], Halves(signs), stored["levels"]))

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qexp.packed.base import Packed, restored
+from qexp.packed.base import Packed, nested, part_of, restored
 
 
 @dataclass(frozen=True)
@@ -36,20 +36,15 @@ class Stacked(Packed):
         return Stacked(tuple(kept))
 
     def stored(self) -> dict[str, Tensor]:
-        return {
-            f"{number}.{key}": tensor
-            for number, part in enumerate(self.parts)
-            for key, tensor in part.stored().items()
-        }
+        tensors: dict[str, Tensor] = {}
+        for number, part in enumerate(self.parts):
+            tensors |= nested(str(number), part.stored())
+        return tensors
 
     def layout(self) -> dict[str, Any]:
         return {"parts": [part.described() for part in self.parts]}
 
     @staticmethod
     def restore(stored: dict[str, Tensor], layout: dict[str, Any]) -> "Stacked":
-        parts = []
-        for number, each in enumerate(layout["parts"]):
-            prefix = f"{number}."
-            own = {k.removeprefix(prefix): t for k, t in stored.items() if k.startswith(prefix)}
-            parts.append(restored(own, each))
-        return Stacked(tuple(parts))
+        parts = enumerate(layout["parts"])
+        return Stacked(tuple(restored(part_of(str(at), stored), each) for at, each in parts))

@@ -14,14 +14,21 @@ from qexp.common.files import atomic
 from qexp.packed.base import Packed
 from qexp.packed.binary import Binary
 from qexp.packed.coded import Coded
+from qexp.packed.low_rank import LowRank
+from qexp.packed.masked import Masked
 from qexp.packed.mixed import Partial
+from qexp.packed.parts import Parts
+from qexp.packed.plain import Plain
 from qexp.packed.rotated import Rotated
 from qexp.packed.stacked import Stacked
+from qexp.packed.table import Table
 from qexp.runs import results
 
 FILE = results.WEIGHTS
+# Named here so that `restored` finds every form: it knows the classes that were imported.
 FORMS: dict[str, type[Packed]] = {
-    form.__name__: form for form in (Binary, Coded, Partial, Rotated, Stacked)
+    form.__name__: form
+    for form in (Binary, Coded, LowRank, Masked, Partial, Parts, Plain, Rotated, Stacked, Table)
 }
 
 

@@ -1,6 +1,7 @@
 """Fake quantization of activations: static or dynamic ranges, constant or trained scales."""
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -20,14 +21,17 @@ class FakeQuant(nn.Module):
     range estimator to what passes between `start_observing` and `fix_range`. Before `fix_range`
     nothing is rounded. Gradients are straight-through until `make_trainable` chooses other
     surrogates; between `make_trainable` and `make_constant` a static scale is a parameter.
+
+    outliers: of dynamic scales, see `around_outliers`; None: every column is rounded.
     """
 
+    kinds: ClassVar[Mapping[str, str]] = {"scale": "scales", "zero": "offsets"}
     scale: Tensor
     zero: Tensor
 
-    def __init__(self, grid: Grid, dynamic: bool) -> None:
+    def __init__(self, grid: Grid, dynamic: bool, outliers: float | int | None = None) -> None:
         super().__init__()
-        self.grid, self.dynamic = grid, dynamic
+        self.grid, self.dynamic, self.outliers = grid, dynamic, outliers
         self.observer: Observer | None = None
         self.enabled = False
         self.fake_quantize, self.highest_code = FakeQuantize(), 1.0
@@ -83,18 +87,22 @@ class FakeQuant(nn.Module):
             return x
         if self.dynamic:
             rows = x.reshape(-1, x.shape[-1])
-            q = self.grid.scales_of(rows.detach().float())
-            return self.fake_quantize.rows(rows, q, self.grid, training=self.training).reshape(
-                x.shape
-            )
+            return around_outliers(self._rounded_rows, rows, self.outliers).reshape(x.shape)
         q = self.place()
         return self.fake_quantize(
             x, q, self.grid, lsq_gradient_scale(x.numel(), self.highest_code), self.training
         )
 
+    def _rounded_rows(self, rows: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
+        q = self.grid.scales_of(rows.detach().float())
+        return self.fake_quantize.rows(rows, q, self.grid, training=self.training)
+
     def extra_repr(self) -> str:
         """All but the ranges of what it does to a tensor: part of what results depend on."""
-        return f"{self.grid}, dynamic={self.dynamic}, on={self.enabled}, {self.fake_quantize}"
+        apart = "" if self.outliers is None else f", outliers={self.outliers}"
+        return (
+            f"{self.grid}, dynamic={self.dynamic}{apart}, on={self.enabled}, {self.fake_quantize}"
+        )
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
         # A new quantizer has no scales yet: take the shapes of those in the file.
@@ -103,3 +111,16 @@ class FakeQuant(nn.Module):
                 setattr(self, name, torch.empty_like(state[prefix + name]))
         self.enabled = True
         super()._load_from_state_dict(state, prefix, *rest)
+
+
+def around_outliers(
+    rounded: Callable[[Float[Tensor, "rows columns"]], Float[Tensor, "rows columns"]],
+    rows: Float[Tensor, "rows columns"],
+    outliers: float | int | None,
+) -> Float[Tensor, "rows columns"]:
+    """The `rounded` rows but for the columns with a magnitude of at least `outliers`: those pass as
+    they are, and count as zeros where the others are rounded (LLM.int8, 2208.07339)."""
+    if outliers is None:
+        return rounded(rows)
+    apart = rows.detach().abs().amax(0) >= outliers
+    return torch.where(apart, rows, rounded(rows.masked_fill(apart, 0)))

@@ -76,10 +76,11 @@ def as_stored(
         kept = zero.detach().round().clamp(low, high)
     else:
         kept = zero.detach().to(grid.stored_dtype).to(zero.dtype) if grid.has_zero else zero
-    return Scale(_as(grid.as_stored(scale.detach()), scale), _as(kept, zero))
+    stored = grid.as_stored(scale.detach())
+    return Scale(straight_through(stored, scale), straight_through(kept, zero))
 
 
-def _as(value: Tensor, trained: Tensor) -> Tensor:
+def straight_through(value: Tensor, trained: Tensor) -> Tensor:
     """`value` bit for bit, with the gradient of `trained`."""
     return value.detach() + (trained - trained.detach())
 

@@ -1,4 +1,4 @@
-"""Scales of fake-quantized weights in training: dynamic, static, learned (LSQ), fixed codes."""
+"""Scales and codes of fake-quantized weights in training: what is fitted, fixed or trained."""
 
 import math
 from abc import ABC, abstractmethod
@@ -8,17 +8,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qexp.common.errors import FieldError, UserError, check_choice
-from qexp.grid import Grid, Scale
+from qexp.common.errors import FieldError, UserError, check_choice, check_range
+from qexp.grid import Grid, IntGrid, Scale
 from qexp.packed.coded import Coded
 from qexp.quantizers.fake_quantize import FakeQuantize
-from qexp.quantizers.weight import FakeWeight, Frozen, Rounded
+from qexp.quantizers.rounding_variable import Shifted, Soft
+from qexp.quantizers.weight import FakeWeight, Frozen, Moving, Rounded
 
 
 class ScaleRule(ABC):
     """Source of the scales of weights in training."""
 
     offset: bool = False  # whether zero points train with them
+    has_rounding_variable = False
+    moves_codes: bool = False  # whether codes are parameters
 
     @abstractmethod
     def __call__(
@@ -92,6 +95,33 @@ class FixedCodes(ScaleRule):
 
 
 @dataclass(frozen=True)
+class MovingCodes(ScaleRule):
+    """Scales that train, and codes of which a few change after each step of the optimizer, whose
+    rate for them is `optimizer.codes` (PV-Tuning, 2405.14852).
+
+    share: of a matrix' weights that may change their code after one step; 0 is `FixedCodes`.
+    keep: of what a weight was to move and did not, the share that is added to its next step. 0 is
+    the paper's; with share=1, 1 is straight-through training in codes.
+    """
+
+    share: float | int = 0.01
+    keep: float | int = 0.0
+    offset: bool = False
+    moves_codes = True
+
+    def __post_init__(self) -> None:
+        check_range(None, self, "a number from 0 to 1", lambda x: 0 <= x <= 1, "share", "keep")
+
+    def __call__(
+        self, weight: Float[Tensor, "rows columns"], grid: Grid, fake_quantize: FakeQuantize
+    ) -> FakeWeight:
+        _single(grid)
+        weight = weight.detach().float()
+        start = Coded.of(grid, weight, grid.scales_of(weight))
+        return Moving(start, self.offset and grid.has_zero, self.share, self.keep)
+
+
+@dataclass(frozen=True)
 class KnownCodes(ScaleRule):
     """Codes and first scales that another method found; scales and zero points that train."""
 
@@ -104,8 +134,43 @@ class KnownCodes(ScaleRule):
         return Frozen(self.start, self.offset and grid.has_zero)
 
 
+@dataclass(frozen=True)
+class SignRound(ScaleRule):
+    """A rounding variable per weight and multipliers of each group's range (AutoRound, 2309.05516).
+
+    The range is that of the grid's range estimator, and can only shrink.
+    """
+
+    has_rounding_variable = True
+
+    def __call__(
+        self, weight: Float[Tensor, "rows columns"], grid: Grid, fake_quantize: FakeQuantize
+    ) -> FakeWeight:
+        _single(grid)
+        return Shifted(grid, fake_quantize, weight.detach().float())
+
+
+@dataclass(frozen=True)
+class AdaRound(ScaleRule):
+    """Up or down for each weight, trained as a soft choice (2004.10568); scales fitted once."""
+
+    has_rounding_variable = True
+
+    def __call__(
+        self, weight: Float[Tensor, "rows columns"], grid: Grid, fake_quantize: FakeQuantize
+    ) -> FakeWeight:
+        _single(grid)
+        return Soft(grid, weight.detach().float())
+
+
 def check_scale_rule(rule: ScaleRule, grid: Grid) -> None:
-    """FieldError where zero points are to be trained and the grid has none."""
+    """FieldError where zero points are to be trained and the grid has none, or rounding and its
+    values are not even."""
+    if rule.has_rounding_variable and not isinstance(grid, IntGrid):
+        raise FieldError(
+            f"scale={type(rule).__name__}: rounding variables are in steps of an even grid; give "
+            "weight=int, or another method/scale."
+        )
     if rule.offset and not grid.has_zero:
         raise FieldError(
             "scale.offset=true: a symmetric grid has no zero points to train; choose one that has "

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qexp.common.errors import UserError
+from qexp.common.errors import FieldError, UserError, check_number
 from qexp.common.progress import bar
 from qexp.grid import Grid
 from qexp.grid.clipping import Rounding
-from qexp.quantizers.activation import FakeQuant
+from qexp.quantizers.activation import FakeQuant, around_outliers
 from qexp.quantizers.placement import Placement
 from qexp.task import Batches, Task, singly
 
@@ -55,21 +55,36 @@ class QuantizedActivations(Activations):
     dynamic: scales of each tensor as it comes. A value inside the grid's range goes to the nearest
     code, at most half a step away, with a gradient of 1. Otherwise scales are fitted once to
     calibration batches, and values beyond the codes are clipped, without a gradient.
+    outliers: columns of a tensor with a value of at least this magnitude are not rounded, and no
+    scale sees them (LLM.int8, 2208.07339); null: all are rounded.
     """
 
     placement: Placement
     grid: Grid
     dynamic: bool = False
+    outliers: float | int | None = None
+
+    def __post_init__(self) -> None:
+        if self.outliers is None:
+            return
+        check_number(None, self, outliers=0)
+        if not self.dynamic:
+            raise FieldError(
+                f"outliers={self.outliers} with dynamic=false: which columns they are in changes "
+                "from tensor to tensor; give dynamic=true, or outliers=null."
+            )
 
     def sites(self, task: Task) -> list[str]:
         return self.placement.names(task)
 
     def put(self, task: Task) -> dict[str, FakeQuant]:
-        made = self.placement(task, lambda: FakeQuant(self.grid, self.dynamic))
+        made = self.placement(task, lambda: FakeQuant(self.grid, self.dynamic, self.outliers))
         return {name: q for name, q in made.items() if isinstance(q, FakeQuant)}
 
     def rounded(self, x: Tensor, rounding: Rounding = torch.round) -> Tensor:
-        return self.grid(x.reshape(-1, x.shape[-1]).float(), rounding).reshape(x.shape).to(x.dtype)
+        rows = x.reshape(-1, x.shape[-1]).float()
+        made = around_outliers(lambda part: self.grid(part, rounding), rows, self.outliers)
+        return made.reshape(x.shape).to(x.dtype)
 
 
 def attach(task: Task, kinds: Sequence[Activations]) -> list[FakeQuant]:

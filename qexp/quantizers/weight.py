@@ -1,6 +1,8 @@
 """Fake-quantized weights: rounded in the forward pass while the float weights behind them train."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -10,9 +12,20 @@ from qexp.grid import Grid, Scale
 from qexp.packed.coded import Coded
 from qexp.quantizers.fake_quantize import FakeQuantize, as_stored, lsq_gradient_scale
 
+# Codes that a residual may be away from its code: less than a half, which would round to the next.
+EDGE = 0.499
+
 
 class FakeWeight(nn.Module, ABC):
-    """Parametrization of `Linear.weight` that puts the float weight on a grid."""
+    """Parametrization of `Linear.weight` that puts the float weight on a grid.
+
+    kinds: of its parameters, the names that optimizers know them by. has_fixed_codes: training
+    changes no code.
+    """
+
+    kinds: ClassVar[Mapping[str, str]] = {"scale": "scales", "zero": "offsets"}
+    has_fixed_codes = False
+    grid: Grid
 
     @abstractmethod
     def forward(self, weight: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]: ...
@@ -23,7 +36,14 @@ class FakeWeight(nn.Module, ABC):
 
     @abstractmethod
     def coded(self, weight: Float[Tensor, "rows columns"]) -> Coded:
-        """The stored form; its values are those of `forward`, bit for bit."""
+        """The stored form; its values are those of `forward` in evaluation, bit for bit."""
+
+    def unrounded(self, weight: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
+        """The matrix whose nearest codes are stored: the weight, moved by rounding variables."""
+        return weight
+
+    def after_step(self) -> None:
+        """Called after each step of the optimizer."""
 
 
 class Rounded(FakeWeight):
@@ -65,11 +85,12 @@ class Rounded(FakeWeight):
 class Frozen(FakeWeight):
     """Constant codes; their scales train."""
 
+    has_fixed_codes = True
     codes: Tensor
 
     def __init__(self, start: Coded, offset: bool) -> None:
         super().__init__()
-        self.start = start
+        self.start, self.grid = start, start.grid
         q = start.scales()
         self.register_buffer(
             "codes", start.codes.to(torch.uint8 if start.grid.bits <= 8 else torch.int32)
@@ -92,3 +113,53 @@ class Frozen(FakeWeight):
         q = as_stored(self.scale, self.zero, self.start.grid)
         zero = q.zero if self.start.grid.has_zero else None
         return Coded(self.start.grid, self.codes.int(), q.scale, zero)
+
+
+class Moving(FakeWeight):
+    """Scales that train, and codes of which a share changes after each step (2405.14852, V step).
+
+    A parameter holds the position of each weight in codes: the code itself during a forward pass,
+    whose gradient is that of the code, and where the optimizer wants it after a step. Of each
+    matrix the `share` of weights that are to go farthest then take the nearest code. The others
+    keep theirs.
+
+    keep: share of the distance to the code that is left as a residual for the next step, no farther
+    than to the middle between two codes.
+    """
+
+    kinds = {"codes": "codes"}  # noqa: RUF012
+
+    def __init__(self, start: Coded, offset: bool, share: float, keep: float) -> None:
+        super().__init__()
+        self.inner, self.share, self.keep = Frozen(start, offset), share, keep
+        self.codes = nn.Parameter(start.codes.float())
+
+    def scales(self, weight: Float[Tensor, "rows columns"]) -> Scale:
+        return self.inner.scales(weight)
+
+    def forward(self, weight: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
+        q = self.scales(weight).map(lambda part: part.reshape(-1, 1))
+        moved = self.codes - self.codes.detach()
+        position = (self._settled().float() + moved).reshape(len(q.scale), -1)
+        return self.inner.start.grid.decode(position, q).reshape(weight.shape).to(weight.dtype)
+
+    @torch.no_grad()
+    def coded(self, weight: Float[Tensor, "rows columns"]) -> Coded:
+        self._settled()
+        return self.inner.coded(weight)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        before, wanted = self.inner.codes.float().flatten(), self.codes.flatten()
+        far = (wanted - before).abs()
+        chosen = far.topk(int(self.share * len(far))).indices
+        codes = before.clone()
+        codes[chosen] = wanted[chosen].round().clamp(0, self.inner.start.grid.top)
+        left = (self.keep * (wanted - codes)).clamp(-EDGE, EDGE)
+        self.codes.copy_((codes + left).reshape(self.codes.shape))
+        self._settled()
+
+    @torch.no_grad()
+    def _settled(self) -> Tensor:
+        """The codes of the positions as they are, which a checkpoint may have changed."""
+        return self.inner.codes.copy_(self.codes.round())

@@ -12,6 +12,7 @@ from qexp.runs.finished import Column, Run
 
 COSTS = {"weight/bits": "bits per weight, measured", "seconds": "seconds", "memory": "memory, GB"}
 COSTS |= {"cuda": "cuda memory, GB"}
+UNEVEN = 0.25  # stored bits by which linears must differ to get a map
 
 
 @dataclass(frozen=True)
@@ -159,16 +160,25 @@ def _quantities(
 
 
 def _layers(settings: Sequence[Setting]) -> tuple[dict[str, Any] | None, list[Any]]:
-    """Grids, limits and colours of the heat maps, and for each setting its grid and its errors."""
-    measured = [setting.layers for setting in settings]
+    """Grids, limits and colours of the heat maps; for each setting its grid, its errors, and its
+    stored bits where these differ between linears."""
+    measured = [setting.by_layer("error") for setting in settings]
     if not any(measured):
         return None, [None] * len(settings)
     limits = heatmap.span(value for errors in measured for value in errors.values())
     grids: dict[tuple[str, ...], int] = {}
-    shown = []
-    for errors in measured:
-        at = grids.setdefault(tuple(errors), len(grids)) if errors else None
-        shown.append([at, [_number(each) for each in errors.values()]] if errors else None)
+    shown: list[Any] = []
+    every: list[float] = []  # bits that are drawn
+    for setting, errors in zip(settings, measured, strict=True):
+        if not errors:
+            shown.append(None)
+            continue
+        bits = setting.by_layer("bits")
+        uneven = len(bits) == len(errors) and max(bits.values()) - min(bits.values()) >= UNEVEN
+        every += bits.values() if uneven else ()
+        at = grids.setdefault(tuple(errors), len(grids))
+        stored = [_number(bits[name]) for name in errors] if uneven else None
+        shown.append([at, [_number(each) for each in errors.values()], stored])
     described = []
     for linears in grids:
         blocks, kinds = heatmap.sides(linears)
@@ -181,7 +191,8 @@ def _layers(settings: Sequence[Setting]) -> tuple[dict[str, Any] | None, list[An
                 "cells": [[blocks.index(block), kinds.index(kind)] for block, kind in cells],
             }
         )
-    return {"grids": described, "limits": limits, "shades": heatmap.shades()}, shown
+    spans = {"limits": limits, "bits": [min(every), max(every)] if every else None}
+    return {"grids": described, **spans, "shades": heatmap.shades()}, shown
 
 
 def _number(value: float) -> float | None:

@@ -23,7 +23,8 @@ THEME = (
 )
 LAYERS = (
     "The share of each linear's output energy that quantization changes, in the Hessian of the "
-    "method (its weights' energy where it has none); the mean over seeds. One scale for all maps."
+    "method (its weights' energy where it has none); the mean over seeds. One scale for all maps. "
+    "Where the linears of a row are stored in different bits, a second map shows those."
 )
 MANY = 12  # lines of a list that is shown unfolded
 

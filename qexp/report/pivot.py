@@ -107,14 +107,14 @@ class Setting:
         """A metric or a number of the configuration by its name, the mean over runs."""
         return _mean(run.value(name) for run in self.runs)
 
-    @property
-    def layers(self) -> dict[str, float]:
-        """The error of each linear by its name, the mean over runs."""
+    def by_layer(self, key: str) -> dict[str, float]:
+        """A column of `layers.csv` by the linear's name, where it has a number; mean over runs."""
         by_name: dict[str, list[float]] = {}
         for run in self.runs:
             for layer in run.layers:
-                by_name.setdefault(layer["name"], []).append(float(layer["error"]))
-        return {name: _mean(errors) for name, errors in by_name.items()}
+                if layer.get(key):
+                    by_name.setdefault(layer["name"], []).append(float(layer[key]))
+        return {name: _mean(values) for name, values in by_name.items()}
 
     @property
     def seconds(self) -> float:

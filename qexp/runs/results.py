@@ -25,7 +25,7 @@ TRAINING = "training.csv"  # training metrics, one line per interval
 TENSORS = "training_tensors.csv"  # one line per interval and tensor
 BLOCKS = "training_blocks.csv"  # block-wise training, one line per epoch
 COLUMNS = (
-    *("name", "rows", "columns", "bits", "paper_bits"),
+    *("name", "rows", "columns", "bits", "paper_bits", "option"),
     *("error_before", "error", "damp", "seconds"),
 )
 

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qexp.common.errors import UserError
 from qexp.packed.base import Packed
 
 
@@ -69,9 +70,26 @@ class Solver(ABC):
     def baseline(self) -> "Solver":
         """Round-to-nearest on the same grid; the result must not be worse."""
 
+    def least_bits(self, rows: int, columns: int) -> float:
+        """Stored bits per weight that every solution of a [rows, columns] matrix takes, as far as
+        they are known without solving."""
+        return 0.0
+
+    def with_bits(self, bits: int) -> "Solver":
+        """The solver with codes of `bits` bits. UserError where it has no codes of any width."""
+        raise UserError(
+            f"method.options={bits}: {type(self).__name__} has no bit width that could be chosen; "
+            "give a solver on weight=int, such as method@method.quantization=gptq."
+        )
+
     @property
     def needs_moments(self) -> bool:
-        """Whether the solver is called with a third argument, the `Moments` of the inputs."""
+        """Whether the solver is called with an argument `moments`, those of the inputs."""
+        return False
+
+    @property
+    def takes_first(self) -> bool:
+        """Whether the solver can be called with an argument `first`, see `target.Target.first`."""
         return False
 
     def aim(
@@ -83,6 +101,12 @@ class Solver(ABC):
     @property
     def needs_both_sides(self) -> bool:
         """Whether the solver is called with a Hessian of both sides (`both_sides.joined`)."""
+        return False
+
+    @property
+    def needs_diagonal(self) -> bool:
+        """Whether the solver is called with the diagonals of the rows' Hessians in place of a
+        matrix: [rows, columns], or [1, columns] where all rows have the same."""
         return False
 
     def measure(

@@ -1,6 +1,7 @@
 """Any solver in a Hessian that differs between groups of rows (GuidedQuant, 2505.07004)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -9,25 +10,29 @@ from torch import Tensor
 from qexp.common.errors import UserError
 from qexp.packed.stacked import Stacked
 from qexp.solvers.base import Moments, Solution, Solver
+from qexp.solvers.wrapper import Wrapper
 
 
 @dataclass(frozen=True)
-class ByRows(Solver):
-    """`solver` on each of `groups` equal groups of adjacent rows, with the group's own Hessian
+class ByRows(Wrapper):
+    """`base` on each of `groups` equal groups of adjacent rows, with the group's own Hessian
     [groups, columns, columns]."""
 
-    solver: Solver
     groups: int
 
     def __call__(
         self,
         weight: Float[Tensor, "rows columns"],
         hessian: Float[Tensor, "groups columns columns"],
-        *extra: Moments,
+        first: Float[Tensor, "rows columns"] | None = None,
+        **extra: Any,
     ) -> Solution:
+        extras = [extra] * self.groups
+        if first is not None:
+            extras = [extra | {"first": rows} for rows in first.chunk(self.groups)]
         parts = [
-            self.solver(rows, own, *extra)
-            for rows, own in zip(weight.chunk(self.groups), hessian, strict=True)
+            self.base(rows, own, **each)
+            for rows, own, each in zip(weight.chunk(self.groups), hessian, extras, strict=True)
         ]
         packed = Stacked(tuple(part.packed for part in parts))
         printed = [part.paper_bits for part in parts if part.paper_bits is not None]
@@ -45,7 +50,7 @@ class ByRows(Solver):
                 f"method.hessian.groups={self.groups} does not divide the {rows} outputs of a "
                 f"layer: choose a divisor of {rows}, or 1."
             )
-        self.solver.check(rows // self.groups, columns)
+        self.base.check(rows // self.groups, columns)
 
     @property
     def rowwise(self) -> bool:
@@ -53,16 +58,15 @@ class ByRows(Solver):
 
     @property
     def baseline(self) -> Solver:
-        return ByRows(self.solver.baseline, self.groups)
+        return ByRows(self.base.baseline, self.groups)
 
-    @property
-    def needs_moments(self) -> bool:
-        return self.solver.needs_moments
+    def least_bits(self, rows: int, columns: int) -> float:
+        return self.base.least_bits(rows // self.groups, columns)
 
     def aim(
         self, target: Float[Tensor, "rows columns"], moments: Moments | None
     ) -> Float[Tensor, "rows columns"]:
-        return torch.cat([self.solver.aim(rows, moments) for rows in target.chunk(self.groups)])
+        return torch.cat([self.base.aim(rows, moments) for rows in target.chunk(self.groups)])
 
     def measure(
         self,
@@ -70,8 +74,4 @@ class ByRows(Solver):
         hessian: Float[Tensor, "groups columns columns"] | None,
     ) -> float:
         own = [None] * self.groups if hessian is None else hessian
-        return sum(map(self.solver.measure, change.chunk(self.groups), own))
-
-    @property
-    def tolerance(self) -> float:
-        return self.solver.tolerance
+        return sum(map(self.base.measure, change.chunk(self.groups), own))

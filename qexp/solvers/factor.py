@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Factor(NamedTuple):
-    """upper: U with (H + damp·mean(diag H)·I)⁻¹ = Uᵀ U, float32; dead columns have diagonal 1 in H.
+    """upper: U with (H + damp·mean(diag H)·I)⁻¹ = Uᵀ U; dead columns have diagonal 1 in H.
     dead: inputs that were always 0, whose weights GPTQ sets to 0. damp: the damping that was used.
     """
 
@@ -43,9 +43,14 @@ def damped(
     return hessian
 
 
-def inverse_factor(hessian: Float[Tensor, "columns columns"], damp: float) -> Factor:
+def inverse_factor(
+    hessian: Float[Tensor, "columns columns"],
+    damp: float,
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64),
+) -> Factor:
     """Factor the damped inverse Hessian: in float32, else float64, else with ten times the damping.
 
+    dtypes: tried in turn; the factor is returned in the first.
     Raises NotPositiveDefinite when all fail. Reversing rows and columns turns the lower factor of H
     into an upper one, R with H = R Rᵀ, and U = R⁻¹: one factorization, one
     triangular inverse and no explicit H⁻¹.
@@ -55,12 +60,13 @@ def inverse_factor(hessian: Float[Tensor, "columns columns"], damp: float) -> Fa
     dead = hessian.diagonal() == 0
     current = damp
     while True:
-        for dtype in (torch.float32, torch.float64):
+        for dtype in dtypes:
             matrix = damped(hessian, current).to(dtype).flip(0, 1)
             lower, failed = torch.linalg.cholesky_ex(matrix)
             if failed == 0:
                 eye = torch.eye(len(matrix), dtype=dtype, device=matrix.device)
-                upper = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1).float()
+                upper = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1)
+                upper = upper.to(dtypes[0])
                 if upper.isfinite().all():
                     return Factor(upper, dead, current)
         current = max(10 * current, 1e-4)

@@ -7,14 +7,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qexp.common.errors import check_bool, check_int, check_number
-from qexp.grid import Grid, Scale
+from qexp.grid import Grid
 from qexp.packed.coded import Coded
 from qexp.packed.rotated import Rotated, rotations
 from qexp.solvers.base import Solution, Solver
 from qexp.solvers.factor import damped
 from qexp.solvers.gptq import GPTQ
+from qexp.solvers.importance import check_importance
+from qexp.solvers.refine import check_refit, descended, refitted
 from qexp.solvers.rtn import RTN, OnGrid
-from qexp.solvers.sweep import descend
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class QuIP(OnGrid):
     default is 0; act_order and some passes (its code: 9) are LDLQ-RG. Without feedback the first
     pass starts at the weights themselves (its `allbal`, with act_order).
     block: columns finished before the rest is updated; no effect on the result.
+    importance: of the rotated weights in range estimation, as in GPTQ. refit: as in GPTQ, after the
+    greedy passes, for a grid with a scale per row or group.
     """
 
     grid: Grid
@@ -51,11 +54,16 @@ class QuIP(OnGrid):
     block: int = 128
     clip_first: bool = False
     backwards: bool = False
+    importance: str | None = None
+    refit: bool = False
 
     def __post_init__(self) -> None:
         check_number("method.solver", self, damp=0)
         check_int("method.solver", self, greedy=0, block=1)
-        check_bool("method.solver", self, "clip_first", "backwards")
+        check_bool("method.solver", self, "clip_first", "backwards", "refit")
+        check_importance(self)
+        if self.refit:
+            check_refit(self.grid)
 
     @property
     def rowwise(self) -> bool:
@@ -63,7 +71,7 @@ class QuIP(OnGrid):
 
     @property
     def baseline(self) -> Solver:
-        return replace(self, feedback=False, greedy=0)
+        return replace(self, feedback=False, greedy=0, refit=False)
 
     def __call__(
         self,
@@ -100,6 +108,7 @@ class QuIP(OnGrid):
                 block=self.block,
                 backwards=self.backwards,
                 clip_first=self.clip_first,
+                importance=self.importance,
             )
             if self.feedback
             else RTN(self.grid)
@@ -107,35 +116,15 @@ class QuIP(OnGrid):
         inner = solver(weight, hessian)
         assert isinstance(inner.packed, Coded)
         damp = inner.damp if self.feedback else self.damp
-        return self._descended(inner.packed, weight, damped(hessian, damp)), inner.damp
-
-    def _descended(
-        self,
-        coded: Coded,
-        weight: Float[Tensor, "rows columns"],
-        hessian: Float[Tensor, "columns columns"],
-    ) -> Coded:
-        """The codes after the greedy passes; scales do not change."""
-        if not self.greedy:
-            return coded
-        wide = coded.per_column()
-        weight = self.grid.clip(weight, wide) if self.clip_first else weight
-        clamp = (lambda codes, *_: codes) if self.clip_first else torch.clamp
-        order = torch.arange(weight.shape[1], device=weight.device)
-        if self.act_order:  # `descend` starts at the last column
-            order = torch.argsort(hessian.diagonal(), stable=True)
-
-        def nearest(values: Tensor, j: int) -> Tensor:
-            scale = Scale(wide.scale[:, order[j]], wide.zero[:, order[j]])
-            return self.grid.round(values, scale, clamp=clamp)
-
-        rounded = (coded.dequantize() if self.feedback else weight)[:, order]
-        for _ in range(self.greedy):
-            rounded = descend(
-                weight[:, order], rounded, hessian[order][:, order], nearest, self.block
+        coded, metric = inner.packed, damped(hessian, damp)
+        if self.greedy:
+            near = self.grid.clip(weight, coded.per_column()) if self.clip_first else weight
+            clamp = (lambda codes, *_: codes) if self.clip_first else torch.clamp
+            start = None if self.feedback else near
+            coded = descended(
+                coded, near, metric, self.act_order, self.greedy, start, clamp, self.block
             )
-        rounded = rounded[:, torch.argsort(order)]
-        return replace(coded, codes=self.grid.encode(rounded, wide).to(torch.int32))
+        return refitted(coded, weight, metric) if self.refit else coded, inner.damp
 
     def _input_scale(
         self, weight: Float[Tensor, "rows columns"], hessian: Float[Tensor, "columns columns"]

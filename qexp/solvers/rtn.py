@@ -1,6 +1,6 @@
 """Round-to-nearest (RTN): every weight is rounded independently."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxtyping import Float
 from torch import Tensor
@@ -18,6 +18,12 @@ class OnGrid(Solver):
 
     def check(self, rows: int, columns: int) -> None:
         self.grid.check(rows, columns)
+
+    def least_bits(self, rows: int, columns: int) -> float:
+        return self.grid.cost(rows, columns)
+
+    def with_bits(self, bits: int) -> Solver:
+        return replace(self, grid=self.grid.with_bits(bits))  # type: ignore[type-var]
 
     @property
     def rowwise(self) -> bool:

@@ -7,13 +7,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from qexp.common.errors import check_choice, check_int, check_number
+from qexp.common.errors import check_bool, check_choice, check_int, check_number
 from qexp.grid import IntGrid, Scale
 from qexp.grid.scale import DTYPES
 from qexp.packed.coded import Coded
 from qexp.packed.outliers import Outliers
 from qexp.solvers.base import Solution
-from qexp.solvers.factor import ordered
+from qexp.solvers.factor import damped, ordered
+from qexp.solvers.importance import check_importance, importance_of
+from qexp.solvers.refine import check_refit, refitted
 from qexp.solvers.rtn import OnGrid, check_fits_groups
 from qexp.solvers.sweep import Rule, sweep
 
@@ -33,6 +35,8 @@ class SpQR(OnGrid):
     outlier_dtype: of stored outliers, which rounding uses: float32 (the reference computes with it,
     but counts 16 bits), float16 or bfloat16.
     block: columns per lazy batch update; affects speed only.
+    importance: of weights in range estimation, as in GPTQ. refit: as in GPTQ; outliers stay, and a
+    second level is refused.
 
     As in the reference, with which results were compared: a group is fitted when the sweep reaches
     its first column, on weights that include all earlier errors. Likely outliers are found with
@@ -47,12 +51,18 @@ class SpQR(OnGrid):
     act_order: bool = False
     outlier_dtype: str = "float32"
     block: int = 128
+    importance: str | None = None
+    refit: bool = False
 
     def __post_init__(self) -> None:
         check_number("method.solver", self, threshold=0, damp=0)
         check_int("method.solver", self, block=1)
         check_choice("method.solver", self, outlier_dtype=DTYPES)
+        check_bool("method.solver", self, "refit")
         check_fits_groups(self.grid, "give method=gptq, or another grid")
+        check_importance(self)
+        if self.refit:
+            check_refit(self.grid)
 
     @property
     def rowwise(self) -> bool:
@@ -65,8 +75,9 @@ class SpQR(OnGrid):
     ) -> Solution:
         rows, columns = weight.shape
         size = columns // self.grid.groups(columns)
-        weight, factor, _, place = ordered(weight, hessian, self.damp, self.act_order)
+        weight, factor, order, place = ordered(weight, hessian, self.damp, self.act_order)
         diagonal = factor.upper.diagonal()
+        importance = importance_of(self.importance, hessian.diagonal()[order], diagonal)
         limit = inf
         if self.threshold < inf and rows > 1:
             limit = self.threshold * float((weight.var(0) / diagonal.square()).mean())
@@ -80,7 +91,7 @@ class SpQR(OnGrid):
             if limit < inf:
                 gains = gains_alone(values, diagonal[first : first + size], plain)
                 values = filled(values, gains > limit)
-            q = self.grid.fit(values)
+            q = self.grid.fit(values, importance(values, first))
             fitted.append(q)
             flat = Scale(q.scale.squeeze(1), q.zero.squeeze(1))
 
@@ -103,6 +114,9 @@ class SpQR(OnGrid):
             place // size if self.act_order and size < columns else None,
             None if mask is None else Outliers.of(rounded[:, place], mask, self.outlier_dtype),
         )
+        if self.refit:
+            metric = damped(hessian, factor.damp)
+            packed = refitted(packed, weight[:, place], metric)
         share = 0.0 if mask is None else float(mask.float().mean())
         bits = paper_bits(self.grid, size, share)
         return Solution(packed.dequantize(), packed.bits(), packed, factor.damp, bits)

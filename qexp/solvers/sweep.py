@@ -68,6 +68,17 @@ def sweep(
     return out.T.contiguous()
 
 
+def opened(fit: Fit, values: Float[Tensor, " rows"]) -> Fit:
+    """`fit` with a rule for the first column of a sweep that rounds `values` instead of the
+    column's own; its error is still measured from the latter."""
+
+    def opening(current: Tensor, first: int) -> Rule:
+        rule = fit(current, first)
+        return lambda w, j: rule(w if j else values, j)
+
+    return opening
+
+
 def descend(
     weight: Float[Tensor, "rows columns"],
     rounded: Float[Tensor, "rows columns"],

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qexp.grid.clipping import inside
 from qexp.quantizers.activation import FakeQuant
 from qexp.quantizers.parametrization import float_weight, weight_quantizer
-from qexp.quantizers.weight import FakeWeight, Rounded
+from qexp.quantizers.weight import FakeWeight
 
 
 class Snapshot(NamedTuple):
@@ -57,7 +57,7 @@ class CodeStatistics:
         for name, (rounded, linear) in self.weights.items():
             weights[name] = self._weight(name, rounded, float_weight(linear))
             size = linear.in_features * linear.out_features
-            sizes[name] = size if isinstance(rounded, Rounded) else 0
+            sizes[name] = 0 if rounded.has_fixed_codes else size
         if total := sum(sizes.values()):
             for share in ("clipped", "flipped", "oscillated"):
                 parts = (weights[name].get(share, 0.0) * size for name, size in sizes.items())
@@ -85,11 +85,11 @@ class CodeStatistics:
     ) -> dict[str, float]:
         q = rounded.scales(weight)
         means = {"scale": self._against(name, q.scale), "zero": float(q.zero.float().mean())}
-        if not isinstance(rounded, Rounded):
+        if rounded.has_fixed_codes:
             return means
         before, moves = self.notes["codes"], self.notes["moves"]
         flat = q.map(lambda part: part.reshape(-1, 1))
-        groups = weight.reshape(len(flat.scale), -1)
+        groups = rounded.unrounded(weight).reshape(len(flat.scale), -1)
         v = rounded.grid.position(groups, flat)
         size = weight.numel()
         clipped = size - _count(inside(v, 0, rounded.grid.top))

@@ -23,7 +23,7 @@ from qexp.training import divergence
 from qexp.training.batches import SeededBatches, random_state, restore_random, stack
 from qexp.training.code_statistics import Snapshot
 from qexp.training.fsdp import full_tensor, unsharded
-from qexp.training.optimizer import AdamW
+from qexp.training.optimizer import AdamW, Optimizer
 
 Loss = Callable[[Batch], Float[Tensor, ""]]
 
@@ -35,14 +35,14 @@ class TrainingSetup:
     measure: statistics for the log at the end of each interval. identity: digest of everything the
     result depends on; only a run with the same identity resumes from its checkpoint. notes: state
     of the loss and of `measure`, saved in checkpoints. reaches_all: whether the loss depends on
-    every parameter.
+    every parameter. after_step: called after each step of the optimizer.
     """
 
     task: Task
     loss: Loss
     parameters: Mapping[str, Sequence[nn.Parameter]]
     batches: Sequence[Batch]
-    optimizer: AdamW = field(default_factory=AdamW)
+    optimizer: Optimizer = field(default_factory=AdamW)
     validation: Sequence[Batch] = ()
     validation_loss: Loss | None = None
     measure: Callable[[], Snapshot] = Snapshot
@@ -51,6 +51,7 @@ class TrainingSetup:
     folder: Path | None = None
     notes: Sequence[dict[str, Any]] = ()
     reaches_all: bool = True
+    after_step: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ class TrainingModule(L.LightningModule):
             kind: [p for _, p in self._chosen(kind)] for kind in self.training_setup.parameters
         }
         optimizer = self.training_setup.optimizer.optimizer(parameters)
+        optimizer.register_step_post_hook(lambda *_: self.training_setup.after_step())
         rule, steps = self.training_setup.optimizer, self.schedule.steps
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda at: rule.factor(at, steps))
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
@@ -143,7 +145,7 @@ class TrainingModule(L.LightningModule):
         self.log("validation", loss, batch_size=rows, on_epoch=True, sync_dist=True)
 
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-        chosen = [p for _, p in self._chosen()]
+        chosen = [p for name, p in self._chosen() if self.kinds[name] != "codes"]
         norm = full_tensor(nn.utils.get_total_norm([p.grad for p in chosen if p.grad is not None]))
         limit = self.training_setup.optimizer.clip
         if not norm.isfinite():

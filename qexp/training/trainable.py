@@ -37,11 +37,11 @@ class TrainableParameters:
     """The kinds of parameters that train; all others are frozen.
 
     weights: all parameters of the model, except norms. embeddings: among these, the embeddings and
-    the head, which are one matrix in many models. norms: parameters of norms. scales: scales
-    of weight quantizers. ranges: scales and zero points of static activation quantizers. Scales
-    and zero points train only if the scale rule made them trainable. channels: channel scales that
-    a method added before quantizers (Quadapter). rank: of a low-rank update of every quantized
-    weight with factor alpha / rank; 0 for none.
+    the head, which are one matrix in many models. norms: parameters of norms. scales: scales of
+    weight quantizers, their rounding variables and codes. ranges: scales and zero points of static
+    activation quantizers. Scales, codes and zero points train only if the scale rule made them
+    trainable. channels: channel scales that a method added before quantizers (Quadapter). rank: of
+    a low-rank update of every quantized weight with factor alpha / rank; 0 for none.
     """
 
     weights: bool = True
@@ -81,9 +81,8 @@ class TrainableParameters:
         for module in task.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 if isinstance(module, FakeWeight | FakeQuant):
-                    kind = "scales" if name == "scale" else "offsets"
                     chosen = self.scales if isinstance(module, FakeWeight) else self.ranges
-                    yield kind, parameter, parameter.requires_grad and chosen
+                    yield module.kinds[name], parameter, parameter.requires_grad and chosen
                 elif isinstance(module, Alpha):
                     yield "channels", parameter, self.channels
                 elif isinstance(module, LowRank):

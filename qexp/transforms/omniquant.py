@@ -125,7 +125,7 @@ class OmniQuant(Step):
         check_finite(
             "transform", self, "clip_rate", "scale_rate"
         )  # at 0 nothing is learned of these
-        if not isinstance(self.grid.range, MinMax):
+        if self.grid.range != MinMax():
             raise UserError(
                 f"weight.range={self.grid.range}: transform=omniquant learns bounds that only "
                 "min-max reproduces; give weight/range=minmax."

@@ -28,7 +28,8 @@ class Rotate(Step):
     into the linears behind them. Tied embeddings are untied.
 
     kind: `hadamard` (Sylvester's, with random signs; for a width 2^k m, its Kronecker product with
-    a random orthogonal m by m matrix), or `random` (uniform over the orthogonal group).
+    a random orthogonal m by m matrix), `random` (uniform over the orthogonal group), or `identity`
+    (Q = I: norms are folded and nothing is rotated, the control of what the folding costs).
 
     Q maps the vector of ones to itself, so the mean that a LayerNorm subtracts is unchanged, and
     LayerNorms need no conversion to RMS norms.
@@ -38,8 +39,10 @@ class Rotate(Step):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in ("hadamard", "random"):
-            raise UserError(f"transform.kind={self.kind} is unknown: give hadamard or random.")
+        if self.kind not in ("hadamard", "random", "identity"):
+            raise UserError(
+                f"transform.kind={self.kind} is unknown: give hadamard, random or identity."
+            )
 
     @torch.no_grad()
     def __call__(self, task: Task, batches: Batches) -> list[Record]:
@@ -72,6 +75,8 @@ class Rotate(Step):
 
 def rotation(width: int, kind: str, generator: torch.Generator) -> Matrix:
     """An orthogonal matrix, float64, that maps the vector of ones to itself."""
+    if kind == "identity":
+        return torch.eye(width, dtype=torch.float64)
     power = width & -width if kind == "hadamard" else 1
     q = torch.ones(1, 1, dtype=torch.float64)
     while len(q) < power:

@@ -133,6 +133,7 @@ def test_groups_of_a_tensor_with_one_scale_are_refused():
     ("estimator", "key", "values"),
     [
         (Percentile, "share", (0.999, 50.0, 100.1, nan)),
+        (MinMax, "keep", (0.0, 1.1, nan)),
         (MSE, "steps", (0, True)),
         (MSE, "shrink", (0.0, 1.1)),
         (MSE, "norm", (0.0, inf, nan)),
@@ -176,3 +177,10 @@ def test_histogram_counts_stand_for_repeated_values(estimator):
     grid = IntGrid(3, range=estimator)
     for a, b in zip(grid.fit(values, counts), grid.fit(repeated), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_min_max_leaves_a_share_of_both_ends() -> None:
+    x = torch.tensor([[-2.0, 0.5, 1.0]])
+    low, high = MinMax(0.9)(x, IntGrid(3))
+    assert low.item() == pytest.approx(-1.8) and high.item() == pytest.approx(0.9)
+    assert [end.item() for end in MinMax()(x, IntGrid(3))] == [-2.0, 1.0]

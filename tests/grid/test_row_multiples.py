@@ -12,12 +12,17 @@ from qexp.config.instantiate import instantiate
 from qexp.grid import IntGrid, Scale
 from qexp.grid.row_multiples import row_multiples
 from qexp.packed.coded import Coded
-from qexp.solvers import GPTQ, RTN, SpQR
+from qexp.solvers import GPTQ, OBQ, RTN, SpQR
 
 SECOND = IntGrid(8, symmetric=True, axis="inputs", scale_dtype="float16")
 PLAIN = IntGrid(4, group_size=16, scale_dtype="float16")
 DGQ = replace(PLAIN, scales=SECOND)
-SOLVERS = [RTN(DGQ), GPTQ(DGQ, static_groups=True), GPTQ(DGQ, act_order=True, static_groups=True)]
+SOLVERS = [
+    RTN(DGQ),
+    GPTQ(DGQ, static_groups=True),
+    GPTQ(DGQ, act_order=True, static_groups=True, descend=1),
+    OBQ(DGQ),
+]
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=str)
@@ -60,6 +65,26 @@ def test_one_group_in_a_row_is_the_ordinary_grid() -> None:
         return (plain.round(weight, scale) - weight).square().sum(1)
 
     assert (error(best) <= error(q)).all() and (error(best) < error(q)).any()
+
+
+def test_errors_count_by_importance_in_the_second_level() -> None:
+    weight, hessian = problem()
+    counts = hessian.diagonal().expand_as(weight).clone()
+
+    def error(scales: Scale) -> torch.Tensor:
+        rounded = Coded.of(PLAIN, weight, scales).dequantize()
+        return (counts * (rounded - weight).square()).sum(1)
+
+    plain, counted = DGQ.scales_of(weight), DGQ.scales_of(weight, counts)
+    assert (error(counted) <= error(plain) * (1 + 1e-5)).all()
+    assert (error(counted) < error(plain)).any()
+    solution = GPTQ(DGQ, static_groups=True, importance="diagonal")(weight, hessian)
+    assert is_stored_whole(solution)
+
+
+def test_numbers_that_the_groups_of_a_row_share_are_not_refitted() -> None:
+    with pytest.raises(UserError, match=r"^method\.solver\.refit=true: .* weight\.scales=null"):
+        GPTQ(DGQ, static_groups=True, refit=True)
 
 
 def test_rows_do_not_depend_on_each_other() -> None:

@@ -6,7 +6,7 @@ from helpers.hessians import GRID, measured
 from helpers.models import batches, joined, task_of
 
 from qexp.common.errors import UserError
-from qexp.hessian import BothSides, Layerwise, OutputAdaptive, TokenWeighted
+from qexp.hessian import BothSides, Diagonal, Layerwise, OutputAdaptive, TokenWeighted
 from qexp.hessian.gradient_hooks import check_dead
 from qexp.hessian.output import through_tokens
 from qexp.methods.blockwise import Blockwise
@@ -44,6 +44,21 @@ def test_oac_is_the_sum_of_each_sequences_gram_matrix(family, schedule):
         torch.testing.assert_close(hessians[name], expected, rtol=1e-3, atol=1e-5 * expected.max())
         summed = sum(each)  # the mistake: one gradient of the whole batch
         assert not torch.allclose(hessians[name], 64.0**2 * summed.T @ summed, rtol=0.05)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("schedule", ["per_block", "one_pass"])
+def test_the_diagonal_is_the_sum_of_each_sequences_squares(family, schedule):
+    source = Diagonal(schedule=schedule, sequences=2, loss_scale=64.0)
+    hessians = measured(task_of(family), source, [joined(family)])
+    for name, each in gradients(family).items():
+        expected = 64.0**2 * sum(g.square() for g in each)
+        torch.testing.assert_close(hessians[name], expected, rtol=1e-3, atol=1e-5 * expected.max())
+
+
+def test_an_underflow_of_the_diagonal_is_an_error():
+    with pytest.raises(UserError, match="underflowed"):
+        measured(task_of("llama"), Diagonal(loss_scale=1e-30), [joined("llama")])
 
 
 def test_sequences_at_a_time_change_nothing():
@@ -150,10 +165,10 @@ def test_dead_columns_are_those_of_the_activation_hessian(source):
 def test_only_what_no_token_uses_is_dead():
     seen, scored = torch.tensor([1, 1, 1, 0]).bool(), torch.tensor([1, 1, 0, 0]).bool()
     hessian = torch.diag(torch.tensor([3.0, 2.0, 0.0, 0.0]))
-    check_dead("a", hessian, seen, scored)  # the third input: in last tokens alone
+    check_dead("a", hessian.diagonal(), seen, scored)  # the third input: in last tokens alone
     assert hessian.diagonal().tolist() == [3.0, 2.0, 2.0, 0.0]
     with pytest.raises(UserError, match="a: 1 inputs with data have no gradient"):
-        check_dead("a", torch.diag(torch.tensor([3.0, 0.0, 0.0, 0.0])), seen, scored)
+        check_dead("a", torch.tensor([3.0, 0.0, 0.0, 0.0]), seen, scored)
 
 
 @pytest.mark.parametrize("source", [OutputAdaptive, TokenWeighted])

@@ -54,6 +54,7 @@ STATIC = ("activation=int8_tensor", "activation.grid.bits=4")
         ("method=contapprox", "method.clamp.forward=soft", "method.rounding.mode=norm", *STATIC),
         ("method=llm_qat", "method/clamp=llm_qat", "activation=int8_token", "kv=llm_qat"),
         ("method=peqa", "weight.group_size=32", "method.optimizer.scales=1e-3"),
+        ("method=pv", "weight.group_size=32", "method.optimizer.scales=1e-3"),
         ("method=dsq",),
         ("method=ewgs", "activation=int8_tensor"),
         ("method=ewgs", "weight=nf4", "weight.group_size=32"),

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from qexp.gradients import Hard, Sigmoid, Soft, Straight
 from qexp.grid import IntGrid
-from qexp.methods.efficient_qat import BlockPhase, EfficientQAT
+from qexp.methods.block_phase import BlockPhase
 from qexp.methods.finetune import record
-from qexp.methods.journal import Journal
+from qexp.methods.journal import Finished, Journal
+from qexp.methods.reconstruction import Reconstruction
+from qexp.methods.units import Units
 from qexp.quantizers.activation import FakeQuant
 from qexp.quantizers.fake_quantize import FakeQuantize
 from qexp.quantizers.parametrization import weight_quantizer
@@ -305,7 +307,7 @@ def test_efficient_qat_goes_on_where_it_was_killed(tmp_path, monkeypatch, death)
     end = replace(
         METHOD, weight=grid, scale=FixedCodes(), trained=TrainableParameters(False, False)
     )
-    method, trained = EfficientQAT(phase, end), []
+    method, trained = Reconstruction(phase, end), []
 
     def run(name: str) -> Task:
         monkeypatch.setenv("QEXP_CACHE_DIR", str(tmp_path / f"cache of {name}"))
@@ -313,11 +315,11 @@ def test_efficient_qat_goes_on_where_it_was_killed(tmp_path, monkeypatch, death)
         assert len(method(task, lambda: data)) == len(task.linears())
         return task
 
-    def train(self: BlockPhase, block: Block, targets: list[Tensor]) -> list[dict[str, float]]:
+    def finish(self: BlockPhase, block: Block, units: Units) -> Finished:
         if death == "block" and len(trained) == 2:
             raise KeyError("killed")
         trained.append(block.index)
-        return plain(self, block, targets)
+        return plain(self, block, units)
 
     def loss(self: CrossEntropy, task: Task, *rest: object) -> Tensor:
         calls.extend([1] if task.training else [])
@@ -326,15 +328,15 @@ def test_efficient_qat_goes_on_where_it_was_killed(tmp_path, monkeypatch, death)
         return cross_entropy(self, task, *rest)
 
     whole = run("whole")
-    plain, cross_entropy, calls = BlockPhase._train, CrossEntropy.__call__, []
+    plain, cross_entropy, calls = BlockPhase._finish, CrossEntropy.__call__, []
     with monkeypatch.context() as patch, pytest.raises(KeyError, match="killed"):
-        patch.setattr(BlockPhase, "_train", train)
+        patch.setattr(BlockPhase, "_finish", finish)
         if death == "end":
             patch.setattr(CrossEntropy, "__call__", loss)
         run("killed")
     before = list(trained)
     death = "none"
-    monkeypatch.setattr(BlockPhase, "_train", train)
+    monkeypatch.setattr(BlockPhase, "_finish", finish)
     again = run("killed")
     assert before + trained[len(before) :] == [0, 1, 2]
     for log in ("training.csv", "training_blocks.csv"):

@@ -2,24 +2,40 @@
 
 import pytest
 import torch
-from helpers.problems import TWO_LEVELS, problem
+from helpers.problems import TWO_LEVELS, is_stored_whole, problem
 
 from qexp.common.errors import UserError
 from qexp.grid import IntGrid
 from qexp.packed import weights_file
 from qexp.packed.bitpacking import pack_bits, unpack_bits
-from qexp.solvers import GPTQ, BiLLM, Solver, SpQR
+from qexp.packed.parts import Parts
+from qexp.solvers import GPTQ, LNQ, BiLLM, Solver, SpQR
+from qexp.solvers.adpq import AdpQ
+from qexp.solvers.apart import Cast
 from qexp.solvers.billm import Binarize
+from qexp.solvers.low_rank import Correction
+from qexp.solvers.owq import OWQ
 from qexp.solvers.pbllm import PBLLM
 from qexp.solvers.quip import QuIP
+from qexp.solvers.sparse import SparseGPT
 
+SIXTEEN = IntGrid(3, group_size=16, scale_dtype="float16")
 SOLVERS: dict[str, Solver] = {
     "gptq": GPTQ(IntGrid(3, group_size=32, scale_dtype="bfloat16"), act_order=True),
     "spqr": SpQR(TWO_LEVELS, act_order=True, outlier_dtype="float16"),
     "billm": BiLLM(block=40, scale_dtype="float16"),
     "binary": Binarize(64, "float16"),
     "pbllm": PBLLM(IntGrid(8, scale_dtype="float16"), scale_dtype="float16"),
+    "table": LNQ(3),
     "quip": QuIP(IntGrid(2, per_tensor=True, scale_dtype="float16")),
+    "low rank": Correction(4, factors="int8").around(GPTQ(IntGrid(3, group_size=32))),
+    "plain": Cast("bfloat16"),
+    "parts": OWQ(GPTQ(SIXTEEN, damp=0.0), extra=0.5),
+    "marked parts": OWQ(GPTQ(SIXTEEN, damp=0.0), columns=40),
+    "rotated part": OWQ(QuIP(IntGrid(2, per_tensor=True, scale_dtype="float16")), columns=2),
+    "masked": SparseGPT(SIXTEEN),
+    "masked plain": SparseGPT(None, pattern=[2, 4], dtype="bfloat16"),
+    "masked twice": AdpQ(IntGrid(4, symmetric=True, group_size=32, scale_dtype="float16")),
 }
 
 
@@ -33,6 +49,25 @@ def test_every_form_comes_back_from_a_file(tmp_path) -> None:
         assert type(packed[name]) is type(solution.packed)
         assert torch.equal(packed[name].dequantize(), solution.weight)
         assert packed[name].bits() == solution.bits
+        assert is_stored_whole(solution)
+
+
+@pytest.mark.parametrize("name", ["parts", "marked parts", "masked", "masked twice"])
+def test_rows_can_be_separated(name: str) -> None:
+    solution = SOLVERS[name](*problem())
+    part = solution.packed.rows(5, 17)
+    assert torch.equal(part.dequantize(), solution.weight[5:17])
+    restored = type(part).restore(part.stored(), part.layout())
+    assert torch.equal(restored.dequantize(), solution.weight[5:17])
+
+
+def test_the_parts_say_which_setting_each_was_given() -> None:
+    left, right = Cast("float16")(torch.ones(4, 6)).packed, Cast("float16")(torch.ones(4, 2)).packed
+    packed = Parts((left, right), choice=torch.tensor([2, 0]), choices=3)
+    assert packed.size() == 16 * 32 + 2 * 2
+    restored = Parts.restore(packed.stored(), packed.layout())
+    assert restored.choice is not None and restored.choice.tolist() == [2, 0]
+    assert restored.size() == packed.size() and restored.shape == (4, 8)
 
 
 def test_the_file_is_as_small_as_the_bits_say(tmp_path) -> None:

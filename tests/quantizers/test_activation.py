@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.models import FAMILIES, joined, task_of
 
-from qexp.common.errors import UserError
+from qexp.common.errors import FieldError, UserError
 from qexp.gradients import Soft, Straight
 from qexp.grid import IntGrid, Range
 from qexp.grid.ranges import MSE, Entropy, MinMax, MovingAverage, Percentile
@@ -74,6 +74,45 @@ def test_dynamic_scales_are_each_tokens_own():
     assert torch.equal(quantizer(x), x)  # not settled yet
     quantizer.fix_range()
     torch.testing.assert_close(quantizer(x)[1, 3], TOKEN(x[1, 3][None])[0])
+
+
+def outlying(outliers: float | None) -> FakeQuant:
+    quantizer = FakeQuant(TOKEN, dynamic=True, outliers=outliers)
+    quantizer.fix_range()
+    return quantizer
+
+
+def test_columns_with_outliers_stay_as_they_are():
+    x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
+    x[1, 2, 3], x[0, 4, 7] = -7.0, 6.0  # one in either sequence: the batch decides
+    y = outlying(6.0)(x)
+    assert torch.equal(y[..., [3, 7]], x[..., [3, 7]])
+    others = [column for column in range(16) if column not in (3, 7)]
+    alone = TOKEN(x[..., others].reshape(10, 14)).reshape(2, 5, 14)
+    torch.testing.assert_close(y[..., others], alone)  # scales do not see them
+    scheme = QuantizedActivations(LinearInputs(), TOKEN, dynamic=True, outliers=6.0)
+    assert torch.equal(scheme.rounded(x), y)
+
+
+@pytest.mark.parametrize(("outliers", "same_as"), [(math.inf, None), (0.0, "float")])
+def test_thresholds_of_infinity_and_zero(outliers: float, same_as: str | None):
+    x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
+    expected = x if same_as == "float" else outlying(None)(x)
+    assert torch.equal(outlying(outliers)(x), expected)
+    assert not torch.equal(outlying(None)(x), x)
+
+
+def test_gradients_pass_columns_with_outliers():
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    outlying(1.5)(x * 2).sum().backward()
+    torch.testing.assert_close(x.grad, torch.full_like(x, 2.0))
+
+
+def test_outliers_need_dynamic_scales():
+    with pytest.raises(FieldError, match=r"outliers=6\.0 with dynamic=false: .*dynamic=true"):
+        QuantizedActivations(LinearInputs(), TENSOR, outliers=6.0)
+    with pytest.raises(FieldError, match=r"outliers=-1\.0: give a number, 0 or more"):
+        QuantizedActivations(LinearInputs(), TOKEN, dynamic=True, outliers=-1.0)
 
 
 @torch.no_grad()

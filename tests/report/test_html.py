@@ -49,7 +49,7 @@ def test_the_page_needs_nothing_else_and_says_what_its_marks_are(seeds) -> None:
     assert "outputs/" in gptq["runs"][1]["folder"]
     [grid] = page.data["layers"]["grids"]
     assert grid["names"] == ["model.layers.0.mlp.up_proj", "<b>"]
-    assert gptq["layers"] == [0, [0.25, 0.001]]
+    assert gptq["layers"] == [0, [0.25, 0.001], None]
     assert [line["name"] for line in page.data["series"][""]] == ["gptq", "rtn"]
 
 
@@ -130,3 +130,17 @@ def test_the_page_and_the_png_plots_have_the_same_front() -> None:
                 f"(() => {{ {script}; return pareto({given}, {str(higher).lower()}) }})()"
             )
             assert [(p["x"], p["y"]) for p in found] == plots.pareto(points, higher)
+
+
+def test_linears_of_different_bits_have_a_map_of_them(sweep) -> None:
+    """Chosen bits, such as those of `method=allocated`; nearly equal ones have no map."""
+    for bits, stored in ((3, (2.28, 4.31)), (4, (4.31, 4.4))):
+        path = sweep / f"gptq-{bits}-0" / "layers.csv"
+        lines = [f"model.layers.{block}.up,{each},0.5\n" for block, each in enumerate(stored)]
+        path.write_text("name,bits,error\n" + "".join(lines))
+    assert command("report", [str(sweep), "--out", "made"]) == 0
+    page = Page(Path("made/report.html"))
+    shown = {each["words"]: each["layers"] for each in page.data["settings"]}
+    assert shown["gptq, bits=3"][1:] == [[0.5, 0.5], [2.28, 4.31]]
+    assert shown["gptq, bits=4"][1:] == [[0.5, 0.5], None]
+    assert page.data["layers"]["bits"] == [2.28, 4.31]

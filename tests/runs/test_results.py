@@ -23,6 +23,7 @@ class Row:
     columns: int = 8
     bits: float = 4.5
     paper_bits: float | None = None
+    option: int | None = None
     error_before: float = 2.0
     error: float = 1.0
     damp: float = 0.01

@@ -8,11 +8,14 @@ from torch import Tensor
 from qexp.common.errors import UserError
 from qexp.grid import IntGrid
 from qexp.packed import weights_file
-from qexp.solvers import GPTQ, RTN, BiLLM, TwoSided
+from qexp.solvers import GPTQ, LNQ, RTN, BiLLM, Solver, SqueezeLLM, TwoSided
+from qexp.solvers.base import Moments
 from qexp.solvers.both_sides import joined, sides
 from qexp.solvers.by_rows import ByRows
 from qexp.solvers.factor import inverse_factor
+from qexp.solvers.low_rank import Correction
 from qexp.solvers.two_sided import antidiagonal_sweep
+from qexp.solvers.wrapper import OfDiagonal
 
 GRID = IntGrid(3, group_size=16, scale_dtype="float16")
 ONE = IntGrid(3, per_tensor=True)
@@ -107,7 +110,14 @@ def test_one_group_of_rows_is_the_solver_itself() -> None:
 
 
 @pytest.mark.parametrize(
-    "solver", [GPTQ(GRID, act_order=True), BiLLM(block=40, scale_dtype="float16")], ids=str
+    "solver",
+    [
+        GPTQ(GRID, act_order=True),
+        BiLLM(block=40, scale_dtype="float16"),
+        LNQ(2),
+        OfDiagonal(SqueezeLLM(2, outliers=0.01)),
+    ],
+    ids=str,
 )
 def test_each_group_of_rows_is_solved_in_its_own_hessian(solver, tmp_path) -> None:
     weight, _ = problem()
@@ -123,6 +133,34 @@ def test_each_group_of_rows_is_solved_in_its_own_hessian(solver, tmp_path) -> No
     change = ours.weight - weight
     own = sum(solver.measure(change[16 * n : 16 * n + 16], hessians[n]) for n in range(3))
     assert ByRows(solver, 3).measure(change, hessians) == pytest.approx(own)
+
+
+def test_each_group_of_rows_has_a_correction_of_its_own() -> None:
+    weight, _ = problem()
+    hessians = torch.stack([problem(seed=seed)[1] for seed in (1, 2, 3)])
+    solver = Correction(0.25).around(GPTQ(GRID))
+    ours = ByRows(solver, 3)(weight, hessians)
+    for n in range(3):
+        rows = slice(16 * n, 16 * n + 16)
+        assert torch.equal(ours.weight[rows], solver(weight[rows], hessians[n]).weight)
+    assert is_stored_whole(ours)
+    with pytest.raises(UserError, match=r"method\.residual\.rank=0\.25: TwoSided rounds in a Hess"):
+        Correction(0.25).around(TwoSided(GRID))
+
+
+def test_groups_of_rows_are_handed_what_the_solver_needs() -> None:
+    weight, hessian = problem()
+    moments, first = Moments(hessian, 1.1 * hessian), weight + 0.1
+    solver: Solver = GPTQ(GRID, carry=0.5)
+    ours = ByRows(solver, 3)
+    assert ours.needs_moments and ours.takes_first
+    assert ours.least_bits(48, 96) == solver.least_bits(16, 96)
+    assert ours.with_bits(2) == ByRows(solver.with_bits(2), 3)
+    torch.testing.assert_close(ours.aim(weight, moments), solver.aim(weight, moments))
+    together = solver(weight, hessian, moments=moments, first=first)
+    rows = ours(weight, hessian.expand(3, -1, -1), moments=moments, first=first)
+    assert torch.equal(rows.weight, together.weight)
+    assert not torch.equal(rows.weight, solver(weight, hessian, moments=moments).weight)
 
 
 def test_groups_must_divide_the_rows() -> None:

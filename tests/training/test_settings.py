@@ -53,6 +53,18 @@ GENERATED = "+calibration@method.train=generated"
         ("method.blocks.sequences=0", ("method=efficient_qat",)),
         ("method.blocks.optimizer.clip=-1.0", ("method=efficient_qat",)),
         ("method.end.optimizer.scales=-1.0", ("method=efficient_qat",)),
+        ("method.blocks.steps=-1", ("method=auto_round",)),
+        ("method.blocks.unit=row", ("method=auto_round",)),
+        ("method.blocks.inputs=both", ("method=auto_round",)),
+        ("method.blocks.keep=first", ("method=auto_round",)),
+        ("method.blocks.optimizer.rounding=-1.0", ("method=auto_round",)),
+        ("method.blocks.optimizer.rounding=-1.0", ("method=adaround",)),
+        ("method.blocks.loss_weight=hessian", ("method=brecq",)),
+        ("method.blocks.loss_weight=fisher", ("method=adaround",)),
+        ("method.blocks.penalty.weight=-1.0", ("method=adaround",)),
+        ("method.blocks.penalty.warmup=2.0", ("method=adaround",)),
+        ("method.blocks.penalty.beta=[20.0]", ("method=adaround",)),
+        ("method.blocks.penalty.anneal=step", ("method=adaround",)),
     ],
 )
 def test_what_cannot_be_is_refused_before_any_model_is_loaded(wrong, chosen):

@@ -42,6 +42,23 @@ def test_no_logit_changes(family, kind, dtype, share):
     assert float((after - first).detach().norm()) > 0.1
 
 
+def test_identity_folds_norms_and_rotates_nothing():
+    task, batch = task_of("llama"), joined("llama")
+    block, arch = task.blocks[0], task.arch
+    block.get_submodule(arch.norms[0]).weight.data.uniform_(0.5, 2)
+    gain = block.get_submodule(arch.norms[0]).weight.clone()
+    queries = block.self_attn.q_proj.weight.clone()
+    kept = {name: block.get_submodule(name).weight.clone() for name in arch.writers}
+    embedding = task.model.model.embed_tokens.weight.clone()
+    expected = logits(task, batch)
+    Rotate("identity")(task, lambda: pytest.fail("no data is asked for"))
+    close(logits(task, batch), expected, 1e-5)
+    assert torch.equal(task.model.model.embed_tokens.weight, embedding)
+    assert all(torch.equal(block.get_submodule(name).weight, kept[name]) for name in kept)
+    torch.testing.assert_close(block.self_attn.q_proj.weight, queries * gain)
+    assert (block.get_submodule(arch.norms[0]).weight == 1).all()
+
+
 def test_a_shared_embedding_is_shared_no_longer():
     task = task_of("gpt2")
     assert task.model.lm_head.weight is task.model.transformer.wte.weight
@@ -53,7 +70,7 @@ def test_a_shared_embedding_is_shared_no_longer():
 def test_families_that_norm_what_is_written_are_refused(family):
     with pytest.raises(UserError, match="norms between"):
         Rotate()(task_of(family), lambda: [])
-    with pytest.raises(UserError, match="hadamard or random"):
+    with pytest.raises(UserError, match="hadamard, random or identity"):
         Rotate("givens")
 
 

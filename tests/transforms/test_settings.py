@@ -37,6 +37,10 @@ ON_GRIDS = ("smooth", "awq", "os_plus", "quadapter", "omniquant")
         ("quadapter", "rate=inf"),
         ("quadapter", "seed=-1"),
         ("omniquant", "epochs=0"),
+        ("magr", "alpha=-1.0"),
+        ("magr", "alpha=inf"),
+        ("magr", "steps=-1"),
+        ("magr", "sequences=0"),
         ("omniquant", "batch=false"),
         ("omniquant", "clip_rate=-1.0"),
         ("omniquant", "clip_rate=nan"),
@@ -72,7 +76,10 @@ def test_what_lies_at_an_end_is_taken(words):
     instantiate(compose("config", [f"transform={words[0]}", *words[1:]]).transform)
 
 
-@pytest.mark.parametrize("other", ["weight/range=mse", "weight/range=percentile", "method=quip"])
+@pytest.mark.parametrize(
+    "other",
+    [*(f"weight/range={name}" for name in ("mse", "percentile", "minmax_shrunk")), "method=quip"],
+)
 def test_learned_clipping_needs_min_max(other):
     cfg = compose("config", ["transform=omniquant", other])
     with pytest.raises(UserError, match=r"^weight\.range=.*weight/range=minmax"):

@@ -16,6 +16,8 @@ SENTENCES = [
     ("transform=awq", "method=rtn", "transform.points=4"),
     ("transform=equalize", "method=spqr", "weight.group_size=32"),
     ("transform=os_plus", "method=gptq", "transform.points=3", "activation=int8_token"),
+    ("transform=magr", "method=none", "transform.steps=20"),
+    ("transform=magr", "method=gptq", "transform.steps=20", "weight/range=minmax_shrunk"),
     ("transform=rotate", "method=gptq", "activation=int8_token"),
     ("transform=quadapter", "method=gptq", "transform.steps=2", "activation=int8_tensor"),
     ("transform=omniquant", "method=rtn", "transform.epochs=1", "transform.sites=norms+value+up"),

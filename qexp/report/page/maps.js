@@ -1,11 +1,13 @@
-// Heat maps of the errors by layer, each one canvas: a row per block, a column per linear.
+// Heat maps by layer, each one canvas: a row per block, a column per linear. Of errors, and of stored bits where linears differ.
 const MAPS = 24;  // drawn at a time
 const { layers } = data;
 
-const shadeOf = error => {
-  if (!(error > 0)) return null;
-  const [low, high] = layers.limits.map(Math.log), last = layers.shades.length - 1;
-  const share = Math.min(Math.max((Math.log(error) - low) / Math.max(high - low, 1e-9), 0), 1);
+const ERRORS = 1, BITS = 2;  // places in a setting's `layers`
+const shadeOf = (value, kind) => {
+  if (!(value > 0)) return null;
+  const axis = kind === BITS ? Number : Math.log, limits = kind === BITS ? layers.bits : layers.limits;
+  const [low, high] = limits.map(axis), last = layers.shades.length - 1;
+  const share = Math.min(Math.max((axis(value) - low) / Math.max(high - low, 1e-9), 0), 1);
   const at = Math.round(share * last);
   return layers.shades[isDark() ? last - at : at];  // the largest error stands out from the page
 };
@@ -16,15 +18,21 @@ const geometry = grid => {
   return { cell, line, left: 26, above };
 };
 const mapFigure = at => {
-  const setting = data.settings[at], [index, errors] = setting.layers, grid = layers.grids[index];
+  const setting = data.settings[at], [index, errors, bits] = setting.layers, grid = layers.grids[index];
   const worst = errors.reduce((best, error, i) => error > (errors[best] ?? -1) ? i : best, 0);
   const label = `Error by layer; largest: ${grid.names[worst]} ${short(errors[worst] ?? 0)}`;
   return el('figure', {},
     el('figcaption', {}, el('b', {}, String(setting.number)), ` ${setting.words}`),
-    el('canvas', { role: 'img', 'aria-label': label, 'data-setting': at }));
+    el('canvas', { role: 'img', 'aria-label': label, 'data-setting': at, 'data-kind': ERRORS }),
+    ...bits ? bitsMap(at, bits) : []);
+};
+const bitsMap = (at, bits) => {
+  const words = `Stored bits per weight, ${short(Math.min(...bits))} to ${short(Math.max(...bits))}`;
+  return [el('figcaption', {}, words), el('canvas', { role: 'img', 'aria-label': words, 'data-setting': at, 'data-kind': BITS })];
 };
 const drawMap = canvas => {
-  const [index, errors] = data.settings[canvas.dataset.setting].layers, grid = layers.grids[index];
+  const kind = +canvas.dataset.kind, setting = data.settings[canvas.dataset.setting].layers;
+  const values = setting[kind], grid = layers.grids[setting[0]];
   const { cell, line, left, above } = geometry(grid), scale = devicePixelRatio || 1;
   const width = left + cell * grid.kinds.length + 8, height = above + line * grid.blocks.length + 2;
   Object.assign(canvas, { width: width * scale, height: height * scale });
@@ -47,7 +55,7 @@ const drawMap = canvas => {
     if (row % every === 0) pen.fillText(block, left - 5, above + (row + .5) * line);
   });
   grid.cells.forEach(([row, column], at) => {
-    const shade = shadeOf(errors[at]);
+    const shade = shadeOf(values[at], kind);
     if (shade === null) return;
     pen.fillStyle = shade;
     pen.fillRect(left + column * cell, above + row * line, cell - 1, line - (line > 4 ? 1 : .5));
@@ -56,13 +64,15 @@ const drawMap = canvas => {
 document.addEventListener('mousemove', event => {
   const canvas = event.target.closest?.('canvas[data-setting]');
   if (!canvas) { if (!event.target.closest?.('#panels')) say(''); return; }
-  const [index, errors] = data.settings[canvas.dataset.setting].layers, grid = layers.grids[index];
+  const kind = +canvas.dataset.kind, setting = data.settings[canvas.dataset.setting].layers;
+  const value = at => setting[kind][at] == null ? 'not finite' : setting[kind][at].toPrecision(3) + (kind === BITS ? ' bits' : '');
+  const grid = layers.grids[setting[0]];
   const { cell, line, left, above } = geometry(grid), box = canvas.getBoundingClientRect();
   const shrunk = canvas.offsetWidth / parseFloat(canvas.style.width);
   const column = Math.floor(((event.clientX - box.left) / shrunk - left) / cell);
   const row = Math.floor(((event.clientY - box.top) / shrunk - above) / line);
   const at = grid.cells.findIndex(([r, c]) => r === row && c === column);
-  say(at < 0 ? '' : `${grid.names[at]}: ${errors[at] == null ? 'not finite' : errors[at].toPrecision(3)}`, event.clientX, event.clientY);
+  say(at < 0 ? '' : `${grid.names[at]}: ${value(at)}`, event.clientX, event.clientY);
 });
 
 if (layers) {

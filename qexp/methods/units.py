@@ -1,0 +1,235 @@
+"""Units of reconstruction: linears that train together, with the loss of their output."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from qexp.grid import Grid
+from qexp.hessian.float_stream import FloatInputs, FloatStream
+from qexp.methods.finetune import record
+from qexp.methods.output_importance import output_importance
+from qexp.quantizers.parametrization import weight_quantizer
+from qexp.quantizers.scheme import float_activations
+from qexp.step import Record
+from qexp.walk import Block
+
+
+class Unit(ABC):
+    """Linears whose output is to be that of the float model on the float model's inputs.
+
+    name: full. label: relative to the block, empty for the block. module: holds all parameters of
+    the unit. linears: by their names in the block. pieces: mini-batches of its data. width: output
+    channels.
+    """
+
+    name: str
+    label: str
+    module: nn.Module
+    linears: Mapping[str, nn.Linear]
+    pieces: int
+    width: int
+
+    def begin(self) -> None:  # noqa: B027 (optional)
+        """Called when the quantizers are in place, before the first step."""
+
+    @abstractmethod
+    def loss(self, piece: int) -> Float[Tensor, ""]:
+        """The error of the output at the present parameters, a mean over tokens and channels."""
+
+    def set_training(self, mode: bool) -> None:
+        """Of the quantizers: soft clamps and soft rounding, or codes as they would be stored."""
+        for linear in self.linears.values():
+            weight_quantizer(linear).train(mode)
+
+    @torch.no_grad()
+    def hard_loss(self) -> float:
+        """The loss of the first piece with codes as they would be stored."""
+        self.set_training(False)
+        loss = float(self.loss(0))
+        self.set_training(True)
+        return loss
+
+    @abstractmethod
+    def records(self, grid: Grid, seconds: float) -> list[Record]:
+        """Bake the trained weights. seconds: that training took."""
+
+
+class Units(ABC):
+    """The units of each block of a walk. float_inputs: units are trained on the inputs that they
+    have in the float model, not on those that quantized units before them give."""
+
+    def __init__(self, float_inputs: bool) -> None:
+        self.float_inputs = float_inputs
+
+    @abstractmethod
+    def observe(self, block: Block) -> None:
+        """Run the float model to the end of a block; for each in order, before it changes."""
+
+    @abstractmethod
+    def __call__(self, block: Block, train: Callable[[Unit], None]) -> None:
+        """Call `train` with each unit of an observed block, in execution order."""
+
+
+class WholeBlock(Unit):
+    """A block and its output on chunks of sequences; losses have weights where `is_weighted`."""
+
+    label = ""
+
+    def __init__(
+        self, block: Block, inputs: Sequence[Tensor], exact: Sequence[Tensor], is_weighted: bool
+    ) -> None:
+        self.block, self.inputs, self.exact = block, inputs, exact
+        self.name, self.module, self.linears = block.name, block.module, block.linears
+        self.pieces, self.width = len(exact), exact[0].shape[-1]
+        self.is_weighted, self.weights = is_weighted, list[Tensor]()
+
+    def begin(self) -> None:
+        if self.is_weighted:
+            for piece, exact in enumerate(self.exact):
+                with torch.no_grad():
+                    output = self._output(piece)
+                self.weights.append(output_importance(self.block, piece, output, exact))
+
+    def loss(self, piece: int) -> Float[Tensor, ""]:
+        squares = (self._output(piece).float() - self.exact[piece].float()).square()
+        return (squares * self.weights[piece] if self.weights else squares).mean()
+
+    def records(self, grid: Grid, seconds: float) -> list[Record]:
+        share = seconds / len(self.linears)
+        return [
+            record(f"{self.name}.{name}", linear, grid, share)
+            for name, linear in self.linears.items()
+        ]
+
+    def _output(self, piece: int) -> Tensor:
+        return self.block.replay(piece, self.inputs[piece].detach())
+
+
+class WholeBlocks(Units):
+    """Blocks (BRECQ, AutoRound, EfficientQAT)."""
+
+    def __init__(self, float_inputs: bool, is_weighted: bool) -> None:
+        super().__init__(float_inputs)
+        self.is_weighted = is_weighted
+        self._inputs: list[Tensor] = []
+        self._exact: list[Tensor] = []
+
+    def observe(self, block: Block) -> None:
+        before = self._exact or block.inputs
+        with torch.no_grad(), float_activations(block.task):
+            self._exact = [block.replay(n, hidden) for n, hidden in enumerate(before)]
+        self._inputs = before if self.float_inputs else block.inputs
+        if self.float_inputs:
+            block.skip()
+
+    def __call__(self, block: Block, train: Callable[[Unit], None]) -> None:
+        train(WholeBlock(block, self._inputs, self._exact, self.is_weighted))
+
+
+class OutputMoments(NamedTuple):
+    """Means over tokens of x̃ x̃ᵀ, (x̃ - x) x̃ᵀ and (x̃ - x)(x̃ - x)ᵀ, where x̃ and x are inputs in
+    the quantized and in the float model with a 1 at their ends, for the bias."""
+
+    own: Float[Tensor, "inputs inputs"]
+    moved: Float[Tensor, "inputs inputs"]
+    gap: Float[Tensor, "inputs inputs"]
+
+    @staticmethod
+    def of(inputs: Iterable[Float[Tensor, "..."]], floats: Iterable[Tensor]) -> "OutputMoments":
+        """Of chunks [..., columns] of equal tokens, accumulated in float32."""
+        sums: list[Tensor] = []
+        count = 0
+        for own, other in zip(inputs, floats, strict=True):
+            x, y = (each.detach().reshape(-1, each.shape[-1]).float() for each in (own, other))
+            gap = nn.functional.pad(x - y.to(x), (0, 1))
+            x = nn.functional.pad(x, (0, 1), value=1.0)
+            parts = [x.T @ x, gap.T @ x, gap.T @ gap]
+            sums = parts if not sums else [a + b for a, b in zip(sums, parts, strict=True)]
+            count += len(x)
+        return OutputMoments(*(total / count for total in sums))
+
+    def exact(self) -> Float[Tensor, "inputs inputs"]:
+        """The mean of x xᵀ."""
+        return self.own - self.moved - self.moved.T + self.gap
+
+
+class OneLinear(Unit):
+    """A linear by the moments of its inputs: with D = Q - W, its output Q x̃ has the square distance
+    tr(D own Dᵀ) + 2 <D, W moved> + tr(W gap Wᵀ) from W x."""
+
+    pieces = 1
+
+    def __init__(self, name: str, label: str, linear: nn.Linear, moments: OutputMoments) -> None:
+        self.name, self.label, self.module = name, label, linear
+        self.linear, self.linears = linear, {label: linear}
+        self.width, self.moments = linear.out_features, moments
+        self.exact = self._matrix(linear.weight).detach()
+        self.shift = 2 * self.exact @ moments.moved
+        self.constant = self._squares(self.exact, moments.gap)
+
+    def loss(self, piece: int) -> Float[Tensor, ""]:
+        return self._distance(self._matrix(self.linear.weight))
+
+    @torch.no_grad()
+    def records(self, grid: Grid, seconds: float) -> list[Record]:
+        """Errors are shares of the float output's square."""
+        scale = self._squares(self.exact, self.moments.exact()).clamp(min=1e-30)
+        nearest = self.exact.clone()
+        nearest[:, :-1] = grid(self.exact[:, :-1].contiguous())
+        made = record(self.name, self.linear, grid, seconds)
+        before = float(self._distance(nearest) / scale)
+        after = float(self._distance(self._matrix(self.linear.weight)) / scale)
+        return [replace(made, error_before=before, error=after)]
+
+    def _matrix(self, weight: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows inputs"]:
+        """The weight with the bias as its last column."""
+        bias = self.linear.bias
+        ended = torch.zeros_like(weight[:, :1]) if bias is None else bias[:, None]
+        return torch.cat([weight, ended], 1).float()
+
+    def _squares(self, matrix: Tensor, moment: Tensor) -> Float[Tensor, ""]:
+        return (matrix @ moment * matrix).sum() / self.width
+
+    def _distance(self, matrix: Float[Tensor, "rows inputs"]) -> Float[Tensor, ""]:
+        change = matrix - self.exact
+        moved = change @ self.moments.own + self.shift
+        return (moved * change).sum() / self.width + self.constant
+
+
+class EachLinear(Units):
+    """Linears (AdaRound, AdaQuant), each after the groups before it in its block were rounded."""
+
+    def __init__(self, float_inputs: bool) -> None:
+        super().__init__(float_inputs)
+        self._stream = FloatStream()
+        self._floats: FloatInputs = {}
+
+    def observe(self, block: Block) -> None:
+        self._floats = self._stream.inputs(block)
+        if self.float_inputs:
+            block.skip()
+
+    def __call__(self, block: Block, train: Callable[[Unit], None]) -> None:
+        linears = block.linears
+
+        def on_inputs(names: tuple[str, ...], inputs: Iterator[Tensor]) -> None:
+            moments = OutputMoments.of(inputs, self._floats[names])
+            for name in names:
+                train(OneLinear(f"{block.name}.{name}", name, linears[name], moments))
+
+        if self.float_inputs:
+            for names, inputs in self._floats.items():
+                on_inputs(names, iter(inputs))
+        else:
+            block.advance(on_inputs)
+
+
+UNITS: dict[str, Callable[[bool, bool], Units]] = {
+    "block": WholeBlocks,
+    "linear": lambda float_inputs, is_weighted: EachLinear(float_inputs),
+}

@@ -1,0 +1,177 @@
+"""Low-rank corrections: the optimum in each metric, what they reduce to, and what they store."""
+
+import pytest
+import torch
+from helpers.problems import is_stored_whole, loss, problem
+from torch import Tensor
+
+from qexp.common.errors import UserError
+from qexp.grid import IntGrid
+from qexp.packed.low_rank import LowRank
+from qexp.solvers import GPTQ, RTN, BiLLM, SpQR
+from qexp.solvers.base import Moments
+from qexp.solvers.factor import inverse_factor
+from qexp.solvers.low_rank import METRICS, Correction, nearest_product
+from qexp.solvers.pbllm import PBLLM
+from qexp.solvers.quip import QuIP
+
+GRID = IntGrid(3, group_size=32, scale_dtype="float16")
+EXACT = {"factors": "float32", "damp": 0.0}
+
+
+def exact() -> tuple[Tensor, Tensor, Tensor]:
+    """A matrix, a Hessian that is symmetric to the last bit, and U with H⁻¹ = Uᵀ U; in float64."""
+    error, hessian = (each.double() for each in problem())
+    hessian = (hessian + hessian.T) / 2
+    return error, hessian, torch.linalg.cholesky(hessian.inverse(), upper=True)
+
+
+@pytest.mark.parametrize("rank", [1, 7, 48])
+def test_what_remains_is_the_sum_of_the_dropped_squares(rank: int) -> None:
+    error, hessian, upper = exact()
+    outputs, inputs = nearest_product(error, upper, rank)
+    remaining = loss(error - outputs @ inputs, hessian)
+    values = torch.linalg.svdvals(error @ torch.linalg.cholesky(hessian))
+    expected = float(values[rank:].square().sum())
+    assert remaining == pytest.approx(expected, rel=1e-9, abs=1e-6)
+
+
+def test_a_step_in_any_direction_is_worse() -> None:
+    error, hessian, upper = exact()
+    outputs, inputs = nearest_product(error, upper, 5)
+    best = loss(error - outputs @ inputs, hessian)
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        step = 1e-3 * torch.randn(outputs.shape, generator=generator, dtype=torch.float64)
+        assert loss(error - (outputs + step) @ inputs, hessian) > best
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_full_metric_is_the_best_in_the_hessian(seed: int) -> None:
+    weight, hessian = problem(seed=seed)
+    base = RTN(GRID)
+    plain = loss(base(weight).weight - weight, hessian)
+    identity, diagonal, full = (
+        loss(Correction(0.15, metric).around(base)(weight, hessian).weight - weight, hessian)
+        for metric in METRICS
+    )
+    assert full < diagonal < plain and full < identity < plain
+    assert full < 0.75 * plain
+
+
+def test_a_diagonal_of_ones_is_lorc() -> None:
+    weight, hessian = problem()
+    lorc = Correction(8, "identity", **EXACT).around(RTN(GRID))(weight, hessian).weight
+    ones = Correction(8, "diagonal", **EXACT).around(RTN(GRID))
+    torch.testing.assert_close(ones(weight, 3 * torch.eye(weight.shape[1])).weight, lorc)
+    # Directly: the best rank-8 matrix in the Frobenius norm.
+    error = (weight - RTN(GRID)(weight).weight).double()
+    left, values, right = torch.linalg.svd(error, full_matrices=False)
+    product = left[:, :8] * values[:8] @ right[:8]
+    torch.testing.assert_close(lorc, (weight.double() - error + product).float())
+
+
+def test_the_whole_rank_is_the_weight_itself_and_rank_0_the_solver() -> None:
+    weight, hessian = problem()
+    solver = GPTQ(GRID)
+    assert Correction(0).around(solver) is solver and Correction(0.0).around(solver) is solver
+    for metric in METRICS:
+        whole = Correction(48, metric, **EXACT).around(solver)(weight, hessian)
+        torch.testing.assert_close(whole.weight, weight)
+
+
+def test_inputs_without_data_take_no_part() -> None:
+    weight, hessian = problem()
+    hessian[:, 5] = hessian[5] = 0
+    for metric in ("diagonal", "full"):
+        packed = Correction(0.1, metric).around(GPTQ(GRID))(weight, hessian).packed
+        assert isinstance(packed, LowRank) and isinstance(packed.inputs, Tensor)
+        assert packed.inputs[:, 5].abs().max() < 1e-6 * packed.inputs.abs().max()
+
+
+def test_further_rounds_keep_the_best() -> None:
+    weight, hessian = problem()
+    errors = [
+        loss(
+            Correction(0.1, rounds=rounds).around(GPTQ(GRID))(weight, hessian).weight - weight,
+            hessian,
+        )
+        for rounds in (1, 2, 4)
+    ]
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.95 * errors[0]
+
+
+def test_the_error_of_a_carrying_solver_is_measured_from_its_aim() -> None:
+    weight, hessian = problem()
+    moved = Moments(hessian, hessian + 0.1 * torch.diag(hessian.diagonal()))
+    base = GPTQ(GRID, carry=0.5)
+    solver = Correction(0.2).around(base)
+    assert solver.needs_moments
+    aim = base.aim(weight, moved)
+    assert torch.equal(solver.aim(weight, moved), aim)
+    before = base(weight, hessian, moved).weight
+    after = solver(weight, hessian, moved).weight  # type: ignore[call-arg]
+    assert loss(after - aim, hessian) < 0.8 * loss(before - aim, hessian)
+
+
+BASES = {
+    "rtn": RTN(GRID),
+    "gptq": GPTQ(GRID, act_order=True),
+    "spqr": SpQR(IntGrid(3, group_size=16, real_zero=True, include_zero=False), act_order=True),
+    "billm": BiLLM(block=48, scale_dtype="float16"),
+    "pbllm": PBLLM(scale_dtype="float16"),
+    "quip": QuIP(IntGrid(3, per_tensor=True)),
+}
+
+
+@pytest.mark.parametrize("factors", ["float16", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("name", BASES)
+def test_storage_gives_the_weights_back_and_takes_the_bits_of_the_formula(
+    name: str, factors: str
+) -> None:
+    rows, columns, rank = 48, 96, 6
+    weight, hessian = problem(rows, columns)
+    base, solver = BASES[name], Correction(rank, factors=factors).around(BASES[name])
+    solution = solver(weight, hessian)
+    assert is_stored_whole(solution)
+    each = {"float16": (16, 16), "bfloat16": (16, 16)}.get(factors)
+    if each is None:  # one scale for all 48 outputs, and for all 96 inputs, of each rank
+        bits = int(factors[3:])
+        each = bits + 16 / rows, bits + 16 / columns
+    factor_bits = rank * (each[0] * rows + each[1] * columns) / (rows * columns)
+    assert solution.bits == pytest.approx(base(weight, hessian).bits + factor_bits)
+    assert loss(solution.weight - weight, hessian) < loss(
+        base(weight, hessian).weight - weight, hessian
+    )
+    with pytest.raises(ValueError, match="cannot be separated"):
+        solution.packed.rows(0, 4)
+
+
+def test_damping_is_that_of_the_factorization() -> None:
+    weight, hessian = problem()
+    solution = Correction(4, damp=0.3).around(RTN(GRID))(weight, hessian)
+    assert solution.damp == inverse_factor(hessian, 0.3).damp == 0.3
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"rank": -1},
+        {"rank": 2.5},
+        {"metric": "trace"},
+        {"factors": "int3"},
+        {"rounds": 0},
+        {"damp": -1},
+    ],
+    ids=str,
+)
+def test_settings_are_checked(wrong: dict[str, object]) -> None:
+    with pytest.raises(UserError, match=rf"method\.residual\.{next(iter(wrong))}="):
+        Correction(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_rank_above_that_of_a_layer_is_refused() -> None:
+    with pytest.raises(
+        UserError, match=r"method\.residual\.rank=49: a \[48, 96\] matrix has rank 48"
+    ):
+        Correction(49).around(RTN(GRID)).check(48, 96)
