@@ -45,6 +45,7 @@ class Grid(ABC):
     range: Range
     per_tensor: bool
     scale_dtype: str
+    axis: str = "outputs"  # along which groups of a second level run
 
     @property
     @abstractmethod
@@ -61,7 +62,13 @@ class Grid(ABC):
     @property
     def rowwise(self) -> bool:
         """Whether the values of a row depend only on that row."""
-        return not (self.per_tensor or self.second_level)
+        return not (self.per_tensor or self.second_level) or self.fits_whole_rows
+
+    @property
+    def fits_whole_rows(self) -> bool:
+        """Whether the second level runs along the inputs, so that all groups of a row have to be
+        fitted together (`scales_of`)."""
+        return any(grid.axis == "inputs" for grid in self.second_level.values())
 
     @property
     @abstractmethod
@@ -152,8 +159,11 @@ class Grid(ABC):
         """UserError when group sizes do not divide the sides of a [rows, columns] matrix, or the
         range does not fit the grid."""
         self.range.check(self)
-        self.groups(columns)
+        groups = self.groups(columns)
         for name, grid in self.second_level.items():
+            if grid.axis == "inputs":
+                cut(groups, grid.group_size, f"weight.{name}.group_size", "groups of a row")
+                continue
             cut(rows, grid.group_size, f"weight.{name}.group_size", "outputs")
 
     def groups(self, columns: int) -> int:
@@ -165,7 +175,9 @@ class Grid(ABC):
         groups = self.groups(columns)
         scales = 1 if self.per_tensor else rows * groups
         each = {"scales": float(torch.finfo(self.stored_dtype).bits), "zeros": self.zero_bits}
-        each |= {name: grid.cost(groups, rows) for name, grid in self.second_level.items()}
+        for name, grid in self.second_level.items():
+            along = (rows, groups) if grid.axis == "inputs" else (groups, rows)
+            each[name] = grid.cost(*along)
         return self.bits + scales * sum(each.values()) / (rows * columns)
 
     @property
@@ -188,14 +200,25 @@ class Grid(ABC):
         `fit`."""
         rows, columns = x.shape
         groups = self.groups(columns)
-        if self.second_level:  # their groups run along the rows of one group of columns
+        if self.second_level and not self.fits_whole_rows:
+            # Their groups run along the rows of one group of columns.
             weights: Sequence[Tensor | None] = [None] * groups
             weights = weights if counts is None else counts.chunk(groups, 1)
             parts = zip(x.chunk(groups, 1), weights, strict=True)
             return Scale.join([self.fit(part, each) for part, each in parts])
         shape = rows * groups, columns // groups
         q = self.fit(x.reshape(shape), None if counts is None else counts.reshape(shape))
-        return q.map(lambda part: part.expand(rows * groups, 1).reshape(rows, groups))
+        q = q.map(lambda part: part.expand(rows * groups, 1).reshape(rows, groups))
+        return self.along_rows(q, x, counts)
+
+    def along_rows(
+        self,
+        q: Scale,
+        x: Float[Tensor, "rows columns"],
+        counts: Float[Tensor, "rows columns"] | None,
+    ) -> Scale:
+        """The scales [rows, groups] of a matrix after a second level along the inputs, if any."""
+        return q
 
     def __call__(
         self, x: Float[Tensor, "rows columns"], rounding: Rounding = torch.round

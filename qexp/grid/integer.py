@@ -10,6 +10,7 @@ from qexp.common.errors import UserError
 from qexp.grid.base import Grid, Range
 from qexp.grid.clipping import Clamp, Rounding, snap
 from qexp.grid.ranges import MinMax
+from qexp.grid.row_multiples import row_multiples
 from qexp.grid.scale import DTYPES, Scale, positive
 
 
@@ -27,8 +28,10 @@ class IntGrid(Grid):
     include_zero: asymmetric ranges are widened to hold 0 (GPTQ does, SpQR does not).
     real_zero: zero points are not rounded (SpQR's default). Without it and a range that need not
     hold 0, one bit would leave 0 and a single other value, so that the least is two.
-    scales, zeros: the grid of the scales or zero points of this grid. Its groups are adjacent rows
-    within one group of columns (SpQR's second level).
+    scales, zeros: the grid of the scales or zero points of this grid.
+    axis: of such a grid: its groups are adjacent rows within one group of columns ("outputs",
+    SpQR's second level), or it has one scale for the scales of a row ("inputs", DGQ's), which are
+    then whole multiples of it; see `row_multiples`.
     """
 
     bits: int = 4
@@ -42,6 +45,7 @@ class IntGrid(Grid):
     real_zero: bool = False
     scales: "IntGrid | None" = None
     zeros: "IntGrid | None" = None
+    axis: str = "outputs"
 
     def __post_init__(self) -> None:
         least = 1 if self.real_zero and not self.include_zero and not self.symmetric else 2
@@ -53,6 +57,17 @@ class IntGrid(Grid):
             raise UserError(
                 f"scale_dtype={self.scale_dtype} is unknown: give {' or '.join(DTYPES)}."
             )
+        if self.axis not in ("outputs", "inputs"):
+            raise UserError(f"axis={self.axis} is unknown: give outputs or inputs.")
+        if self.fits_whole_rows:
+            own = self.scales
+            plain = own is not None and own.symmetric and not own.narrow and own.group_size is None
+            if not plain or self.real_zero or self.zeros is not None:
+                raise UserError(
+                    "weight.scales.axis=inputs: the scales of a row are whole multiples of one "
+                    "number; give weight.scales.symmetric=true weight.scales.group_size=null "
+                    "weight.real_zero=false weight.zeros=null."
+                )
         if self.per_tensor and self.second_level:
             raise UserError("weight.scales, weight.zeros need weight.per_tensor=false.")
         if self.per_tensor and self.group_size is not None:
@@ -109,7 +124,7 @@ class IntGrid(Grid):
             zero = -low / scale
         else:
             zero = self.zero_as_stored(-low / scale)
-        if not self.second_level:
+        if not self.second_level or self.fits_whole_rows:  # or `along_rows` follows
             return Scale(scale, zero)
         # As in SpQR, zero points are computed from the scale before it is quantized.
         raw = {"scales": scale, "zeros": zero}
@@ -117,6 +132,16 @@ class IntGrid(Grid):
             n: g(raw[n].reshape(1, -1)).reshape(-1, 1) for n, g in self.second_level.items()
         }
         return Scale(positive(quantized["scales"]), quantized["zeros"], (scale, zero))
+
+    def along_rows(
+        self,
+        q: Scale,
+        x: Float[Tensor, "rows columns"],
+        counts: Float[Tensor, "rows columns"] | None,
+    ) -> Scale:
+        if self.scales is None or not self.fits_whole_rows:
+            return q
+        return row_multiples(self, self.scales, q, x, counts)
 
     def zero_as_stored(self, zero: Float[Tensor, "*rows each"]) -> Float[Tensor, "*rows each"]:
         if not self.real_zero:

@@ -17,7 +17,8 @@ class Scale(NamedTuple):
     """Scale and zero point of a grid: value = scale · (code - zero).
 
     raw: scale and zero as they were before a second grid rounded them, from which storage derives
-    the second level once more; None where there is none.
+    the second level once more; for a second level along the inputs the scale of the row's scales
+    in place of theirs. None where there is none.
     fitted: the interval [low, high] that the grid was fitted to. Where the fit was to the very
     values that are rounded (a dynamic range), it decides what is clipped. None, as for scales that
     train or are fixed, leaves that to the codes.

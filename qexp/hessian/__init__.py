@@ -8,3 +8,4 @@ from qexp.hessian.layerwise import Layerwise as Layerwise
 from qexp.hessian.layerwise import second_moment as second_moment
 from qexp.hessian.output import OutputAdaptive as OutputAdaptive
 from qexp.hessian.output import TokenWeighted as TokenWeighted
+from qexp.hessian.two_sided import BothSides as BothSides

@@ -2,7 +2,7 @@
 
 To add a Hessian, implement `Hessian`, or `CacheableHessian` if it can be measured at float weights,
 and add one yaml in conf/method/hessian/. A Hessian from gradients is a subclass of
-`output.FromGradients` with one method. The scale of a Hessian is free: solvers give the same result
+`from_gradients.FromGradients`. The scale of a Hessian is free: solvers give the same result
 for H and c·H.
 """
 
@@ -15,12 +15,14 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from qexp.solvers.base import Moments
+from qexp.common.errors import UserError
+from qexp.solvers.base import Moments, Solver
+from qexp.solvers.wrapper import OfDiagonal
 from qexp.walk import Block
 
 # Called with the names of linears that share one Hessian, with that Hessian and, by a walk that
 # carries the float model's inputs along, with the moments of their common input.
-OnHessian = Callable[[tuple[str, ...], Float[Tensor, "_ columns"], Moments | None], None]
+OnHessian = Callable[[tuple[str, ...], Float[Tensor, "..."], Moments | None], None]
 
 # Calls `on_hessian` for every linear of a block once, as soon as its Hessian is known. May leave
 # the block settled (see `Block.advance`).
@@ -49,9 +51,13 @@ class Hessian(ABC):
         return False
 
     @property
-    def is_diagonal(self) -> bool:
-        """Whether a linear is handed the diagonals of its rows' Hessians, [rows, columns]."""
-        return False
+    def is_matrix(self) -> bool:
+        """Whether what is handed out for a linear is one matrix [columns, columns]."""
+        return True
+
+    def adapted(self, solver: Solver) -> Solver:
+        """The solver for what is handed out. UserError where it needs something else."""
+        return one_sided(solver)
 
     @abstractmethod
     def prepare(self, first: Block) -> ForEachGroup:
@@ -61,12 +67,22 @@ class Hessian(ABC):
         measured at float weights is measured here.
         """
 
-    def __call__(self, block: Block) -> dict[str, Float[Tensor, "_ _"]]:
+    def __call__(self, block: Block) -> dict[str, Float[Tensor, "..."]]:
         """The Hessian of each linear of one block; the block stays as it is."""
         return collected(self.prepare(block), block)
 
 
-def collected(for_each_group: ForEachGroup, block: Block) -> dict[str, Float[Tensor, "_ _"]]:
+def one_sided(solver: Solver) -> Solver:
+    """The solver for a Hessian [columns, columns]. UserError where it needs one of the outputs."""
+    if solver.needs_both_sides:
+        raise UserError(
+            f"method.hessian: {type(solver).__name__} needs a Hessian of the outputs too; give "
+            "method=yaqa, or method/hessian=output_both."
+        )
+    return OfDiagonal(solver) if solver.needs_diagonal else solver
+
+
+def collected(for_each_group: ForEachGroup, block: Block) -> dict[str, Float[Tensor, "..."]]:
     """The Hessian of each linear of one block; the block stays as it is."""
     found: dict[str, Tensor] = {}
 

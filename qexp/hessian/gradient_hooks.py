@@ -1,4 +1,4 @@
-"""Hooks that collect the inputs of layers with the gradients at their outputs, and their check."""
+"""Hooks that collect the inputs of layers with the gradients at their outputs; lost gradients."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -7,209 +7,111 @@ activation Hessian weighted by ‖g_t‖².
 """
 
 from abc import abstractmethod
-from collections.abc import Collection, Iterator
-from dataclasses import asdict, dataclass
-from math import inf
+from collections.abc import Sequence
+from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qexp.common.errors import UserError, check_choice, check_int, check_number
-from qexp.common.progress import bar
-from qexp.grid.scale import DTYPES
-from qexp.hessian import gradient_hooks, layerwise
-from qexp.hessian.base import CacheableHessian, ForEachGroup, Measured, OnHessian
-from qexp.hessian.float_weights import AtFloatWeights
-from qexp.hessian.gradient_hooks import check_dead, frozen, watching
+from qexp.common.errors import check_int
+from qexp.hessian import layerwise
+from qexp.hessian.base import one_sided
+from qexp.hessian.from_gradients import FromGradients
 from qexp.hessian.layerwise import add_symmetric, mirrored
-from qexp.walk import Block
+from qexp.solvers.base import Solver
+from qexp.solvers.by_rows import ByRows
 
 Factors = tuple[Float[Tensor, "each columns"], Float[Tensor, "each columns"]]
-
-SCHEDULES = ("per_block", "every_k", "one_pass")
-LABELS = ("data", "sampled")
-
-
-@dataclass(frozen=True)
-class FromGradients(CacheableHessian):
-    """Base of Hessians from gradients: when and how gradients are computed.
-
-    schedule: `per_block` takes them again at each block, with the blocks before it quantized (the
-    paper); `every_k` at every k-th block for the next k; `one_pass` once at float weights.
-    sequences: that run together; each keeps its own gradient, so this changes only the speed.
-    dtype: of the forward and backward pass; gradients are always multiplied in float32.
-    loss_scale: multiplies the loss, against underflow in half precision. It does not change the
-    result: solvers do not depend on the scale of H.
-    labels: `data` for the next token of the text (empirical Fisher, the paper), `sampled` for
-    tokens drawn from the model's own distribution (true Fisher), with `seed`.
-    memory: GiB of Hessians that `one_pass` holds at one time; with more, blocks are measured a few
-    at a time, one pass each, and kept in the cache on disk.
-    """
-
-    schedule: str = "per_block"
-    k: int = 4
-    sequences: int = 4
-    dtype: str = "float32"
-    loss_scale: float = 1024.0
-    labels: str = "data"
-    seed: int = 0
-    memory: float = 8.0
-
-    def __post_init__(self) -> None:
-        check_choice("method.hessian", self, schedule=SCHEDULES, dtype=DTYPES, labels=LABELS)
-        check_int("method.hessian", self, k=1, sequences=1)
-        check_number("method.hessian", self, memory=0, loss_scale=0)
-        if not 0 < self.loss_scale < inf:
-            raise UserError(
-                f"method.hessian.loss_scale={self.loss_scale}: give a finite number above 0."
-            )
-
-    @abstractmethod
-    def shape(self, rows: int, columns: int) -> tuple[int, int]:
-        """The shape of the Hessian of a [rows, columns] linear."""
-
-    @abstractmethod
-    def add(
-        self,
-        total: Float[Tensor, "_ columns"],
-        x: Float[Tensor, "tokens columns"],
-        g: Float[Tensor, "tokens rows"],
-    ) -> None:
-        """Add one sequence to what `finished` makes the Hessian of."""
-
-    @abstractmethod
-    def finished(self, total: Float[Tensor, "_ columns"]) -> Float[Tensor, "_ columns"]:
-        """The Hessian, after all sequences."""
-
-    @abstractmethod
-    def per_input(self, hessian: Float[Tensor, "_ columns"]) -> Float[Tensor, " columns"]:
-        """A number for each input, 0 where it has no gradient: the diagonal where there is one."""
-
-    @property
-    def blocks_per_pass(self) -> int:
-        return self.k if self.schedule == "every_k" else 1
-
-    @property
-    def is_precomputed(self) -> bool:
-        return self.schedule == "one_pass"
-
-    def prepare(self, first: Block) -> ForEachGroup:
-        if self.is_precomputed:
-            return AtFloatWeights(self).prepare(first)
-        waiting: dict[str, Tensor] = {}  # of the blocks of the last pass
-
-        def for_each_group(block: Block, on_hessian: OnHessian) -> None:
-            if block.index % self.blocks_per_pass == 0 or not waiting:
-                stop = min(block.index + self.blocks_per_pass, len(block.task.blocks))
-                waiting.update(self._gradient_hessians(block, range(block.index, stop)))
-            for name in block.linears:
-                on_hessian((name,), waiting.pop(f"{block.name}.{name}"), None)
-
-        return for_each_group
-
-    def measure(self, first: Block, wanted: Collection[int]) -> Iterator[Measured]:
-        """One pass for as many blocks as fit into `memory`."""
-        count = len(first.task.blocks)
-        shapes = (self.shape(*linear.weight.shape) for linear in first.linears.values())
-        size = sum(4 * rows * columns for rows, columns in shapes)
-        span = max(int(self.memory * 2**30 / size), 1)
-        for start in range(first.index, count, span):
-            covered = range(start, min(start + span, count))
-            inside = [index for index in covered if index in wanted]
-            found = self._gradient_hessians(first, covered) if inside else {}
-            for index in inside:
-                prefix = f"{first.task.arch.blocks}.{index}."
-                yield index, {name: found[prefix + name] for name in first.linears}
-
-    @property
-    def code(self) -> tuple[ModuleType, ...]:
-        return (gradient_hooks, layerwise)
-
-    def identity(self, first: Block) -> dict[str, Any]:
-        fields = asdict(self)
-        for irrelevant in ("schedule", "k", "memory"):
-            fields.pop(irrelevant)
-        return fields
-
-    def _gradient_hessians(self, block: Block, covered: range) -> dict[str, Float[Tensor, "_ _"]]:
-        """Hessians of the linears of the blocks in `covered`, which starts at `block` or later."""
-        task = block.task
-        found: dict[str, Tensor] = {}
-        seen: dict[str, Tensor] = {}
-        root = task.arch.blocks
-        linears = {
-            f"{root}.{index}.{name}": task.blocks[index].get_submodule(name)
-            for index in covered
-            for name in block.linears
-        }
-
-        @torch.autocast(task.device.type, enabled=False)
-        def take(name: str, x: Tensor, g: Tensor) -> None:
-            # Some families flatten sequences into rows on the way (OPT's MLP).
-            xs, gs = (part.float().reshape(running, -1, part.shape[-1]) for part in (x, g))
-            for x, g in zip(xs, gs, strict=True):
-                if name not in found:
-                    shape = self.shape(g.shape[1], x.shape[1])
-                    found[name] = torch.zeros(shape, device=x.device)
-                self.add(found[name], x, g)
-                for key, part in ((name, x), (f"{name} scored", x[:-1])):
-                    used = (part != 0).any(0)
-                    seen[key] = seen[key] | used if key in seen else used
-
-        total = -(-sum(len(inputs) for inputs in block.inputs) // self.sequences)
-        kind, dtype = task.device.type, DTYPES[self.dtype]
-        with (
-            torch.enable_grad(),
-            frozen(task),
-            watching(linears, take),
-            task.labels(self.labels, self.seed),
-            torch.autocast(kind, dtype, enabled=self.dtype != "float32"),
-        ):
-            losses = block.losses(self.sequences)
-            for loss, running in bar(losses, f"gradients from block {block.index}", total):
-                (loss * running * self.loss_scale).backward()
-        for name in found:
-            hessian = found[name] = self.finished(found[name])
-            check_dead(name, self.per_input(hessian), seen[name], seen[f"{name} scored"])
-        return found
+Matrices = tuple[Sequence[Float[Tensor, "_ _"]], Sequence[Float[Tensor, "_ _"]]]
 
 
 @dataclass(frozen=True)
 class Gram(FromGradients):
-    """Base of Hessians [columns, columns] to which a sequence adds AᵀB, known to be symmetric."""
+    """Base of Hessians that consist of matrices to which a sequence adds AᵀB, known to be
+    symmetric."""
+
+    @abstractmethod
+    def matrices(self, hessian: Float[Tensor, "..."], columns: int) -> Matrices:
+        """Views of its matrices: those of the inputs, then those of the outputs."""
 
     @abstractmethod
     def factors(
         self, x: Float[Tensor, "tokens columns"], g: Float[Tensor, "tokens rows"]
-    ) -> Factors:
-        """A and B of one sequence."""
-
-    def shape(self, rows: int, columns: int) -> tuple[int, int]:
-        return columns, columns
+    ) -> list[Factors]:
+        """A and B of one sequence for each of `matrices`."""
 
     def add(
         self,
-        total: Float[Tensor, "columns columns"],
+        total: Float[Tensor, "..."],
         x: Float[Tensor, "tokens columns"],
         g: Float[Tensor, "tokens rows"],
     ) -> None:
-        add_symmetric(total, *self.factors(x, g))
+        inputs, outputs = self.matrices(total, x.shape[1])
+        for matrix, pair in zip([*inputs, *outputs], self.factors(x, g), strict=True):
+            add_symmetric(matrix, *pair)
 
-    def finished(self, total: Float[Tensor, "columns columns"]) -> Float[Tensor, "columns columns"]:
-        return mirrored(total)
+    def finished(self, total: Float[Tensor, "..."], columns: int) -> Float[Tensor, "..."]:
+        for side in self.matrices(total, columns):
+            for matrix in side:
+                matrix.copy_(mirrored(matrix))
+        return total
 
-    def per_input(self, hessian: Float[Tensor, "columns columns"]) -> Float[Tensor, " columns"]:
-        return hessian.diagonal()
+    def per_input(
+        self, hessian: Float[Tensor, "..."], columns: int
+    ) -> list[Float[Tensor, " columns"]]:
+        return [matrix.diagonal() for matrix in self.matrices(hessian, columns)[0]]
+
+    @property
+    def code(self) -> tuple[ModuleType, ...]:
+        return (*super().code, layerwise)
 
 
 @dataclass(frozen=True)
-class OutputAdaptive(Gram):
-    """Σ_n G[n]ᵀ G[n], one gradient per sequence (OAC, Algorithm 1)."""
+class OfInputs(Gram):
+    """Base of Hessians of the inputs: [columns, columns], or one for each group of rows.
+
+    groups: of adjacent rows; each has a Hessian from the gradients at its own outputs, and is
+    solved by itself (GuidedQuant, 2505.07004).
+    """
+
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_int("method.hessian", self, groups=1)
+
+    @abstractmethod
+    def factors_of(
+        self, x: Float[Tensor, "tokens columns"], g: Float[Tensor, "tokens rows"]
+    ) -> Factors:
+        """A and B of AᵀB for the rows of one group."""
+
+    def shape(self, rows: int, columns: int) -> tuple[int, ...]:
+        return (columns, columns) if self.is_matrix else (self.groups, columns, columns)
+
+    def matrices(self, hessian: Float[Tensor, "..."], columns: int) -> Matrices:
+        return hessian.view(-1, columns, columns).unbind(), ()
 
     def factors(
+        self, x: Float[Tensor, "tokens columns"], g: Float[Tensor, "tokens rows"]
+    ) -> list[Factors]:
+        return [self.factors_of(x, part) for part in g.chunk(self.groups, 1)]
+
+    @property
+    def is_matrix(self) -> bool:
+        return self.groups == 1
+
+    def adapted(self, solver: Solver) -> Solver:
+        solver = one_sided(solver)
+        return solver if self.is_matrix else ByRows(solver, self.groups)
+
+
+@dataclass(frozen=True)
+class OutputAdaptive(OfInputs):
+    """Σ_n G[n]ᵀ G[n], one gradient per sequence (OAC, Algorithm 1)."""
+
+    def factors_of(
         self, x: Float[Tensor, "tokens columns"], g: Float[Tensor, "tokens rows"]
     ) -> Factors:
         if through_tokens(len(x), g.shape[1], x.shape[1]):
@@ -219,10 +121,10 @@ class OutputAdaptive(Gram):
 
 
 @dataclass(frozen=True)
-class TokenWeighted(Gram):
+class TokenWeighted(OfInputs):
     """Σ_t ‖g_t‖² x_t x_tᵀ: tokens weighted by the squared gradient norm at the layer's output."""
 
-    def factors(
+    def factors_of(
         self, x: Float[Tensor, "tokens columns"], g: Float[Tensor, "tokens rows"]
     ) -> Factors:
         weighted = x * g.norm(dim=1, keepdim=True)

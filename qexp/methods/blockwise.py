@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from qexp.common.errors import UserError, check_int
 from qexp.common.progress import bar
 from qexp.hessian import AtFloatWeights, CacheableHessian, Hessian
-from qexp.hessian.base import ForEachGroup
+from qexp.hessian.base import ForEachGroup, one_sided
 from qexp.hessian.paired import Paired
-from qexp.methods.checks import check, check_shape, finite
+from qexp.methods.checks import check, finite
 from qexp.methods.journal import Journal
 from qexp.methods.write_back import write
 from qexp.quantizers.scheme import Activations, quantize_activations
@@ -45,7 +45,7 @@ class Direct(Step):
 
     @torch.no_grad()
     def __call__(self, task: Task, batches: Batches) -> list[Record]:
-        solver = self.residual.around(self.solver)
+        solver = one_sided(self.residual.around(self.solver))
         check(task, lambda _: solver)
         if self.activations_first:
             quantize_activations(task, self.activations, batches)
@@ -97,7 +97,7 @@ class Blockwise(Step):
         if self.chunk is not None:
             check_int("method", self, chunk=1)
         check_together(self.solver, self.target, self.propagate)
-        check_shape(self.solver, self.hessian)
+        self._fitted(self.solver)  # UserError where they do not fit
 
     @torch.no_grad()
     def __call__(self, task: Task, batches: Batches) -> list[Record]:
@@ -113,7 +113,12 @@ class Blockwise(Step):
 
     def solver_of(self, name: str) -> Solver:
         """The solver of a linear, by its full name."""
-        return self.residual.around(self.own.get(name, self.solver))
+        return self._fitted(self.own.get(name, self.solver))
+
+    def _fitted(self, solver: Solver) -> Solver:
+        """The solver with the residual, in what the Hessian's source hands out: where that differs
+        between groups of rows, each group has a residual of its own."""
+        return self.hessian.adapted(self.residual.around(solver))
 
     @torch.no_grad()
     def rounded(self, task: Task, data: list[Batch]) -> tuple[list[Record], Journal]:
@@ -168,7 +173,7 @@ class Blockwise(Step):
 
         def on_hessian(
             names: tuple[str, ...],
-            hessian: Float[Tensor, "_ columns"],
+            hessian: Float[Tensor, "..."],
             moments: Moments | None,
         ) -> None:
             full = {f"{block.name}.{name}": linears[name] for name in names}
@@ -196,7 +201,7 @@ class Blockwise(Step):
         self,
         names: list[str],
         linears: list[nn.Linear],
-        hessian: Float[Tensor, "_ columns"],
+        hessian: Float[Tensor, "..."],
         moments: Moments | None,
     ) -> list[Record]:
         """Solve matrices that share a Hessian as one stacked matrix."""
@@ -209,8 +214,6 @@ class Blockwise(Step):
                 "the calibration text (calibration.corpus)."
             )
         solver = self.solver_of(names[0])
-        if solver.needs_diagonal and not self.hessian.is_diagonal:
-            hessian = hessian.diagonal()[None]
         start = time.perf_counter()
         weight = torch.cat([linear.weight.detach().float() for linear in linears])
         target = self.target(weight, moments)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from qexp.common.errors import check_bool, check_int
+from qexp.common.errors import UserError, check_bool, check_int
 from qexp.hessian import AtFloatWeights, CacheableHessian
 from qexp.hessian.base import ForEachGroup, collected
 from qexp.hessian.gradient_hooks import frozen
@@ -46,6 +46,12 @@ class Loss(Metric):
 
     def __post_init__(self) -> None:
         check_bool("method.metric", self, "average")
+        if not self.hessian.is_matrix:
+            raise UserError(
+                f"method.metric.hessian: {type(self.hessian).__name__} has more than products of "
+                "inputs, or less; give method/metric=loss or loss_output, with one group of rows "
+                "(method.metric.hessian.groups=1)."
+            )
 
     def __call__(
         self, task: Task, data: Sequence[Batch], records: Sequence[Record]

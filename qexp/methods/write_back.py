@@ -19,7 +19,7 @@ def write(
     linear: nn.Linear,
     solution: Solution,
     baseline: Float[Tensor, "rows columns"],
-    hessian: Float[Tensor, "_ _"] | None,
+    hessian: Float[Tensor, "..."] | None,
     seconds: float,
     tolerance: float = 1e-3,
     target: Float[Tensor, "rows columns"] | None = None,

@@ -21,9 +21,9 @@ class Coded(Packed):
     """Codes of a grid with their scales.
 
     codes: in the column order of the matrix. scale, zero: [rows, groups], or [1, 1] for a
-    per-tensor grid; `Coded`, transposed to [groups, rows], where a second-level grid quantizes
-    them. group: the group of each column, where groups are not adjacent columns (act_order without
-    static groups).
+    per-tensor grid; `Coded` where a second-level grid quantizes them, transposed to [groups, rows]
+    where that one runs along the outputs. group: the group of each column, where groups are not
+    adjacent columns (act_order without static groups).
     """
 
     grid: Grid
@@ -51,7 +51,11 @@ class Coded(Packed):
         if grid.second_level:
             assert scales.raw is not None, "scales of a two-level grid need their raw values"
             raw = dict(zip(("scales", "zeros"), scales.raw, strict=True))
-            coded = {name: _on_grid(part, raw[name]) for name, part in grid.second_level.items()}
+            own = {"scales": scales.scale, "zeros": scales.zero}
+            coded = {
+                name: _on_grid(part, own[name], raw[name])
+                for name, part in grid.second_level.items()
+            }
             scale, zero = coded.get("scales", scale), coded.get("zeros", zero)
         return Coded(grid, codes, scale, zero, group, outliers)
 
@@ -89,12 +93,17 @@ class Coded(Packed):
         return total + (0 if self.outliers is None else self.outliers.size())
 
     def rows(self, start: int, stop: int) -> "Coded":
-        if isinstance(self.scale, Coded) or isinstance(self.zero, Coded):
+        scale = self.scale
+        if isinstance(scale, Coded) and scale.grid.axis == "inputs":
+            scale = scale.rows(start, stop)
+        elif isinstance(scale, Tensor):
+            scale = scale[start:stop]
+        if scale is self.scale or isinstance(self.zero, Coded):
             raise ValueError("rows that share second-level scales cannot be separated")
         return replace(
             self,
             codes=self.codes[start:stop],
-            scale=self.scale[start:stop],
+            scale=scale,
             zero=None if self.zero is None else self.zero[start:stop],
             outliers=None if self.outliers is None else self.outliers.rows(start, stop),
         )
@@ -175,11 +184,19 @@ class Coded(Packed):
 
 
 def _plain(part: "Tensor | Coded") -> Float[Tensor, "each groups"]:
-    return part.dequantize().T if isinstance(part, Coded) else part.float()
+    if not isinstance(part, Coded):
+        return part.float()
+    return part.dequantize() if part.grid.axis == "inputs" else part.dequantize().T
 
 
-def _on_grid(grid: Grid, values: Float[Tensor, "rows groups"]) -> Coded:
-    transposed = values.T.contiguous()
+def _on_grid(
+    grid: Grid, values: Float[Tensor, "rows groups"], raw: Float[Tensor, "rows groups"]
+) -> Coded:
+    """Scales or zero points `values` in storage; `raw` as in `Scale`."""
+    if grid.axis == "inputs":
+        own = raw[:, :1].contiguous()
+        return Coded.of(grid, values, Scale(own, torch.full_like(own, 2 ** (grid.bits - 1))))
+    transposed = raw.T.contiguous()
     return Coded.of(grid, transposed, grid.scales_of(transposed))
 
 

@@ -20,6 +20,7 @@ from qexp.packed.mixed import Partial
 from qexp.packed.parts import Parts
 from qexp.packed.plain import Plain
 from qexp.packed.rotated import Rotated
+from qexp.packed.stacked import Stacked
 from qexp.packed.table import Table
 from qexp.runs import results
 
@@ -27,7 +28,7 @@ FILE = results.WEIGHTS
 # Named here so that `restored` finds every form: it knows the classes that were imported.
 FORMS: dict[str, type[Packed]] = {
     form.__name__: form
-    for form in (Binary, Coded, LowRank, Masked, Partial, Parts, Plain, Rotated, Table)
+    for form in (Binary, Coded, LowRank, Masked, Partial, Parts, Plain, Rotated, Stacked, Table)
 }
 
 

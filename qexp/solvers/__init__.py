@@ -12,3 +12,4 @@ from qexp.solvers.quip import QuIP as QuIP
 from qexp.solvers.rtn import RTN as RTN
 from qexp.solvers.spqr import SpQR as SpQR
 from qexp.solvers.squeezellm import SqueezeLLM as SqueezeLLM
+from qexp.solvers.two_sided import TwoSided as TwoSided

@@ -50,9 +50,10 @@ class Solver(ABC):
     def __call__(
         self,
         weight: Float[Tensor, "rows columns"],
-        hessian: Float[Tensor, "columns columns"],
+        hessian: Float[Tensor, "..."],
     ) -> Solution:
-        """Round `weight` so that tr(Δ H Δᵀ) is small; scaling H does not change the result."""
+        """Round `weight` so that `measure` of the change is small: unless a solver says otherwise
+        tr(Δ H Δᵀ) with H [columns, columns]. Scaling H does not change the result."""
 
     @abstractmethod
     def check(self, rows: int, columns: int) -> None:
@@ -83,7 +84,7 @@ class Solver(ABC):
 
     @property
     def needs_moments(self) -> bool:
-        """Whether the solver is called with a third argument, the `Moments` of the inputs."""
+        """Whether the solver is called with an argument `moments`, those of the inputs."""
         return False
 
     @property
@@ -98,13 +99,18 @@ class Solver(ABC):
         return target
 
     @property
+    def needs_both_sides(self) -> bool:
+        """Whether the solver is called with a Hessian of both sides (`both_sides.joined`)."""
+        return False
+
+    @property
     def needs_diagonal(self) -> bool:
         """Whether the solver is called with the diagonals of the rows' Hessians in place of a
         matrix: [rows, columns], or [1, columns] where all rows have the same."""
         return False
 
     def measure(
-        self, change: Float[Tensor, "rows columns"], hessian: Float[Tensor, "_ _"] | None
+        self, change: Float[Tensor, "rows columns"], hessian: Float[Tensor, "..."] | None
     ) -> float:
         """The objective of the solver, for a change of the matrix that it rounds."""
         return error(change, hessian)

@@ -12,7 +12,7 @@ from qexp.solvers.base import Moments, Solution
 from qexp.solvers.factor import damped, ordered
 from qexp.solvers.importance import check_importance, importance_of
 from qexp.solvers.refine import check_refit, refined
-from qexp.solvers.rtn import OnGrid
+from qexp.solvers.rtn import OnGrid, check_fits_groups
 from qexp.solvers.sweep import Fit, Rule, opened, sweep
 from qexp.solvers.target import shift
 
@@ -59,6 +59,8 @@ class GPTQ(OnGrid):
                 "method.solver.clip_first=true: the ends are known before the sweep only with "
                 "method.solver.static_groups=true."
             )
+        if not self.static_groups:
+            check_fits_groups(self.grid, "give method.solver.static_groups=true")
         check_number("method.solver", self, damp=0, carry=0)
         check_int("method.solver", self, fit_every=1, block=1, descend=0)
         check_importance(self)

@@ -14,6 +14,7 @@ from qexp.packed.coded import Coded
 from qexp.packed.low_rank import Factor, LowRank
 from qexp.solvers.base import Moments, Solution, Solver
 from qexp.solvers.factor import inverse_factor
+from qexp.solvers.wrapper import Wrapper
 
 METRICS = ("identity", "diagonal", "full")
 CODES = {"int8": 8, "int4": 4}
@@ -68,6 +69,11 @@ class Correction(Residual):
     def around(self, solver: Solver) -> Solver:
         if not self.rank:
             return solver
+        if solver.needs_both_sides:
+            raise UserError(
+                f"method.residual.rank={self.rank}: {type(solver).__name__} rounds in a Hessian of "
+                "the outputs too; give method/residual=none, or another solver."
+            )
         if solver.needs_diagonal:
             raise UserError(
                 f"method.residual.rank={self.rank}: {type(solver).__name__} rounds in the diagonal "
@@ -99,36 +105,14 @@ class Correction(Residual):
 
 
 @dataclass(frozen=True)
-class Corrected(Solver):
+class Corrected(Wrapper):
     """A solver followed by a `Correction` of its error."""
 
-    base: Solver
     correction: Correction
 
     @property
     def rowwise(self) -> bool:
         return False
-
-    @property
-    def baseline(self) -> Solver:
-        return self.base.baseline
-
-    @property
-    def tolerance(self) -> float:
-        return self.base.tolerance
-
-    @property
-    def needs_moments(self) -> bool:
-        return self.base.needs_moments
-
-    @property
-    def takes_first(self) -> bool:
-        return self.base.takes_first
-
-    def aim(
-        self, target: Float[Tensor, "rows columns"], moments: Moments | None
-    ) -> Float[Tensor, "rows columns"]:
-        return self.base.aim(target, moments)
 
     def check(self, rows: int, columns: int) -> None:
         self.base.check(rows, columns)
@@ -137,12 +121,6 @@ class Corrected(Solver):
                 f"method.residual.rank={self.correction.rank}: a [{rows}, {columns}] matrix has "
                 f"rank {most} at most; give a share below 1, or at most that."
             )
-
-    def least_bits(self, rows: int, columns: int) -> float:
-        return self.base.least_bits(rows, columns)
-
-    def with_bits(self, bits: int) -> "Solver":
-        return Corrected(self.base.with_bits(bits), self.correction)
 
     def __call__(
         self,

@@ -1,7 +1,7 @@
 """OBQ (Optimal Brain Compression, Frantar and Alistarh, 2208.11580): greedy rounding by rows."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -72,7 +72,7 @@ class OBQ(OnGrid):
             nearest = partial(self.grid.round, q=q)
             parts.append(greedy(weight[tile].double(), inverse, nearest, cheapest(farthest)))
         rounded = torch.cat(parts).float()
-        packed = Coded.of(self.grid, rounded, coded.scales())
+        packed = replace(coded, codes=self.grid.encode(rounded, wide).to(torch.int32))
         if self.refit:
             packed = refitted(packed, weight, damped(hessian, factor.damp))
         return Solution(packed.dequantize(), packed.bits(), packed, factor.damp)

@@ -90,8 +90,8 @@ def refitted(
 
 
 def check_refit(grid: Grid) -> None:
-    """UserError where the rows of a grid share numbers."""
-    if not grid.rowwise:
+    """UserError where the rows of a grid share numbers, or the groups of a row do."""
+    if not grid.rowwise or grid.second_level:
         raise UserError(
             "method.solver.refit=true: scales and zero points are solved row by row; give "
             "weight.per_tensor=false weight.scales=null weight.zeros=null."

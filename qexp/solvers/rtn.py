@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from jaxtyping import Float
 from torch import Tensor
 
+from qexp.common.errors import UserError
 from qexp.grid import Grid
 from qexp.packed.coded import Coded
 from qexp.solvers.base import Solution, Solver
@@ -33,6 +34,15 @@ class OnGrid(Solver):
         return RTN(self.grid)
 
 
+def check_fits_groups(grid: Grid, advice: str) -> None:
+    """UserError where a grid cannot be fitted to one group of columns after another."""
+    if grid.fits_whole_rows:
+        raise UserError(
+            "weight.scales.axis=inputs: the scales of a row have to be fitted together, before its "
+            f"columns are rounded; {advice}."
+        )
+
+
 @dataclass(frozen=True)
 class RTN(OnGrid):
     """The nearest value of the grid for every weight; ignores the Hessian."""
@@ -42,7 +52,7 @@ class RTN(OnGrid):
     def __call__(
         self,
         weight: Float[Tensor, "rows columns"],
-        hessian: Float[Tensor, "columns columns"] | None = None,
+        hessian: Float[Tensor, "..."] | None = None,
     ) -> Solution:
         packed = Coded.of(self.grid, weight, self.grid.scales_of(weight.float()))
         return Solution(packed.dequantize(), packed.bits(), packed)

@@ -16,7 +16,7 @@ from qexp.solvers.base import Solution
 from qexp.solvers.factor import damped, ordered
 from qexp.solvers.importance import check_importance, importance_of
 from qexp.solvers.refine import check_refit, refitted
-from qexp.solvers.rtn import OnGrid
+from qexp.solvers.rtn import OnGrid, check_fits_groups
 from qexp.solvers.sweep import Rule, sweep
 
 
@@ -59,6 +59,7 @@ class SpQR(OnGrid):
         check_int("method.solver", self, block=1)
         check_choice("method.solver", self, outlier_dtype=DTYPES)
         check_bool("method.solver", self, "refit")
+        check_fits_groups(self.grid, "give method=gptq, or another grid")
         check_importance(self)
         if self.refit:
             check_refit(self.grid)

@@ -1,28 +1,21 @@
 """AWQ (2306.00978): activation-aware channel scales and weight clipping."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from qexp.common.errors import check_choice, check_int
+from qexp.common.errors import check_choice, check_int, check_number
 from qexp.grid import Grid
-from qexp.hessian import second_moment
+from qexp.hessian.layerwise import mirrored
 from qexp.quantizers.scheme import FloatActivations
 from qexp.step import Record, Step
 from qexp.task import Batches, Task
 from qexp.transforms.channels import SITES
-from qexp.transforms.scale_search import (
-    ScaleShift,
-    SiteStatistics,
-    check_settings,
-    first,
-    on_device,
-    search_and_fold,
-)
-from qexp.walk import Block, walk
+from qexp.transforms.scale_search import check_settings, first, pieces, search_and_fold
+from qexp.transforms.site_statistics import InputMoments, ScaleShift, SiteStatistics
+from qexp.walk import Block
 
 
 @dataclass(frozen=True)
@@ -34,6 +27,8 @@ class AWQ(Step):
     clip: the second part. It changes weights for good, as part of how they will be rounded, and
     with it the float model's logits; scales alone do not.
     sequences: of each calibration batch; null is all of them.
+    margin: scales whose error on some sequences exceeds the least by so many standard errors are
+    not measured on the others (`race.least`); inf measures all of them on all.
     """
 
     grid: Grid
@@ -42,22 +37,28 @@ class AWQ(Step):
     grouped_values: bool = False
     sites: str = "norms+value+up"
     sequences: int | None = None
+    margin: float | int = 4.0
 
     def __post_init__(self) -> None:
         check_settings(self)
         check_choice("transform", self, sites=SITES)
         check_int("transform", self, points=1)
+        check_number("transform", self, margin=0)
 
     @torch.no_grad()
     def __call__(self, task: Task, batches: Batches) -> list[Record]:
         data = first(batches(), self.sequences)
-        weight_only = FloatActivations()
         search_and_fold(
-            task, data, self.sites, self._propose, self.grid, weight_only, self.points > 1
+            task,
+            pieces(data),
+            self.sites,
+            self._propose,
+            self.grid,
+            FloatActivations(),
+            searched=self.points > 1,
+            margin=self.margin,
+            finish=self._clip,
         )
-        if self.clip:
-            for block in walk(task, data):
-                self._clip(block)
         return []
 
     def _propose(self, site: SiteStatistics) -> list[ScaleShift]:
@@ -67,20 +68,17 @@ class AWQ(Step):
         scales = (site.mean.pow(power).clamp(min=1e-4) for power in powers)
         return [ScaleShift(scale / (scale.max() * scale.min()).sqrt()) for scale in scales]
 
-    def _clip(self, block: Block) -> None:
-        moments: dict[str, Tensor] = {}
-
-        def visit(names: tuple[str, ...], inputs: Iterator[Tensor]) -> None:
-            moments.update(dict.fromkeys(names, second_moment(inputs)))
-
-        block.advance(visit)  # the next block's inputs are those of unclipped weights
-        producers = {group.producer for group in block.groups}
+    def _clip(self, block: Block, moments: InputMoments) -> None:
+        if not self.clip:
+            return
+        linears, producers = block.linears, {group.producer for group in block.groups}
         # the first group is the attention's; values are the producer of the output projection
         attention = set(block.groups[0].linears) - producers
-        with on_device(block):
-            for name, linear in block.linears.items():
+        for group in block.groups:
+            moment = mirrored(moments[linears[group.linears[0]]])
+            for name in group.linears:
                 if name not in attention:
-                    linear.weight.data = clipped(linear, moments[name], self.grid)
+                    linears[name].weight.data = clipped(linears[name], moment, self.grid)
 
 
 def clipped(

@@ -11,12 +11,11 @@ from qexp.step import Record, Step
 from qexp.task import Batches, Task
 from qexp.transforms.channels import SITES
 from qexp.transforms.scale_search import (
-    ScaleShift,
-    SiteStatistics,
     check_settings,
     first,
     search_and_fold,
 )
+from qexp.transforms.site_statistics import ScaleShift, SiteStatistics
 
 TINY = 1e-12  # of a tensor of zeros
 

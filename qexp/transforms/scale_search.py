@@ -1,87 +1,30 @@
-"""Statistics of the inputs of a block's linears, and search for the best channel scale."""
+"""Search for the best channel scale and shift of every site, block by block."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from contextlib import contextmanager
+from math import inf
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from qexp.common.errors import UserError, check_int
 from qexp.grid import Grid
 from qexp.quantizers.scheme import Activations
 from qexp.task import Batch, Task
-from qexp.transforms.channels import Channels, channels_of
+from qexp.transforms.channels import channels_of
+from qexp.transforms.site_statistics import (
+    InputMoments,
+    ScaleShift,
+    SiteStatistics,
+    collect_statistics,
+    input_moments,
+)
 from qexp.walk import Block, walk
-from qexp.walk.capture import Call
+from qexp.walk.capture import rows, split
 
-
-class ScaleShift(NamedTuple):
-    """A scale and a shift to fold."""
-
-    scale: Float[Tensor, " channels"]
-    shift: Float[Tensor, " channels"] | None = None
-
-
-@dataclass
-class SiteStatistics:
-    """Statistics per column of the input of one group's linears, over all calibration tokens.
-
-    module: the smallest one that contains the linears (attention, MLP, or the linear itself).
-    calls, outputs: its recorded calls and what it returned, for `best`.
-    """
-
-    channels: Channels
-    module: nn.Module
-    low: Tensor = field(default_factory=lambda: torch.tensor(torch.inf))
-    high: Tensor = field(default_factory=lambda: torch.tensor(-torch.inf))
-    total: Tensor = field(default_factory=lambda: torch.tensor(0.0))
-    tokens: int = 0
-    calls: list[Call] = field(default_factory=list)
-    outputs: list[Tensor] = field(default_factory=list)
-
-    def add(self, x: Float[Tensor, "*tokens columns"]) -> None:
-        x = x.detach().flatten(0, -2).float()
-        self.low = torch.minimum(self.low.to(x.device), x.amin(0))
-        self.high = torch.maximum(self.high.to(x.device), x.amax(0))
-        self.total = self.total.to(x.device) + x.abs().sum(0)
-        self.tokens += len(x)
-
-    @property
-    def largest(self) -> Float[Tensor, " channels"]:
-        """The largest magnitude in each channel."""
-        return self.channels.gather(torch.maximum(-self.low, self.high))
-
-    @property
-    def mean(self) -> Float[Tensor, " channels"]:
-        """The mean magnitude in each channel."""
-        return self.channels.gather(self.total / self.tokens)
-
-    @property
-    def ends(self) -> tuple[Float[Tensor, " channels"], Float[Tensor, " channels"]]:
-        return -self.channels.gather(-self.low), self.channels.gather(self.high)
-
-    def best(
-        self, changes: Sequence[ScaleShift], grid: Grid, activation: Activations
-    ) -> ScaleShift:
-        """The change with the smallest output error of the module after quantization.
-
-        A single change is returned without evaluation.
-        """
-        if len(changes) == 1:
-            return changes[0]
-        errors = [self._error(change, grid, activation) for change in changes]
-        return changes[errors.index(min(errors))]
-
-    def _error(self, change: ScaleShift, grid: Grid, activation: Activations) -> float:
-        error = 0.0
-        with _rounded(self.channels, change, grid, activation):
-            for (args, kwargs), output in zip(self.calls, self.outputs, strict=True):
-                difference = _first(self.module(*args, **kwargs)).float() - output.float()
-                error += float(difference.square().sum(dtype=torch.float64))
-        return error
+PIECES = 16  # in which a search sees the calibration data
 
 
 @torch.no_grad()
@@ -93,33 +36,32 @@ def search_and_fold(
     grid: Grid,
     activation: Activations,
     searched: bool,
+    margin: float = inf,
+    finish: Callable[[Block, InputMoments], None] | None = None,
 ) -> None:
     """Folds, at each site of each block, the best change that `propose` returns.
 
-    searched: whether `propose` may return several.
+    searched: whether `propose` may return several. margin: of `race.least`, whose parts are the
+    batches. finish: called with each block after its last site, and the moments of its inputs, from
+    which the errors of single linears are then computed too; for changes without a shift, and float
+    activations. What it changes does not reach the next block.
     """
+    measured = finish is not None
     for block in walk(task, batches):
-        statistics = collect_statistics(block, channels_of(task, block.index, sites), searched)
+        channels = channels_of(task, block.index, sites)
+        with input_moments(block, block.groups if measured else ()) as moments:
+            statistics = collect_statistics(block, channels, searched, measured)
         with on_device(block):
             for site in statistics:
-                change = site.best(propose(site), grid, activation)
+                first = site.channels.linears[0]
+                site.moment = moments.get(first) if site.is_linear else None
+                change = site.best(propose(site), grid, activation, margin)
                 site.channels.fold(change.scale, change.shift)
-
-
-def collect_statistics(
-    block: Block, sites: Iterable[Channels], replay: bool
-) -> list[SiteStatistics]:
-    """Runs the block once and collects statistics at each site.
-
-    The outputs are the next block's inputs, as folded changes do not change the block's function.
-    replay: also record the calls that `SiteStatistics.best` needs.
-    """
-    statistics = [SiteStatistics(channels, _container(block, channels)) for channels in sites]
-    with ExitStack() as hooks:
-        for each in statistics:
-            hooks.enter_context(_observed(each, replay))
-        block.settle(list(block.outputs()))
-    return statistics
+                if first in moments:
+                    scale = site.channels.spread(change.scale)
+                    moments[first].div_(scale).div_(scale[:, None])
+            if finish is not None:
+                finish(block, moments)
 
 
 @contextmanager
@@ -138,71 +80,10 @@ def first(batches: Iterable[Batch], sequences: int | None) -> list[Batch]:
     return [{key: value[:sequences] for key, value in batch.items()} for batch in batches]
 
 
-def _container(block: Block, channels: Channels) -> nn.Module:
-    """The module whose output error is measured.
-
-    This is the linear itself if its producer is a linear, and otherwise the parent of the linears.
-    """
-    if len(channels.linears) == 1 and isinstance(channels.producer, nn.Linear):
-        return channels.linears[0]
-    names = {module: name for name, module in block.module.named_modules()}
-    path = names[channels.linears[0]].rpartition(".")[0]
-    return block.module.get_submodule(path) if path else channels.linears[0]
-
-
-@contextmanager
-def _observed(site: SiteStatistics, replay: bool) -> Iterator[None]:
-    def input_hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        site.add(args[0])
-
-    def output_hook(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        site.calls.append(Call(args, kwargs))
-        site.outputs.append(_first(output))
-
-    handles = [site.channels.linears[0].register_forward_pre_hook(input_hook)]
-    if replay:
-        handles.append(site.module.register_forward_hook(output_hook, with_kwargs=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _rounded(
-    channels: Channels, change: ScaleShift, grid: Grid, activation: Activations
-) -> Iterator[None]:
-    """Gives the linears the weights Q_w(W s), the biases b + W z and the inputs Q_a((x - z) / s).
-
-    So the module's recorded calls, with inputs x, can be replayed as after folding and rounding.
-    """
-    scale = channels.spread(change.scale)
-    shift = torch.zeros_like(scale) if change.shift is None else channels.spread(change.shift)
-
-    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (activation.rounded((args[0].float() - shift) / scale).to(args[0]), *args[1:])
-
-    biases = [linear.bias for linear in channels.linears]
-    for linear, bias in zip(channels.linears, biases, strict=True):
-        linear.bias = None if bias is None else nn.Parameter(bias.detach(), False)
-    floats = [linear.weight.data for linear in channels.linears]
-    channels.shift_into(change.shift)
-    handles = [linear.register_forward_pre_hook(hook) for linear in channels.linears]
-    for linear, weight in zip(channels.linears, floats, strict=True):
-        linear.weight.data = grid(weight.float() * scale).to(weight)
-    try:
-        yield
-    finally:
-        for linear, weight, bias, handle in zip(
-            channels.linears, floats, biases, handles, strict=True
-        ):
-            linear.weight.data, linear.bias = weight, bias
-            handle.remove()
-
-
-def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
+def pieces(batches: Sequence[Batch]) -> list[Batch]:
+    """The same sequences in order, a sixteenth of them or less in each batch."""
+    each = -(-sum(map(rows, batches)) // PIECES) if batches else 1
+    return [part for batch in batches for part in split(batch, max(each, 1))]
 
 
 def smoothed(

@@ -9,13 +9,12 @@ from qexp.step import Record, Step
 from qexp.task import Batches, Task
 from qexp.transforms.channels import SITES
 from qexp.transforms.scale_search import (
-    ScaleShift,
-    SiteStatistics,
     check_settings,
     first,
     search_and_fold,
     smoothed,
 )
+from qexp.transforms.site_statistics import ScaleShift, SiteStatistics
 
 
 @dataclass(frozen=True)

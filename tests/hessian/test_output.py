@@ -6,11 +6,12 @@ from helpers.hessians import GRID, measured
 from helpers.models import batches, joined, task_of
 
 from qexp.common.errors import UserError
-from qexp.hessian import Diagonal, Layerwise, OutputAdaptive, TokenWeighted
+from qexp.hessian import BothSides, Diagonal, Layerwise, OutputAdaptive, TokenWeighted
 from qexp.hessian.gradient_hooks import check_dead
 from qexp.hessian.output import through_tokens
 from qexp.methods.blockwise import Blockwise
-from qexp.solvers import GPTQ
+from qexp.solvers import GPTQ, TwoSided
+from qexp.solvers.both_sides import sides
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -29,7 +30,7 @@ def gradients(family: str) -> dict[str, list[torch.Tensor]]:
 
 
 def contribution(source, x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
-    a, b = source.factors(x, g)
+    [(a, b)] = source.factors(x, g)
     return a.T @ b
 
 
@@ -49,7 +50,6 @@ def test_oac_is_the_sum_of_each_sequences_gram_matrix(family, schedule):
 @pytest.mark.parametrize("schedule", ["per_block", "one_pass"])
 def test_the_diagonal_is_the_sum_of_each_sequences_squares(family, schedule):
     source = Diagonal(schedule=schedule, sequences=2, loss_scale=64.0)
-    assert source.is_diagonal and not OutputAdaptive().is_diagonal
     hessians = measured(task_of(family), source, [joined(family)])
     for name, each in gradients(family).items():
         expected = 64.0**2 * sum(g.square() for g in each)
@@ -169,3 +169,55 @@ def test_only_what_no_token_uses_is_dead():
     assert hessian.diagonal().tolist() == [3.0, 2.0, 2.0, 0.0]
     with pytest.raises(UserError, match="a: 1 inputs with data have no gradient"):
         check_dead("a", torch.tensor([3.0, 0.0, 0.0, 0.0]), seen, scored)
+
+
+@pytest.mark.parametrize("source", [OutputAdaptive, TokenWeighted])
+def test_groups_of_rows_have_the_hessians_of_their_own_gradients(source):
+    whole, split = (
+        measured(task_of("llama"), source(loss_scale=64.0, groups=groups), [joined("llama")])
+        for groups in (1, 4)
+    )
+    for name, hessian in whole.items():
+        assert split[name].shape == (4, *hessian.shape)
+        torch.testing.assert_close(
+            split[name].sum(0), hessian, rtol=1e-3, atol=1e-5 * hessian.max()
+        )
+    x, g = torch.randn(6, 8), torch.randn(6, 12)
+    for number, (a, b) in enumerate(source(groups=4).factors(x, g)):
+        part = contribution(source(), x, g[:, 3 * number : 3 * number + 3])
+        assert torch.equal(a.T @ b, part)
+
+
+def test_both_sides_are_the_gram_matrices_of_each_sequences_gradient():
+    source = BothSides(sequences=2, loss_scale=64.0, labels="data")
+    hessians = measured(task_of("llama"), source, [joined("llama")])
+    for name, each in gradients("llama").items():
+        inputs, outputs = sides(hessians[name], each[0].shape[1])
+        for ours, expected in (
+            (inputs, 64.0**2 * sum(g.T @ g for g in each)),
+            (outputs, 64.0**2 * sum(g @ g.T for g in each)),
+        ):
+            torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5 * expected.max())
+
+
+def test_a_solver_and_a_hessian_that_do_not_fit_are_refused():
+    with pytest.raises(UserError, match="BothSides has a Hessian of the outputs, which GPTQ"):
+        Blockwise(GPTQ(GRID), BothSides())
+    for source in (Layerwise(), OutputAdaptive(), TokenWeighted(groups=2)):
+        with pytest.raises(UserError, match="TwoSided needs a Hessian of the outputs too"):
+            Blockwise(TwoSided(GRID), source)
+    with pytest.raises(UserError, match="groups=3 does not divide the 64 outputs"):
+        Blockwise(GPTQ(GRID), TokenWeighted(groups=3))(task_of("llama"), lambda: [joined("llama")])
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        Blockwise(GPTQ(GRID), TokenWeighted(groups=2)),
+        Blockwise(TwoSided(GRID), BothSides(labels="sampled", schedule="one_pass")),
+    ],
+    ids=["groups", "both"],
+)
+def test_layers_are_better_than_rounded_to_nearest_in_these_hessians(method):
+    records = method(task_of("llama"), lambda: [joined("llama")])
+    assert all(record.error < record.error_before for record in records)

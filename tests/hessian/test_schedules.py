@@ -9,7 +9,7 @@ from helpers.models import joined, task_of
 
 from qexp.common.cache import Cache
 from qexp.hessian import Layerwise, OutputAdaptive, TokenWeighted
-from qexp.hessian.output import FromGradients
+from qexp.hessian.from_gradients import FromGradients
 from qexp.methods.blockwise import Blockwise
 from qexp.solvers import GPTQ, BiLLM
 from qexp.walk import walk

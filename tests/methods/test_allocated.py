@@ -14,7 +14,7 @@ from qexp import pipeline
 from qexp.common.errors import UserError
 from qexp.config.instantiate import instantiate
 from qexp.grid import IntGrid, LevelGrid
-from qexp.hessian import Layerwise, OutputAdaptive, TokenWeighted
+from qexp.hessian import BothSides, Diagonal, Layerwise, OutputAdaptive, TokenWeighted
 from qexp.methods.allocated import Allocated
 from qexp.methods.blockwise import Blockwise
 from qexp.methods.option_costs import FirstOrder, Loss, MeasuredLoss, Metric, Relative
@@ -89,6 +89,12 @@ def test_the_first_order_is_that_of_the_rounded_model(rounded) -> None:
         gradient = model.model.get_submodule(record.name).weight.grad
         expected = float((gradient * change(task, record)).abs().sum()) * count
         assert costs[record.name] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("source", [TokenWeighted(groups=2), Diagonal(), BothSides()], ids=str)
+def test_a_loss_needs_one_matrix_of_the_inputs(source) -> None:
+    with pytest.raises(UserError, match=rf"method\.metric\.hessian: {type(source).__name__} has"):
+        Loss(source)
 
 
 @pytest.mark.parametrize("metric", [Loss(TokenWeighted()), FirstOrder(), MeasuredLoss()], ids=str)

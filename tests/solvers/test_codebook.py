@@ -213,7 +213,7 @@ def test_records_have_the_solvers_own_measure(source) -> None:
     name, linear = next(iter(floats.linears().items()))
     made = next(record for record in records if record.name == name)
     hessian = hessians[name.removeprefix("model.layers.0.")]
-    sensitivity = hessian if source.is_diagonal else hessian.diagonal()[None]
+    sensitivity = hessian if isinstance(source, Diagonal) else hessian.diagonal()[None]
     weight = linear.weight.detach()
     change = made.packed.dequantize() - weight
     expected = (sensitivity * change.square()).sum() / (sensitivity * weight.square()).sum()

@@ -14,7 +14,7 @@ from qexp.transforms.awq import AWQ, clipped
 from qexp.transforms.channels import channels_of
 from qexp.transforms.equalize import Equalize, reach
 from qexp.transforms.os_plus import OutlierSuppression
-from qexp.transforms.scale_search import ScaleShift, collect_statistics
+from qexp.transforms.site_statistics import ScaleShift, collect_statistics
 from qexp.transforms.smooth import Smooth
 from qexp.walk import walk
 
@@ -153,7 +153,7 @@ def test_a_change_is_judged_by_what_folding_and_rounding_will_make_of_it():
     for watched in collect_statistics(block, channels_of(task, 0, NORMS), replay=True):
         low, high = watched.ends
         change = ScaleShift(((high - low) / 4).clamp(min=1), (low + high) / 2)
-        judged = watched._error(change, GRID, TENSOR)
+        judged = float(watched.errors(change, [0], GRID, TENSOR)[0].sum())
         kept = {name: p.clone() for name, p in block.module.named_parameters()}
         watched.channels.fold(*change)
         rounded = [

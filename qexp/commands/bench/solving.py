@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Iterator
+from functools import partial
 
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from torch import Tensor
 
-from qexp.commands.bench.timing import loaded, show, timed
+from qexp.commands.bench.timing import loaded, show, spent, timed
 from qexp.config.instantiate import instantiate
 from qexp.config.location import conf
 from qexp.hessian import second_moment
@@ -40,6 +41,19 @@ def blockwise(cfg: DictConfig) -> None:
     stages["solver"] = sum(record.seconds for record in records)
     stages["whole job"] = total
     show(stages, "forward")
+
+
+def transform(cfg: DictConfig) -> None:
+    """Time of a transform on the first block, relative to the method on that block."""
+    task, batches = loaded(cfg)
+    del task.blocks[1:]
+    state = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
+    stages = {}
+    for name, node in (("method", cfg.method), ("transform", cfg.transform)):
+        task.model.load_state_dict(state)
+        step: Step = instantiate(node)
+        stages[name] = spent(task, partial(step, task, lambda: batches))
+    show(stages, "method")
 
 
 def oac(cfg: DictConfig) -> None:

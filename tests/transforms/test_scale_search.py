@@ -1,0 +1,113 @@
+"""AWQ's search: what a race drops and what it keeps, and the same choices as a direct search."""
+
+from math import inf
+
+import pytest
+import torch
+from helpers.channels import ALL, planted
+
+from qexp.grid import IntGrid
+from qexp.hessian.layerwise import mirrored
+from qexp.quantizers.scheme import FloatActivations
+from qexp.transforms.awq import AWQ
+from qexp.transforms.channels import channels_of
+from qexp.transforms.race import least
+from qexp.transforms.scale_search import pieces
+from qexp.transforms.site_statistics import ScaleShift, collect_statistics, input_moments
+from qexp.walk import walk
+
+GRID, FLOAT = IntGrid(3, group_size=32), FloatActivations()
+
+
+def table(seed: int, spread: float) -> torch.Tensor:
+    """Errors [candidates, parts, samples] with a least one; samples are of very different size."""
+    generator = torch.Generator().manual_seed(seed)
+    curve = 1 + 1.5 * (torch.arange(20) / 20 - 0.45).square()
+    size = torch.randn(16, 1, generator=generator).exp()
+    size = size * (1.5 * torch.randn(16, 100, generator=generator)).exp()
+    drift = 1 + 0.005 * torch.randn(20, 16, 1, generator=generator)
+    noise = 1 + spread * torch.randn(20, 16, 100, generator=generator)
+    return (curve[:, None, None] * size * drift * noise).double()
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.05])
+def test_a_race_ends_as_the_whole_comparison_does_and_measures_less(spread):
+    measured, same = 0, 0
+    for seed in range(40):
+        errors = table(seed, spread)
+
+        def asked(index, parts, errors=errors):
+            nonlocal measured
+            measured += len(parts)
+            return list(errors[index, list(parts)])
+
+        totals = errors.sum((1, 2))
+        chosen = least(asked, 20, 16, 4.0)
+        same += chosen == int(totals.argmin())
+        assert totals[chosen] <= 1.002 * totals.min()
+    assert same >= 38  # neighbours are nearly equal
+    assert 1 / 16 < measured / (40 * 20 * 16) < 0.5
+
+
+def test_a_race_without_limit_measures_everything_once_and_takes_the_first_of_equals():
+    seen = []
+
+    def asked(index, parts):
+        seen.extend((index, part) for part in parts)
+        return [torch.tensor([0.0 if index else 1.0]) for _ in parts]
+
+    assert least(asked, 3, 5, inf) == 1
+    assert sorted(seen) == [(index, part) for index in range(3) for part in range(5)]
+    assert least(asked, 3, 16, 4.0) == 1  # no error at all: nothing to divide by
+
+
+def total(errors: list[torch.Tensor]) -> float:
+    return float(torch.cat(errors).sum())
+
+
+def sequences() -> list[dict]:
+    ids = torch.randint(256, (16, 96), generator=torch.Generator().manual_seed(3))
+    return [{"input_ids": ids[:7]}, {"input_ids": ids[7:]}]
+
+
+def test_pieces_are_the_same_sequences_in_order():
+    data = sequences()
+    for batches, most in ((data, 1), (data * 3, 3), (data[:1], 1)):
+        cut = pieces(batches)
+        assert max(len(piece["input_ids"]) for piece in cut) == most
+        joined = [torch.cat([each["input_ids"] for each in parts]) for parts in (batches, cut)]
+        assert torch.equal(*joined)
+    assert pieces([]) == []
+
+
+@torch.no_grad()
+def test_awq_chooses_as_a_direct_search_over_whole_forward_passes():
+    step = AWQ(GRID, points=10, clip=False, grouped_values=True, sites=ALL)
+    ours, direct = planted("llama", 10), planted("llama", 10)
+    step(ours, sequences)
+    chosen = []
+    for block in walk(direct, sequences()):
+        for site in collect_statistics(block, channels_of(direct, block.index, ALL), replay=True):
+            changes, every = step._propose(site), range(len(site.calls))
+            errors = [total(site.errors(change, every, GRID, FLOAT)) for change in changes]
+            chosen.append(errors.index(min(errors)))
+            site.channels.fold(*changes[chosen[-1]])
+    assert len(set(chosen)) > 3  # there is something to choose
+    for one, two in zip(ours.parameters(), direct.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_moment_of_its_inputs_gives_a_linears_output_error():
+    task = planted("llama", 10)
+    block = next(walk(task, sequences()))
+    channels = [each for each in channels_of(task, 0, ALL) if len(each.linears) == 1]
+    replayed = collect_statistics(block, channels, replay=True)
+    with input_moments(block, block.groups) as moments:
+        kept = collect_statistics(block, channels, replay=True, moments=True)
+    assert len(kept) == 2 and not kept[0].calls
+    for one, two in zip(replayed, kept, strict=True):
+        change = ScaleShift(one.mean.sqrt())
+        expected = total(one.errors(change, range(len(one.calls)), GRID, FLOAT))
+        whole = mirrored(moments[two.module])
+        assert two.moment_error(change, whole, GRID) == pytest.approx(expected, rel=1e-3)
