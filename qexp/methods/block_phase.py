@@ -181,7 +181,7 @@ class BlockPhase:
         return self.epochs * unit.pieces
 
     def _penalty_of(self, unit: Unit, parameters: Parameters) -> Callable[[int, int], Tensor | int]:
-        """The penalty at a step, of so many, for errors that are averaged over channels."""
+        """The penalty at a step (of `steps`), for errors that are averaged over channels."""
         penalty, rounding = self.penalty, parameters.get("rounding", ())
         if penalty is None:
             return lambda step, steps: 0

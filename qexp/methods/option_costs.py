@@ -35,7 +35,7 @@ class Loss(Metric):
     """tr(Δ H Δᵀ) / rows with a Hessian of the model's loss: the second-order increase of the loss,
     in one unit for all layers.
 
-    Such a Hessian is a sum over rows; its mean over rows stands for the curvature of each.
+    Such a Hessian is a sum over rows; its mean over rows approximates the curvature of each.
     hessian: measured at float weights, whatever its schedule.
     average: H is replaced by its mean diagonal, so that the cost is that times ‖Δ‖² (HAWQ-V2,
     1911.03852, as we remember it).

@@ -18,7 +18,7 @@ def in_turn(
     upper: Float[Tensor, "columns columns"],
     parts: Iterable[tuple[int, Solver]],
 ) -> list[Solution]:
-    """Solve each part, so many adjacent columns by this solver, and pass its error on.
+    """Solve each part, a number of adjacent columns by one solver, and pass its error on.
 
     upper: U with H⁻¹ = Uᵀ U. With s the part and l the columns after it, the part is solved in
     (U_ssᵀ U_ss)⁻¹, the Hessian that is left of its columns when later ones make up for their error

@@ -29,7 +29,7 @@ class GPTQ(OnGrid):
     static_groups: scales of all groups fitted before the sweep, in the matrix' own column order;
     otherwise on weights that carry the errors of the columns before. Without act_order
     and groups it makes no difference.
-    fit_every: those errors are heard of every so many columns. The reference fits a group on the
+    fit_every: columns after which those errors are passed on. The reference fits a group on the
     weights as its block of 128 began; 1 fits on the latest ones.
     block: columns finished before the rest is updated; no effect on the result.
     importance: weighs the errors in range estimation: null, "diagonal" or "obs" (`importance_of`).

@@ -138,7 +138,7 @@ class MixedGroups(OnGrid):
         return weight.split(self.grid.group_size or weight.shape[1], 1)
 
     def _rounded(self, weight: Float[Tensor, "rows columns"], more: int) -> list[Tensor]:
-        """Every group rounded to nearest with so many bits more."""
+        """Every group rounded to nearest with this many bits more."""
         grid = self._grid(self.grid.bits + more)
         return [grid(part) for part in self._groups(weight)]
 

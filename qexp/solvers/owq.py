@@ -62,7 +62,7 @@ class OWQ(Solver):
         if self.weak(rows, columns) > columns:
             raise UserError(
                 f"method.solver.columns={self.columns}: a layer has {columns} inputs; give at most "
-                "so many."
+                f"{columns}."
             )
 
     @property
@@ -110,7 +110,7 @@ class OWQ(Solver):
         return Solution(packed.dequantize(), packed.bits(), packed, factor.damp, paper)
 
     def _strong(self, columns: int) -> list[tuple[int, Solver]]:
-        """The solvers of so many columns: of whole groups, and of a shorter last one."""
+        """The solvers of this many columns: of whole groups, and of a shorter last one."""
         last = columns % (self.grid.group_size or max(columns, 1))
         one: Grid = replace(self.grid, group_size=None)  # type: ignore[type-var]
         short: OnGrid = replace(self.base, grid=one)  # type: ignore[type-var]

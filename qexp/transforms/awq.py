@@ -24,10 +24,10 @@ class AWQ(Step):
 
     grouped_values: also value → output projection where several query heads share a value head,
     which the reference leaves out, since the shapes of the two differ there.
-    clip: the second part. It changes weights for good, as part of how they will be rounded, and
+    clip: the second part. It changes weights permanently, as part of how they will be rounded, and
     with it the float model's logits; scales alone do not.
     sequences: of each calibration batch; null is all of them.
-    margin: scales whose error on some sequences exceeds the least by so many standard errors are
+    margin: scales whose error on some sequences exceeds the least by this many standard errors are
     not measured on the others (`race.least`); inf measures all of them on all.
     """
 

@@ -25,8 +25,8 @@ class MagR(Step):
     """Shrinks the largest magnitude of each group of weights, where the layer's output changes
     little: ½ tr((V - W) Ĥ (V - W)ᵀ) + alpha Σ ‖v‖_∞ over groups v, Ĥ = H / λ_max(H).
 
-    Weights change for good, and with them the float model. A layer's H is that of the inputs which
-    the layers before it, already changed, give.
+    Weights change permanently, and with them the float model. A layer's H is that of the inputs
+    that the layers before it, already changed, give.
 
     alpha: in the weights' own units; 0 changes nothing. null: 1e-3 for a grid with one scale per
     row, 1e-4 for one with groups (the reference). steps: of proximal gradient descent.
