@@ -22,7 +22,7 @@ from qexp.hessian.layerwise import add_symmetric, mirrored
 from qexp.solvers.base import Solver
 from qexp.solvers.by_rows import ByRows
 
-Factors = tuple[Float[Tensor, "each columns"], Float[Tensor, "each columns"]]
+Factors = tuple[Float[Tensor, "_ _"], Float[Tensor, "_ _"]]  # of one shape, another in each pair
 Matrices = tuple[Sequence[Float[Tensor, "_ _"]], Sequence[Float[Tensor, "_ _"]]]
 
 

@@ -22,8 +22,8 @@ class LowRank(Packed):
     """
 
     base: Packed
-    outputs: Factor
-    inputs: Factor
+    outputs: Float[Tensor, "rank rows"] | Coded
+    inputs: Float[Tensor, "rank columns"] | Coded
 
     def dequantize(self) -> Float[Tensor, "rows columns"]:
         product = _plain(self.outputs).T @ _plain(self.inputs)

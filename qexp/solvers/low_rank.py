@@ -54,7 +54,7 @@ class Correction(Residual):
     rank: float | int = 0.1
     metric: str = "full"
     factors: str = "float16"
-    damp: float = 0.01
+    damp: float | int = 0.01
     rounds: int = 1
 
     def __post_init__(self) -> None:

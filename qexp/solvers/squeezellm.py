@@ -114,8 +114,8 @@ class SqueezeLLM(OnTable):
 def outlying(
     weight: Float[Tensor, "rows columns"],
     sensitivity: Float[Tensor, "rows columns"],
-    sensitive: float,
-    outliers: float,
+    sensitive: float | int,
+    outliers: float | int,
 ) -> Bool[Tensor, "rows columns"]:
     """The weights with the largest sensitivity, and then the largest, up to these shares of all."""
     mask = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)

@@ -127,7 +127,7 @@ def test_solves_every_linear_and_comes_back(family: str, name: str, tmp_path) ->
         ("pbllm", "solver.salient_metric=mean"),
         ("pbllm", "solver.scale_dtype=float8"),
         ("quip", "solver.greedy=-1"),
-        *(("squeezellm", f"solver.bits={bits}") for bits in (1, 9, 2.5)),
+        *(("squeezellm", f"solver.bits={bits}") for bits in (1, 9)),
         ("squeezellm", "solver.steps=0"),
         ("squeezellm", "solver.sensitive=-0.1"),
         ("squeezellm", "solver.outliers=1.5"),

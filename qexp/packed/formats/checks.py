@@ -85,7 +85,7 @@ def of_integers(
     bits: int,
     codes: Int[Tensor, "rows columns"],
     scale: Float[Tensor, "rows groups"],
-    zero: Float[Tensor, "rows groups"] | None,
+    zero: Float[Tensor, "rows groups"] | Int[Tensor, "rows groups"] | None,
     group: Int[Tensor, " columns"] | None = None,
 ) -> Coded:
     """The stored form of what a file holds. zero: None is 2^(bits-1).
