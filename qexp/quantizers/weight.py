@@ -131,7 +131,8 @@ class Moving(FakeWeight):
 
     def __init__(self, start: Coded, offset: bool, share: float, keep: float) -> None:
         super().__init__()
-        self.inner, self.share, self.keep = Frozen(start, offset), share, keep
+        self.grid, self.inner = start.grid, Frozen(start, offset)
+        self.share, self.keep = share, keep
         self.codes = nn.Parameter(start.codes.float())
 
     def scales(self, weight: Float[Tensor, "rows columns"]) -> Scale:
@@ -141,7 +142,7 @@ class Moving(FakeWeight):
         q = self.scales(weight).map(lambda part: part.reshape(-1, 1))
         moved = self.codes - self.codes.detach()
         position = (self._settled().float() + moved).reshape(len(q.scale), -1)
-        return self.inner.start.grid.decode(position, q).reshape(weight.shape).to(weight.dtype)
+        return self.grid.decode(position, q).reshape(weight.shape).to(weight.dtype)
 
     @torch.no_grad()
     def coded(self, weight: Float[Tensor, "rows columns"]) -> Coded:
@@ -154,7 +155,7 @@ class Moving(FakeWeight):
         far = (wanted - before).abs()
         chosen = far.topk(int(self.share * len(far))).indices
         codes = before.clone()
-        codes[chosen] = wanted[chosen].round().clamp(0, self.inner.start.grid.top)
+        codes[chosen] = wanted[chosen].round().clamp(0, self.grid.top)
         left = (self.keep * (wanted - codes)).clamp(-EDGE, EDGE)
         self.codes.copy_((codes + left).reshape(self.codes.shape))
         self._settled()
