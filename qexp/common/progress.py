@@ -3,17 +3,23 @@
 import os
 import sys
 from collections.abc import Iterable
+from functools import partialmethod
 from typing import TypeVar
 
-from tqdm import tqdm
+from tqdm import auto, tqdm
 from transformers.utils import logging
 
 Item = TypeVar("Item")
 
+LIBRARIES = auto.tqdm.__init__  # the class that transformers, datasets and the hub's client use
+
 
 def show(wanted: bool) -> None:
-    """Set whether this process draws bars; this also disables those of transformers."""
+    """Set whether this process draws bars, those of other libraries included."""
     os.environ["QEXP_PROGRESS"] = str(int(wanted))
+    # transformers' own switch misses the bar of its GGUF reader.
+    quiet = partialmethod(LIBRARIES, disable=True)
+    auto.tqdm.__init__ = LIBRARIES if drawn() else quiet
     if not drawn():
         logging.disable_progress_bar()
 
