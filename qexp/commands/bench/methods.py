@@ -1,12 +1,13 @@
 """Benchmark of quantization methods against each other on one block."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from functools import partial
 
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from qexp.commands.bench.timing import loaded, show, spent
+from qexp.commands.bench.timing import empty_cache, loaded, show, spent
 from qexp.common.errors import UserError
 from qexp.config.instantiate import instantiate
 from qexp.config.location import conf
@@ -23,13 +24,14 @@ def methods(cfg: DictConfig, overrides: Sequence[str]) -> None:
     if not cfg.get("methods"):
         raise UserError("methods: there are none; give them, for example +methods=[gptq,lnq]")
     shared = [each for each in overrides if not each.startswith("+methods=")]
+    task, batches = loaded(cfg)
+    del task.blocks[1:]
     stages = {}
     for words in cfg.methods:
         name, *own = words.split()
         with initialize_config_dir(version_base="1.3", config_dir=str(conf())):
             chosen = compose("config", [*shared, f"method={name}", *own])
-        task, batches = loaded(chosen)
-        del task.blocks[1:]
+        empty_cache()
         step: Step = instantiate(chosen.method)
-        stages[words] = spent(task, partial(step, task, batches.copy))
+        stages[words] = spent(task, partial(step, deepcopy(task), batches.copy))
     show(stages, next(iter(stages)))

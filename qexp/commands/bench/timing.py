@@ -24,10 +24,15 @@ def loaded(cfg: DictConfig) -> tuple[Task, list[Batch]]:
     source: ModelSource = instantiate(cfg.model)
     task = as_task(source, source.load(), cfg)
     batches: list[Batch] = instantiate(cfg.calibration)(task)
+    empty_cache()
+    return task, batches
+
+
+def empty_cache() -> None:
+    """Gives the process an empty cache, which is deleted when it ends."""
     folder = TemporaryDirectory()
     atexit.register(folder.cleanup)
     os.environ["QEXP_CACHE_DIR"] = folder.name
-    return task, batches
 
 
 def timed(work: Callable[[], object]) -> float:
