@@ -127,7 +127,7 @@ class Moving(FakeWeight):
     than to the middle between two codes.
     """
 
-    kinds = {"codes": "codes"}  # noqa: RUF012
+    kinds: ClassVar[Mapping[str, str]] = {"codes": "codes"}
 
     def __init__(self, start: Coded, offset: bool, share: float, keep: float) -> None:
         super().__init__()
