@@ -20,8 +20,8 @@ KINDS = ("hadamard", "identity", "matrix")
 
 
 class Factor(NamedTuple):
-    """A square matrix of a Kronecker product. kind: `hadamard` (H / √size), `identity`, or `matrix`,
-    whose entries, given or zero, are those of STORED."""
+    """A square matrix of a Kronecker product. kind: `hadamard` (H / √size), `identity`, or `matrix`
+    (rounded to STORED; zeros until they are loaded where none is given)."""
 
     kind: str
     size: int
