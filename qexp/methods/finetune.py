@@ -14,7 +14,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qexp.common import hashes
-from qexp.common.cache import checksum
 from qexp.common.errors import FieldError, UserError, check_choice, check_int
 from qexp.data.recipe import Recipe
 from qexp.gradients import ClampGradient, RoundingGradient
@@ -34,6 +33,7 @@ from qexp.quantizers.scheme import Activations, quantize_activations
 from qexp.solvers.base import error
 from qexp.step import Record, Step
 from qexp.task import Batch, Batches, Task
+from qexp.training.checkpoint import origin_of
 from qexp.training.code_statistics import CodeStatistics
 from qexp.training.losses import Objective, Penalty
 from qexp.training.module import TrainingSetup
@@ -204,13 +204,6 @@ def check_trainable(task: Task, grid: Grid | None) -> None:
             grid.check(linear.out_features, linear.in_features)
         except UserError as reason:
             raise UserError(f"{name}: {reason}") from reason
-
-
-def origin_of(task: Task, batches: Sequence[Batch]) -> str:
-    """What a result depends on, method aside: checksums of the model's weights, its online maps and
-    the data."""
-    states = [dict(module.state_dict()) for module in (task.model, task.maps)]
-    return f"{task.maps!r} " + "".join(map(checksum, [*states, *batches]))
 
 
 def _after_step(linears: Sequence[nn.Linear]) -> None:

@@ -7,12 +7,13 @@ from functools import partial
 
 from qexp.data.recipe import Recipe
 from qexp.methods.block_phase import BlockPhase
-from qexp.methods.finetune import FineTune, check_trainable, origin_of
+from qexp.methods.finetune import FineTune, check_trainable
 from qexp.methods.journal import Journal
 from qexp.packed.coded import Coded
 from qexp.quantizers.scheme import Activations, quantize_activations
 from qexp.step import Record, Step
 from qexp.task import Batch, Batches, Task
+from qexp.training.checkpoint import origin_of
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,11 @@ from torch import Tensor, nn
 
 from qexp.common.errors import UserError
 from qexp.gradients import Straight
-from qexp.quantizers.scheme import Activations
+from qexp.quantizers.attention import CACHE, Inside, inserted
+from qexp.quantizers.maps import shared_input
+from qexp.quantizers.placement import KVCache, attention_modules
+from qexp.quantizers.scheme import Activations, QuantizedActivations
+from qexp.task import Task
 from qexp.transforms.channels import parametrized
 from qexp.walk import Block
 
@@ -30,19 +34,49 @@ def quantized(block: Block, rules: dict[str, Rule], activation: Activations) -> 
 
     Scales of the input come from the input itself; gradients pass straight through the rounding.
     """
-
-    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (activation.rounded(args[0], Straight()), *args[1:])
-
-    handles = [linear.register_forward_pre_hook(hook) for linear in block.linears.values()]
     with ExitStack() as stack:
         for name, linear in block.linears.items():
             stack.enter_context(parametrized(linear, "weight", _Quantized(rules[name])))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        stack.enter_context(rounded_inputs(block.task, block.index, activation))
+        yield
+
+
+@contextmanager
+def rounded_inputs(task: Task, block: int, activation: Activations) -> Iterator[None]:
+    """Within the context, the inputs of a block's linears are rounded, each once for all readers."""
+    inputs = [shared_input(task, block, group) for group in task.arch.groups]
+    for each in inputs:
+        each.quantizer = _Rounded(activation)
+    try:
+        yield
+    finally:
+        for each in inputs:
+            each.quantizer = None
+
+
+@contextmanager
+def rounded_cache(
+    task: Task, kv: Activations, blocks: Sequence[int] | None = None
+) -> Iterator[None]:
+    """Within the context, keys and values of these blocks (all by default) are rounded as a cache
+    holds them; nothing where `kv` rounds other tensors."""
+    if not (isinstance(kv, QuantizedActivations) and isinstance(kv.placement, KVCache)):
+        yield
+        return
+    own = {operand: _Rounded(kv) for operand in CACHE}
+    chosen = range(len(task.blocks)) if blocks is None else blocks
+    modules = [module for block in chosen for module in attention_modules(task, block)]
+    with inserted(task.model, {module: Inside(dict(own)) for module in modules}):
+        yield
+
+
+class _Rounded(nn.Module):
+    def __init__(self, activation: Activations) -> None:
+        super().__init__()
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation.rounded(x, Straight())
 
 
 class _Quantized(nn.Module):

@@ -8,14 +8,7 @@ from torch import Tensor, nn
 
 from qexp.common.errors import UserError
 from qexp.quantizers.hadamard import hadamard, known
-from qexp.quantizers.maps import (
-    attention_group,
-    fold_columns,
-    map_inputs,
-    map_keys,
-    map_rows,
-    refuse_mapped,
-)
+from qexp.quantizers.maps import attention_group, map_inputs, map_keys, refuse_mapped
 from qexp.quantizers.online import Factor, OnlineMap, hadamard_factors, orthogonal
 from qexp.step import Record, Step
 from qexp.task import Batches, Task
@@ -93,7 +86,7 @@ class Rotate(Step):
         generator = seeded(self.seed + 1)
         for block in blocks:
             if self.values:
-                turn_values(task, block, generator)
+                turn_values(task, block, value_rotation(head_shape(task, block)[1], generator))
             self.put_maps(task, block, generator)
         return []
 
@@ -142,17 +135,23 @@ def head_shape(task: Task, block: int) -> tuple[int, int]:
     return heads, output.shape[1] // heads
 
 
-def turn_values(task: Task, block: int, generator: torch.Generator) -> None:
-    """A rotation of each value head; nothing where values are made together with queries."""
+def value_rotation(size: int, generator: torch.Generator) -> Matrix:
+    """A Hadamard matrix, or where none is known one that is partly random; float64."""
+    made = OnlineMap(hadamard_factors(size, generator))
+    return made(torch.eye(size, dtype=torch.float64)).T
+
+
+def turn_values(task: Task, block: int, q: Matrix) -> None:
+    """Turn each value head; nothing where values are made together with queries."""
     group, module = attention_group(task), task.blocks[block]
     if group.producer is None:
         return
-    heads, size = head_shape(task, block)
-    turned = hadamard_factors(size, generator)
-    producer, output = (module.get_submodule(n) for n in (group.producer, group.linears[0]))
-    assert isinstance(producer, nn.Linear) and isinstance(output, nn.Linear)
-    map_rows(producer, OnlineMap([Factor("identity", producer.out_features // size), *turned]))
-    fold_columns(output, OnlineMap([Factor("identity", heads), *turned]))
+    for parameter in module.get_submodule(group.producer).parameters():
+        heads = parameter.data.reshape(len(parameter) // len(q), len(q), -1)
+        parameter.data = (q @ heads.to(q)).reshape(parameter.shape).to(parameter)
+    output = module.get_parameter(f"{group.linears[0]}.weight")
+    heads = output.data.reshape(len(output), -1, len(q)).to(q)
+    output.data = (heads @ q.inverse()).reshape(output.shape).to(output)
 
 
 def check_stream(task: Task) -> None:
