@@ -32,7 +32,7 @@ from qexp.quantizers.scale_rules import KnownCodes, ScaleRule, check_scale_rule
 from qexp.quantizers.scheme import Activations, quantize_activations
 from qexp.solvers.base import error
 from qexp.step import Record, Step
-from qexp.task import Batch, Batches, Task
+from qexp.task import Batches, Task
 from qexp.training.checkpoint import origin_of
 from qexp.training.code_statistics import CodeStatistics
 from qexp.training.losses import Objective, Penalty

@@ -161,7 +161,7 @@ class CayleySGD(Optimizer):
 
 class _CayleyDescent(torch.optim.Optimizer):
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():

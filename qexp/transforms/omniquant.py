@@ -60,7 +60,7 @@ class Clipping(nn.Module):
 class Shape(nn.Module):
     """A learned scale exp(theta) per channel, and optionally a learned shift."""
 
-    def __init__(self, site: SiteStatistics, shift: bool) -> None:
+    def __init__(self, site: SiteStatistics, shift: bool, alpha: float = 0.5) -> None:
         super().__init__()
         self.channels = site.channels
         low, high = site.ends
@@ -69,7 +69,7 @@ class Shape(nn.Module):
         if shift and self.channels.shiftable:
             self.shift = nn.Parameter((low + high) / 2)
             largest = (high - low) / 2
-        self.theta = nn.Parameter(smoothed(largest, self.channels.weights(), 0.5).log())
+        self.theta = nn.Parameter(smoothed(largest, self.channels.weights(), alpha).log())
 
     def forward(self) -> Float[Tensor, " channels"]:
         return torch.exp(self.theta)

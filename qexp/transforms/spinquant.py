@@ -1,7 +1,7 @@
 """SpinQuant (2405.16406): rotations learned with the loss of the quantized model."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +24,8 @@ from qexp.training.module import TrainingSetup
 from qexp.training.optimizer import CayleySGD
 from qexp.training.trainer import Trainer
 from qexp.transforms.channels import parametrized
-from qexp.transforms.reconstruction import rounded_cache, rounded_inputs
+from qexp.transforms.learned_maps import turned_columns, turned_rows
+from qexp.transforms.reconstruction import Changed, rounded_cache, rounded_inputs
 from qexp.transforms.rotate import (
     Rotate,
     check_stream,
@@ -39,7 +40,6 @@ from qexp.transforms.rotate import (
 )
 
 Matrix = Float[Tensor, "width width"]
-Follow = Callable[[], Matrix]
 
 
 class Rotation(nn.Module):
@@ -74,9 +74,9 @@ class Rotation(nn.Module):
 
 @dataclass(frozen=True)
 class SpinQuant(Step):
-    """Learn R1 of the residual stream, and in each block R2 of its value heads, from `start`'s, with
-    rounded activations and frozen weights; then fold them. Nothing else trains, and online maps
-    stay what `start` makes of them.
+    """Learn R1 of the residual stream, and in each block R2 of its value heads, with rounded
+    activations and frozen weights; then fold them. Both begin as `start` has them, and so do online
+    maps, which do not train.
 
     weight: what weights are rounded to in training, with scales that take no gradient; null: they
     are float, the reference's recipe where GPTQ follows. activation, kv: as the method will round
@@ -160,10 +160,10 @@ class SpinQuant(Step):
                 if self.weight is not None:
                     rule = partial(nearest, self.weight)
                     for linear in task.linears().values():
-                        stack.enter_context(parametrized(linear, "weight", _Change(rule)))
+                        stack.enter_context(parametrized(linear, "weight", Changed(rule)))
                 for block in range(len(task.blocks)):
                     stack.enter_context(rounded_inputs(task, block, self.activation))
-                stack.enter_context(rounded_cache(task, self.kv))
+                stack.enter_context(rounded_cache(task, range(len(task.blocks)), self.kv))
                 self.trainer.fit(
                     TrainingSetup(
                         task,
@@ -189,17 +189,6 @@ def nearest(grid: Grid, weight: Float[Tensor, "rows columns"]) -> Float[Tensor, 
     return made.reshape(weight.shape)
 
 
-class _Change(nn.Module):
-    """A parametrization by a function, whose parameters are registered elsewhere."""
-
-    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.change = change
-
-    def forward(self, value: Tensor) -> Tensor:
-        return self.change(value).to(value)
-
-
 @contextmanager
 def turned(task: Task, stream: Rotation, values: list[Rotation]) -> Iterator[None]:
     """Within the context, the model is as with these rotations folded. Of the embeddings and the
@@ -211,17 +200,17 @@ def turned(task: Task, stream: Rotation, values: list[Rotation]) -> Iterator[Non
                 for name in group.linears:
                     linear = block.get_submodule(name)
                     if group.producer in arch.norms:
-                        change = _Change(lambda w: w @ stream().T)
+                        change = Changed(lambda w: w @ stream().T)
                         stack.enter_context(parametrized(linear, "weight", change))
                     if values and group == readers:
-                        change = _Change(partial(_columns, values[index]))
+                        change = Changed(partial(turned_columns, values[index]))
                         stack.enter_context(parametrized(linear, "weight", change))
                     rows = stream if name in arch.writers else None
                     if values and name == readers.producer:
                         rows = values[index]
-                    for kind in ("weight", "bias") if rows is not None else ():
-                        if getattr(linear, kind) is not None:
-                            change = _Change(partial(_rows, rows))
+                    for kind in ("weight", "bias"):
+                        if rows is not None and getattr(linear, kind) is not None:
+                            change = Changed(partial(turned_rows, rows))
                             stack.enter_context(parametrized(linear, kind, change))
         handles = [
             task.model.get_submodule(name).register_forward_hook(lambda _, __, y: y @ stream().T)
@@ -236,14 +225,3 @@ def turned(task: Task, stream: Rotation, values: list[Rotation]) -> Iterator[Non
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def _rows(follow: Follow, value: Tensor) -> Tensor:
-    """Blocks of rows, or entries of a bias, as large as the rotation."""
-    q = follow()
-    return (q @ value.reshape(len(value) // len(q), len(q), -1)).reshape(value.shape)
-
-
-def _columns(follow: Follow, weight: Tensor) -> Tensor:
-    q = follow()
-    return (weight.reshape(len(weight), -1, len(q)) @ q.T).reshape(weight.shape)
