@@ -68,7 +68,7 @@ def test_pieces_change_no_logit_live_or_folded(family):
 def test_the_error_of_the_quantized_model_falls():
     batch = joined("llama")
     expected, errors = logits(planted("llama"), batch), []
-    for steps in ([], [flat(epochs=20, kv=FloatActivations(), batch=1)]):
+    for steps in ([], [flat(epochs=8, kv=FloatActivations(), batch=1)]):
         task = planted("llama")
         for step in [*steps, Direct(RTN(NARROW), [TOKEN])]:
             step(task, lambda: [batch])
