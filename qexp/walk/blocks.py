@@ -179,8 +179,9 @@ def walk(task: Task, batches: Sequence[Batch], chunk: int | None = None) -> Iter
         )
     tuples = returns_tuple(task, parts[0])
     chunks = [capture_calls(task, part, tuples) for part in parts]
-    described = f"{task.model.config.to_json_string()} {task.quantizers!r}"
-    states = [dict(task.model.state_dict()), dict(task.quantizers.state_dict()), *batches]
+    described = f"{task.model.config.to_json_string()} {task.quantizers!r} {task.maps!r}"
+    modules = (task.model, task.quantizers, task.maps)
+    states = [*(dict(module.state_dict()) for module in modules), *batches]
     origin = sha256(described.encode()).hexdigest() + "".join(map(checksum, states))
     arch, module = task.arch, task.blocks[0]
     first = Block(0, f"{arch.blocks}.0", module, arch.groups, chunks, task, tuples, origin)
