@@ -59,7 +59,9 @@ class Dither(Step):
         for name, linear in linears.items():
             weight = linear.weight
             noise = torch.rand(weight.shape, generator=generator).sub_(0.5).to(weight.device)
-            dither[name] = self.amplitude * found[name].repeat_interleave(self.group_size, 1) * noise
+            dither[name] = (
+                self.amplitude * found[name].repeat_interleave(self.group_size, 1) * noise
+            )
         if self.damp is None:
             for name, linear in linears.items():
                 linear.weight.data = (linear.weight + dither[name]).to(linear.weight)

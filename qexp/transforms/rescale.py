@@ -23,9 +23,9 @@ class Rescale(Step):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_finite("transform", self, "spread")
-        check_choice("transform", self, sites=SITES)
-        check_int("transform", self, seed=0)
+        check_finite(None, self, "spread")
+        check_choice(None, self, sites=SITES)
+        check_int(None, self, seed=0)
 
     @torch.no_grad()
     def __call__(self, task: Task, batches: Batches) -> list[Record]:
