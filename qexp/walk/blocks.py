@@ -72,8 +72,8 @@ class Block:
 
     def observe(self, on_inputs: OnInputs) -> None:
         """Call `on_inputs` with the input of each group, in execution order. A change that it makes
-        to weights reaches the groups after it. One forward with one chunk, else one per group, up to
-        that group."""
+        to weights reaches the groups after it. One forward with one chunk, else one for each group,
+        which ends at the group."""
         self._visit(on_inputs)
 
     def advance(self, on_inputs: OnInputs) -> None:
