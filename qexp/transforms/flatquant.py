@@ -18,10 +18,10 @@ from qexp.quantizers.scheme import Activations
 from qexp.step import Record, Step
 from qexp.task import Batches, Task
 from qexp.transforms.channels import Channels, channels_of
+from qexp.transforms.heads import head_shape
 from qexp.transforms.learned_maps import Invertible, LearnedKeys, LearnedMap, LearnedValues
 from qexp.transforms.omniquant import Clipping, Shape
 from qexp.transforms.reconstruction import Reconstruction, quantized, rounded_cache, rounds_cache
-from qexp.transforms.rotate import head_shape
 from qexp.transforms.scale_search import check_settings, first, on_device
 from qexp.transforms.site_statistics import SiteStatistics, collect_statistics
 from qexp.walk import Block, walk

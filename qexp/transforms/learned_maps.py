@@ -1,5 +1,6 @@
 """Online maps and rotations of heads that train with one block."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -14,19 +15,33 @@ from qexp.quantizers.maps import attention_group, map_inputs, map_keys, shared_i
 from qexp.quantizers.online import Factor, OnlineMap, kronecker, orthogonal
 from qexp.quantizers.placement import attention_modules
 from qexp.transforms.channels import parametrized
+from qexp.transforms.heads import turn_values, turned_columns, turned_rows
 from qexp.transforms.reconstruction import Changed
-from qexp.transforms.rotate import turn_values
 from qexp.walk import Block
 
-Matrix = Float[Tensor, "size size"]
+Matrix = Float[Tensor, "*heads size size"]
 
 
-class Invertible(nn.Module):
+class Square(nn.Module, ABC):
+    """A matrix, or one for each head, that trains and has an inverse."""
+
+    size: int
+
+    @abstractmethod
+    def forward(self) -> Matrix: ...
+
+    @abstractmethod
+    def dual(self) -> Matrix:
+        """The inverse transpose."""
+
+
+class Invertible(Square):
     """U diag(s) Vᵀ with U and V orthogonal and s positive (FlatQuant, 2410.09426): a Cayley
     transform of a skew matrix each, U times a random orthogonal start; s begins with ones."""
 
     def __init__(self, size: int, generator: torch.Generator) -> None:
         super().__init__()
+        self.size = size
         self.register_buffer("start", orthogonal(size, generator).float(), persistent=False)
         self.left = nn.Parameter(torch.zeros(size, size))
         self.right = nn.Parameter(torch.zeros(size, size))
@@ -36,13 +51,32 @@ class Invertible(nn.Module):
         return self._product(self.log_scale.exp())
 
     def dual(self) -> Matrix:
-        """The inverse transpose."""
         return self._product((-self.log_scale).exp())
 
     def _product(self, scale: Float[Tensor, " size"]) -> Matrix:
         left, right = cayley(self.left), cayley(self.right)
         product: Tensor = self.get_buffer("start") @ left * scale @ right.T
         return product
+
+
+class Banded(Square):
+    """I + stability · M, of whose entries those within `band` of the diagonal are used, the
+    diagonal not (AffineQuant, 2403.12544: its diagonal is a channel scale before the matrix). M
+    begins with zeros. heads: the number of such matrices; None is one."""
+
+    def __init__(self, size: int, heads: int | None, stability: float) -> None:
+        super().__init__()
+        self.size, self.stability, self.band = size, stability, size
+        self.inner = nn.Parameter(torch.zeros(*([] if heads is None else [heads]), size, size))
+
+    def forward(self) -> Matrix:
+        place = torch.arange(self.size, device=self.inner.device)
+        distance = (place[:, None] - place).abs()
+        used = (distance > 0) & (distance <= self.band)
+        return torch.eye(self.size, device=self.inner.device) + self.stability * self.inner * used
+
+    def dual(self) -> Matrix:
+        return torch.linalg.inv(self()).transpose(-1, -2)
 
 
 def cayley(parameter: Matrix) -> Matrix:
@@ -58,18 +92,18 @@ class LearnedMap(nn.Module):
     parts: by factor; an int is the size of an identity.
     """
 
-    def __init__(self, block: Block, group: Group, parts: list[Invertible | int]) -> None:
+    def __init__(self, block: Block, group: Group, parts: list[Square | int]) -> None:
         super().__init__()
         self.place = block, group
-        self.sizes = [p if isinstance(p, int) else len(p.log_scale) for p in parts]
-        self.learned = nn.ModuleList(p for p in parts if isinstance(p, Invertible))
+        self.sizes = [p if isinstance(p, int) else p.size for p in parts]
+        self.learned = nn.ModuleList(p for p in parts if isinstance(p, Square))
         self.parts = parts
 
     def forward(self, x: Float[Tensor, "*tokens width"]) -> Float[Tensor, "*tokens width"]:
-        return kronecker(x, self._matrices(Invertible.forward), self.sizes)
+        return kronecker(x, self._matrices(lambda part: part()), self.sizes)
 
     def fold_into(self, weight: Float[Tensor, "rows width"]) -> Float[Tensor, "rows width"]:
-        return kronecker(weight, self._matrices(Invertible.dual), self.sizes)
+        return kronecker(weight, self._matrices(lambda part: part.dual()), self.sizes)
 
     @contextmanager
     def live(self) -> Iterator[None]:
@@ -89,12 +123,12 @@ class LearnedMap(nn.Module):
     def fold(self) -> None:
         """Make it permanent, with matrices as they are stored."""
         block, group = self.place
-        pairs = zip(self.sizes, self._matrices(Invertible.forward), strict=True)
+        pairs = zip(self.sizes, self._matrices(lambda part: part()), strict=True)
         made = [Factor("identity" if m is None else "matrix", size, m) for size, m in pairs]
         map_inputs(block.task, block.index, group, OnlineMap(made))
 
-    def _matrices(self, of: Callable[[Invertible], Tensor]) -> list[Tensor | None]:
-        return [of(p) if isinstance(p, Invertible) else None for p in self.parts]
+    def _matrices(self, of: Callable[[Square], Tensor]) -> list[Tensor | None]:
+        return [of(p) if isinstance(p, Square) else None for p in self.parts]
 
 
 class LearnedKeys(nn.Module):
@@ -128,7 +162,7 @@ class LearnedValues(nn.Module):
     """A matrix on each value head, in the rows of the value projection; its inverse is in the
     columns of the output projection."""
 
-    def __init__(self, block: Block, inner: Invertible) -> None:
+    def __init__(self, block: Block, inner: Square) -> None:
         super().__init__()
         self.block, self.inner = block, inner
 
@@ -150,15 +184,3 @@ class LearnedValues(nn.Module):
     @torch.no_grad()
     def fold(self) -> None:
         turn_values(self.block.task, self.block.index, self.inner().double())
-
-
-def turned_rows(matrix: Callable[[], Matrix], value: Tensor) -> Tensor:
-    """Each block of rows, or of entries of a bias, as large as the matrix, times it."""
-    q = matrix()
-    return (q @ value.reshape(len(value) // len(q), len(q), -1)).reshape(value.shape)
-
-
-def turned_columns(matrix: Callable[[], Matrix], weight: Tensor) -> Tensor:
-    """Each row's blocks of entries as large as the matrix, times it."""
-    q = matrix()
-    return (weight.reshape(len(weight), -1, len(q)) @ q.T).reshape(weight.shape)

@@ -13,6 +13,7 @@ from qexp.quantizers.online import Factor, OnlineMap, hadamard_factors, orthogon
 from qexp.step import Record, Step
 from qexp.task import Batches, Task
 from qexp.transforms.channels import Channels, channels_of
+from qexp.transforms.heads import head_shape, turn_values, value_rotation
 
 Matrix = Float[Tensor, "width width"]
 
@@ -126,32 +127,6 @@ class Rotate(Step):
 
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def head_shape(task: Task, block: int) -> tuple[int, int]:
-    """The number of query heads and the width of each."""
-    output = task.blocks[block].get_parameter(f"{task.arch.writers[0]}.weight")
-    heads = int(task.model.config.get_text_config().num_attention_heads)
-    return heads, output.shape[1] // heads
-
-
-def value_rotation(size: int, generator: torch.Generator) -> Matrix:
-    """A Hadamard matrix, or where none is known one that is partly random; float64."""
-    made = OnlineMap(hadamard_factors(size, generator))
-    return made(torch.eye(size, dtype=torch.float64)).T
-
-
-def turn_values(task: Task, block: int, q: Matrix) -> None:
-    """Turn each value head; nothing where values are made together with queries."""
-    group, module = attention_group(task), task.blocks[block]
-    if group.producer is None:
-        return
-    for parameter in module.get_submodule(group.producer).parameters():
-        heads = parameter.data.reshape(len(parameter) // len(q), len(q), -1)
-        parameter.data = (q @ heads.to(q)).reshape(parameter.shape).to(parameter)
-    output = module.get_parameter(f"{group.linears[0]}.weight")
-    heads = output.data.reshape(len(output), -1, len(q)).to(q)
-    output.data = (heads @ q.inverse()).reshape(output.shape).to(output)
 
 
 def check_stream(task: Task) -> None:

@@ -24,19 +24,22 @@ from qexp.training.module import TrainingSetup
 from qexp.training.optimizer import CayleySGD
 from qexp.training.trainer import Trainer
 from qexp.transforms.channels import parametrized
-from qexp.transforms.learned_maps import turned_columns, turned_rows
+from qexp.transforms.heads import (
+    head_shape,
+    turn_values,
+    turned_columns,
+    turned_rows,
+    value_rotation,
+)
 from qexp.transforms.reconstruction import Changed, rounded_cache, rounded_inputs
 from qexp.transforms.rotate import (
     Rotate,
     check_stream,
     fold_norms,
-    head_shape,
     rotation,
     seeded,
     turn_stream,
-    turn_values,
     untie,
-    value_rotation,
 )
 
 Matrix = Float[Tensor, "width width"]
