@@ -81,18 +81,19 @@ class SpinQuant(Step):
     activations and frozen weights; then fold them. Both begin as `start` has them, and so do online
     maps, which do not train.
 
-    weight: what weights are rounded to in training, with scales that take no gradient; null: they
-    are float, the reference's recipe where GPTQ follows. activation, kv: as the method will round
+    round_weights: to `grid` in training, with scales that take no gradient; otherwise they are
+    float, the reference's recipe where GPTQ follows. activation, kv: as the method will round
     inputs of linears, and keys and values in a cache. R1 keeps the vector of ones, as `Rotate`.
     """
 
     start: Rotate
+    grid: Grid
     activation: Activations
     kv: Activations
     loss: Objective
     optimizer: CayleySGD
     trainer: Trainer
-    weight: Grid | None = None
+    round_weights: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -100,11 +101,10 @@ class SpinQuant(Step):
         if self.loss.teacher:
             raise UserError("transform.loss: rotations have no teacher; give cross_entropy")
         rounds = [k for k in (self.activation, self.kv) if not isinstance(k, FloatActivations)]
-        if not rounds and self.weight is None:
+        if not rounds and not self.round_weights:
             raise UserError(
-                "transform=spinquant: with float activations and transform.weight=null nothing is "
-                "rounded while rotations are learned; give activation=int4_token, or "
-                "transform.weight=${weight}"
+                "transform.round_weights=false: with float activations nothing is rounded while "
+                "rotations are learned; give true, or activation=int4_token"
             )
         if not (self.start.stream and self.start.values):
             raise UserError(
@@ -160,8 +160,8 @@ class SpinQuant(Step):
         try:
             with ExitStack() as stack:
                 stack.enter_context(turned(task, stream, values))
-                if self.weight is not None:
-                    rule = partial(nearest, self.weight)
+                if self.round_weights:
+                    rule = partial(nearest, self.grid)
                     for linear in task.linears().values():
                         stack.enter_context(parametrized(linear, "weight", Changed(rule)))
                 for block in range(len(task.blocks)):

@@ -25,7 +25,8 @@ ALL = Rotate(values=True, online=ONLINE)
 def spin(rate: float = 1.5, steps: int = 6, **fields) -> SpinQuant:
     given = {"activation": TOKEN, "kv": CACHE} | fields
     trainer = Trainer(steps=steps, sequences=2, every=3)
-    return SpinQuant(ALL, loss=CrossEntropy(), optimizer=CayleySGD(rate), trainer=trainer, **given)
+    parts = {"loss": CrossEntropy(), "optimizer": CayleySGD(rate), "trainer": trainer}
+    return SpinQuant(ALL, NARROW, **parts, **given)
 
 
 def rounded_loss(task, batch) -> float:
@@ -111,5 +112,6 @@ def test_without_quantizers_the_loss_does_not_depend_on_them():
 def test_what_learns_nothing_is_refused():
     with pytest.raises(UserError, match="nothing is rounded"):
         spin(activation=FloatActivations(), kv=FloatActivations())
+    assert spin(activation=FloatActivations(), kv=FloatActivations(), round_weights=True)
     with pytest.raises(UserError, match="norms between"):
         spin()(task_of("gemma3"), lambda: pytest.fail("no data is asked for"))
