@@ -7,7 +7,8 @@ from functools import partial
 
 from qexp.data.recipe import Recipe
 from qexp.methods.block_phase import BlockPhase
-from qexp.methods.finetune import FineTune, check_trainable, origin_of
+from qexp.methods.checks import check_trainable, origin_of
+from qexp.methods.finetune import FineTune
 from qexp.methods.journal import Journal
 from qexp.packed.coded import Coded
 from qexp.quantizers.scheme import Activations, quantize_activations

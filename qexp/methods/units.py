@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from qexp.grid import Grid
 from qexp.hessian.float_stream import FloatInputs, FloatStream
-from qexp.methods.finetune import record
 from qexp.methods.output_importance import output_importance
+from qexp.methods.write_back import record
 from qexp.quantizers.parametrization import weight_quantizer
 from qexp.quantizers.scheme import float_activations
 from qexp.step import Record

@@ -9,9 +9,10 @@ from qexp.common.errors import UserError
 from qexp.grid import IntGrid
 from qexp.packed.low_rank import LowRank
 from qexp.solvers import GPTQ, RTN, BiLLM, SpQR
+from qexp.solvers.alternation import nearest_product
 from qexp.solvers.base import Moments
 from qexp.solvers.factor import inverse_factor
-from qexp.solvers.low_rank import METRICS, Correction, nearest_product
+from qexp.solvers.low_rank import METRICS, Correction
 from qexp.solvers.pbllm import PBLLM
 from qexp.solvers.quip import QuIP
 
@@ -53,7 +54,7 @@ def test_the_full_metric_is_the_best_in_the_hessian(seed: int) -> None:
     plain = loss(base(weight).weight - weight, hessian)
     identity, diagonal, full = (
         loss(Correction(0.15, metric).around(base)(weight, hessian).weight - weight, hessian)
-        for metric in METRICS
+        for metric in METRICS[:3]
     )
     assert full < diagonal < plain and full < identity < plain
     assert full < 0.75 * plain
@@ -75,7 +76,7 @@ def test_the_whole_rank_is_the_weight_itself_and_rank_0_the_solver() -> None:
     weight, hessian = problem()
     solver = GPTQ(GRID)
     assert Correction(0).around(solver) is solver and Correction(0.0).around(solver) is solver
-    for metric in METRICS:
+    for metric in METRICS[:3]:
         whole = Correction(48, metric, **EXACT).around(solver)(weight, hessian)
         torch.testing.assert_close(whole.weight, weight)
 
