@@ -138,7 +138,7 @@ class FineTune(Step):
             self.install(task, linears, starts)
             watch = None if self.penalty is None else stack.enter_context(self.penalty.watch(task))
 
-            loss = PenalizedLoss(self.loss, task, teacher, watch)
+            loss = PenalizedLoss(self.loss.fitted(teacher, data), task, teacher, watch)
             few = {key: value[: self.trainer.sequences] for key, value in data[0].items()}
             probe = Probe(task, loss.plain, few)
             statistics = CodeStatistics(linears, dict(task.quantizers.items()), probe)

@@ -8,9 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qexp.common.errors import FieldError, UserError, check_choice, check_int, check_range
+from qexp.common.errors import FieldError, UserError, check_choice, check_range
 from qexp.grid import Grid, IntGrid, LevelGrid, Scale
-from qexp.grid.scale import DTYPES
 from qexp.packed.base import Packed
 from qexp.packed.coded import Coded
 from qexp.quantizers.fake_quantize import FakeQuantize
@@ -18,7 +17,6 @@ from qexp.quantizers.rounding_variable import Shifted, Soft
 from qexp.quantizers.weight import (
     ConstantWeight,
     FakeWeight,
-    FloatOutliers,
     Frozen,
     Moving,
     Rounded,
@@ -176,49 +174,6 @@ class Constant(ScaleRule):
 
     def known(self, start: Packed) -> ScaleRule:
         return replace(self, start=start)
-
-
-@dataclass(frozen=True)
-class TrainedOutliers(ScaleRule):
-    """Codes and scales of round-to-nearest that never change, and a few weights in floating point,
-    which train (PreQuant, 2306.00014).
-
-    share: of a matrix' weights. by: the largest of which they are, `magnitude` or rounding `error`,
-    or `random`. Ranges are fitted to the other weights. dtype: of storage.
-    """
-
-    share: float | int = 0.005
-    by: str = "magnitude"
-    dtype: str = "float16"
-    seed: int = 0
-    trains_scales = False
-
-    def __post_init__(self) -> None:
-        check_range(None, self, "a number from 0 to 1", lambda x: 0 <= x <= 1, "share")
-        check_choice(None, self, by=("magnitude", "error", "random"), dtype=DTYPES)
-        check_int(None, self, seed=0)
-
-    def __call__(
-        self, weight: Float[Tensor, "rows columns"], grid: Grid, fake_quantize: FakeQuantize
-    ) -> FakeWeight:
-        weight = weight.detach().float()
-        mask = self._chosen(weight, grid)
-        kept = ~mask.reshape(len(weight), grid.groups(weight.shape[1]), -1)
-        kept |= ~kept.any(-1, keepdim=True)  # a group of outliers alone has a range all the same
-        counts = kept.reshape(weight.shape).float() if mask.any() else None
-        start = Coded.of(grid, weight, grid.scales_of(weight, counts))
-        return FloatOutliers(start, weight, mask, self.dtype)
-
-    def _chosen(self, weight: Tensor, grid: Grid) -> Tensor:
-        """The mask of the outliers."""
-        if self.by == "random":
-            generator = torch.Generator().manual_seed(self.seed)
-            score = torch.rand(weight.shape, generator=generator).to(weight.device)
-        else:
-            score = (weight if self.by == "magnitude" else grid(weight) - weight).abs()
-        mask = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)
-        mask[score.flatten().topk(round(self.share * weight.numel())).indices] = True
-        return mask.reshape(weight.shape)
 
 
 @dataclass(frozen=True)

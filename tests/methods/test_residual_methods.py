@@ -1,4 +1,4 @@
-"""Low-rank residuals, frozen parts and sparse updates in whole runs: identities, storage, reload."""
+"""Low-rank residuals, frozen parts and sparse updates in whole runs, which reload."""
 
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ run = partial(pipeline.run, small=SMALL)
             "weight=nf3",
             G32,
             "method@method.start=gptq",
-            "+method/residual@method.start.residual=loftq",
+            "method/residual@method.start.residual=loftq",
         ),
         (
             "method=lq_lora",
