@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from qexp.common.errors import check_choice, check_finite, check_positive, check_range
+from qexp.common.errors import check_choice, check_finite, check_number, check_positive, check_range
 from qexp.grid.clipping import Number, inside
 
 TINY = torch.finfo(torch.float32).tiny
@@ -149,13 +149,16 @@ class Hard(ClampGradient):
 
     steps_inside: false lets only clipped values move the step size, like PACT's clipping level
     (1805.06085). limit: values of this magnitude or more get no gradient either, although they are
-    not clipped; LLM-QAT's code uses 2.
+    not clipped; LLM-QAT's code uses 2. beyond: steps past either end at which values still get
+    their gradient (ParetoQ, 2502.02631: half a step; BitNet b1.58: inf).
     """
 
     steps_inside: bool = True
     limit: Number | None = None
+    beyond: Number = 0.0
 
     def __post_init__(self) -> None:
+        check_number(None, self, beyond=0)
         if self.limit is not None:
             check_positive(None, self, "limit")
 
@@ -165,7 +168,7 @@ class Hard(ClampGradient):
     def back(
         self, v: Float[Tensor, "*shape"], g: Float[Tensor, "*shape"], low: Number, high: Number
     ) -> Tensor:
-        return inside(v, low, high).mul_(g)
+        return inside(v, low - self.beyond, high + self.beyond).mul_(g)
 
 
 @dataclass(frozen=True)

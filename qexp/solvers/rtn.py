@@ -55,4 +55,4 @@ class RTN(OnGrid):
         hessian: Float[Tensor, "..."] | None = None,
     ) -> Solution:
         packed = Coded.of(self.grid, weight, self.grid.scales_of(weight.float()))
-        return Solution(packed.dequantize(), packed.bits(), packed)
+        return Solution(packed.dequantize(), packed.bits(), packed, paper_bits=packed.paper_bits())
