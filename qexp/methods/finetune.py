@@ -28,6 +28,7 @@ from qexp.quantizers.fake_quantize import FakeQuantize
 from qexp.quantizers.parametrization import (
     attach_update,
     attach_weight_quantizer,
+    merge,
     weight_quantizer,
 )
 from qexp.quantizers.scale_rules import Constant, ScaleRule, check_scale_rule
@@ -60,8 +61,8 @@ TEACHERS: dict[str, Callable[[Task], PreTrainedModel]] = {
 class FineTune(Step):
     """Fake-quantize weights and activations, train, keep the codes.
 
-    weight: null trains a model whose weights stay float. rounding, clamp: what is differentiated;
-    activation_rounding: in place of `rounding` for activations, where it is not null.
+    weight: null trains a model whose weights stay float, and merges low-rank updates into them.
+    rounding, clamp: what is differentiated; activation_rounding: in place of `rounding` for activations, where it is not null.
     scale: where the scales of weights come from. trained: what moves. adapter: a low-rank residual
     of every linear that stays in storage. teacher: the model that the
     loss compares with, a key of TEACHERS. train, validation: data, null for the calibration batches
@@ -165,6 +166,8 @@ class FineTune(Step):
                 quantizer.make_constant()
             seconds = (time.perf_counter() - start) / max(len(linears), 1)
             if self.weight is None:
+                for linear in task.linears().values() if self.trained.rank else ():
+                    merge(linear)
                 return []
             return [record(n, linear, self.weight, seconds) for n, linear in linears.items()]
 
@@ -178,7 +181,8 @@ class FineTune(Step):
         frozen = self.trained.frozen_linears(task)
         fake_quantize = FakeQuantize(self.rounding, self.clamp)
         own = replace(fake_quantize, rounding=self.activation_rounding or self.rounding)
-        self.trained.prepare(linear for name, linear in linears.items() if name not in frozen)
+        updated = (linears or task.linears()).items()
+        self.trained.prepare(linear for name, linear in updated if name not in frozen)
         for name, linear in linears.items():
             assert self.weight is not None
             rule: ScaleRule = Constant() if name in frozen else self.scale

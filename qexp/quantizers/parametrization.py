@@ -49,6 +49,12 @@ def attach_update(linear: nn.Linear, update: LowRankUpdate) -> None:
     parametrize.register_parametrization(linear, "weight", update, unsafe=True)
 
 
+def merge(linear: nn.Linear) -> None:
+    """Make what the parametrizations make of a float weight permanent."""
+    if parametrize.is_parametrized(linear, "weight"):
+        parametrize.remove_parametrizations(linear, "weight", leave_parametrized=True)
+
+
 @torch.no_grad()
 def bake(linear: nn.Linear) -> Packed:
     """Replace the parametrization by a plain weight with the values of its last forward pass.
