@@ -3,10 +3,8 @@
 import pytest
 import torch
 from helpers.models import task_of
-from hydra import compose
 
 from qexp.common.errors import FieldError, UserError
-from qexp.config.instantiate import instantiate
 from qexp.data.calibration import Calibration
 from qexp.data.mixture import Mixture
 from qexp.data.synthetic import Synthetic
