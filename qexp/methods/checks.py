@@ -1,15 +1,14 @@
 """Checks of solvers, linears and models before anything is quantized or trained."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from qexp.common.cache import checksum
 from qexp.common.errors import UserError
 from qexp.grid import Grid
 from qexp.solvers import Solver
-from qexp.task import Batch, Task
+from qexp.task import Task
 
 
 def check(task: Task, solver_of: Callable[[str], Solver]) -> None:
@@ -52,10 +51,3 @@ def check_trainable(task: Task, grid: Grid | None) -> None:
             grid.check(linear.out_features, linear.in_features)
         except UserError as reason:
             raise UserError(f"{name}: {reason}") from reason
-
-
-def origin_of(task: Task, batches: Sequence[Batch]) -> str:
-    """What a result depends on, method aside: checksums of the model's weights, its online maps and
-    the data."""
-    states = [dict(module.state_dict()) for module in (task.model, task.maps)]
-    return f"{task.maps!r} " + "".join(map(checksum, [*states, *batches]))

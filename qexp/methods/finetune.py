@@ -18,7 +18,7 @@ from qexp.common.errors import FieldError, UserError, check_choice, check_int
 from qexp.data.recipe import Recipe
 from qexp.gradients import ClampGradient, RoundingGradient
 from qexp.grid import Grid
-from qexp.methods.checks import check_trainable, origin_of
+from qexp.methods.checks import check_trainable
 from qexp.methods.write_back import record
 from qexp.packed.base import Packed
 from qexp.packed.low_rank import LowRank
@@ -34,6 +34,7 @@ from qexp.quantizers.scale_rules import Constant, ScaleRule, check_scale_rule
 from qexp.quantizers.scheme import Activations, quantize_activations
 from qexp.step import Record, Step
 from qexp.task import Batches, Task
+from qexp.training.checkpoint import origin_of
 from qexp.training.code_statistics import CodeStatistics
 from qexp.training.losses import Objective, Penalty
 from qexp.training.module import TrainingSetup

@@ -8,13 +8,14 @@ from functools import partial
 from qexp.common.cache import checksum
 from qexp.data.recipe import Recipe
 from qexp.methods.block_phase import BlockPhase
-from qexp.methods.checks import check_trainable, origin_of
+from qexp.methods.checks import check_trainable
 from qexp.methods.finetune import FineTune
 from qexp.methods.journal import Journal
 from qexp.packed.base import Packed
 from qexp.quantizers.scheme import Activations, quantize_activations
 from qexp.step import Record, Step
 from qexp.task import Batch, Batches, Task
+from qexp.training.checkpoint import origin_of
 
 
 @dataclass(frozen=True)
