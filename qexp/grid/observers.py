@@ -19,8 +19,9 @@ class Observer(ABC):
         """Observe one more tensor. Raises UserError when a value is not finite."""
 
     @abstractmethod
-    def values(self) -> tuple[Float[Tensor, "1 size"], Float[Tensor, "1 size"] | None]:
-        """Values that represent those observed, and how often each occurs (None: once each).
+    def values(self) -> tuple[Float[Tensor, "rows size"], Float[Tensor, "rows size"] | None]:
+        """Values that represent those observed, and how often each occurs (None: once each); one
+        row, but for a scale of each row.
 
         Raises UserError when nothing was observed.
         """
@@ -47,6 +48,26 @@ class MinMaxObserver(Observer):
     def values(self) -> tuple[Float[Tensor, "1 size"], None]:
         _check_not_empty(self.low, self.high)
         return torch.tensor([[self.low, self.high]]), None
+
+
+class RowObserver(Observer):
+    """The lowest and the highest value of each row of matrices [rows, …] of equally many rows."""
+
+    def __init__(self) -> None:
+        self.ends: Float[Tensor, "rows 2"] | None = None
+
+    def add(self, x: Float[Tensor, "..."]) -> None:
+        _bounds(x)
+        ends = torch.stack(x.detach().float().flatten(1).aminmax(dim=1), 1).cpu()
+        if self.ends is not None:
+            ends = torch.cat([self.ends, ends], 1)
+        self.ends = torch.stack(ends.aminmax(dim=1), 1)
+
+    def values(self) -> tuple[Float[Tensor, "rows 2"], None]:
+        if self.ends is None:
+            _check_not_empty(torch.inf, -torch.inf)
+        assert self.ends is not None
+        return self.ends, None
 
 
 class HistogramObserver(Observer):

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qexp.grid import Grid, Scale
-from qexp.grid.observers import Observer
+from qexp.grid.observers import Observer, RowObserver
 from qexp.quantizers.fake_quantize import FakeQuantize, as_stored, lsq_gradient_scale
 
 
@@ -22,16 +22,26 @@ class FakeQuant(nn.Module):
     nothing is rounded. Gradients are straight-through until `make_trainable` chooses other
     surrogates; between `make_trainable` and `make_constant` a static scale is a parameter.
 
-    outliers: of dynamic scales, see `around_outliers`; None: every column is rounded.
+    outliers: of dynamic scales, see `around_outliers`; None: every column is rounded. per_row: a
+    static scale for each row of a matrix, of the row's lowest and highest value. caller: settings
+    of what calls it, a part of its text.
     """
 
     kinds: ClassVar[Mapping[str, str]] = {"scale": "scales", "zero": "offsets"}
     scale: Tensor
     zero: Tensor
 
-    def __init__(self, grid: Grid, dynamic: bool, outliers: float | int | None = None) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        dynamic: bool,
+        outliers: float | int | None = None,
+        per_row: bool = False,
+        caller: str = "",
+    ) -> None:
         super().__init__()
         self.grid, self.dynamic, self.outliers = grid, dynamic, outliers
+        self.per_row, self.caller = per_row, caller
         self.observer: Observer | None = None
         self.enabled = False
         self.fake_quantize, self.highest_code = FakeQuantize(), 1.0
@@ -40,7 +50,7 @@ class FakeQuant(nn.Module):
 
     def start_observing(self) -> None:
         if not self.dynamic:
-            self.observer = self.grid.range.observer()
+            self.observer = RowObserver() if self.per_row else self.grid.range.observer()
 
     def fix_range(self) -> None:
         """Fit the grid to what was observed and start to round."""
@@ -102,6 +112,7 @@ class FakeQuant(nn.Module):
         apart = "" if self.outliers is None else f", outliers={self.outliers}"
         return (
             f"{self.grid}, dynamic={self.dynamic}{apart}, on={self.enabled}, {self.fake_quantize}"
+            + (f", {self.caller}" if self.caller else "")
         )
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:

@@ -10,7 +10,8 @@ from torch.utils.hooks import RemovableHandle
 
 from qexp.arch import Arch, Group
 from qexp.common.errors import UserError
-from qexp.quantizers.attention import CACHE, OPERANDS, Inside, install
+from qexp.quantizers.attention import CACHE, OPERANDS
+from qexp.quantizers.operands import inside, operand_names
 from qexp.task import Task
 
 Make = Callable[[], nn.Module]
@@ -42,13 +43,12 @@ class Placement(ABC):
 
     def names(self, task: Task) -> list[str]:
         """Of all sites, `operands` included."""
-        inside = [_operand(task, n, key) for n in range(len(task.blocks)) for key in self.operands]
-        return [site.name for site in self.sites(task)] + inside
+        return [site.name for site in self.sites(task)] + operand_names(task, self.operands)
 
     def __call__(self, task: Task, make: Make) -> dict[str, nn.Module]:
         """Put a quantizer made by `make` on each site, and leave those of earlier placements; the
         quantizers by site name."""
-        return _put(self.sites(task), make) | _inside(task, make, self.operands)
+        return _put(self.sites(task), make) | inside(task, lambda _: make(), self.operands)
 
 
 @dataclass(frozen=True)
@@ -160,27 +160,6 @@ def _put(sites: list[Site], make: Make) -> dict[str, nn.Module]:
     for site in sites:
         made[site.name] = make()
         site.put(made[site.name])
-    return made
-
-
-def _operand(task: Task, block: int, operand: str) -> str:
-    return f"{task.arch.blocks}.{block}.attention.{operand}"
-
-
-def _inside(task: Task, make: Make, operands: tuple[str, ...]) -> dict[str, nn.Module]:
-    made: dict[str, nn.Module] = {}
-    inside = {}
-    if not operands:
-        return made
-    for index, block in enumerate(task.blocks):
-        writer = task.arch.writers[0]  # the attention module owns the first writer
-        path = writer.rpartition(".")[0]
-        own = {operand: make() for operand in operands}
-        # BERT's output projection is a sibling of the attention: take all modules below both.
-        for module in block.get_submodule(path.partition(".")[0]).modules():
-            inside[module] = Inside(own)
-        made |= {_operand(task, index, key): q for key, q in own.items()}
-    install(task.model, inside)
     return made
 
 
