@@ -30,24 +30,28 @@ class Observer(ABC):
 class MinMaxObserver(Observer):
     """The lowest and the highest value of all tensors.
 
-    momentum: if given, their moving averages; the newest tensor has the weight 1 - momentum.
+    momentum: if given, their moving averages; the newest tensor has the weight 1 - momentum. notes:
+    both numbers, `low` and `high`.
     """
 
     def __init__(self, momentum: float | None = None) -> None:
         self.momentum = momentum
-        self.low, self.high = torch.inf, -torch.inf
+        self.notes = {"low": torch.inf, "high": -torch.inf}
 
     def add(self, x: Float[Tensor, "..."]) -> None:
-        low, high = _bounds(x)
-        if self.momentum is None or self.low > self.high:
-            self.low, self.high = min(self.low, low), max(self.high, high)
+        ends = dict(zip(("low", "high"), _bounds(x), strict=True))
+        low, high = self.notes.values()
+        if self.momentum is None or low > high:
+            ends = {"low": min(low, ends["low"]), "high": max(high, ends["high"])}
         else:
-            self.low += (1 - self.momentum) * (low - self.low)
-            self.high += (1 - self.momentum) * (high - self.high)
+            for key, before in self.notes.items():
+                ends[key] = before + (1 - self.momentum) * (ends[key] - before)
+        self.notes.update(ends)
 
     def values(self) -> tuple[Float[Tensor, "1 size"], None]:
-        _check_not_empty(self.low, self.high)
-        return torch.tensor([[self.low, self.high]]), None
+        low, high = self.notes.values()
+        _check_not_empty(low, high)
+        return torch.tensor([[low, high]]), None
 
 
 class RowObserver(Observer):
