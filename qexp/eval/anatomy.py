@@ -1,6 +1,6 @@
 """Statistics of activations, matrices and norms that predict quantization error (2305.19268)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -82,14 +82,3 @@ def anatomy(tallies: Mapping[str, Tally], task: Task) -> Statistics:
     for name, linear in task.linears().items():
         found[f"{name}.weight"] = {"flatness": flatness(linear.weight)}
     return found | {name: {"gain_std": value} for name, value in gains(task).items()}
-
-
-def spearman(x: Sequence[float], y: Sequence[float]) -> float:
-    """The rank correlation of two series; ties have their mean rank. NaN where one is constant."""
-    ranks = [_ranks(torch.tensor(each, dtype=torch.float64)) for each in (x, y)]
-    one, two = (each - each.mean() for each in ranks)
-    return float((one * two).sum() / (one.square().sum() * two.square().sum()).sqrt())
-
-
-def _ranks(x: Float[Tensor, " count"]) -> Float[Tensor, " count"]:
-    return ((x[:, None] > x).sum(1) + (x[:, None] >= x).sum(1)).double() / 2

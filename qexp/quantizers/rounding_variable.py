@@ -143,7 +143,7 @@ class Soft(FakeWeight):
             self.stage = stage
             self._decide(self.shares[stage])
 
-    def _decide(self, undecided: float) -> None:
+    def _decide(self, undecided: float | int) -> None:
         """Fix all but the least decided share, by rounding variables that are infinite."""
         v = self.rounding.flatten()
         count = int(undecided * len(v))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.models import FAMILIES, task_of
 
-from qexp.eval.anatomy import Tally, flatness, gains, spearman
+from qexp.eval.anatomy import Tally, flatness, gains
 from qexp.transforms.rotate import Rotate, rotation
 
 
@@ -72,7 +72,7 @@ def test_gains_of_norms(family):
         weight = task.blocks[1].get_submodule(arch.norms[0]).weight
         weight[::2] += 0.5
     name = f"{arch.blocks}.1.{arch.norms[0]}"
-    assert gains(task)[name] == pytest.approx(float(weight.double().std(correction=0)))
+    assert gains(task)[name] == pytest.approx(float(weight.detach().double().std(correction=0)))
     assert gains(task)[name] > found[name]
 
 
@@ -80,10 +80,3 @@ def test_folded_norms_have_no_gains_left():
     task = task_of("llama")
     Rotate()(task, list)
     assert max(gains(task).values()) == 0
-
-
-def test_rank_correlation():
-    assert spearman([1, 2, 3, 4], [1, 8, 27, 64]) == pytest.approx(1)
-    assert spearman([1, 2, 3], [9, 5, 1]) == pytest.approx(-1)
-    assert spearman([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(0.9486833)
-    assert math.isnan(spearman([1, 1], [1, 2]))
