@@ -1,11 +1,12 @@
-"""Quantizers inside attention, through transformers' attention interface.
+"""Quantizers and online maps inside attention, through transformers' attention interface.
 
 Two implementations are registered: `qexp_operands` computes attention step by step with a
 quantizer on any operand and result; `qexp_cache` quantizes only keys and values and leaves the
 rest to the fused kernel, unless a window makes some queries read them float and others rounded.
+Both map operands before they round them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,38 +23,47 @@ CACHE = ("key", "value")
 
 @dataclass(frozen=True)
 class Inside:
-    """The quantizers of one attention module, by operand; an operand without one is unchanged.
+    """The quantizers and online maps of one attention module, by operand; an operand without any is
+    unchanged. Maps come first.
 
     window: which tokens of keys and values are rounded; None: all.
     """
 
     quantizers: dict[str, nn.Module]
+    maps: dict[str, nn.Module] = field(default_factory=dict)
     window: Window | None = None
 
     def __call__(self, operand: str, x: Tensor) -> Tensor:
         quantizer = self.quantizers.get(operand)
+        x = self._mapped(operand, x)
         return x if quantizer is None else quantizer(x)
 
     def cached(self, operand: str, x: Tensor, queries: int) -> Tensor | Versions:
         """Keys or values as the last `queries` tokens read them, one tensor if all read one."""
         if self.window is None:
             return self(operand, x)
+        x = self._mapped(operand, x)
         made = self.window.versions(operand, x, queries, self.quantizers[operand])
         return made if made.single is None else made.single
+
+    def _mapped(self, operand: str, x: Tensor) -> Tensor:
+        change = self.maps.get(operand)
+        return x if change is None else change(x)
 
 
 _NONE = Inside({})
 
 
 def install(model: nn.Module, inside: dict[nn.Module, Inside]) -> None:
-    """Make the model's attention modules use these quantizers, with those they have."""
+    """Make the model's attention modules use these quantizers and maps, with those they have."""
     operands: set[str] = set()
-    for module, quantizers in inside.items():
-        merged = _of(module).quantizers | quantizers.quantizers
-        operands |= merged.keys()
-        window = quantizers.window or _of(module).window
+    for module, more in inside.items():
+        own = _of(module)
+        quantizers, maps = own.quantizers | more.quantizers, own.maps | more.maps
+        merged = Inside(quantizers, maps, more.window or own.window)
+        operands |= merged.quantizers.keys()
         # Set past nn.Module's bookkeeping: the quantizers belong to the task, not to this module.
-        object.__setattr__(module, "_qexp_inside", Inside(merged, window))
+        object.__setattr__(module, "_qexp_inside", merged)
     implementation = "qexp_cache" if operands <= set(CACHE) else "qexp_operands"
     model.set_attn_implementation(implementation)  # type: ignore[operator]
 
@@ -73,6 +83,7 @@ def _cache(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     queries, inside = query.shape[2], _of(module)
+    query = inside("query", query)
     keys, values = inside.cached("key", key, queries), inside.cached("value", value, queries)
     if isinstance(keys, Tensor) and isinstance(values, Tensor):
         return sdpa_attention_forward(module, query, keys, values, mask, **kwargs)

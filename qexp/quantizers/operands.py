@@ -1,21 +1,32 @@
 """Quantizers on the operands of every block's attention, and their names."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from torch import nn
 
+from qexp.arch import Arch
 from qexp.quantizers.attention import Inside, install
 from qexp.quantizers.window import Window
 from qexp.task import Task
 
 
+def operand_name(arch: Arch, block: int, operand: str) -> str:
+    """The site of an operand of a block's attention."""
+    return f"{arch.blocks}.{block}.attention.{operand}"
+
+
 def operand_names(task: Task, operands: tuple[str, ...]) -> list[str]:
-    """The names of these operands of every block's attention."""
-    return [_operand(task, n, key) for n in range(len(task.blocks)) for key in operands]
+    """The sites of these operands of every block's attention."""
+    blocks = range(len(task.blocks))
+    return [operand_name(task.arch, n, operand) for n in blocks for operand in operands]
 
 
-def _operand(task: Task, block: int, operand: str) -> str:
-    return f"{task.arch.blocks}.{block}.attention.{operand}"
+def attention_modules(task: Task, block: int) -> Iterator[nn.Module]:
+    """Modules among which is the one that computes the attention of a block."""
+    writer = task.arch.writers[0]  # the attention module owns the first writer
+    path = writer.rpartition(".")[0]
+    # BERT's output projection is a sibling of the attention: take all modules below both.
+    yield from task.blocks[block].get_submodule(path.partition(".")[0]).modules()
 
 
 def inside(
@@ -24,18 +35,15 @@ def inside(
     operands: tuple[str, ...],
     window: Window | None = None,
 ) -> dict[str, nn.Module]:
-    """Put a quantizer on these operands of every block's attention; the quantizers by name."""
+    """Put a quantizer on these operands of every block's attention; the quantizers by site."""
     made: dict[str, nn.Module] = {}
     found = {}
     if not operands:
         return made
-    for index, block in enumerate(task.blocks):
-        writer = task.arch.writers[0]  # the attention module owns the first writer
-        path = writer.rpartition(".")[0]
+    for index in range(len(task.blocks)):
         own = {operand: make(operand) for operand in operands}
-        # BERT's output projection is a sibling of the attention: take all modules below both.
-        for module in block.get_submodule(path.partition(".")[0]).modules():
-            found[module] = Inside(own, window)
-        made |= {_operand(task, index, key): q for key, q in own.items()}
+        for module in attention_modules(task, index):
+            found[module] = Inside(own, window=window)
+        made |= {operand_name(task.arch, index, key): q for key, q in own.items()}
     install(task.model, found)
     return made
