@@ -182,6 +182,7 @@ class BlockPhase:
             order = order or torch.randperm(unit.pieces, generator=generator).tolist()
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = growth * rate * self.optimizer.factor(step, steps)
+            unit.before_step(step, steps)
             with torch.enable_grad():
                 loss = unit.loss(order.pop())
                 if not loss.isfinite():

@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -204,6 +205,31 @@ class AdaRound(ScaleRule):
     ) -> FakeWeight:
         _single(grid)
         return Soft(grid, weight.detach().float())
+
+
+@dataclass(frozen=True)
+class ProgressiveRounding(ScaleRule):
+    """As `AdaRound`, decided stage by stage, with a factor between 0 and 2 of each scale (TesseraQ,
+    2410.19103).
+
+    shares: of weights that are undecided in each of as many stages of equal length. factor: whether
+    scales have one; it trains with the rate of ranges.
+    """
+
+    shares: Sequence[float | int] = (0.75, 0.5, 0.375, 0.25, 0.125, 0.09, 0.06, 0.04, 0.02, 0.005)
+    factor: bool = True
+    has_rounding_variable = True
+
+    def __post_init__(self) -> None:
+        valid = all(type(share) in (int, float) and 0 <= share <= 1 for share in self.shares)
+        if not self.shares or not valid or list(self.shares) != sorted(self.shares, reverse=True):
+            raise FieldError(f"shares={self.shares}: give numbers from 1 to 0 that do not rise.")
+
+    def __call__(
+        self, weight: Float[Tensor, "rows columns"], grid: Grid, fake_quantize: FakeQuantize
+    ) -> FakeWeight:
+        _single(grid)
+        return Soft(grid, weight.detach().float(), self.factor, self.shares)
 
 
 def check_scale_rule(rule: ScaleRule, grid: Grid) -> None:
