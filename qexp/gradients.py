@@ -1,9 +1,8 @@
 """Surrogate gradients of rounding and clamping, for quantization-aware training.
 
 Forward values equal those of `torch.round` and `torch.clamp` bit for bit (except `Soft` with
-forward=soft, and where `is_nearest` is false); only the backward pass differs. Codes are in units
-of one step, so the width of every surrogate is in steps. With v = x/s + z, c = clamp(v),
-q = round(c), y = s(q - z), and R and C the surrogate slopes of rounding and clamping:
+forward=soft, and where `is_nearest` is false). The width of every surrogate is in steps. With
+v = x/s + z, c = clamp(v), q = round(c), y = s(q - z), and R and C the slopes of the surrogates:
 
     dy/dx = R C        dy/ds = (q - z) - (v - z) R C        dy/dz = s (R C - 1)
 

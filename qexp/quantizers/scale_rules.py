@@ -2,7 +2,6 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +13,6 @@ from qexp.grid import Grid, IntGrid, LevelGrid, Scale
 from qexp.packed.base import Packed
 from qexp.packed.coded import Coded
 from qexp.quantizers.fake_quantize import FakeQuantize
-from qexp.quantizers.rounding_variable import Shifted, Soft
 from qexp.quantizers.weight import (
     ConstantWeight,
     FakeWeight,
@@ -70,7 +68,7 @@ class Static(ScaleRule):
     def __call__(
         self, weight: Float[Tensor, "rows columns"], grid: Grid, fake_quantize: FakeQuantize
     ) -> FakeWeight:
-        _single(grid)
+        single_level(grid)
         made = Rounded(grid, fake_quantize, grid.scales_of(weight.detach().float()), False)
         return made.requires_grad_(False)
 
@@ -91,7 +89,7 @@ class LSQ(ScaleRule):
     def __call__(
         self, weight: Float[Tensor, "rows columns"], grid: Grid, fake_quantize: FakeQuantize
     ) -> FakeWeight:
-        _single(grid)
+        single_level(grid)
         q = grid.scales_of(weight.detach().float())
         if self.init == "lsq":
             zero = torch.full_like(q.zero, grid.unstored_zero)
@@ -112,7 +110,7 @@ class FixedCodes(ScaleRule):
     def __call__(
         self, weight: Float[Tensor, "rows columns"], grid: Grid, fake_quantize: FakeQuantize
     ) -> FakeWeight:
-        _single(grid)
+        single_level(grid)
         weight = weight.detach().float()
         return Frozen(Coded.of(grid, weight, grid.scales_of(weight)), self.offset and grid.has_zero)
 
@@ -138,7 +136,7 @@ class MovingCodes(ScaleRule):
     def __call__(
         self, weight: Float[Tensor, "rows columns"], grid: Grid, fake_quantize: FakeQuantize
     ) -> FakeWeight:
-        _single(grid)
+        single_level(grid)
         weight = weight.detach().float()
         start = Coded.of(grid, weight, grid.scales_of(weight))
         return Moving(start, self.offset and grid.has_zero, self.share, self.keep)
@@ -177,61 +175,6 @@ class Constant(ScaleRule):
         return replace(self, start=start)
 
 
-@dataclass(frozen=True)
-class SignRound(ScaleRule):
-    """A rounding variable per weight and multipliers of each group's range (AutoRound, 2309.05516).
-
-    The range is that of the grid's range estimator, and can only shrink.
-    """
-
-    has_rounding_variable = True
-
-    def __call__(
-        self, weight: Float[Tensor, "rows columns"], grid: Grid, fake_quantize: FakeQuantize
-    ) -> FakeWeight:
-        _single(grid)
-        return Shifted(grid, fake_quantize, weight.detach().float())
-
-
-@dataclass(frozen=True)
-class AdaRound(ScaleRule):
-    """Up or down for each weight, trained as a soft choice (2004.10568); scales fitted once."""
-
-    has_rounding_variable = True
-    trains_scales = False
-
-    def __call__(
-        self, weight: Float[Tensor, "rows columns"], grid: Grid, fake_quantize: FakeQuantize
-    ) -> FakeWeight:
-        _single(grid)
-        return Soft(grid, weight.detach().float())
-
-
-@dataclass(frozen=True)
-class ProgressiveRounding(ScaleRule):
-    """As `AdaRound`, decided stage by stage, with a factor between 0 and 2 of each scale (TesseraQ,
-    2410.19103).
-
-    shares: of weights that are undecided in each of as many stages of equal length. factor: whether
-    scales have one; it trains with the rate of ranges.
-    """
-
-    shares: Sequence[float | int] = (0.75, 0.5, 0.375, 0.25, 0.125, 0.09, 0.06, 0.04, 0.02, 0.005)
-    factor: bool = True
-    has_rounding_variable = True
-
-    def __post_init__(self) -> None:
-        valid = all(type(share) in (int, float) and 0 <= share <= 1 for share in self.shares)
-        if not self.shares or not valid or list(self.shares) != sorted(self.shares, reverse=True):
-            raise FieldError(f"shares={self.shares}: give numbers from 1 to 0 that do not rise.")
-
-    def __call__(
-        self, weight: Float[Tensor, "rows columns"], grid: Grid, fake_quantize: FakeQuantize
-    ) -> FakeWeight:
-        _single(grid)
-        return Soft(grid, weight.detach().float(), self.factor, self.shares)
-
-
 def check_scale_rule(rule: ScaleRule, grid: Grid) -> None:
     """FieldError where zero points are to be trained and the grid has none, or rounding and its
     values are not even."""
@@ -252,7 +195,8 @@ def check_scale_rule(rule: ScaleRule, grid: Grid) -> None:
         )
 
 
-def _single(grid: Grid) -> None:
+def single_level(grid: Grid) -> None:
+    """UserError for a grid whose scales are quantized in turn."""
     if grid.second_level:
         raise UserError(
             "weight.scales, weight.zeros: scales that train are not quantized in turn; set them to "
