@@ -15,11 +15,18 @@ from qexp import pipeline
 from qexp.common.errors import UserError
 from qexp.eval.perplexity import Perplexity
 from qexp.models.code_formats import FORMATS
-from qexp.models.export import FLOAT, GGUF, export, fits
+from qexp.models.export import FLOAT, GGUF, Options, export, fits
+from qexp.packed.formats.gguf import TYPES
 from qexp.runs import resolvers, results, used_modules
 from qexp.runs.provenance import Provenance
 
-CHOICES = {"format": (*FORMATS, GGUF, FLOAT), "verify": ("protocol",)}
+FILE, LIBRARY, PROTOCOL = "file", "library", "protocol"  # each verifies what those before it do
+CHOICES = {
+    "format": (*FORMATS, GGUF, FLOAT),
+    "verify": (FILE, LIBRARY, PROTOCOL),
+    "widen": ("true", "false"),
+    "container": ("auto", *TYPES),
+}
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -27,7 +34,8 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         "qexp export",
         description=main.__doc__,
-        usage="qexp export RUN [OUT] [format=NAME] [verify=protocol]",
+        usage="qexp export RUN [OUT] [format=NAME] [verify=file|library|protocol] [widen=true] "
+        "[container=NAME]",
     )
     parser.add_argument("run", type=Path, help="folder of a finished run with its weights")
     parser.add_argument("rest", nargs="*", help="OUT, a new folder or FILE.gguf, and key=value")
@@ -41,8 +49,14 @@ def main(arguments: Sequence[str]) -> None:
             print(f"{name}: {said}")
         return
     out = Path(outs[0])
-    verify = partial(measure, given.run) if words.get("verify") else None
-    facts = export(given.run, out, words.get("format", FLOAT), verify)
+    verify, container = words.get("verify") or LIBRARY, words.get("container") or "auto"
+    options = Options(
+        library=verify != FILE,
+        measure=partial(measure, given.run) if verify == PROTOCOL else None,
+        widen=words.get("widen") == "true",
+        container=None if container == "auto" else container,
+    )
+    facts = export(given.run, out, words.get("format", FLOAT), options)
     print("\n".join(report(out, facts)))
 
 
@@ -55,11 +69,22 @@ def report(out: Path, facts: Mapping[str, Any]) -> list[str]:
         f"read back: {first['matrices']} coded matrices and {first['tensors']} tensors equal the "
         "run's",
     ]
+    lines += [loaded(fact) for fact in facts["verified"] if fact["level"] == 1]
     for name, value in facts.get("measured", {}).items():
         lines.append(
             f"{name}: {value:.6g} from the export, {facts['metrics'][name]:.6g} in the run"
         )
     return lines
+
+
+def loaded(fact: Mapping[str, Any]) -> str:
+    """What the library that reads the format computed, or why it was not asked."""
+    if "skipped" in fact:
+        return f"not loaded by the library that reads it: {fact['skipped']}"
+    return (
+        f"loaded by {fact['library']}: largest difference of a logit {fact['max_logit']:.2g}, "
+        f"KL {fact['kl']:.2g}"
+    )
 
 
 @torch.no_grad()

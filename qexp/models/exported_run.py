@@ -70,9 +70,11 @@ class ExportedRun:
                 "(activation, kv); format=compressed_tensors holds 8-bit inputs of linears"
             )
 
-    def coded(self, refusal: Refusal) -> dict[str, Coded]:
-        """The matrices by name, all of which a format holds. UserError, with the run's key, for the
-        first that it does not."""
+    def coded(
+        self, refusal: Refusal, change: Callable[[Coded], Coded] | None = None
+    ) -> dict[str, Coded]:
+        """The matrices by name, all of which a format holds after the `change`. UserError, with the
+        run's key, for the first that it does not."""
         if not self.packed:
             raise UserError("method: the run quantized no weights; say format=float")
         found = {}
@@ -80,8 +82,8 @@ class ExportedRun:
             said = coded_refusal(packed)
             if said is None:
                 assert isinstance(packed, Coded)
-                found[name] = packed
-                said = refusal(packed)
+                found[name] = packed if change is None else change(packed)
+                said = refusal(found[name])
             if said is not None:
                 raise UserError(f"{said} ({name})")
         if has_transposed(self.model):
@@ -164,7 +166,8 @@ class ExportedRun:
         try:
             self.refuse_activations()
             coded = self.coded(gguf.refusal)
-            names, bits = gguf_file.summary(self.model, self.tokenizer, coded, self.gguf_origin())
+            content = gguf_file.Content(self.model, self.tokenizer, coded, self.gguf_origin())
+            names, bits = content.summary()
         except UserError as error:
             return f"no: {error}"
         return f"exact in {' and '.join(names)}, {bits:.2f} bits a weight"

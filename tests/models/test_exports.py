@@ -3,56 +3,35 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from gguf import GGUFReader
-from helpers.models import batches
-from helpers.pipeline import PPL, SMALL, run
+from helpers.exports import LLAMA, NO_EVAL, folders_of, logits
+from helpers.pipeline import PPL, run
 from safetensors.torch import load_file, save_file
 
 from qexp.common.errors import UserError
 from qexp.models import export as exports
 from qexp.models.code_formats import FORMATS
-from qexp.models.export import export, fits
+from qexp.models.export import Options, export, fits
 from qexp.models.from_run import FromRun
 from qexp.models.local import Local
 
 pytestmark = pytest.mark.usefixtures("configured")
 
-LLAMA = ("model=tiny_llama", "method=rtn")
 MEASURED = (*LLAMA, "eval=held_out")
-NO_EVAL = ["data=synthetic", "calibration.sequences=2", "calibration.length=32", "eval=none"]
 W8 = ("weight=channel", "weight.bits=8", "weight.group_size=null")
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory, configured: None) -> Iterator:
-    """`folders("model=…", …)`: the folder of a finished run, each made once."""
-    made: dict[tuple[str, ...], Path] = {}
-
-    def of(*overrides: str) -> Path:
-        if overrides not in made:
-            made[overrides] = tmp_path_factory.mktemp("run")
-            measured = "eval=held_out" in overrides
-            small = SMALL if measured else [*NO_EVAL, "weight.group_size=32"]
-            run(made[overrides], *overrides, small=small)
-            words = "".join(f"- {word}\n" for word in overrides)
-            (made[overrides] / ".hydra" / "overrides.yaml").write_text(words)
-        return made[overrides]
-
-    return of
+def folders(tmp_path_factory: pytest.TempPathFactory, configured: None):
+    return folders_of(tmp_path_factory)
 
 
 def ppl(folder: Path) -> float:
     return float(json.loads((folder / "metrics.json").read_text())[PPL])
-
-
-@torch.no_grad()
-def logits(source: Local | FromRun) -> torch.Tensor:
-    return source.load().model(**batches("llama")[0]).logits
 
 
 CASES = {  # format and what makes a run that fits it
@@ -117,7 +96,8 @@ def test_quantized_inputs_leave_and_come_back(folders, tmp_path, case):
 
 def test_a_folder_says_what_it_is(folders, tmp_path):
     folder, out = folders(*INPUTS["token"]), tmp_path / "out"
-    export(folder, out, "compressed_tensors", lambda place: {"measured": {PPL: 12.5}})
+    measured = Options(measure=lambda place: {"measured": {PPL: 12.5}})
+    export(folder, out, "compressed_tensors", measured)
     names = {path.name for path in out.iterdir()}
     assert names >= {"config.json", "tokenizer.json", "README.md", "qexp.json"}
     assert names >= {"generation_config.json", "model.safetensors"}

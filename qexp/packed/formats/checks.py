@@ -65,6 +65,17 @@ def rowwise(coded: Coded) -> tuple[Float[Tensor, "rows groups"], Float[Tensor, "
     return scale, zero
 
 
+def widened(coded: Coded) -> Coded:
+    """Asymmetric codes with whole zero points as symmetric ones of one bit more: code - zero is
+    unchanged. Others as they are."""
+    grid = coded.grid
+    if coded.zero is None or not isinstance(grid, IntGrid) or grid.real_zero:
+        return coded
+    codes = coded.codes - coded.per_column().zero.int() + 2**grid.bits
+    wider = replace(grid, bits=grid.bits + 1, symmetric=True)
+    return replace(coded, grid=wider, codes=codes, zero=None)
+
+
 def part(tensors: Mapping[str, Tensor], name: str) -> Tensor:
     """A tensor of a linear by the end of its name. Unreadable where it is missing."""
     if name not in tensors:
