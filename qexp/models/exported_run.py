@@ -49,7 +49,6 @@ class ExportedRun:
         loaded = source.load()
         task = TASKS[source.objective](loaded.model, loaded.tokenizer)
         loaded.finish(task)
-        _untie(loaded.model)
         return ExportedRun(folder, cfg, task, packed, tuple(instantiate(cfg.method).activations))
 
     @property
@@ -186,11 +185,3 @@ class ExportedRun:
             return f"no: {error}"
         dtypes = {str(t.dtype).removeprefix("torch.") for t in state.values()}
         return f"exact, {' and '.join(sorted(dtypes))}"
-
-
-def _untie(model: PreTrainedModel) -> None:
-    """The configuration of a model whose head a step separated from the embedding must say so, or
-    readers tie it again."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is not None and model.config.tie_word_embeddings:
-        model.config.tie_word_embeddings = head.weight is embedding.weight

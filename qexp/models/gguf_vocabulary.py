@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 BYTES, PIECES = "gpt2", "llama"  # GGUF's names of the two kinds
 PREFIX = "tokenizer."
+NFC = {"type": "NFC"}
 SPACE = "▁"
 COLLAPSED = (r"\A +| +\z", " {2,}")  # of Llama2C's tokenizer
 ROLES = {"unk": "unknown", "pad": "padding"}  # where GGUF's word is another
@@ -67,6 +68,8 @@ def write(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows: int) -> 
         if own["collapsed"]:
             log.warning("llama.cpp keeps repeated spaces of a text, which the tokenizer collapses")
     elif own["merges"]:
+        if own["composed"]:
+            log.warning("llama.cpp does not compose letters and accents (NFC), the tokenizer does")
         writer.add_token_merges(own["merges"])
     else:  # readers take one of the two
         writer.add_token_scores([0.0] * rows)
@@ -89,8 +92,7 @@ def _ranks(merges: list[str]) -> dict[str, int]:
 
 def settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """GGUF's name of a tokenizer's kind (`model`), its merges, llama.cpp's name of its
-    pre-tokenizer (`pre`), and for SentencePiece whether a text is prefixed by a space and whether
-    repeated ones are collapsed."""
+    pre-tokenizer (`pre`), and what a text goes through before it is cut."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = json.loads(backend.to_str()) if backend is not None else {"model": {}}
     model = content["model"]
@@ -111,12 +113,13 @@ def settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 def _bytes(content: dict[str, Any], merges: list[str]) -> dict[str, Any] | None:
     before = content.get("pre_tokenizer")
-    if '"ByteLevel"' not in json.dumps(before) or content.get("normalizer"):
+    normalizer = content.get("normalizer")
+    if '"ByteLevel"' not in json.dumps(before) or normalizer not in (None, NFC):
         return None
     pre = _pre(before)
     if pre is None and not merges:
         pre = "gpt-2"  # without merges every byte is a token, however a text is cut
-    return None if pre is None else {"model": BYTES, "pre": pre}
+    return None if pre is None else {"model": BYTES, "pre": pre, "composed": normalizer == NFC}
 
 
 def _pieces(content: dict[str, Any]) -> dict[str, Any] | None:

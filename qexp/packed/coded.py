@@ -7,13 +7,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from qexp.grid import Grid, IntGrid, LevelGrid, Scale
+from qexp.grid import BlockGrid, Grid, IntGrid, LevelGrid, Scale
 from qexp.grid.scale import positive
 from qexp.packed.base import Packed, nested, part_of
 from qexp.packed.bitpacking import pack_bits, unpack_bits
 from qexp.packed.outliers import Outliers
 
-GRIDS: dict[str, type[IntGrid] | type[LevelGrid]] = {"IntGrid": IntGrid, "LevelGrid": LevelGrid}
+GRIDS: dict[str, type[IntGrid | LevelGrid | BlockGrid]] = {
+    grid.__name__: grid for grid in (IntGrid, LevelGrid, BlockGrid)
+}
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Coded(Packed):
         group: Int[Tensor, " columns"] | None = None,
         outliers: Outliers | None = None,
     ) -> "Coded":
-        """Encode a matrix whose values are those of the grid with `scales` [rows, groups]."""
+        """Encode a matrix whose values are those of the grid with `scales` [rows, groups], or the
+        values nearest to others."""
         columns = weight.shape[1]
         wide = _per_column(scales, group, columns)
         codes = grid.encode(weight.float(), wide).to(torch.int32)
@@ -61,11 +64,12 @@ class Coded(Packed):
 
     def scales(self) -> Scale:
         """Scales and zero points [rows, groups] as decoding uses them."""
-        scale = positive(_plain(self.scale))
+        scale = _plain(self.scale)
+        if isinstance(self.scale, Coded):
+            scale = positive(scale)
         if self.zero is not None:
             return Scale(scale, _plain(self.zero))
-        fixed = 2 ** (self.grid.bits - 1) if isinstance(self.grid, IntGrid) else 0
-        return Scale(scale, torch.full_like(scale, fixed))
+        return Scale(scale, torch.full_like(scale, self.grid.fixed_zero))
 
     def per_column(self) -> Scale:
         """Scale and zero point of every weight, [rows, columns]."""
@@ -206,7 +210,7 @@ def _per_column(scales: Scale, group: Int[Tensor, " columns"] | None, columns: i
         return Scale(scales.scale[:, group], scales.zero[:, group])
     groups = scales.scale.shape[1]
     if groups == 1:
-        return scales
+        return Scale(scales.scale, scales.zero)
     repeat = columns // groups
     return Scale(
         scales.scale.repeat_interleave(repeat, 1), scales.zero.repeat_interleave(repeat, 1)

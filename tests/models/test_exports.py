@@ -9,8 +9,10 @@ import pytest
 import torch
 from gguf import GGUFReader
 from helpers.exports import LLAMA, NO_EVAL, folders_of, logits
+from helpers.models import batches
 from helpers.pipeline import PPL, run
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from qexp.common.errors import UserError
 from qexp.models import export as exports
@@ -72,6 +74,19 @@ def test_what_a_transform_folded_leaves_with_the_weights(folders, tmp_path, chan
     assert config["tie_word_embeddings"] == (change != "transform=rotate")
     names = load_file(out / "model.safetensors")
     assert ("lm_head.weight" in names) != config["tie_word_embeddings"]
+
+
+@pytest.mark.parametrize("untied", [True, False])
+def test_a_reloaded_run_says_whether_its_head_is_tied(folders, tmp_path, untied):
+    tied = ("model=tiny_llama", "+model.sizes.tie_word_embeddings=true", "method=rtn")
+    folder = folders(*tied, *(["transform=rotate"] if untied else []))
+    model = FromRun(str(folder)).load().model
+    assert model.config.tie_word_embeddings == (not untied)
+    model.save_pretrained(tmp_path / "copy")
+    copy = AutoModelForCausalLM.from_pretrained(tmp_path / "copy")
+    with torch.no_grad():
+        found, expected = (each(**batches("llama")[0]).logits for each in (copy, model))
+    assert torch.equal(found, expected)
 
 
 INPUTS = {
