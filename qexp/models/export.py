@@ -26,6 +26,7 @@ from qexp.runs.results import write_json
 log = logging.getLogger(__name__)
 
 FLOAT, GGUF = "float", "gguf"
+FACTS = "qexp.json"  # in a folder
 Verify = Callable[[Path], dict[str, Any]]
 
 
@@ -96,7 +97,7 @@ def export(
         stored = {name: source.packed[name] for name in coded}
         facts["verified"] = [read_back(folder, format, section, kept, stored)]
         _verify(source, folder, format, coded, section, facts, options)
-        write_json(folder / "qexp.json", facts)
+        write_json(folder / FACTS, facts)
         card = model_card.text(source, facts, coded)
         (folder / "README.md").write_text(card, encoding="utf-8")
     log.info("%s: use it as model=local model.path=%s", out, out)

@@ -99,10 +99,12 @@ def write(path: Path, content: Content, facts: Mapping[str, Any]) -> None:
             writer.add_tensor(own, permute(state[name].float().numpy(), heads))
     if (factors := rope.factors(model.config)) is not None:
         writer.add_tensor(rope.TENSOR, factors.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
 
 
 def read(path: Path, model: PreTrainedModel) -> tuple[dict[str, Coded], dict[str, Tensor]]:

@@ -11,6 +11,13 @@ from helpers.pipeline import SMALL, run
 from qexp.models.base import ModelSource
 
 LLAMA = ("model=tiny_llama", "method=rtn")
+MEASURED = (*LLAMA, "eval=held_out")
+W8 = ("weight=channel", "weight.bits=8", "weight.group_size=null")
+INPUTS = {
+    "token": (*MEASURED, "activation=int8_token"),
+    "tensor": (*MEASURED, *W8, "activation=int8_tensor"),
+    "symmetric": (*MEASURED, *W8, "activation=int8_tensor", "activation.grid.symmetric=true"),
+}
 NO_EVAL = ["data=synthetic", "calibration.sequences=2", "calibration.length=32", "eval=none"]
 
 
