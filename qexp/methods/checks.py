@@ -55,5 +55,7 @@ def check_trainable(task: Task, grid: Grid | None) -> None:
 
 
 def origin_of(task: Task, batches: Sequence[Batch]) -> str:
-    """What a result depends on, method aside: a checksum of the model's weights and the data."""
-    return "".join(map(checksum, [dict(task.model.state_dict()), *batches]))
+    """What a result depends on, method aside: checksums of the model's weights, its online maps and
+    the data."""
+    states = [dict(module.state_dict()) for module in (task.model, task.maps)]
+    return f"{task.maps!r} " + "".join(map(checksum, [*states, *batches]))

@@ -48,6 +48,7 @@ class ExportedRun:
         source = FromRun(str(folder))
         loaded = source.load()
         task = TASKS[source.objective](loaded.model, loaded.tokenizer)
+        loaded.put_maps(task)
         loaded.finish(task)
         _untie(loaded.model)
         return ExportedRun(folder, cfg, task, packed, tuple(instantiate(cfg.method).activations))
@@ -60,8 +61,17 @@ class ExportedRun:
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         return self.task.tokenizer
 
+    def refuse_maps(self) -> None:
+        """UserError where weights need online maps."""
+        if self.task.maps:
+            raise UserError(
+                f"{self.folder}: its model computes online maps (transform), which no format of "
+                "other software holds; give the transform without them (transform=rotate)"
+            )
+
     def refuse_activations(self) -> None:
-        """UserError where activations are quantized."""
+        """UserError where activations are quantized, or mapped online."""
+        self.refuse_maps()
         if self.task.quantizers or any(
             not isinstance(kind, FloatActivations) for kind in self.kinds
         ):
@@ -73,6 +83,7 @@ class ExportedRun:
     def coded(self, refusal: Refusal) -> dict[str, Coded]:
         """The matrices by name, all of which a format holds. UserError, with the run's key, for the
         first that it does not."""
+        self.refuse_maps()
         if not self.packed:
             raise UserError("method: the run quantized no weights; say format=float")
         found = {}

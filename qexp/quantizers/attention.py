@@ -1,11 +1,11 @@
-"""Quantizers inside attention, through transformers' attention interface.
+"""Quantizers and online maps inside attention, through transformers' attention interface.
 
 Two implementations are registered: `qexp_operands` computes attention step by step with a
 quantizer on any operand and result; `qexp_cache` quantizes only keys and values and leaves the
-rest to the fused kernel.
+rest to the fused kernel. Both map operands before they round them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,26 +20,30 @@ CACHE = ("key", "value")
 
 @dataclass(frozen=True)
 class Inside:
-    """The quantizers of one attention module, by operand; an operand without one is unchanged."""
+    """The quantizers and online maps of one attention module, by operand; an operand without any is
+    unchanged. Maps come first."""
 
     quantizers: dict[str, nn.Module]
+    maps: dict[str, nn.Module] = field(default_factory=dict)
 
     def __call__(self, operand: str, x: Tensor) -> Tensor:
-        quantizer = self.quantizers.get(operand)
-        return x if quantizer is None else quantizer(x)
+        for change in (self.maps.get(operand), self.quantizers.get(operand)):
+            x = x if change is None else change(x)
+        return x
 
 
 _NONE = Inside({})
 
 
 def install(model: nn.Module, inside: dict[nn.Module, Inside]) -> None:
-    """Make the model's attention modules use these quantizers, with those they have."""
+    """Make the model's attention modules use these quantizers and maps, with those they have."""
     operands: set[str] = set()
-    for module, quantizers in inside.items():
-        merged = _of(module).quantizers | quantizers.quantizers
-        operands |= merged.keys()
+    for module, more in inside.items():
+        own = _of(module)
+        merged = Inside(own.quantizers | more.quantizers, own.maps | more.maps)
+        operands |= merged.quantizers.keys()
         # Set past nn.Module's bookkeeping: the quantizers belong to the task, not to this module.
-        object.__setattr__(module, "_qexp_inside", Inside(merged))
+        object.__setattr__(module, "_qexp_inside", merged)
     implementation = "qexp_cache" if operands <= set(CACHE) else "qexp_operands"
     model.set_attn_implementation(implementation)  # type: ignore[operator]
 
@@ -53,7 +57,9 @@ def _cache(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     inside = _of(module)
-    key, value = inside("key", key), inside("value", value)
+    query, key, value = (
+        inside(name, x) for name, x in zip(OPERANDS[:3], (query, key, value), strict=True)
+    )
     return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import hydra
 from omegaconf import DictConfig
 
+from qexp.config.chains import as_choices
 from qexp.config.location import conf
 from qexp.sweeps import ledger
 from qexp.sweeps.failures import TRACE, run_reporting_errors, say
@@ -25,7 +26,8 @@ def main(work: Callable[[DictConfig], Objective] | None = None) -> None:
     os.environ[ledger.VARIABLE] = ""
     ledger.postponed.clear()
     logging.raiseExceptions = False  # a log that cannot be written is not the error
-    sys.argv = ["dry_run=true" if word == "--dry-run" else word for word in sys.argv]
+    words = ["dry_run=true" if word == "--dry-run" else word for word in sys.argv]
+    sys.argv = as_choices(words)
     app = hydra.main(version_base="1.3", config_path=str(conf()), config_name="config")
     try:
         code = run_reporting_errors(app(work or job))

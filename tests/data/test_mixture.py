@@ -35,11 +35,11 @@ def test_parts_of_different_lengths_are_refused():
 
 
 @pytest.mark.usefixtures("configured")
-def test_the_stand_in_trains_on_no_text_that_it_is_judged_on():
+def test_the_stand_in_reads_no_text_that_it_is_judged_on():
     cfg = compose("config", ["experiment=smollm2_float"])
-    trained = instantiate(cfg.method.train).reads()
+    read = instantiate(cfg.calibration).reads()
     judged = [instantiate(node) for node in cfg.eval.values()]
-    assert len(trained) == len(judged) == 3
-    for corpus, split in trained:
+    assert len(read) == len(judged) == 3
+    for corpus, split in read:
         assert split == "train"
         assert not any(corpus.overlaps(split, each.corpus, each.split) for each in judged)
