@@ -1,9 +1,8 @@
 """Surrogate gradients of rounding and clamping, for quantization-aware training.
 
 Forward values equal those of `torch.round` and `torch.clamp` bit for bit (except `Soft` with
-forward=soft, and where `is_nearest` is false); only the backward pass differs. Codes are in units
-of one step, so the width of every surrogate is in steps. With v = x/s + z, c = clamp(v),
-q = round(c), y = s(q - z), and R and C the surrogate slopes of rounding and clamping:
+forward=soft, and where `is_nearest` is false). The width of every surrogate is in steps. With
+v = x/s + z, c = clamp(v), q = round(c), y = s(q - z), and R and C the slopes of the surrogates:
 
     dy/dx = R C        dy/ds = (q - z) - (v - z) R C        dy/dz = s (R C - 1)
 
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from qexp.common.errors import check_choice, check_finite, check_positive, check_range
+from qexp.common.errors import check_choice, check_finite, check_number, check_positive, check_range
 from qexp.grid.clipping import Number, inside
 
 TINY = torch.finfo(torch.float32).tiny
@@ -157,13 +156,16 @@ class Hard(ClampGradient):
 
     steps_inside: false lets only clipped values move the step size, like PACT's clipping level
     (1805.06085). limit: values of this magnitude or more get no gradient either, although they are
-    not clipped; LLM-QAT's code uses 2.
+    not clipped; LLM-QAT's code uses 2. beyond: steps past either end at which values still get
+    their gradient (ParetoQ, 2502.02631: half a step; BitNet b1.58: inf).
     """
 
     steps_inside: bool = True
     limit: Number | None = None
+    beyond: Number = 0.0
 
     def __post_init__(self) -> None:
+        check_number(None, self, beyond=0)
         if self.limit is not None:
             check_positive(None, self, "limit")
 
@@ -173,7 +175,7 @@ class Hard(ClampGradient):
     def back(
         self, v: Float[Tensor, "*shape"], g: Float[Tensor, "*shape"], low: Number, high: Number
     ) -> Tensor:
-        return inside(v, low, high).mul_(g)
+        return inside(v, low - self.beyond, high + self.beyond).mul_(g)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ rest to the fused kernel, unless a window makes some queries read them float and
 Both map operands before they round them.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,6 +68,18 @@ def install(model: nn.Module, inside: dict[nn.Module, Inside]) -> None:
         object.__setattr__(module, "_qexp_inside", merged)
     implementation = "qexp_cache" if operands <= set(CACHE) else "qexp_operands"
     model.set_attn_implementation(implementation)  # type: ignore[operator]
+
+
+@contextmanager
+def inserted(model: nn.Module, inside: dict[nn.Module, Inside]) -> Iterator[None]:
+    """`install` for the context."""
+    before = {module: _of(module) for module in inside}
+    install(model, inside)
+    try:
+        yield
+    finally:
+        for module, own in before.items():
+            object.__setattr__(module, "_qexp_inside", own)
 
 
 def window_of(model: nn.Module) -> Window | None:

@@ -144,6 +144,50 @@ class SignSGD(Optimizer):
         return (1 - step / steps) / steps
 
 
+@dataclass(frozen=True)
+class CayleySGD(Optimizer):
+    """Gradient descent on orthogonal matrices, with cosine decay to 0 (SpinQuant, 2405.16406).
+
+    With W the skew part of G Rᵀ, R becomes (I + aW/2)⁻¹ (I - aW/2) R, for which the reference takes
+    five steps of a fixed-point iteration. rotations: a, unless 1 / ‖W‖₁ is smaller; 0 fixes them.
+    """
+
+    rotations: float | int = 1.5
+    clip = None
+
+    def __post_init__(self) -> None:
+        check_finite(None, self, *self.kinds)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return ("rotations",)
+
+    def optimizer(self, parameters: Parameters) -> torch.optim.Optimizer:
+        return _CayleyDescent(list(parameters["rotations"]), {"lr": float(self.rotations)})
+
+    def factor(self, step: int, steps: int) -> float:
+        return (1 + math.cos(math.pi * step / steps)) / 2
+
+
+class _CayleyDescent(torch.optim.Optimizer):
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None or not (gradient := parameter.grad.double()).any():
+                    continue
+                r = parameter.double()
+                skew = (gradient @ r.T - r @ gradient.T) / 2
+                half = min(group["lr"], 1 / float(torch.linalg.matrix_norm(skew, 1))) / 2 * skew
+                eye = torch.eye(len(r), dtype=r.dtype, device=r.device)
+                parameter.copy_(torch.linalg.solve(eye + half, (eye - half) @ r))
+        return loss
+
+
 class _SignDescent(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]

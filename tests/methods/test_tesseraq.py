@@ -8,8 +8,8 @@ from qexp.common.errors import FieldError
 from qexp.grid import IntGrid
 from qexp.packed import weights_file
 from qexp.quantizers.fake_quantize import FakeQuantize
+from qexp.quantizers.rounding_rules import AdaRound, ProgressiveRounding
 from qexp.quantizers.rounding_variable import Soft, share_up
-from qexp.quantizers.scale_rules import AdaRound, ProgressiveRounding
 
 GRIDS = [
     IntGrid(2, group_size=16, scale_dtype="float16"),
