@@ -230,8 +230,17 @@ class Grid(ABC):
     def __call__(
         self, x: Float[Tensor, "rows columns"], rounding: Rounding = torch.round
     ) -> Float[Tensor, "rows columns"]:
-        """Round to nearest, group by group."""
-        q = self.scales_of(x).map(lambda part: part.reshape(-1, 1))
+        """Fit every group, and round to nearest."""
+        return self.by_groups(x, self.scales_of(x), rounding)
+
+    def by_groups(
+        self,
+        x: Float[Tensor, "rows columns"],
+        scales: Scale,
+        rounding: Rounding = torch.round,
+    ) -> Float[Tensor, "rows columns"]:
+        """Round to nearest with scales [rows, groups], as `scales_of` returns them."""
+        q = scales.map(lambda part: part.reshape(-1, 1))
         return self.round(x.reshape(len(q.scale), -1), q, rounding).reshape(x.shape)
 
     def zero_as_stored(self, zero: Float[Tensor, "*rows each"]) -> Float[Tensor, "*rows each"]:

@@ -70,10 +70,9 @@ class BlockPhase:
         check_choice(None, self, unit=UNITS, inputs=("quantized", "float"), keep=("last", "best"))
         check_choice(None, self, loss=LOSSES, targets=("float", "inputs"), trained=("all", "norms"))
         check_finite(None, self, "growth")
-        if self.epochs is not None:
-            check_int(None, self, epochs=1)
-        if self.steps is not None:
-            check_int(None, self, steps=0)
+        for key, least in (("epochs", 1), ("steps", 0)):
+            if getattr(self, key) is not None:
+                check_int(None, self, **{key: least})
         if (self.epochs is None) == (self.steps is None):
             raise FieldError(
                 f"steps={self.steps}: with epochs={self.epochs} training has no one length; give "
@@ -182,6 +181,7 @@ class BlockPhase:
             order = order or torch.randperm(unit.pieces, generator=generator).tolist()
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = growth * rate * self.optimizer.factor(step, steps)
+            unit.before_step(step, steps)
             with torch.enable_grad():
                 loss = unit.loss(order.pop())
                 if not loss.isfinite():

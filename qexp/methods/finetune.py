@@ -3,10 +3,10 @@
 import copy
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from types import MappingProxyType
 
 from torch import nn
@@ -29,7 +29,6 @@ from qexp.quantizers.parametrization import (
     attach_update,
     attach_weight_quantizer,
     merge,
-    weight_quantizer,
 )
 from qexp.quantizers.scale_rules import Constant, ScaleRule, check_scale_rule
 from qexp.quantizers.scheme import Activations, quantize_activations
@@ -41,6 +40,7 @@ from qexp.training.losses import Objective, Penalty
 from qexp.training.module import TrainingSetup
 from qexp.training.optimizer import Optimizer
 from qexp.training.penalized import PenalizedLoss, Probe
+from qexp.training.quantizer_schedule import QuantizerSchedule
 from qexp.training.trainable import TrainableParameters
 from qexp.training.trainer import Trainer
 
@@ -62,12 +62,12 @@ class FineTune(Step):
     """Fake-quantize weights and activations, train, keep the codes.
 
     weight: null trains a model whose weights stay float, and merges low-rank updates into them.
-    rounding, clamp: what is differentiated; activation_rounding: in place of `rounding` for activations, where it is not null.
-    scale: where the scales of weights come from. trained: what moves. adapter: a low-rank residual
-    of every linear that stays in storage. teacher: the model that the
-    loss compares with, a key of TEACHERS. train, validation: data, null for the calibration batches
-    and for none. Static ranges of activations are fitted to the float
-    model first.
+    rounding, clamp: what is differentiated; activation_rounding: in place of `rounding` for
+    activations, where it is not null. schedule: of the quantizers. scale: where the scales of
+    weights come from. trained: what moves. adapter: a low-rank residual of every linear that stays
+    in storage. teacher: the model that the loss compares with, a key of TEACHERS. train,
+    validation: data, null for the calibration batches and for none. Static ranges of activations
+    are fitted to the float model first.
     """
 
     weight: Grid | None
@@ -81,6 +81,7 @@ class FineTune(Step):
     penalty: Penalty | None = None
     activation_rounding: RoundingGradient | None = None
     adapter: Adapter | NoAdapter = NoAdapter()  # noqa: RUF009 (frozen)
+    schedule: QuantizerSchedule = QuantizerSchedule()  # noqa: RUF009 (frozen: sharing it is safe)
     teacher: str = "start"
     train: Recipe | None = None
     validation: Recipe | None = None
@@ -100,6 +101,7 @@ class FineTune(Step):
                 f"validation=null: trainer.patience={self.trainer.patience} waits for a better "
                 "validation; give data for it (+calibration@method.validation=first), or null."
             )
+        self.schedule.check(self.scale, self.trainer)
         if self.weight is not None:
             check_scale_rule(self.scale, self.weight)
         if isinstance(self.adapter, Adapter) and self.weight is None:
@@ -138,6 +140,7 @@ class FineTune(Step):
         start = time.perf_counter()
         with _restored(task), ExitStack() as stack:
             self.install(task, linears, starts)
+            schedule = self.schedule.begin(task, list(linears.values()))
             watch = None if self.penalty is None else stack.enter_context(self.penalty.watch(task))
 
             loss = PenalizedLoss(self.loss.fitted(teacher, data), task, teacher, watch)
@@ -156,9 +159,14 @@ class FineTune(Step):
                 seed=self.seed,
                 identity=hashlib.sha256(identity.encode()).hexdigest()[:8],
                 folder=task.workspace.folder,
-                notes=[statistics.notes] if watch is None else [statistics.notes, watch.notes],
+                notes=[
+                    statistics.notes,
+                    *([] if watch is None else [watch.notes]),
+                    *schedule.notes,
+                ],
                 reaches_all=self.loss.reaches_all,
-                after_step=partial(_after_step, list(linears.values())),
+                before_step=schedule.before_step,
+                after_step=schedule.after_step,
             )
             self.trainer.fit(setup)
             for quantizer in task.quantizers.values():
@@ -206,11 +214,6 @@ class FineTune(Step):
         self.trained.frozen_linears(task)
         for linear in task.linears().values():
             self.adapter.check(linear.out_features, linear.in_features)
-
-
-def _after_step(linears: Sequence[nn.Linear]) -> None:
-    for linear in linears:
-        weight_quantizer(linear).after_step()
 
 
 @contextmanager

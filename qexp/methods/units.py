@@ -53,6 +53,11 @@ class Unit(ABC):
         for linear in self.linears.values():
             weight_quantizer(linear).train(mode)
 
+    def before_step(self, step: int, steps: int) -> None:
+        """Of the quantizers: rounding as it is at a step, counted from 0, of `steps`."""
+        for linear in self.linears.values():
+            weight_quantizer(linear).before_step(step, steps)
+
     @torch.no_grad()
     def hard_loss(self) -> float:
         """The loss of the first piece with codes as they would be stored."""

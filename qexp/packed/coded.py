@@ -8,14 +8,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from qexp.grid import Grid, IntGrid, LevelGrid, Scale, StepGrid
+from qexp.grid import BlockGrid, Grid, IntGrid, LevelGrid, Scale, StepGrid
 from qexp.grid.scale import positive
 from qexp.packed.base import Packed, nested, part_of
 from qexp.packed.bitpacking import pack_bits, pack_trits, unpack_bits, unpack_trits
 from qexp.packed.outliers import Outliers
 
-GRIDS: dict[str, type[IntGrid | LevelGrid | StepGrid]] = {
-    grid.__name__: grid for grid in (IntGrid, LevelGrid, StepGrid)
+GRIDS: dict[str, type[IntGrid | LevelGrid | StepGrid | BlockGrid]] = {
+    grid.__name__: grid for grid in (IntGrid, LevelGrid, StepGrid, BlockGrid)
 }
 
 
@@ -44,7 +44,8 @@ class Coded(Packed):
         group: Int[Tensor, " columns"] | None = None,
         outliers: Outliers | None = None,
     ) -> "Coded":
-        """Encode a matrix whose values are those of the grid with `scales` [rows, groups]."""
+        """Encode a matrix whose values are those of the grid with `scales` [rows, groups], or the
+        values nearest to others."""
         columns = weight.shape[1]
         wide = _per_column(scales, group, columns)
         codes = grid.encode(weight.float(), wide).to(torch.int32)
@@ -64,7 +65,9 @@ class Coded(Packed):
 
     def scales(self) -> Scale:
         """Scales and zero points [rows, groups] as decoding uses them."""
-        scale = positive(_plain(self.scale))
+        scale = _plain(self.scale)
+        if isinstance(self.scale, Coded):
+            scale = positive(scale)
         if self.zero is not None:
             return Scale(scale, _plain(self.zero))
         return Scale(scale, torch.full_like(scale, self.grid.unstored_zero))
@@ -222,7 +225,7 @@ def _per_column(scales: Scale, group: Int[Tensor, " columns"] | None, columns: i
         return Scale(scales.scale[:, group], scales.zero[:, group])
     groups = scales.scale.shape[1]
     if groups == 1:
-        return scales
+        return Scale(scales.scale, scales.zero)
     repeat = columns // groups
     return Scale(
         scales.scale.repeat_interleave(repeat, 1), scales.zero.repeat_interleave(repeat, 1)

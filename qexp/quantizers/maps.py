@@ -10,7 +10,8 @@ from qexp.arch import Group
 from qexp.common.errors import UserError
 from qexp.quantizers.attention import Inside, install
 from qexp.quantizers.online import OnlineMap, restored
-from qexp.quantizers.placement import attention_modules, input_name, operand_name
+from qexp.quantizers.operands import attention_modules, operand_name
+from qexp.quantizers.placement import input_name
 from qexp.quantizers.site_input import SiteInput, site_input
 from qexp.task import Task
 

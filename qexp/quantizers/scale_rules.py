@@ -13,7 +13,6 @@ from qexp.grid import Grid, IntGrid, LevelGrid, Scale
 from qexp.packed.base import Packed
 from qexp.packed.coded import Coded
 from qexp.quantizers.fake_quantize import FakeQuantize
-from qexp.quantizers.rounding_variable import Shifted, Soft
 from qexp.quantizers.weight import (
     ConstantWeight,
     FakeWeight,
@@ -69,7 +68,7 @@ class Static(ScaleRule):
     def __call__(
         self, weight: Float[Tensor, "rows columns"], grid: Grid, fake_quantize: FakeQuantize
     ) -> FakeWeight:
-        _single(grid)
+        single_level(grid)
         made = Rounded(grid, fake_quantize, grid.scales_of(weight.detach().float()), False)
         return made.requires_grad_(False)
 
@@ -90,7 +89,7 @@ class LSQ(ScaleRule):
     def __call__(
         self, weight: Float[Tensor, "rows columns"], grid: Grid, fake_quantize: FakeQuantize
     ) -> FakeWeight:
-        _single(grid)
+        single_level(grid)
         q = grid.scales_of(weight.detach().float())
         if self.init == "lsq":
             zero = torch.full_like(q.zero, grid.unstored_zero)
@@ -111,7 +110,7 @@ class FixedCodes(ScaleRule):
     def __call__(
         self, weight: Float[Tensor, "rows columns"], grid: Grid, fake_quantize: FakeQuantize
     ) -> FakeWeight:
-        _single(grid)
+        single_level(grid)
         weight = weight.detach().float()
         return Frozen(Coded.of(grid, weight, grid.scales_of(weight)), self.offset and grid.has_zero)
 
@@ -137,7 +136,7 @@ class MovingCodes(ScaleRule):
     def __call__(
         self, weight: Float[Tensor, "rows columns"], grid: Grid, fake_quantize: FakeQuantize
     ) -> FakeWeight:
-        _single(grid)
+        single_level(grid)
         weight = weight.detach().float()
         start = Coded.of(grid, weight, grid.scales_of(weight))
         return Moving(start, self.offset and grid.has_zero, self.share, self.keep)
@@ -176,36 +175,6 @@ class Constant(ScaleRule):
         return replace(self, start=start)
 
 
-@dataclass(frozen=True)
-class SignRound(ScaleRule):
-    """A rounding variable per weight and multipliers of each group's range (AutoRound, 2309.05516).
-
-    The range is that of the grid's range estimator, and can only shrink.
-    """
-
-    has_rounding_variable = True
-
-    def __call__(
-        self, weight: Float[Tensor, "rows columns"], grid: Grid, fake_quantize: FakeQuantize
-    ) -> FakeWeight:
-        _single(grid)
-        return Shifted(grid, fake_quantize, weight.detach().float())
-
-
-@dataclass(frozen=True)
-class AdaRound(ScaleRule):
-    """Up or down for each weight, trained as a soft choice (2004.10568); scales fitted once."""
-
-    has_rounding_variable = True
-    trains_scales = False
-
-    def __call__(
-        self, weight: Float[Tensor, "rows columns"], grid: Grid, fake_quantize: FakeQuantize
-    ) -> FakeWeight:
-        _single(grid)
-        return Soft(grid, weight.detach().float())
-
-
 def check_scale_rule(rule: ScaleRule, grid: Grid) -> None:
     """FieldError where zero points are to be trained and the grid has none, or rounding and its
     values are not even."""
@@ -226,7 +195,8 @@ def check_scale_rule(rule: ScaleRule, grid: Grid) -> None:
         )
 
 
-def _single(grid: Grid) -> None:
+def single_level(grid: Grid) -> None:
+    """UserError for a grid whose scales are quantized in turn."""
     if grid.second_level:
         raise UserError(
             "weight.scales, weight.zeros: scales that train are not quantized in turn; set them to "

@@ -51,6 +51,9 @@ class FakeWeight(nn.Module, ABC):
         """The matrix whose nearest codes are stored: the weight, moved by rounding variables."""
         return weight
 
+    def before_step(self, step: int, steps: int) -> None:
+        """Called before each step of the optimizer, counted from 0, of `steps`."""
+
     def after_step(self) -> None:
         """Called after each step of the optimizer."""
 
@@ -85,6 +88,9 @@ class Rounded(FakeWeight):
             else lsq_gradient_scale(weight.numel() // self.scale.numel(), self.highest_code)
         )
         return self.fake_quantize.rows(weight, self.scales(weight), self.grid, share, self.training)
+
+    def before_step(self, step: int, steps: int) -> None:
+        self.fake_quantize = self.fake_quantize.at(step, steps)
 
     @torch.no_grad()
     def coded(self, weight: Float[Tensor, "rows columns"]) -> Coded:

@@ -13,7 +13,7 @@ from qexp.arch import Group
 from qexp.quantizers.attention import Inside, inserted
 from qexp.quantizers.maps import attention_group, map_inputs, map_keys, shared_input
 from qexp.quantizers.online import Factor, OnlineMap, kronecker, orthogonal
-from qexp.quantizers.placement import attention_modules
+from qexp.quantizers.operands import attention_modules
 from qexp.transforms.channels import parametrized
 from qexp.transforms.heads import turn_values, turned_columns, turned_rows
 from qexp.transforms.reconstruction import Changed

@@ -15,7 +15,8 @@ from qexp.common.errors import UserError
 from qexp.gradients import Straight
 from qexp.quantizers.attention import CACHE, Inside, inserted
 from qexp.quantizers.maps import shared_input
-from qexp.quantizers.placement import KVCache, attention_modules
+from qexp.quantizers.operands import attention_modules
+from qexp.quantizers.placement import KVCache
 from qexp.quantizers.scheme import Activations, QuantizedActivations
 from qexp.task import Task
 from qexp.transforms.channels import parametrized

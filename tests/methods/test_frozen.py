@@ -1,6 +1,8 @@
 """Parts that keep their start: frozen linears, outliers that train alone, norms of blocks."""
 
+import csv
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +22,9 @@ from qexp.quantizers.adapter import Adapter
 from qexp.quantizers.fake_quantize import FakeQuantize
 from qexp.quantizers.scale_rules import Constant
 from qexp.quantizers.trained_outliers import TrainedOutliers
+from qexp.runs.results import BLOCKS
 from qexp.solvers import GPTQ, RTN
+from qexp.solvers.base import error
 from qexp.solvers.low_rank import Correction
 from qexp.step import Step
 from qexp.task import Task
@@ -121,10 +125,10 @@ def test_kept_outliers_are_better_than_none() -> None:
     weight = task_of().linears()["model.layers.0.mlp.up_proj"].weight.detach().clone()
     weight[0, 0] = 10 * weight.abs().max()
     errors = [
-        float((TrainedOutliers(share)(weight, G2, FakeQuantize())(weight) - weight).square().sum())
+        error(TrainedOutliers(share)(weight, G2, FakeQuantize())(weight).detach() - weight, None)
         for share in (0.0, 0.005)
     ]
-    assert errors[1] < 0.9 * errors[0]
+    assert errors[1] < 0.95 * errors[0]
 
 
 STARTS = {
@@ -166,19 +170,15 @@ def test_norms_of_blocks_move_and_nothing_else() -> None:
     assert changed and all("layernorm" in name for name in changed)
 
 
-def test_statistics_move_towards_the_float_block() -> None:
-    base, _ = after(STARTS["rtn"])
-    tuned, _ = after(Staged(STARTS["rtn"], Reconstruction(replace(NORMS, epochs=20))))
-    exact = task_of()
-    data = batches("llama")
-    hidden = [exact.encode(batch).detach() for batch in data]
-
-    def distance(task: Task) -> float:
-        with torch.no_grad():
-            parts = zip(data, hidden, strict=True)
-            return sum(float(channel_statistics(task.encode(x), h)) for x, h in parts)
-
-    assert distance(tuned) < distance(base)
+def test_statistics_move_towards_the_float_block(tmp_path: Path) -> None:
+    task = task_of(folder=tmp_path)
+    method = Staged(STARTS["rtn"], Reconstruction(replace(NORMS, epochs=10)))
+    method(task, lambda: batches("llama"))
+    with (tmp_path / BLOCKS).open() as file:
+        lines = [line for line in csv.DictReader(file) if line["block"] == "0"]
+    losses = [float(line["loss"]) for line in lines]
+    assert len(losses) == 10 and losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.95 * losses[0]
 
 
 def test_equal_outputs_have_equal_statistics() -> None:

@@ -25,8 +25,9 @@ from qexp.methods.units import EachLinear, Objective, OneLinear, WholeBlock, Who
 from qexp.packed import weights_file
 from qexp.quantizers.fake_quantize import FakeQuantize
 from qexp.quantizers.placement import LinearInputs
+from qexp.quantizers.rounding_rules import AdaRound, SignRound
 from qexp.quantizers.rounding_variable import Shifted, Soft
-from qexp.quantizers.scale_rules import LSQ, AdaRound, Dynamic, ScaleRule, SignRound
+from qexp.quantizers.scale_rules import LSQ, Dynamic, ScaleRule
 from qexp.quantizers.scheme import QuantizedActivations, quantize_activations
 from qexp.training.optimizer import AdamW, Optimizer, SignSGD
 from qexp.training.rounding_penalty import RoundingPenalty
