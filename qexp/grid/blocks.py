@@ -82,7 +82,7 @@ class BlockGrid(Grid):
 
     @property
     def unstored_zero(self) -> float:
-        return 2 ** (self.bits - 1)
+        return 2.0 ** (self.bits - 1)
 
     def scale_for(self, low: Float[Tensor, "rows 1"], high: Float[Tensor, "rows 1"]) -> Scale:
         scale = self.as_stored(self._step(low.float(), high.float()))
