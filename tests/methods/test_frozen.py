@@ -177,7 +177,11 @@ def test_statistics_move_towards_the_float_block(tmp_path: Path) -> None:
     with (tmp_path / BLOCKS).open() as file:
         lines = [line for line in csv.DictReader(file) if line["block"] == "0"]
     losses = [float(line["loss"]) for line in lines]
-    assert len(losses) == 10 and losses[-1] < 0.95 * losses[0] and losses == sorted(losses, reverse=True)
+    assert (
+        len(losses) == 10
+        and losses[-1] < 0.95 * losses[0]
+        and losses == sorted(losses, reverse=True)
+    )
 
 
 def test_equal_outputs_have_equal_statistics() -> None:
