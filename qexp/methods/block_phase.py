@@ -121,10 +121,11 @@ class BlockPhase:
         log_rows: Log = []
         objective = Objective(self.loss, self.targets, self.loss_weight == "fisher")
         units = UNITS[self.unit](self.inputs == "float", objective)
+        units.starts = starts
         for block in walk(task, batches, self.sequences):
             units.observe(block)
             if (finished := journal.read(block.index)) is None:
-                finished = self._finish(block, units, starts)
+                finished = self._finish(block, units)
                 journal.write(block.index, *finished)
             else:
                 finished.restore(task)
@@ -134,20 +135,15 @@ class BlockPhase:
                 write_rows(task.workspace.folder / BLOCKS, log_rows)
         return records
 
-    def _finish(
-        self, block: Block, units: Units, starts: Mapping[str, Packed] = MappingProxyType({})
-    ) -> Finished:
+    def _finish(self, block: Block, units: Units) -> Finished:
         records: list[Record] = []
         log: Log = []
 
         def train(unit: Unit) -> None:
             start = time.perf_counter()
-            for name, linear in unit.linears.items():
-                stored = starts.get(f"{block.name}.{name}")
-                rule = self.scale if stored is None else self.scale.known(stored)
-                attach_weight_quantizer(linear, rule, self.weight, self.formula)
             growth = 1 + self.growth * block.index / len(block.task.blocks)
-            log.extend(self._train(unit, self.seed + block.index, growth))
+            own = {name: units.starts.get(f"{block.name}.{name}") for name in unit.linears}
+            log.extend(self._train(unit, self.seed + block.index, growth, own))
             records.extend(unit.records(self.weight, time.perf_counter() - start))
 
         units(block, train)
@@ -159,11 +155,21 @@ class BlockPhase:
         }
         return Finished(records, others, log)
 
-    def _train(self, unit: Unit, seed: int, growth: float) -> Log:
+    def _train(
+        self,
+        unit: Unit,
+        seed: int,
+        growth: float = 1.0,
+        starts: Mapping[str, Packed | None] = MappingProxyType({}),
+    ) -> Log:
         """Train one unit; the lines of its log."""
+        for name, linear in unit.linears.items():
+            stored = starts.get(name)
+            rule = self.scale if stored is None else self.scale.known(stored)
+            attach_weight_quantizer(linear, rule, self.weight, self.formula)
         unit.begin()
         unit.set_training(True)  # the walk is in evaluation mode, where clamping is hard
-        steps = self._steps(unit)
+        steps = (self.epochs or 0) * unit.pieces if self.steps is None else self.steps
         every = unit.pieces if self.steps is None else max(steps // LINES, 1)
         parameters = self._parameters(unit)
         optimizer = self.optimizer.optimizer(parameters)
@@ -207,12 +213,6 @@ class BlockPhase:
         for parameter in unit.module.parameters():
             parameter.grad = None
         return log
-
-    def _steps(self, unit: Unit) -> int:
-        if self.steps is not None:
-            return self.steps
-        assert self.epochs is not None
-        return self.epochs * unit.pieces
 
     def _penalty_of(self, unit: Unit, parameters: Parameters) -> Callable[[int, int], Tensor | int]:
         """The penalty at a step (of `steps`), for errors that are averaged over channels."""

@@ -15,6 +15,7 @@ from qexp.methods.block_losses import LOSSES
 from qexp.methods.output_importance import output_importance
 from qexp.methods.output_moments import OutputMoments
 from qexp.methods.write_back import record
+from qexp.packed.base import Packed
 from qexp.quantizers.parametrization import weight_quantizer
 from qexp.quantizers.scheme import float_activations
 from qexp.step import Record
@@ -73,10 +74,12 @@ class Unit(ABC):
 
 class Units(ABC):
     """The units of each block of a walk. float_inputs: units are trained on the inputs that they
-    have in the float model, not on those that quantized units before them give."""
+    have in the float model, not on those that quantized units before them give. starts: what an
+    earlier method stored for linears, by full name."""
 
     def __init__(self, float_inputs: bool) -> None:
         self.float_inputs = float_inputs
+        self.starts: Mapping[str, Packed] = {}
 
     @abstractmethod
     def observe(self, block: Block) -> None:

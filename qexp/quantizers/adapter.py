@@ -88,16 +88,18 @@ class Adapter:
     It starts with the factors that an earlier method stored for the linear, of whichever rank those
     are, and with a product of 0 elsewhere.
 
-    rank: 0 leaves it out. alpha: factor = alpha / rank. factors: dtype in storage.
+    rank: of those that start with 0; 0 leaves them out. alpha: factor = alpha / rank; null: 1.
+    factors: dtype in storage.
     """
 
     rank: int = 64
-    alpha: float | int = 16.0
+    alpha: float | int | None = 16.0
     factors: str = "float16"
 
     def __post_init__(self) -> None:
         check_int(None, self, rank=0)
-        check_positive(None, self, "alpha")
+        if self.alpha is not None:
+            check_positive(None, self, "alpha")
         check_choice(None, self, factors=DTYPES)
 
     def check(self, rows: int, columns: int) -> None:
@@ -114,13 +116,14 @@ class Adapter:
         if not isinstance(start, LowRank):
             if not self.rank:
                 return None
-            return LowRankUpdate.zero(linear.weight.detach(), self.rank, self.alpha, dtype)
+            alpha = self.rank if self.alpha is None else self.alpha
+            return LowRankUpdate.zero(linear.weight.detach(), self.rank, alpha, dtype)
         parts = start.outputs, start.inputs
         if not all(isinstance(part, Tensor) for part in parts):
             raise UserError(
                 "method.start.residual.factors: factors on a grid do not train; give float16."
             )
         outputs, inputs = (part.float() for part in parts if isinstance(part, Tensor))
-        factor = self.alpha / len(outputs)
+        factor = 1.0 if self.alpha is None else self.alpha / len(outputs)
         up = outputs.T.contiguous() / factor
         return LowRankUpdate(up, inputs.clone(), factor, dtype).to(linear.weight)
