@@ -234,10 +234,7 @@ class Grid(ABC):
         return self.by_groups(x, self.scales_of(x), rounding)
 
     def by_groups(
-        self,
-        x: Float[Tensor, "rows columns"],
-        scales: Scale,
-        rounding: Rounding = torch.round,
+        self, x: Float[Tensor, "rows columns"], scales: Scale, rounding: Rounding = torch.round
     ) -> Float[Tensor, "rows columns"]:
         """Round to nearest with scales [rows, groups], as `scales_of` returns them."""
         q = scales.map(lambda part: part.reshape(-1, 1))
