@@ -72,7 +72,8 @@ class TrainableParameters:
     def _all(self, task: Task) -> Iterator[tuple[str, nn.Parameter, bool]]:
         norms = _norms(task)
         outside = set() if self.embeddings else _embeddings(task)
-        outside |= {task.model.get_submodule(name) for name in self.frozen_linears(task)}
+        for name in self.frozen_linears(task):  # their parametrizations too
+            outside |= set(task.model.get_submodule(name).modules())
         for module in task.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 if isinstance(module, FakeWeight | FakeQuant):

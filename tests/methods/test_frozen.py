@@ -73,6 +73,18 @@ def test_a_frozen_role_stays_and_the_others_train() -> None:
     assert kept == {"o_proj", "v_proj"}
 
 
+def test_a_frozen_linear_asks_for_no_gradient() -> None:
+    """Else several processes would wait for it."""
+    task = task_of()
+    method = replace(METHOD, trained=TrainableParameters(frozen=("o",)))
+    method.install(task, task.linears())
+    chosen = {id(p) for group in method.trained.parameters(task).values() for p in group}
+    for name, linear in task.linears().items():
+        asks = {p.requires_grad for p in linear.parameters()}
+        assert asks == ({False} if "o_proj" in name else {True, False}), name
+        assert ("o_proj" in name) != any(id(p) in chosen for p in linear.parameters())
+
+
 def test_none_frozen_is_the_plain_method() -> None:
     plain, _ = after(METHOD)
     other, _ = after(replace(METHOD, trained=TrainableParameters(frozen=())))
