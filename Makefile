@@ -42,9 +42,9 @@ test: $(VENV)/installed
 	$$pytest -m "not slow" --jaxtyping-packages=qexp,beartype.beartype $(SHAPES) && \
 	$$pytest -m "not slow" $$(printf -- "--ignore=%s " $(SHAPES)) tests
 
-# a broken link, a missing anchor or a page without a place in the navigation is an error
+# a broken link, a missing anchor or a page without a place in the navigation is an error; --quiet would hide them from --strict
 docs: $(VENV)/docs
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
 	@echo "site/index.html"
 
 clean:
