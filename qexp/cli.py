@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
+from qexp.config.chains import as_choices
 from qexp.sweeps import app
 from qexp.sweeps.failures import run_reporting_errors
 
@@ -25,5 +26,5 @@ def main() -> None:
 
 def command(name: str, arguments: Sequence[str] | None = None) -> int:
     """The exit code of `qexp NAME`; `arguments` are those of this process by default."""
-    given = sys.argv[1:] if arguments is None else arguments
+    given = as_choices(sys.argv[1:] if arguments is None else arguments)
     return run_reporting_errors(lambda: import_module(COMMANDS[name]).main(given))

@@ -23,6 +23,7 @@ from qexp.models.base import ModelSource
 from qexp.models.device import as_task
 from qexp.models.state_diff import Checksums, added, checksums, state_diff
 from qexp.packed import weights_file
+from qexp.quantizers import maps
 from qexp.quantizers.scheme import FloatActivations, all_called
 from qexp.runs import recorded, results, used_modules
 from qexp.runs.provenance import Provenance
@@ -87,7 +88,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
     records = apply(parts, task, provenance)
     if ranks.rank():
         raise ranks.Done
-    metrics = storage(records, added(task.model, names))
+    metrics = storage(records, added(task.model, names), maps.bits(task))
     metrics |= evaluate(evaluators, task, provenance)
     if cfg.save_weights:
         save(task, origin, records, folder)
@@ -207,25 +208,25 @@ def _evaluator(name: str, node: Any) -> Evaluator:
     return evaluator
 
 
-def storage(records: list[Record], numbers: int = 0) -> dict[str, float]:
+def storage(records: list[Record], numbers: int = 0, online: int = 0) -> dict[str, float]:
     """Measured bits per quantized weight over all linears, how many weights those are, and
     the bits that the method's paper would print, where it counts otherwise.
 
     numbers: that steps added to the model (a head untied by a rotation, biases), which storage must
-    keep too. They are part of `weight/bits`; `weight/added_bits` says which part."""
+    keep too. They are part of `weight/bits`; `weight/added_bits` says which part. online: bits of
+    online maps; `weight/online_bits` likewise."""
     weights = sum(record.rows * record.columns for record in records)
     if not weights:
         return {}
     bits = sum(record.bits * record.rows * record.columns for record in records)
-    more = ADDED * numbers / weights
+    parts = {"added": ADDED * numbers / weights, "online": online / weights}
     error = sum(record.error for record in records) / len(records)
     metrics = {
-        "weight/bits": bits / weights + more,
+        "weight/bits": bits / weights + sum(parts.values()),
         "weight/count": float(weights),
         "weight/error": error,
     }
-    if more:
-        metrics["weight/added_bits"] = more
+    metrics |= {f"weight/{name}_bits": more for name, more in parts.items() if more}
     printed = [(r.paper_bits, r.rows * r.columns) for r in records if r.paper_bits is not None]
     if printed:
         total = sum(bits * count for bits, count in printed)
@@ -234,12 +235,13 @@ def storage(records: list[Record], numbers: int = 0) -> dict[str, float]:
 
 
 def save(task: Task, origin: Checksums, records: list[Record], folder: Path) -> None:
-    """Codes and scales of the weights, whatever else in the model is not as it was loaded, and the
-    ranges of static activation quantizers."""
+    """Codes and scales of the weights, whatever else in the model is not as it was loaded, online
+    maps, and the ranges of static activation quantizers."""
     packed = {record.name: record.packed for record in records}
     others = {
         f"model.{name}": tensor
         for name, tensor in state_diff(task.model, origin, packed.keys()).items()
     }
     others |= {f"quantizers.{name}": t for name, t in task.quantizers.state_dict().items()}
-    weights_file.save(folder, packed, others)
+    others |= {f"maps.{name}": matrix for name, matrix in maps.stored(task).items()}
+    weights_file.save(folder, packed, others, maps.layout(task))

@@ -50,6 +50,11 @@ class Step(ABC):
         """Schemes whose quantizers the step leaves in the model."""
         return ()
 
+    @property
+    def leaves_maps(self) -> bool:
+        """Whether the weights need the online maps that the step leaves in the model."""
+        return False
+
 
 @dataclass(frozen=True)
 class Nothing(Step):

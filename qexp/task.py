@@ -36,6 +36,8 @@ class Task(L.LightningModule):
         self.arch: Arch = arch_of(model)
         # Activation quantizers by site; their parameters train with those of the model.
         self.quantizers = torch.nn.ModuleDict()
+        # Online maps by site: the model's weights hold their inverses.
+        self.maps = torch.nn.ModuleDict()
         self.workspace = Workspace()
         self._sampler: torch.Generator | None = None
         # Loads the model as it was before any change; a run sets it.

@@ -2,15 +2,11 @@
 
 import argparse
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
-from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
 from qexp.common.errors import UserError
 from qexp.config import messages
@@ -19,9 +15,9 @@ from qexp.report import formats, origin, published, tables
 from qexp.report.pivot import Setting
 from qexp.report.published import Paper
 from qexp.report.tables import Cell, Sheet
-from qexp.runs import finished, recorded, results, signature
+from qexp.runs import finished, recorded, results
 from qexp.runs.finished import Column
-from qexp.sweeps import app, dry_run
+from qexp.sweeps import dry_run, in_process
 
 OUTPUTS = Path("outputs")
 DATA = ("model", "data", "calibration", "eval")  # overriding one of them leaves the paper's setup
@@ -148,11 +144,11 @@ def measure(
     for job in paper.jobs(row, column):
         words = [f"experiment=paper/{name}", *job, *extra]
         try:
-            cfg, folder = composed(words)
+            cfg, folder = in_process.composed(words)
         except UserError as error:
             return Measured(None, str(error))
         if not show and results.stale(folder) is not None:
-            _run([*words, f"hydra.run.dir={folder}"])
+            in_process.command([*words, f"hydra.run.dir={folder}"])
         failed = finished.failure(folder)
         place = folder if (folder / results.METRICS).is_file() else recorded.lookup(cfg).path
         if place is None or (failed and not show):
@@ -165,22 +161,16 @@ def plans(name: str, paper: Paper, columns: Sequence[str], extra: Sequence[str])
     """The jobs of some columns, which of them have finished, and the estimated cost of others."""
     past = dry_run.finished_runs(OUTPUTS)
     found = [
-        dry_run.plan(*composed([f"experiment=paper/{name}", *job, *extra]), f"{column} {row}", past)
+        dry_run.plan(
+            *in_process.composed([f"experiment=paper/{name}", *job, *extra]),
+            f"{column} {row}",
+            past,
+        )
         for column in columns
         for row in paper.wanted(column)
         for job in paper.jobs(row, column)
     ]
     return "\n".join([f"{name}: {paper.title}", *map(str, found), dry_run.total(found, len(past))])
-
-
-def composed(words: Sequence[str]) -> tuple[DictConfig, Path]:
-    """A job's configuration and its folder. Raises UserError for a wrong override."""
-    try:
-        with initialize_config_dir(version_base="1.3", config_dir=str(conf())):
-            cfg = compose("config", list(words))
-            return cfg, OUTPUTS / signature.signature(cfg)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(messages.message_for(error)) from error
 
 
 def sampled(setting: Setting) -> str:
@@ -194,19 +184,6 @@ def sampled(setting: Setting) -> str:
         corpus for local, corpus in samples.items() for f in files if local and f.endswith(local)
     }
     return ", ".join(sorted(found))
-
-
-def _run(words: Sequence[str]) -> None:
-    """Runs `qexp` with these arguments in this process, so that modules are imported once."""
-    before = sys.argv
-    sys.argv = ["qexp", *words]
-    try:
-        app.main()
-    except SystemExit as stop:
-        if stop.code == 130:
-            raise KeyboardInterrupt from stop
-    finally:
-        sys.argv = before
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -9,3 +9,4 @@ from qexp.grid.blocks import BlockGrid as BlockGrid
 from qexp.grid.float_formats import LevelGrid as LevelGrid
 from qexp.grid.integer import IntGrid as IntGrid
 from qexp.grid.scale import Scale as Scale
+from qexp.grid.step_grid import StepGrid as StepGrid

@@ -81,18 +81,18 @@ class BlockGrid(Grid):
         return False
 
     @property
-    def fixed_zero(self) -> int:
-        return 2 ** (self.bits - 1)
+    def unstored_zero(self) -> float:
+        return 2.0 ** (self.bits - 1)
 
     def scale_for(self, low: Float[Tensor, "rows 1"], high: Float[Tensor, "rows 1"]) -> Scale:
         scale = self.as_stored(self._step(low.float(), high.float()))
-        return Scale(scale, torch.full_like(scale, self.fixed_zero))
+        return Scale(scale, torch.full_like(scale, self.unstored_zero))
 
     def _step(self, low: Tensor, high: Tensor) -> Tensor:
         """The scale before it is rounded."""
         if self.bits == 8:
             return torch.maximum(low.abs(), high.abs()) / 127
-        step = torch.where(low.abs() >= high.abs(), low, high) / -self.fixed_zero
+        step = torch.where(low.abs() >= high.abs(), low, high) / -self.unstored_zero
         return torch.where(step == 0, -0.0, step)
 
     def as_stored(self, scale: Float[Tensor, "*rows each"]) -> Float[Tensor, "*rows each"]:
@@ -113,13 +113,13 @@ class BlockGrid(Grid):
         v = x.float() * torch.where(step == 0, 0.0, 1 / step)
         if self.bits == 8:
             size = v.abs().floor()
-            codes = v.sign() * (size + (2 * (v.abs() - size)).floor()) + self.fixed_zero
+            codes = v.sign() * (size + (2 * (v.abs() - size)).floor()) + self.unstored_zero
         else:
-            codes = (v + (self.fixed_zero + 0.5)).floor()
+            codes = (v + (self.unstored_zero + 0.5)).floor()
         return codes.clamp(0, self.top).to(x.dtype)
 
     def code_position(self, v: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        return torch.where(v.isfinite(), v, self.fixed_zero)  # of a group of zeros
+        return torch.where(v.isfinite(), v, self.unstored_zero)  # of a group of zeros
 
     def decode(self, codes: Float[Tensor, "*shape"], q: Scale) -> Float[Tensor, "*shape"]:
         return (codes - q.zero) * q.scale

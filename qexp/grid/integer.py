@@ -97,8 +97,8 @@ class IntGrid(Grid):
         return not self.symmetric
 
     @property
-    def fixed_zero(self) -> int:
-        return 2 ** (self.bits - 1)
+    def unstored_zero(self) -> float:
+        return 2.0 ** (self.bits - 1)
 
     @property
     def zero_bits(self) -> int:
@@ -123,7 +123,7 @@ class IntGrid(Grid):
             width = torch.maximum(width, low.abs() / torch.finfo(self.stored_dtype).max)
         scale = width if self.scales is not None else self.as_stored(width)
         if self.symmetric:
-            zero = torch.full_like(scale, self.fixed_zero)
+            zero = torch.full_like(scale, self.unstored_zero)
         elif self.real_zero and self.zeros is not None:
             zero = -low / scale
         else:

@@ -37,6 +37,8 @@ class Loaded(NamedTuple):
     tokenizer: PreTrainedTokenizerBase | None
     # Called with the task once it is on its device: attaches the quantizers of an earlier run.
     finish: Callable[[Task], None] = lambda task: None
+    # Called before that, also where only the model is wanted: its weights need these online maps.
+    put_maps: Callable[[Task], None] = lambda task: None
 
 
 class ModelSource(ABC):

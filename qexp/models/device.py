@@ -60,7 +60,8 @@ def _device(name: str) -> torch.device:
 
 
 def as_task(source: ModelSource, loaded: Loaded, cfg: DictConfig) -> Task:
-    """The task of a loaded model, on the device of the configuration."""
+    """The task of a loaded model with its online maps, on the device of the configuration."""
     task = TASKS[source.objective](loaded.model, loaded.tokenizer).eval()
     place(task, cfg.device, cfg.offload)
+    loaded.put_maps(task)
     return task

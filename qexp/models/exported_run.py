@@ -48,6 +48,7 @@ class ExportedRun:
         source = FromRun(str(folder))
         loaded = source.load()
         task = TASKS[source.objective](loaded.model, loaded.tokenizer)
+        loaded.put_maps(task)
         loaded.finish(task)
         return ExportedRun(folder, cfg, task, packed, tuple(instantiate(cfg.method).activations))
 
@@ -59,8 +60,17 @@ class ExportedRun:
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         return self.task.tokenizer
 
+    def refuse_maps(self) -> None:
+        """UserError where weights need online maps."""
+        if self.task.maps:
+            raise UserError(
+                f"{self.folder}: its model computes online maps (transform), which no format of "
+                "other software holds; give the transform without them (transform=rotate)"
+            )
+
     def refuse_activations(self) -> None:
-        """UserError where activations are quantized."""
+        """UserError where activations are quantized, or mapped online."""
+        self.refuse_maps()
         if self.task.quantizers or any(
             not isinstance(kind, FloatActivations) for kind in self.kinds
         ):
@@ -74,6 +84,7 @@ class ExportedRun:
     ) -> dict[str, Coded]:
         """The matrices by name, all of which a format holds after the `change`. UserError, with the
         run's key, for the first that it does not."""
+        self.refuse_maps()
         if not self.packed:
             raise UserError("method: the run quantized no weights; say format=float")
         found = {}

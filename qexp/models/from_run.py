@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qexp.common.errors import UserError
 from qexp.common.hashes import sha256
 from qexp.config.instantiate import instantiate
 from qexp.models.base import Loaded, ModelSource
 from qexp.models.state_diff import apply_diff
 from qexp.packed import weights_file
+from qexp.quantizers.maps import reinstall
 from qexp.quantizers.scheme import attach
 from qexp.runs import results
 from qexp.task import Task
@@ -19,8 +21,8 @@ from qexp.task import Task
 
 @dataclass(frozen=True)
 class FromRun(ModelSource):
-    """The float model of the run with its final weights, all other tensors that it changed, and its
-    activation quantizers."""
+    """The float model of the run with its final weights, all other tensors that it changed, its
+    online maps and its activation quantizers."""
 
     folder: str
 
@@ -43,12 +45,22 @@ class FromRun(ModelSource):
             assert isinstance(weight, torch.nn.Parameter)
             weight.data = form.dequantize().to(weight)
         kinds = instantiate(config.method).activations
+        maps = weights_file.maps(Path(self.folder))
+        if not maps and instantiate(config.transform).leaves_maps:
+            raise UserError(
+                f"{self.folder}: {weights_file.FILE} lacks the online maps of transform, without "
+                "which its weights are of no use; run the configuration again with "
+                "save_weights=true."
+            )
+
+        def put_maps(task: Task) -> None:
+            reinstall(task, maps, _under("maps.", others))
 
         def finish(task: Task) -> None:
             attach(task, kinds)
             task.quantizers.load_state_dict(_under("quantizers.", others))
 
-        return Loaded(loaded.model, loaded.tokenizer, finish)
+        return Loaded(loaded.model, loaded.tokenizer, finish, put_maps)
 
     def fingerprint(self) -> dict[str, str]:
         weights = Path(self.folder) / weights_file.FILE

@@ -32,16 +32,23 @@ FORMS: dict[str, type[Packed]] = {
 }
 
 
-def save(folder: Path, weights: Mapping[str, Packed], others: Mapping[str, Tensor]) -> None:
+def save(
+    folder: Path,
+    weights: Mapping[str, Packed],
+    others: Mapping[str, Tensor],
+    maps: Mapping[str, Any] | None = None,
+) -> None:
     """Write `weights.safetensors` atomically.
 
     weights: stored forms by name of the linear. others: further tensors that the run changed or
-    created (ranges of static activation quantizers), by their names.
+    created (ranges of static activation quantizers), by their names. maps: JSON values that
+    describe online maps, whose matrices are among the others.
     """
     tensors, layout = flatten(weights)
     tensors |= {f"other:{name}": tensor.contiguous().cpu() for name, tensor in others.items()}
     with atomic(folder / FILE) as path:
-        save_file(tensors, path, metadata={"layout": json.dumps(layout)})
+        own = {"layout": json.dumps(layout)} | ({"maps": json.dumps(maps)} if maps else {})
+        save_file(tensors, path, metadata=own)
 
 
 def load(folder: Path) -> tuple[dict[str, Packed], dict[str, Tensor]]:
@@ -62,6 +69,13 @@ def load(folder: Path) -> tuple[dict[str, Packed], dict[str, Tensor]]:
         if key.startswith("other:")
     }
     return packed, others
+
+
+def maps(folder: Path) -> dict[str, Any]:
+    """What `save` was told of online maps; empty where the file has none."""
+    with safe_open(folder / FILE, "pt") as file:
+        described: dict[str, Any] = json.loads(file.metadata().get("maps", "{}"))
+    return described
 
 
 def flatten(weights: Mapping[str, Packed]) -> tuple[dict[str, Tensor], dict[str, Any]]:

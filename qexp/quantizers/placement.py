@@ -10,22 +10,31 @@ from torch.utils.hooks import RemovableHandle
 
 from qexp.arch import Arch, Group
 from qexp.common.errors import UserError
-from qexp.quantizers.attention import CACHE, OPERANDS, Inside, install
+from qexp.quantizers.attention import CACHE, OPERANDS
+from qexp.quantizers.operands import inside, operand_names
+from qexp.quantizers.site_input import See, site_input
 from qexp.task import Task
 
 Make = Callable[[], nn.Module]
 
 
 class Site(NamedTuple):
-    """A tensor that can carry a quantizer, named by the module it enters or leaves."""
+    """A tensor that can carry a quantizer, named by the module it enters or leaves.
+
+    readers: modules that read it, in execution order, where it is not written in place.
+    """
 
     name: str
     put: Callable[[nn.Module], Any]
     module: nn.Module
     leaves: bool = False
+    readers: tuple[nn.Module, ...] = ()
 
-    def watch(self, see: Callable[[Tensor], None]) -> RemovableHandle:
-        """Call `see` with the tensor before a quantizer rounds it, until the handle is removed."""
+    def watch(self, see: See) -> RemovableHandle:
+        """Call `see` with the tensor, after an online map and before a quantizer rounds it, until
+        the handle is removed."""
+        if self.readers:
+            return site_input(self.readers).watch(see)
         if self.leaves:
             return self.module.register_forward_hook(
                 lambda _, __, y: see(y[0] if isinstance(y, tuple) else y), prepend=True
@@ -42,13 +51,12 @@ class Placement(ABC):
 
     def names(self, task: Task) -> list[str]:
         """Of all sites, `operands` included."""
-        inside = [_operand(task, n, key) for n in range(len(task.blocks)) for key in self.operands]
-        return [site.name for site in self.sites(task)] + inside
+        return [site.name for site in self.sites(task)] + operand_names(task, self.operands)
 
     def __call__(self, task: Task, make: Make) -> dict[str, nn.Module]:
         """Put a quantizer made by `make` on each site, and leave those of earlier placements; the
         quantizers by site name."""
-        return _put(self.sites(task), make) | _inside(task, make, self.operands)
+        return _put(self.sites(task), make) | inside(task, lambda _: make(), self.operands)
 
 
 @dataclass(frozen=True)
@@ -111,7 +119,7 @@ class AllOps(Placement):
         if arch.post_norm:  # the output of its norms is the residual stream, rounded already
             groups = tuple(group for group in groups[1:] if group.producer not in arch.norms)
         sites = _linear_inputs(task, groups)
-        sites.append(Site("embeddings", _input(task.blocks[0]), task.blocks[0]))
+        sites.append(_input("embeddings", [task.blocks[0]]))
         for index, block in enumerate(task.blocks):
             name = f"{arch.blocks}.{index}"
             for group in arch.groups:
@@ -150,9 +158,13 @@ def _linear_inputs(task: Task, groups: tuple[Group, ...]) -> list[Site]:
     for index, block in enumerate(task.blocks):
         for group in groups:
             members = [block.get_submodule(linear) for linear in group.linears]
-            name = f"{task.arch.blocks}.{index}.{group.linears[0]}.input"
-            sites.append(Site(name, _inputs(members), members[0]))
+            sites.append(_input(input_name(task.arch, index, group), members))
     return sites
+
+
+def input_name(arch: Arch, block: int, group: Group) -> str:
+    """The site of what the linears of a group read."""
+    return f"{arch.blocks}.{block}.{group.linears[0]}.input"
 
 
 def _put(sites: list[Site], make: Make) -> dict[str, nn.Module]:
@@ -163,53 +175,13 @@ def _put(sites: list[Site], make: Make) -> dict[str, nn.Module]:
     return made
 
 
-def _operand(task: Task, block: int, operand: str) -> str:
-    return f"{task.arch.blocks}.{block}.attention.{operand}"
-
-
-def _inside(task: Task, make: Make, operands: tuple[str, ...]) -> dict[str, nn.Module]:
-    made: dict[str, nn.Module] = {}
-    inside = {}
-    if not operands:
-        return made
-    for index, block in enumerate(task.blocks):
-        writer = task.arch.writers[0]  # the attention module owns the first writer
-        path = writer.rpartition(".")[0]
-        own = {operand: make() for operand in operands}
-        # BERT's output projection is a sibling of the attention: take all modules below both.
-        for module in block.get_submodule(path.partition(".")[0]).modules():
-            inside[module] = Inside(own)
-        made |= {_operand(task, index, key): q for key, q in own.items()}
-    install(task.model, inside)
-    return made
-
-
-def _inputs(modules: list[nn.Module]) -> Callable[[nn.Module], None]:
-    """Modules that read the same tensor share its rounded form: one pass, one tensor for backward.
-
-    modules: in execution order.
-    """
+def _input(name: str, modules: list[nn.Module]) -> Site:
+    """modules: in execution order."""
 
     def put(quantizer: nn.Module) -> None:
-        kept: list[tuple[Tensor, Tensor]] = []
+        site_input(modules).quantizer = quantizer
 
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            x, *rest = args
-            if not kept or kept[0][0] is not x:
-                kept[:] = [(x, quantizer(x))]
-            rounded = kept[0][1]
-            if module is modules[-1]:
-                kept.clear()
-            return (rounded, *rest)
-
-        for module in modules:
-            module.register_forward_pre_hook(hook)
-
-    return put
-
-
-def _input(module: nn.Module) -> Callable[[nn.Module], None]:
-    return _inputs([module])
+    return Site(name, put, modules[0], readers=tuple(modules))
 
 
 def _in_place(module: nn.Module) -> Callable[[nn.Module], None]:

@@ -75,12 +75,16 @@ class Run:
         }
         return groups | self.leaves
 
+    def setting(self, key: str, default: Any = None) -> Any:
+        """A choice or a value; `default` where the run has no such key, or reads no grid and the
+        key is one of `weight`."""
+        if _top(key) == "weight" and not self.uses_grid:
+            return default
+        return self.choices.get(key, self._values.get(key, default))
+
     def label(self, key: str) -> str:
         """A choice or a value, formatted for a table; empty where the run has no such key."""
-        if _top(key) == "weight" and not self.uses_grid:
-            return ""
-        value = self.choices.get(key, self._values.get(key, ""))
-        return word(value)
+        return word(self.setting(key, ""))
 
     @property
     def command(self) -> str:

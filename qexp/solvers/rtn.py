@@ -56,4 +56,4 @@ class RTN(OnGrid):
     ) -> Solution:
         scales = self.grid.scales_of(weight.float())
         packed = Coded.of(self.grid, self.grid.by_groups(weight.float(), scales), scales)
-        return Solution(packed.dequantize(), packed.bits(), packed)
+        return Solution(packed.dequantize(), packed.bits(), packed, paper_bits=packed.paper_bits())

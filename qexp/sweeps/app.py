@@ -8,32 +8,43 @@ from collections.abc import Callable
 import hydra
 from omegaconf import DictConfig
 
+from qexp.config.chains import as_choices
 from qexp.config.location import conf
 from qexp.sweeps import ledger
 from qexp.sweeps.failures import TRACE, run_reporting_errors, say
 from qexp.sweeps.job import Objective, job
 
+Work = Callable[[DictConfig], Objective]
+Guard = Callable[[Callable[[], object]], int]
 
-def main(work: Callable[[DictConfig], Objective] | None = None) -> None:
+
+def main(work: Work | None = None) -> None:
     """Run the Hydra application with `work` (by default `job`) and exit.
 
     A mistake of the user is one sentence, every other error a traceback.
     """
+    sys.exit(launch(work))
+
+
+def launch(work: Work | None = None, guard: Guard = run_reporting_errors) -> int:
+    """Run the application with the arguments of this process; the exit code. `guard` runs it and
+    decides what becomes of an exception."""
     asked = os.environ.get("HYDRA_FULL_ERROR")
     os.environ[TRACE] = "1" if asked == "1" else "0"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise exceptions instead of printing them
     os.environ[ledger.VARIABLE] = ""
     ledger.postponed.clear()
     logging.raiseExceptions = False  # a log that cannot be written is not the error
-    sys.argv = ["dry_run=true" if word == "--dry-run" else word for word in sys.argv]
+    words = ["dry_run=true" if word == "--dry-run" else word for word in sys.argv]
+    sys.argv = as_choices(words)
     app = hydra.main(version_base="1.3", config_path=str(conf()), config_name="config")
     try:
-        code = run_reporting_errors(app(work or job))
+        code = guard(app(work or job))
         if ledger.postponed and code in (0, 1):
-            code = max(code, run_reporting_errors(app(work or job)))
+            code = max(code, guard(app(work or job)))
     finally:
         if asked is None:
             os.environ.pop("HYDRA_FULL_ERROR")
     if (sweep := ledger.current()) is not None and sweep.entries():
         say(ledger.summary(sweep))
-    sys.exit(code)
+    return code

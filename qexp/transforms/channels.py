@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 from qexp.arch import Arch, Group
 from qexp.common.errors import UserError
+from qexp.quantizers.maps import refuse_mapped
 from qexp.task import Task
 
 log = logging.getLogger(__name__)
@@ -217,8 +218,8 @@ def _groups(arch: Arch, sites: str, key: str) -> list[Group]:
 
 def _channels(task: Task, index: int, group: Group) -> Channels:
     arch, block = task.arch, task.blocks[index]
-    assert group.producer is not None
-    producer = block.get_submodule(group.producer)
+    refuse_mapped(task, index, group)
+    producer = block.get_submodule(str(group.producer))
     linears = [m for m in map(block.get_submodule, group.linears) if isinstance(m, nn.Linear)]
     norm = group.producer in arch.norms
     heads = repeats = 1

@@ -7,7 +7,7 @@ own inputs. A change that the caller makes to a block reaches the blocks after i
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from hashlib import sha256
 
@@ -22,6 +22,7 @@ from qexp.common.progress import bar
 from qexp.task import Batch, Task
 from qexp.walk.capture import (
     Chunk,
+    Enough,
     bypass_blocks,
     capture_calls,
     replace_input,
@@ -71,7 +72,8 @@ class Block:
 
     def observe(self, on_inputs: OnInputs) -> None:
         """Call `on_inputs` with the input of each group, in execution order. A change that it makes
-        to weights reaches the groups after it. One forward with one chunk, else one per group."""
+        to weights reaches the groups after it. One forward with one chunk, else one for each group,
+        which ends at the group."""
         self._visit(on_inputs)
 
     def advance(self, on_inputs: OnInputs) -> None:
@@ -134,7 +136,12 @@ class Block:
     def _inputs_of(self, group: Group) -> Iterator[Tensor]:
         seen: list[Tensor] = []
         for chunk in self.chunks:
-            with self._showing(group, lambda _, inputs: seen.extend(inputs)):
+
+            def look(_: tuple[str, ...], inputs: Iterator[Tensor]) -> None:
+                seen.extend(inputs)
+                raise Enough  # what comes after this group in the block is not needed
+
+            with self._showing(group, look), suppress(Enough):
                 self._run(chunk)
             yield seen.pop()
 
@@ -172,8 +179,9 @@ def walk(task: Task, batches: Sequence[Batch], chunk: int | None = None) -> Iter
         )
     tuples = returns_tuple(task, parts[0])
     chunks = [capture_calls(task, part, tuples) for part in parts]
-    described = f"{task.model.config.to_json_string()} {task.quantizers!r}"
-    states = [dict(task.model.state_dict()), dict(task.quantizers.state_dict()), *batches]
+    described = f"{task.model.config.to_json_string()} {task.quantizers!r} {task.maps!r}"
+    modules = (task.model, task.quantizers, task.maps)
+    states = [*(dict(module.state_dict()) for module in modules), *batches]
     origin = sha256(described.encode()).hexdigest() + "".join(map(checksum, states))
     arch, module = task.arch, task.blocks[0]
     first = Block(0, f"{arch.blocks}.0", module, arch.groups, chunks, task, tuples, origin)

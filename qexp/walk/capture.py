@@ -53,7 +53,7 @@ def capture_calls(task: Task, batch: Batch, returns_tuple: bool) -> Chunk:
     return Chunk(batch, hidden, calls)
 
 
-class _Enough(Exception):
+class Enough(Exception):
     """Ends a forward pass that has shown what it was run for."""
 
 
@@ -63,10 +63,10 @@ def returns_tuple(task: Task, batch: Batch) -> bool:
 
     def look(_: nn.Module, __: Any, output: Any) -> None:
         kinds.append(isinstance(output, tuple))
-        raise _Enough
+        raise Enough
 
     handle = task.blocks[0].register_forward_hook(look)
-    with suppress(_Enough):
+    with suppress(Enough):
         task.encode({key: value[:1] for key, value in batch.items()})
     handle.remove()
     return kinds[0]

@@ -183,6 +183,8 @@ REFUSED = {
     ("gguf", "method=rtn", "activation=int8_tensor"): "activation",
     ("float", "method=rtn", "activation=int8_tensor"): "activations are quantized",
     ("compressed_tensors", "method=rtn", "kv=int8_token"): "kv",
+    ("float", "method=none", "transform=quarot"): "online maps",
+    ("gptq", "transform=quarot"): "online maps",
     ("compressed_tensors", "method.solver.static_groups=false"): "static_groups=false",
     ("gguf", "method=rtn", "model=tiny_gpt2"): "Conv1D",
     ("gguf", "method=rtn", "model=tiny_opt"): "families llama",

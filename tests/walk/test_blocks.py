@@ -64,6 +64,17 @@ def test_the_forward_that_shows_inputs_is_the_only_one():
     assert len(runs) == 1 + len(task.blocks)
 
 
+def test_a_forward_of_one_of_many_chunks_ends_where_its_inputs_are_known():
+    task, batch, runs = task_of("llama"), joined("llama"), []
+    task.blocks[0].mlp.register_forward_hook(lambda *_: runs.append(1))
+    blocks = walk(task, [batch], 1)
+    block = next(blocks)
+    runs.clear()
+    block.observe(lambda names, inputs: list(inputs))
+    assert not runs  # down_proj is the last group, and its input lies inside the MLP
+    assert len(list(block.outputs())) == len(block.chunks) == len(runs)
+
+
 def test_looking_onward_leaves_the_walk_where_it_is():
     task, batch = task_of("llama"), joined("llama")
     expected = block_outputs(task, batch)

@@ -12,7 +12,7 @@ from qexp.commands.bench.overhead import overhead
 from qexp.commands.bench.page import page
 from qexp.commands.bench.penalty import penalty
 from qexp.commands.bench.sharing import sharing
-from qexp.commands.bench.solving import blockwise, oac, transform
+from qexp.commands.bench.solving import blockwise, oac, online, transform
 from qexp.commands.bench.training import qat, quadapter
 from qexp.commands.bench.zeroshot import zeroshot
 from qexp.common.errors import UserError
@@ -45,6 +45,7 @@ OF_STAGES: dict[str, Callable[[DictConfig], None]] = {
     "quadapter": quadapter,
     "penalty": penalty,
     "oac": oac,
+    "online": online,
     "transform": transform,
     "zeroshot": zeroshot,
 }

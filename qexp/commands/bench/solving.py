@@ -4,11 +4,13 @@ import time
 from collections.abc import Iterator
 from functools import partial
 
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from torch import Tensor
 
 from qexp.commands.bench.timing import loaded, show, spent, timed
+from qexp.common.errors import UserError
 from qexp.config.instantiate import instantiate
 from qexp.config.location import conf
 from qexp.hessian import second_moment
@@ -54,6 +56,47 @@ def transform(cfg: DictConfig) -> None:
         step: Step = instantiate(node)
         stages[name] = spent(task, partial(step, task, lambda: batches))
     show(stages, "method")
+
+
+REPEATS = 5
+
+
+def online(cfg: DictConfig) -> None:
+    """Times of one block's forward, and forward with backward, with the online maps of the
+    transform, relative to the block without them."""
+    task, batches = loaded(cfg)
+    del task.blocks[1:]
+    step: Step = instantiate(cfg.transform)
+    stages: dict[str, float] = {}
+
+    def measure(name: str) -> None:
+        block = next(walk(task, batches))
+        weights = list(block.module.parameters())
+
+        def forward() -> None:
+            for _ in range(REPEATS):
+                list(block.outputs())
+
+        def train() -> None:
+            with torch.enable_grad():
+                for chunk, hidden in enumerate(block.inputs):
+                    loss = block.replay(chunk, hidden).float().square().mean()
+                    torch.autograd.grad(loss, weights, allow_unused=True)
+
+        forward()  # the first ones are slower
+        stages[f"forward, {name}"] = spent(task, forward) / REPEATS
+        for parameter in weights:
+            parameter.requires_grad_()
+        stages[f"training, {name}"] = spent(task, train)
+
+    measure("without maps")
+    for parameter in task.parameters():
+        parameter.requires_grad_(False)
+    step(task, lambda: batches)
+    if not task.maps:
+        raise UserError("bench online: the transform leaves no online maps; give transform=quarot")
+    measure("with maps")
+    show(stages, "forward, without maps")
 
 
 def oac(cfg: DictConfig) -> None:
