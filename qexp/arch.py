@@ -1,5 +1,6 @@
 """Architecture descriptions: blocks, linears and norms of each supported model family."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -53,6 +54,26 @@ class Arch:
     def gated(self) -> bool:
         """The MLP multiplies its activation function by a second projection."""
         return len(self.groups[-2].linears) > 1
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """The linears of a block by their role: q, k, v (or qkv, where they are one matrix), o,
+        gate (of a gated MLP), up, down."""
+        inputs, (output,), middle, (down,) = (group.linears for group in self.groups)
+        first = ("q", "k", "v") if len(inputs) == 3 else ("qkv",)
+        between = ("gate", "up") if self.gated else ("up",)
+        names = zip((*first, *between), (*inputs, *middle), strict=True)
+        return {**dict(names), "o": output, "down": down}
+
+    def linears_of(self, roles: Collection[str], key: str) -> set[str]:
+        """The linears of a block that have one of these roles. UserError, naming `key`, for a role
+        that this family has not."""
+        if unknown := sorted(set(roles) - set(self.roles)):
+            raise UserError(
+                f"{key}: blocks of this family have no {' and no '.join(unknown)}; give some of "
+                f"{', '.join(self.roles)}."
+            )
+        return {self.roles[role] for role in roles}
 
 
 LLAMA = Arch(

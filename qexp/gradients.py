@@ -1,9 +1,8 @@
 """Surrogate gradients of rounding and clamping, for quantization-aware training.
 
 Forward values equal those of `torch.round` and `torch.clamp` bit for bit (except `Soft` with
-forward=soft); only the backward pass differs. Codes are in units of one step, so the width of every
-surrogate is in steps. With v = x/s + z, c = clamp(v), q = round(c), y = s(q - z), and R and C the
-surrogate slopes of rounding and clamping:
+forward=soft, and where `is_nearest` is false). The width of every surrogate is in steps. With
+v = x/s + z, c = clamp(v), q = round(c), y = s(q - z), and R and C the slopes of the surrogates:
 
     dy/dx = R C        dy/ds = (q - z) - (v - z) R C        dy/dz = s (R C - 1)
 
@@ -15,14 +14,14 @@ R = 1 and C the indicator of the range this is LSQ (1902.08153).
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from qexp.common.errors import check_choice, check_finite, check_positive, check_range
+from qexp.common.errors import check_choice, check_finite, check_number, check_positive, check_range
 from qexp.grid.clipping import Number, inside
 
 TINY = torch.finfo(torch.float32).tiny
@@ -30,6 +29,16 @@ TINY = torch.finfo(torch.float32).tiny
 
 class RoundingGradient(ABC):
     """Rounding with a surrogate gradient."""
+
+    is_nearest: ClassVar[bool] = True  # whether training, too, rounds like `torch.round`
+
+    def at(self, step: int, steps: int) -> "RoundingGradient":
+        """The rounding at a step of training, counted from 0, of `steps`."""
+        return self
+
+    def value(self, c: Float[Tensor, "*shape"]) -> Tensor:
+        """The rounded value in the forward pass of training; whole numbers stay what they are."""
+        return c.round()
 
     @abstractmethod
     def back(self, c: Float[Tensor, "*shape"], g: Float[Tensor, "*shape"], steps: Number) -> Tensor:
@@ -78,10 +87,8 @@ class Sigmoid(RoundingGradient):
 
 @dataclass(frozen=True)
 class DSQ(RoundingGradient):
-    """The slope of the scaled tanh between two codes (1908.05033).
-
-    alpha: 1 minus the largest value of the tanh before scaling; fixed here, the paper can learn it.
-    """
+    """The slope of the scaled tanh between two codes (1908.05033). alpha: 1 minus the largest value
+    of the tanh before scaling; fixed here, the paper can learn it."""
 
     alpha: Number = 0.2
 
@@ -99,8 +106,8 @@ class DSQ(RoundingGradient):
 class EWGS(RoundingGradient):
     """Element-wise gradient scaling by the rounding error (2104.00903).
 
-    g (1 + δ sign(g) (c - round(c)) / steps); the division gives the error on a grid from 0 to 1, as
-    in the paper. delta is fixed here; the paper can also set it from the Hessian's trace.
+    g (1 + δ sign(g) (c - round(c)) / steps): the error on a grid from 0 to 1, as in the paper.
+    delta is fixed here; the paper can also set it from the Hessian's trace.
     """
 
     delta: Number = 1e-3
@@ -149,13 +156,16 @@ class Hard(ClampGradient):
 
     steps_inside: false lets only clipped values move the step size, like PACT's clipping level
     (1805.06085). limit: values of this magnitude or more get no gradient either, although they are
-    not clipped; LLM-QAT's code uses 2.
+    not clipped; LLM-QAT's code uses 2. beyond: steps past either end at which values still get
+    their gradient (ParetoQ, 2502.02631: half a step; BitNet b1.58: inf).
     """
 
     steps_inside: bool = True
     limit: Number | None = None
+    beyond: Number = 0.0
 
     def __post_init__(self) -> None:
+        check_number(None, self, beyond=0)
         if self.limit is not None:
             check_positive(None, self, "limit")
 
@@ -165,7 +175,7 @@ class Hard(ClampGradient):
     def back(
         self, v: Float[Tensor, "*shape"], g: Float[Tensor, "*shape"], low: Number, high: Number
     ) -> Tensor:
-        return inside(v, low, high).mul_(g)
+        return inside(v, low - self.beyond, high + self.beyond).mul_(g)
 
 
 @dataclass(frozen=True)
@@ -222,7 +232,7 @@ class _Round(torch.autograd.Function):
     def forward(ctx: Any, c: Tensor, rounding: RoundingGradient, steps: Number) -> Tensor:
         ctx.save_for_backward(c)
         ctx.rounding, ctx.steps = rounding, steps
-        return c.round()
+        return rounding.value(c)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from helpers.models import FAMILIES, batches, tiny
+from helpers.models import FAMILIES, batches, task_of, tiny
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BloomConfig
 
@@ -206,3 +206,12 @@ def test_an_unknown_family_is_answered_with_the_known_ones():
     config = BloomConfig(vocab_size=32, hidden_size=16, n_layer=1, n_head=2)
     with pytest.raises(UserError, match=r"'bloom'.*gpt_neox.*llama"):
         arch_of(AutoModelForCausalLM.from_config(config))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_linear_has_one_role(family):
+    arch = task_of(family).arch
+    linears = [name for group in arch.groups for name in group.linears]
+    assert sorted(arch.roles.values()) == sorted(linears)
+    assert {"o", "up", "down"} <= set(arch.roles) and ("gate" in arch.roles) is arch.gated
+    assert arch.linears_of(["o", "down"], "key") == {arch.roles["o"], arch.roles["down"]}

@@ -15,11 +15,18 @@ from qexp import pipeline
 from qexp.common.errors import UserError
 from qexp.eval.perplexity import Perplexity
 from qexp.models.code_formats import FORMATS
-from qexp.models.export import FLOAT, GGUF, export, fits
+from qexp.models.export import FLOAT, GGUF, Options, export, fits
+from qexp.packed.formats.gguf import TYPES
 from qexp.runs import resolvers, results, used_modules
 from qexp.runs.provenance import Provenance
 
-CHOICES = {"format": (*FORMATS, GGUF, FLOAT), "verify": ("protocol",)}
+FILE, LIBRARY, PROTOCOL = "file", "library", "protocol"  # each verifies what those before it do
+CHOICES = {
+    "format": (*FORMATS, GGUF, FLOAT),
+    "verify": (FILE, LIBRARY, PROTOCOL),
+    "widen": ("true", "false"),
+    "container": ("auto", *TYPES),
+}
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -27,23 +34,48 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         "qexp export",
         description=main.__doc__,
-        usage="qexp export RUN [OUT] [format=NAME] [verify=protocol]",
+        usage="qexp export RUN [OUT] [format=NAME] [verify=file|library|protocol] [widen=true] "
+        "[container=NAME]",
     )
     parser.add_argument("run", type=Path, help="folder of a finished run with its weights")
     parser.add_argument("rest", nargs="*", help="OUT, a new folder or FILE.gguf, and key=value")
     given = parser.parse_args(arguments)
-    words = dict(word.split("=", 1) for word in given.rest if "=" in word)
-    outs = [word for word in given.rest if "=" not in word]
-    _check(words, outs)
+    words, outs = parsed(given.rest)
+    if len(outs) > 1:
+        raise UserError(f"{outs[1]}: qexp export takes one run and one OUT")
+    if outs and words.get("format") == "":
+        raise UserError("format: has no value; leave OUT out to see what fits the run")
     resolvers.register()
     if not outs:
         for name, said in fits(given.run).items():
             print(f"{name}: {said}")
         return
     out = Path(outs[0])
-    verify = partial(measure, given.run) if words.get("verify") else None
-    facts = export(given.run, out, words.get("format", FLOAT), verify)
+    facts = export(given.run, out, words.get("format", FLOAT), chosen(given.run, words))
     print("\n".join(report(out, facts)))
+
+
+def parsed(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """The words key=value of a command line, and its other arguments. UserError for an unknown
+    key."""
+    words = dict(word.split("=", 1) for word in arguments if "=" in word)
+    for key, value in words.items():
+        if key not in CHOICES:
+            raise UserError(f"{key}={value}: is no key of an export; give {' or '.join(CHOICES)}")
+        if value and value not in CHOICES[key]:
+            raise UserError(f"{key}={value} is unknown: give {' or '.join(CHOICES[key])}")
+    return words, [word for word in arguments if "=" not in word]
+
+
+def chosen(run: Path, words: Mapping[str, str]) -> Options:
+    """The options that the words of a command line choose."""
+    verify, container = words.get("verify") or LIBRARY, words.get("container") or "auto"
+    return Options(
+        library=verify != FILE,
+        measure=partial(measure, run) if verify == PROTOCOL else None,
+        widen=words.get("widen") == "true",
+        container=None if container == "auto" else container,
+    )
 
 
 def report(out: Path, facts: Mapping[str, Any]) -> list[str]:
@@ -55,11 +87,22 @@ def report(out: Path, facts: Mapping[str, Any]) -> list[str]:
         f"read back: {first['matrices']} coded matrices and {first['tensors']} tensors equal the "
         "run's",
     ]
+    lines += [loaded(fact) for fact in facts["verified"] if fact["level"] == 1]
     for name, value in facts.get("measured", {}).items():
         lines.append(
             f"{name}: {value:.6g} from the export, {facts['metrics'][name]:.6g} in the run"
         )
     return lines
+
+
+def loaded(fact: Mapping[str, Any]) -> str:
+    """What the library that reads the format computed, or why it was not asked."""
+    if "skipped" in fact:
+        return f"not loaded by the library that reads it: {fact['skipped']}"
+    return (
+        f"loaded by {fact['library']}: largest difference of a logit {fact['max_logit']:.2g}, "
+        f"KL {fact['kl']:.2g}"
+    )
 
 
 @torch.no_grad()
@@ -81,8 +124,8 @@ def measure(run: Path, place: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         own = pipeline.build(cfg)
         task = pipeline.load(own, cfg, Path(folder))
-        chosen = [each for each in own.evaluators if isinstance(each, Perplexity)]
-        found = pipeline.evaluate(chosen, task, Provenance(used_modules.roots(cfg)))
+        asked = [each for each in own.evaluators if isinstance(each, Perplexity)]
+        found = pipeline.evaluate(asked, task, Provenance(used_modules.roots(cfg)))
     stored = results.metrics(run)
     measured = {
         name: value for name, value in found.items() if name.endswith("/ppl") and name in stored
@@ -90,15 +133,3 @@ def measure(run: Path, place: Path) -> dict[str, Any]:
     if not measured:
         raise UserError("verify=protocol: the run measured no perplexity; leave verify out")
     return {"measured": measured}
-
-
-def _check(words: Mapping[str, str], outs: Sequence[str]) -> None:
-    for key, value in words.items():
-        if key not in CHOICES:
-            raise UserError(f"{key}={value}: is no key of qexp export; give {' or '.join(CHOICES)}")
-        if value and value not in CHOICES[key]:
-            raise UserError(f"{key}={value} is unknown: give {' or '.join(CHOICES[key])}")
-    if len(outs) > 1:
-        raise UserError(f"{outs[1]}: qexp export takes one run and one OUT")
-    if outs and words.get("format") == "":
-        raise UserError("format: has no value; leave OUT out to see what fits the run")

@@ -1,10 +1,11 @@
-"""Activation outliers of a model: quantization error per tensor as a table and a figure."""
+"""Activation outliers of a model: quantization error and statistics per tensor."""
 
 import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -15,6 +16,7 @@ from qexp.common.files import atomic
 from qexp.common.progress import bar
 from qexp.config.instantiate import instantiate
 from qexp.config.location import conf
+from qexp.eval.anatomy import Statistics, Tally, anatomy
 from qexp.grid.outlier_error import Errors, Moments, decompose
 from qexp.models.base import ModelSource
 from qexp.models.device import as_task
@@ -39,6 +41,7 @@ class Row:
     name: str
     moments: Moments
     errors: Errors
+    tally: Tally
 
     @property
     def stretch(self) -> float:
@@ -72,10 +75,12 @@ def survey(task: Task, batches: Sequence[Batch], kind: QuantizedActivations) -> 
     sites = kind.placement.sites(task)
     moments = {site.name: Moments() for site in sites}
     errors = {site.name: Errors() for site in sites}
+    tallies = {site.name: Tally() for site in sites}
 
     def measure(name: str, x: torch.Tensor) -> None:
         found = decompose(x, moments[name], kind.grid, DEVIATIONS)
         errors[name] = errors[name].plus(found)
+        tallies[name].add(x)
 
     def show(see: Callable[[str, torch.Tensor], None]) -> None:
         handles = [site.watch(partial(see, site.name)) for site in sites]
@@ -88,7 +93,8 @@ def survey(task: Task, batches: Sequence[Batch], kind: QuantizedActivations) -> 
 
     show(lambda name, x: moments[name].add(x))
     show(measure)
-    return [Row(site.name, moments[site.name], errors[site.name]) for site in sites]
+    names = [site.name for site in sites]
+    return [Row(name, moments[name], errors[name], tallies[name]) for name in names]
 
 
 def problems(rows: Sequence[Row]) -> list[Row]:
@@ -128,6 +134,17 @@ def markdown(rows: Sequence[Row]) -> str:
             f"{cells['noise']:.3g}",
         ]
         lines.append(f"| {mark}{row.name}{mark} | {' | '.join(numbers)} |")
+    return "\n".join(lines) + "\n"
+
+
+def summary(statistics: Statistics) -> str:
+    """A table of every statistic: its median, its largest value and the name of that tensor."""
+    lines = ["", "| statistic | tensors | median | largest | of |", "|---|--:|--:|--:|---|"]
+    for key in dict.fromkeys(key for each in statistics.values() for key in each):
+        found = {name: each[key] for name, each in statistics.items() if key in each}
+        worst = max(found, key=found.__getitem__)
+        numbers = f"{median(found.values()):.4g} | {found[worst]:.4g}"
+        lines.append(f"| {key} | {len(found)} | {numbers} | {worst} |")
     return "\n".join(lines) + "\n"
 
 
@@ -171,22 +188,28 @@ def draw(surveys: dict[str, list[Row]]) -> Picture:
     return Picture(made)
 
 
-def write(folder: Path, surveys: dict[str, list[Row]]) -> str:
-    """Writes `<label>.csv` and `<label>.md` of each model and `ranges.png`; returns the tables."""
+def write(folder: Path, surveys: dict[str, list[Row]], statistics: Mapping[str, Statistics]) -> str:
+    """Writes `<label>.csv`, `<label>_statistics.csv` and `<label>.md` of each model and
+    `ranges.png`; returns the tables."""
     folder.mkdir(parents=True, exist_ok=True)
+    pages = {label: markdown(rows) + summary(statistics[label]) for label, rows in surveys.items()}
     for label, rows in surveys.items():
         with atomic(folder / f"{label}.csv") as path, path.open("w", newline="") as file:
             table = csv.DictWriter(file, COLUMNS)
             table.writeheader()
             table.writerows(row.cells() for row in rows)
+        with atomic(folder / f"{label}_statistics.csv") as path, path.open("w") as file:
+            file.write("tensor,statistic,value\n")
+            for name, found in statistics[label].items():
+                file.writelines(f"{name},{key},{value!r}\n" for key, value in found.items())
         with atomic(folder / f"{label}.md") as path:
-            path.write_text(markdown(rows), encoding="utf-8")
+            path.write_text(pages[label], encoding="utf-8")
     draw(surveys).png(folder / "ranges.png")
-    return "\n".join(f"{label}\n\n{markdown(rows)}" for label, rows in surveys.items())
+    return "\n".join(f"{label}\n\n{page}" for label, page in pages.items())
 
 
-def measured(overrides: Sequence[str]) -> list[Row]:
-    """Statistics of the configured model's tensors on its calibration data.
+def measured(overrides: Sequence[str]) -> tuple[list[Row], Statistics]:
+    """Errors and statistics of the configured model's tensors on its calibration data.
 
     Raises UserError unless activations are quantized per tensor with static ranges.
     """
@@ -199,7 +222,8 @@ def measured(overrides: Sequence[str]) -> list[Row]:
         raise UserError("activation: outliers stretch static ranges; choose activation=int8_tensor")
     source: ModelSource = instantiate(cfg.model)
     task = as_task(source, source.load(), cfg)  # without quantizers that an earlier run left
-    return survey(task, instantiate(cfg.calibration)(task), kind)
+    rows = survey(task, instantiate(cfg.calibration)(task), kind)
+    return rows, anatomy({row.name: row.tally for row in rows}, task)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -215,4 +239,5 @@ def main(arguments: Sequence[str]) -> None:
     labels = ("before", "after") if len(both) > 1 else ("ranges",)
     with initialize_config_dir(version_base="1.3", config_dir=str(conf())):
         found = {label: measured(overrides) for label, overrides in zip(labels, both, strict=True)}
-    print(write(folder, found))
+    surveys = {label: rows for label, (rows, _) in found.items()}
+    print(write(folder, surveys, {label: each for label, (_, each) in found.items()}))

@@ -54,16 +54,9 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        if error.filename not in (None, name, str(path)):
-            raise  # about another file that was being read
-        raise _not_writable(path, error.strerror) from error
     except Exception as error:
-        # savers written in other languages (safetensors) keep only the message of an OSError
-        if (number := re.search(r"os error (\d+)", str(error))) is not None:
-            raise _not_writable(path, os.strerror(int(number[1]))) from error
-        if "No space left" in str(error):
-            raise _not_writable(path, "No space left on device") from error
+        if (reason := _failed_write(error, (temporary, path))) is not None:
+            raise _not_writable(path, reason) from error
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -107,8 +100,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         yield temporary
         temporary.chmod(0o777 & ~_umask())  # mkdtemp made it private
         os.replace(temporary, path)
-    except OSError as error:
-        raise _not_writable(path, error.strerror) from error
+    except Exception as error:
+        if (reason := _failed_write(error, (temporary, path))) is not None:
+            raise _not_writable(path, reason) from error
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -137,6 +132,19 @@ def locked(folder: Path, wait: bool | float = True) -> Iterator[bool]:
         yield True
     finally:
         lock.release()
+
+
+def _failed_write(error: Exception, places: Sequence[Path]) -> str | None:
+    """The reason of an exception that writing to one of these files or folders raised; None for any
+    other, for instance about another file that was being read."""
+    if isinstance(error, OSError):
+        named = error.filename
+        own = named is None or any(Path(named).is_relative_to(place) for place in places)
+        return (error.strerror or "unknown reason") if own else None
+    # savers written in other languages (safetensors) keep only the message of an OSError
+    if (number := re.search(r"os error (\d+)", str(error))) is not None:
+        return os.strerror(int(number[1]))
+    return "No space left on device" if "No space left" in str(error) else None
 
 
 def _not_writable(path: Path, reason: str | None) -> UserError:

@@ -33,7 +33,7 @@ class Option:
     @cached_property
     def head(self) -> list[str]:
         """The comment lines at the top of the file, without their signs."""
-        lines = []
+        lines: list[str] = []
         for line in self.text.splitlines():
             if line.startswith("# @package"):
                 continue

@@ -1,6 +1,6 @@
 """Cross-entropy per token in windows, computed without storing all logits."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,6 +11,8 @@ from qexp.common.errors import UserError
 from qexp.common.progress import bar
 from qexp.task import CausalLM, Classifier, Task
 
+Forward = Callable[[Int64[Tensor, "windows tokens"]], Float[Tensor, "windows tokens width"]]
+
 
 class Window(NamedTuple):
     """The tokens of one forward pass; the last `scored` of them are targets."""
@@ -20,15 +22,20 @@ class Window(NamedTuple):
 
 
 def token_losses(
-    task: Task, windows: Sequence[Window], batch_tokens: int, name: str
+    task: Task,
+    windows: Sequence[Window],
+    batch_tokens: int,
+    name: str,
+    forward: Forward | None = None,
 ) -> list[Float[Tensor, " scored"]]:
     """The cross-entropy of every target in nats, float32 on the CPU, one tensor per window.
 
-    Logits are computed for a few hundred positions at a time (task.token_losses). Raises UserError
-    with the protocol's `name` if a loss is not finite.
+    Logits are computed for a few hundred positions at a time (task.token_losses). forward: gives
+    the hidden states; None: one forward pass of the model. Raises UserError with the protocol's
+    `name` if a loss is not finite.
     """
     losses: list[Float[Tensor, " scored"]] = []
-    for batch, hidden in states(task, windows, batch_tokens, name):
+    for batch, hidden in states(task, windows, batch_tokens, name, forward):
         assert isinstance(task, CausalLM)
         scored = batch[0].scored
         targets = torch.cat([window.tokens[-scored:] for window in batch])
@@ -44,7 +51,11 @@ def token_losses(
 
 
 def states(
-    task: Task, windows: Sequence[Window], batch_tokens: int, name: str
+    task: Task,
+    windows: Sequence[Window],
+    batch_tokens: int,
+    name: str,
+    forward: Forward | None = None,
 ) -> Iterator[tuple[list[Window], Float[Tensor, "windows scored width"]]]:
     """Batches of windows and the hidden states that predict their targets, without gradient."""
     check_causal(task, name)
@@ -52,7 +63,7 @@ def states(
     for batch in bar(list(_batches(windows, batch_tokens)), name):
         ids = torch.stack([window.tokens for window in batch])
         with torch.no_grad():
-            hidden = task.hidden(ids[:, :-1])  # the last token has no target
+            hidden = (forward or task.hidden)(ids[:, :-1])  # the last token has no target
         yield batch, hidden[:, -batch[0].scored :]
 
 

@@ -5,6 +5,8 @@ To add a grid, implement `base.Grid`; a range estimator, `base.Range`; and one y
 
 from qexp.grid.base import Grid as Grid
 from qexp.grid.base import Range as Range
+from qexp.grid.blocks import BlockGrid as BlockGrid
 from qexp.grid.float_formats import LevelGrid as LevelGrid
 from qexp.grid.integer import IntGrid as IntGrid
 from qexp.grid.scale import Scale as Scale
+from qexp.grid.step_grid import StepGrid as StepGrid

@@ -1,7 +1,6 @@
 """Interfaces of grids and range estimators."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -50,7 +49,17 @@ class Grid(ABC):
     @property
     @abstractmethod
     def bits(self) -> int:
+        """Bits of a code as an integer."""
+
+    @property
+    def code_bits(self) -> float:
         """Stored bits per code."""
+        return float(self.bits)
+
+    @property
+    def unstored_zero(self) -> float:
+        """The zero point where none is stored."""
+        return 0.0
 
     def with_bits(self, bits: int) -> "Grid":
         """The grid with codes of `bits` bits. UserError where their number is fixed."""
@@ -161,10 +170,9 @@ class Grid(ABC):
         self.range.check(self)
         groups = self.groups(columns)
         for name, grid in self.second_level.items():
-            if grid.axis == "inputs":
-                cut(groups, grid.group_size, f"weight.{name}.group_size", "groups of a row")
-                continue
-            cut(rows, grid.group_size, f"weight.{name}.group_size", "outputs")
+            by_row = grid.axis == "inputs"
+            side, what = (groups, "groups of a row") if by_row else (rows, "outputs")
+            cut(side, grid.group_size, f"weight.{name}.group_size", what)
 
     def groups(self, columns: int) -> int:
         """Number of groups in a row. Raises UserError when `group_size` does not divide it."""
@@ -178,7 +186,7 @@ class Grid(ABC):
         for name, grid in self.second_level.items():
             along = (rows, groups) if grid.axis == "inputs" else (groups, rows)
             each[name] = grid.cost(*along)
-        return self.bits + scales * sum(each.values()) / (rows * columns)
+        return self.code_bits + scales * sum(each.values()) / (rows * columns)
 
     @property
     def stored_dtype(self) -> torch.dtype:
@@ -202,10 +210,9 @@ class Grid(ABC):
         groups = self.groups(columns)
         if self.second_level and not self.fits_whole_rows:
             # Their groups run along the rows of one group of columns.
-            weights: Sequence[Tensor | None] = [None] * groups
-            weights = weights if counts is None else counts.chunk(groups, 1)
-            parts = zip(x.chunk(groups, 1), weights, strict=True)
-            return Scale.join([self.fit(part, each) for part, each in parts])
+            each = [None] * groups if counts is None else counts.chunk(groups, 1)
+            parts = zip(x.chunk(groups, 1), each, strict=True)
+            return Scale.join([self.fit(part, weight) for part, weight in parts])
         shape = rows * groups, columns // groups
         q = self.fit(x.reshape(shape), None if counts is None else counts.reshape(shape))
         q = q.map(lambda part: part.expand(rows * groups, 1).reshape(rows, groups))
@@ -223,8 +230,14 @@ class Grid(ABC):
     def __call__(
         self, x: Float[Tensor, "rows columns"], rounding: Rounding = torch.round
     ) -> Float[Tensor, "rows columns"]:
-        """Round to nearest, group by group."""
-        q = self.scales_of(x).map(lambda part: part.reshape(-1, 1))
+        """Fit every group, and round to nearest."""
+        return self.by_groups(x, self.scales_of(x), rounding)
+
+    def by_groups(
+        self, x: Float[Tensor, "rows columns"], scales: Scale, rounding: Rounding = torch.round
+    ) -> Float[Tensor, "rows columns"]:
+        """Round to nearest with scales [rows, groups], as `scales_of` returns them."""
+        q = scales.map(lambda part: part.reshape(-1, 1))
         return self.round(x.reshape(len(q.scale), -1), q, rounding).reshape(x.shape)
 
     def zero_as_stored(self, zero: Float[Tensor, "*rows each"]) -> Float[Tensor, "*rows each"]:

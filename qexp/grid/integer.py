@@ -97,6 +97,10 @@ class IntGrid(Grid):
         return not self.symmetric
 
     @property
+    def unstored_zero(self) -> float:
+        return 2.0 ** (self.bits - 1)
+
+    @property
     def zero_bits(self) -> int:
         if self.symmetric:
             return 0
@@ -119,7 +123,7 @@ class IntGrid(Grid):
             width = torch.maximum(width, low.abs() / torch.finfo(self.stored_dtype).max)
         scale = width if self.scales is not None else self.as_stored(width)
         if self.symmetric:
-            zero = torch.full_like(scale, 2 ** (self.bits - 1))
+            zero = torch.full_like(scale, self.unstored_zero)
         elif self.real_zero and self.zeros is not None:
             zero = -low / scale
         else:

@@ -19,8 +19,9 @@ class Observer(ABC):
         """Observe one more tensor. Raises UserError when a value is not finite."""
 
     @abstractmethod
-    def values(self) -> tuple[Float[Tensor, "1 size"], Float[Tensor, "1 size"] | None]:
-        """Values that represent those observed, and how often each occurs (None: once each).
+    def values(self) -> tuple[Float[Tensor, "rows size"], Float[Tensor, "rows size"] | None]:
+        """Values that represent those observed, and how often each occurs (None: once each); one
+        row, but for a scale of each row.
 
         Raises UserError when nothing was observed.
         """
@@ -29,24 +30,48 @@ class Observer(ABC):
 class MinMaxObserver(Observer):
     """The lowest and the highest value of all tensors.
 
-    momentum: if given, their moving averages; the newest tensor has the weight 1 - momentum.
+    momentum: if given, their moving averages; the newest tensor has the weight 1 - momentum. notes:
+    both numbers, `low` and `high`.
     """
 
     def __init__(self, momentum: float | None = None) -> None:
         self.momentum = momentum
-        self.low, self.high = torch.inf, -torch.inf
+        self.notes = {"low": torch.inf, "high": -torch.inf}
 
     def add(self, x: Float[Tensor, "..."]) -> None:
-        low, high = _bounds(x)
-        if self.momentum is None or self.low > self.high:
-            self.low, self.high = min(self.low, low), max(self.high, high)
+        ends = dict(zip(("low", "high"), _bounds(x), strict=True))
+        low, high = self.notes.values()
+        if self.momentum is None or low > high:
+            ends = {"low": min(low, ends["low"]), "high": max(high, ends["high"])}
         else:
-            self.low += (1 - self.momentum) * (low - self.low)
-            self.high += (1 - self.momentum) * (high - self.high)
+            for key, before in self.notes.items():
+                ends[key] = before + (1 - self.momentum) * (ends[key] - before)
+        self.notes.update(ends)
 
     def values(self) -> tuple[Float[Tensor, "1 size"], None]:
-        _check_not_empty(self.low, self.high)
-        return torch.tensor([[self.low, self.high]]), None
+        low, high = self.notes.values()
+        _check_not_empty(low, high)
+        return torch.tensor([[low, high]]), None
+
+
+class RowObserver(Observer):
+    """The lowest and the highest value of each row of matrices [rows, …] of equally many rows."""
+
+    def __init__(self) -> None:
+        self.ends: Float[Tensor, "rows 2"] | None = None
+
+    def add(self, x: Float[Tensor, "..."]) -> None:
+        _bounds(x)
+        ends = torch.stack(x.detach().float().flatten(1).aminmax(dim=1), 1).cpu()
+        if self.ends is not None:
+            ends = torch.cat([self.ends, ends], 1)
+        self.ends = torch.stack(ends.aminmax(dim=1), 1)
+
+    def values(self) -> tuple[Float[Tensor, "rows 2"], None]:
+        if self.ends is None:
+            _check_not_empty(torch.inf, -torch.inf)
+        assert self.ends is not None
+        return self.ends, None
 
 
 class HistogramObserver(Observer):

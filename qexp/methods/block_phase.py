@@ -4,17 +4,20 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import inf
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
-from qexp.common.errors import FieldError, UserError, check_choice, check_int
+from qexp.common.errors import FieldError, UserError, check_choice, check_finite, check_int
 from qexp.common.files import write_rows
 from qexp.common.progress import bar
 from qexp.grid import Grid
+from qexp.methods.block_losses import LOSSES
 from qexp.methods.journal import Finished, Journal
-from qexp.methods.units import UNITS, Unit, Units
+from qexp.methods.unit_log import Best, Log, lines
+from qexp.methods.units import UNITS, Objective, Unit, Units
+from qexp.packed.base import Packed
 from qexp.quantizers.fake_quantize import FakeQuantize
 from qexp.quantizers.parametrization import attach_weight_quantizer, weight_quantizer
 from qexp.quantizers.scale_rules import ScaleRule, check_scale_rule
@@ -26,7 +29,6 @@ from qexp.training.optimizer import Optimizer, Parameters
 from qexp.training.rounding_penalty import RoundingPenalty
 from qexp.walk import Block, walk
 
-Log = list[dict[str, float | int | str]]
 LINES = 10  # of the log, for a unit that trains for a number of steps
 
 
@@ -39,8 +41,10 @@ class BlockPhase:
     in training, those that `quantized` units before it give or those of the `float` model. epochs:
     passes over the data; steps: their number, in place of epochs. sequences: of a step. keep: the
     parameters after the `last` step, or after the step (0 included) with the `best` loss of the
-    first chunk, with hard rounding. loss_weight: `fisher` weights errors by `output_importance`.
-    penalty: of undecided rounding variables.
+    first chunk, with hard rounding. loss: a key of LOSSES. targets: outputs of the `float` model,
+    or of the float block on the `inputs` of training. loss_weight: `fisher` weights errors by
+    `output_importance`. trained: `all` float parameters of a unit, or its `norms`. growth: block i
+    has 1 + growth · i / blocks times the rates. penalty: of undecided rounding variables.
     """
 
     weight: Grid
@@ -54,16 +58,21 @@ class BlockPhase:
     inputs: str = "quantized"
     steps: int | None = None
     keep: str = "last"
+    loss: str = "squares"
+    targets: str = "float"
     loss_weight: str | None = None
+    trained: str = "all"
+    growth: float | int = 0.0
     penalty: RoundingPenalty | None = None
 
     def __post_init__(self) -> None:
         check_int(None, self, sequences=1, seed=0)
         check_choice(None, self, unit=UNITS, inputs=("quantized", "float"), keep=("last", "best"))
-        if self.epochs is not None:
-            check_int(None, self, epochs=1)
-        if self.steps is not None:
-            check_int(None, self, steps=0)
+        check_choice(None, self, loss=LOSSES, targets=("float", "inputs"), trained=("all", "norms"))
+        check_finite(None, self, "growth")
+        for key, least in (("epochs", 1), ("steps", 0)):
+            if getattr(self, key) is not None:
+                check_int(None, self, **{key: least})
         if (self.epochs is None) == (self.steps is None):
             raise FieldError(
                 f"steps={self.steps}: with epochs={self.epochs} training has no one length; give "
@@ -71,11 +80,12 @@ class BlockPhase:
             )
         if self.loss_weight is not None:
             check_choice(None, self, loss_weight=("fisher",))
-            if self.unit != "block":
+            if self.loss != "squares":
                 raise FieldError(
-                    f"loss_weight=fisher: unit={self.unit} trains on moments, which have no "
-                    "weights; give unit=block, or loss_weight=null."
+                    f"loss_weight=fisher: loss={self.loss} has no squares to weigh; give "
+                    "loss_weight=null, or loss=squares."
                 )
+        self._check_unit()
         check_scale_rule(self.scale, self.weight)
         if self.scale.moves_codes:
             raise FieldError(
@@ -88,11 +98,30 @@ class BlockPhase:
                 "method/scale@method.blocks.scale=adaround."
             )
 
-    def __call__(self, task: Task, batches: Sequence[Batch], journal: Journal) -> list[Record]:
-        """Blocks that the journal holds are restored from it."""
+    def _check_unit(self) -> None:
+        """FieldError for settings that need whole blocks."""
+        plain = {"loss": "squares", "targets": "float", "loss_weight": None, "trained": "all"}
+        for key, value in plain.items():
+            if self.unit != "block" and (given := getattr(self, key)) != value:
+                raise FieldError(
+                    f"{key}={given}: unit={self.unit} trains on moments of its inputs; give "
+                    f"unit=block, or {key}={'null' if value is None else value}."
+                )
+
+    def __call__(
+        self,
+        task: Task,
+        batches: Sequence[Batch],
+        journal: Journal,
+        starts: Mapping[str, Packed] = MappingProxyType({}),
+    ) -> list[Record]:
+        """Blocks that the journal holds are restored from it. The weights that `starts` names keep
+        the codes they have there."""
         records: list[Record] = []
         log_rows: Log = []
-        units = UNITS[self.unit](self.inputs == "float", self.loss_weight == "fisher")
+        objective = Objective(self.loss, self.targets, self.loss_weight == "fisher")
+        units = UNITS[self.unit](self.inputs == "float", objective)
+        units.starts = starts
         for block in walk(task, batches, self.sequences):
             units.observe(block)
             if (finished := journal.read(block.index)) is None:
@@ -112,7 +141,9 @@ class BlockPhase:
 
         def train(unit: Unit) -> None:
             start = time.perf_counter()
-            log.extend(self._train(unit, self.seed + block.index))
+            growth = 1 + self.growth * block.index / len(block.task.blocks)
+            own = {name: units.starts.get(f"{block.name}.{name}") for name in unit.linears}
+            log.extend(self._train(unit, self.seed + block.index, growth, own))
             records.extend(unit.records(self.weight, time.perf_counter() - start))
 
         units(block, train)
@@ -124,13 +155,21 @@ class BlockPhase:
         }
         return Finished(records, others, log)
 
-    def _train(self, unit: Unit, seed: int) -> Log:
+    def _train(
+        self,
+        unit: Unit,
+        seed: int,
+        growth: float = 1.0,
+        starts: Mapping[str, Packed | None] = MappingProxyType({}),
+    ) -> Log:
         """Train one unit; the lines of its log."""
-        for linear in unit.linears.values():
-            attach_weight_quantizer(linear, self.scale, self.weight, self.formula)
+        for name, linear in unit.linears.items():
+            stored = starts.get(name)
+            rule = self.scale if stored is None else self.scale.known(stored)
+            attach_weight_quantizer(linear, rule, self.weight, self.formula)
         unit.begin()
         unit.set_training(True)  # the walk is in evaluation mode, where clamping is hard
-        steps = self._steps(unit)
+        steps = (self.epochs or 0) * unit.pieces if self.steps is None else self.steps
         every = unit.pieces if self.steps is None else max(steps // LINES, 1)
         parameters = self._parameters(unit)
         optimizer = self.optimizer.optimizer(parameters)
@@ -142,12 +181,13 @@ class BlockPhase:
         statistics = CodeStatistics(unit.linears)
         statistics()
         penalty = self._penalty_of(unit, parameters)
-        best = _Best(unit, parameters)
+        best = Best(unit, parameters)
         best.look(self.keep)
         for step in bar(range(steps), unit.name):
             order = order or torch.randperm(unit.pieces, generator=generator).tolist()
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * self.optimizer.factor(step, steps)
+                group["lr"] = growth * rate * self.optimizer.factor(step, steps)
+            unit.before_step(step, steps)
             with torch.enable_grad():
                 loss = unit.loss(order.pop())
                 if not loss.isfinite():
@@ -166,19 +206,13 @@ class BlockPhase:
                 at = {"epoch" if self.steps is None else "step": (step + 1)}
                 if self.steps is None:
                     at["epoch"] //= every
-                log += _lines(at, unit, torch.stack(losses), statistics)
+                log += lines(at, unit, torch.stack(losses), statistics)
                 losses.clear()
         best.restore()
         unit.set_training(False)
         for parameter in unit.module.parameters():
             parameter.grad = None
         return log
-
-    def _steps(self, unit: Unit) -> int:
-        if self.steps is not None:
-            return self.steps
-        assert self.epochs is not None
-        return self.epochs * unit.pieces
 
     def _penalty_of(self, unit: Unit, parameters: Parameters) -> Callable[[int, int], Tensor | int]:
         """The penalty at a step (of `steps`), for errors that are averaged over channels."""
@@ -200,8 +234,9 @@ class BlockPhase:
             for name, p in made.named_parameters()
             if p.requires_grad
         ]
-        named += [("weights", p) for p in unit.module.parameters() if id(p) not in own]
+        named += [("weights", p) for p in unit.floats(self.trained) if id(p) not in own]
         chosen: dict[str, list[nn.Parameter]] = {}
+        unit.module.requires_grad_(False)
         for kind, parameter in named:
             parameter.requires_grad_(kind in self.optimizer.kinds)
             if parameter.requires_grad:
@@ -213,37 +248,3 @@ class BlockPhase:
                 "another of the two."
             )
         return chosen
-
-
-class _Best:
-    """The parameters with the least loss of a unit's first piece, as far as they were looked at."""
-
-    def __init__(self, unit: Unit, parameters: Parameters) -> None:
-        self.unit, self.loss = unit, inf
-        self.parameters = [p for group in parameters.values() for p in group]
-        self.values: list[Tensor] = []
-
-    @torch.no_grad()
-    def look(self, keep: str) -> None:
-        if keep == "last":
-            return
-        if (loss := self.unit.hard_loss()) < self.loss:
-            self.loss, self.values = loss, [p.detach().clone() for p in self.parameters]
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        for parameter, value in zip(self.parameters, self.values, strict=False):
-            parameter.copy_(value)
-
-
-def _lines(
-    at: Mapping[str, float | int | str], unit: Unit, losses: Tensor, statistics: CodeStatistics
-) -> Log:
-    """A line for the unit and one for each linear, which are one where the unit is a linear."""
-    moved = statistics()
-    rows: dict[str, dict[str, float | int | str]] = {
-        unit.label: {"loss": float(losses.mean()), **moved.whole}
-    }
-    for name, numbers in moved.tensors.items():
-        rows.setdefault(name, {}).update(numbers)
-    return [{**at, "name": name, **row} for name, row in rows.items()]

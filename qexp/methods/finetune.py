@@ -3,13 +3,12 @@
 import copy
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from types import MappingProxyType
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -19,26 +18,29 @@ from qexp.common.errors import FieldError, UserError, check_choice, check_int
 from qexp.data.recipe import Recipe
 from qexp.gradients import ClampGradient, RoundingGradient
 from qexp.grid import Grid
-from qexp.methods.checks import finite
-from qexp.packed.coded import Coded
+from qexp.methods.checks import check_trainable
+from qexp.methods.write_back import record
+from qexp.packed.base import Packed
+from qexp.packed.low_rank import LowRank
 from qexp.quantizers.activation import FakeQuant
+from qexp.quantizers.adapter import Adapter, NoAdapter
 from qexp.quantizers.fake_quantize import FakeQuantize
 from qexp.quantizers.parametrization import (
+    attach_update,
     attach_weight_quantizer,
-    bake,
-    float_weight,
-    weight_quantizer,
+    merge,
 )
-from qexp.quantizers.scale_rules import KnownCodes, ScaleRule, check_scale_rule
+from qexp.quantizers.scale_rules import Constant, ScaleRule, check_scale_rule
 from qexp.quantizers.scheme import Activations, quantize_activations
-from qexp.solvers.base import error
 from qexp.step import Record, Step
-from qexp.task import Batch, Batches, Task
+from qexp.task import Batches, Task
+from qexp.training.checkpoint import origin_of
 from qexp.training.code_statistics import CodeStatistics
 from qexp.training.losses import Objective, Penalty
 from qexp.training.module import TrainingSetup
 from qexp.training.optimizer import Optimizer
 from qexp.training.penalized import PenalizedLoss, Probe
+from qexp.training.quantizer_schedule import QuantizerSchedule
 from qexp.training.trainable import TrainableParameters
 from qexp.training.trainer import Trainer
 
@@ -59,12 +61,13 @@ TEACHERS: dict[str, Callable[[Task], PreTrainedModel]] = {
 class FineTune(Step):
     """Fake-quantize weights and activations, train, keep the codes.
 
-    weight: null trains a model whose weights stay float. rounding, clamp: what is differentiated;
-    activation_rounding: in place of `rounding` for activations, where it is not null.
-    scale: where the scales of weights come from. trained: what moves. teacher: the model that the
-    loss compares with, a key of TEACHERS. train, validation: data, null for the calibration batches
-    and for none. Static ranges of activations are fitted to the float
-    model first.
+    weight: null trains a model whose weights stay float, and merges low-rank updates into them.
+    rounding, clamp: what is differentiated; activation_rounding: in place of `rounding` for
+    activations, where it is not null. schedule: of the quantizers. scale: where the scales of
+    weights come from. trained: what moves. adapter: a low-rank residual of every linear that stays
+    in storage. teacher: the model that the loss compares with, a key of TEACHERS. train,
+    validation: data, null for the calibration batches and for none. Static ranges of activations
+    are fitted to the float model first.
     """
 
     weight: Grid | None
@@ -77,6 +80,8 @@ class FineTune(Step):
     trainer: Trainer
     penalty: Penalty | None = None
     activation_rounding: RoundingGradient | None = None
+    adapter: Adapter | NoAdapter = NoAdapter()  # noqa: RUF009 (frozen)
+    schedule: QuantizerSchedule = QuantizerSchedule()  # noqa: RUF009 (frozen: sharing it is safe)
     teacher: str = "start"
     train: Recipe | None = None
     validation: Recipe | None = None
@@ -96,8 +101,14 @@ class FineTune(Step):
                 f"validation=null: trainer.patience={self.trainer.patience} waits for a better "
                 "validation; give data for it (+calibration@method.validation=first), or null."
             )
+        self.schedule.check(self.scale, self.trainer)
         if self.weight is not None:
             check_scale_rule(self.scale, self.weight)
+        if isinstance(self.adapter, Adapter) and self.weight is None:
+            raise FieldError(
+                "adapter: a float weight takes a low-rank update in; give method/adapter=none with "
+                "method/trained=low_rank, or a grid."
+            )
         if self.scale.moves_codes and self.trainer.strategy == "fsdp":
             raise FieldError(
                 "scale: codes move in whole matrices, of which trainer.strategy=fsdp gives a "
@@ -111,14 +122,16 @@ class FineTune(Step):
         named = {"train": self.train, "validation": self.validation}
         return {name: recipe for name, recipe in named.items() if recipe is not None}
 
-    def tune(self, task: Task, batches: Batches, starts: Mapping[str, Coded]) -> list[Record]:
-        """Train; the weights that `starts` names keep the codes they have there."""
+    def tune(self, task: Task, batches: Batches, starts: Mapping[str, Packed]) -> list[Record]:
+        """Train; the weights that `starts` names keep the codes they have there, and adapters start
+        with the factors they have there."""
         once = cache(batches)
         self.check(task)
         data = once() if self.train is None else self.train(task)
         if not data:
             raise UserError("method.train: training needs data; choose a calibration recipe.")
-        identity = f"{origin_of(task, data)} {self!r} {hashes.code()}"
+        stored = "".join(checksum(start.stored()) for start in starts.values())
+        identity = f"{origin_of(task, data)} {stored} {self!r} {hashes.code()}"
         teacher = None
         if self.loss.teacher:
             teacher = TEACHERS[self.teacher](task).eval().requires_grad_(False)
@@ -127,9 +140,10 @@ class FineTune(Step):
         start = time.perf_counter()
         with _restored(task), ExitStack() as stack:
             self.install(task, linears, starts)
+            schedule = self.schedule.begin(task, list(linears.values()))
             watch = None if self.penalty is None else stack.enter_context(self.penalty.watch(task))
 
-            loss = PenalizedLoss(self.loss, task, teacher, watch)
+            loss = PenalizedLoss(self.loss.fitted(teacher, data), task, teacher, watch)
             few = {key: value[: self.trainer.sequences] for key, value in data[0].items()}
             probe = Probe(task, loss.plain, few)
             statistics = CodeStatistics(linears, dict(task.quantizers.items()), probe)
@@ -145,9 +159,14 @@ class FineTune(Step):
                 seed=self.seed,
                 identity=hashlib.sha256(identity.encode()).hexdigest()[:8],
                 folder=task.workspace.folder,
-                notes=[statistics.notes] if watch is None else [statistics.notes, watch.notes],
+                notes=[
+                    statistics.notes,
+                    *([] if watch is None else [watch.notes]),
+                    *schedule.notes,
+                ],
                 reaches_all=self.loss.reaches_all,
-                after_step=partial(_after_step, list(linears.values())),
+                before_step=schedule.before_step,
+                after_step=schedule.after_step,
             )
             self.trainer.fit(setup)
             for quantizer in task.quantizers.values():
@@ -155,6 +174,8 @@ class FineTune(Step):
                 quantizer.make_constant()
             seconds = (time.perf_counter() - start) / max(len(linears), 1)
             if self.weight is None:
+                for linear in task.linears().values() if self.trained.rank else ():
+                    merge(linear)
                 return []
             return [record(n, linear, self.weight, seconds) for n, linear in linears.items()]
 
@@ -162,16 +183,26 @@ class FineTune(Step):
         self,
         task: Task,
         linears: Mapping[str, nn.Linear],
-        starts: Mapping[str, Coded] = MappingProxyType({}),
+        starts: Mapping[str, Packed] = MappingProxyType({}),
     ) -> None:
         """Round these weights, and whatever activation quantizers there are, so that they train."""
+        frozen = self.trained.frozen_linears(task)
         fake_quantize = FakeQuantize(self.rounding, self.clamp)
         own = replace(fake_quantize, rounding=self.activation_rounding or self.rounding)
-        self.trained.prepare(linears.values())
+        updated = (linears or task.linears()).items()
+        self.trained.prepare(linear for name, linear in updated if name not in frozen)
         for name, linear in linears.items():
             assert self.weight is not None
-            rule = KnownCodes(starts[name]) if name in starts else self.scale
+            rule: ScaleRule = Constant() if name in frozen else self.scale
+            start = starts.get(name)
+            update = None if name in frozen else self.adapter.of(linear, start)
+            if update is not None and isinstance(start, LowRank):
+                start = start.base
+            if start is not None:
+                rule = rule.known(start)
             attach_weight_quantizer(linear, rule, self.weight, fake_quantize)
+            if update is not None:
+                attach_update(linear, update)
         for quantizer in task.quantizers.values():
             assert isinstance(quantizer, FakeQuant)
             quantizer.make_trainable(own, self.trained.offsets)
@@ -180,56 +211,9 @@ class FineTune(Step):
         """UserError, before any work, for what cannot be trained."""
         self.loss.check(task)
         check_trainable(task, self.weight)
-
-
-def check_trainable(task: Task, grid: Grid | None) -> None:
-    """UserError, before any work, for a model that cannot be trained, or not with this grid."""
-    if next(task.blocks.parameters()).device != task.device:
-        raise UserError(
-            "offload: training needs the whole model on its device; give offload=false "
-            "(trainer.recompute=true saves memory)."
-        )
-    for name, parameter in task.model.named_parameters():
-        if parameter.dtype != torch.float32:
-            raise UserError(
-                f"model.dtype: {name} is {parameter.dtype}, too coarse to train; load the "
-                "model in float32 and let trainer.precision=bf16-mixed save time."
-            )
-        if not parameter.isfinite().all():
-            raise UserError(f"{name} holds values that are not finite; load another model.")
-    if grid is None:
-        return
-    for name, linear in task.linears().items():
-        try:
-            grid.check(linear.out_features, linear.in_features)
-        except UserError as reason:
-            raise UserError(f"{name}: {reason}") from reason
-
-
-def origin_of(task: Task, batches: Sequence[Batch]) -> str:
-    """What a result depends on, method aside: checksums of the model's weights, its online maps and
-    the data."""
-    states = [dict(module.state_dict()) for module in (task.model, task.maps)]
-    return f"{task.maps!r} " + "".join(map(checksum, [*states, *batches]))
-
-
-def _after_step(linears: Sequence[nn.Linear]) -> None:
-    for linear in linears:
-        weight_quantizer(linear).after_step()
-
-
-@torch.no_grad()
-def record(name: str, linear: nn.Linear, grid: Grid, seconds: float) -> Record:
-    """Bake a trained weight. Errors are shares of that weight, what rounding to nearest would leave
-    and what its trained scales leave: what training started from is no measure any more."""
-    weight = float_weight(linear).float()
-    packed = bake(linear)
-    finite(name, linear)
-    scale = max(error(weight, None), torch.finfo(torch.float32).tiny)
-    before = error(grid(weight) - weight, None) / scale
-    after = error(packed.dequantize() - weight, None) / scale
-    rows, columns = packed.shape
-    return Record(name, rows, columns, packed.bits(), before, after, 0.0, seconds, packed)
+        self.trained.frozen_linears(task)
+        for linear in task.linears().values():
+            self.adapter.check(linear.out_features, linear.in_features)
 
 
 @contextmanager

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from qexp.grid import Grid
 from qexp.hessian.float_stream import FloatInputs, FloatStream
-from qexp.methods.finetune import record
+from qexp.methods.block_losses import LOSSES
 from qexp.methods.output_importance import output_importance
+from qexp.methods.output_moments import OutputMoments
+from qexp.methods.write_back import record
+from qexp.packed.base import Packed
 from qexp.quantizers.parametrization import weight_quantizer
 from qexp.quantizers.scheme import float_activations
 from qexp.step import Record
@@ -37,6 +40,11 @@ class Unit(ABC):
     def begin(self) -> None:  # noqa: B027 (optional)
         """Called when the quantizers are in place, before the first step."""
 
+    def floats(self, which: str) -> Iterable[nn.Parameter]:
+        """The float parameters of the unit: `all`, or its `norms`."""
+        assert which == "all"
+        return self.module.parameters()
+
     @abstractmethod
     def loss(self, piece: int) -> Float[Tensor, ""]:
         """The error of the output at the present parameters, a mean over tokens and channels."""
@@ -45,6 +53,11 @@ class Unit(ABC):
         """Of the quantizers: soft clamps and soft rounding, or codes as they would be stored."""
         for linear in self.linears.values():
             weight_quantizer(linear).train(mode)
+
+    def before_step(self, step: int, steps: int) -> None:
+        """Of the quantizers: rounding as it is at a step, counted from 0, of `steps`."""
+        for linear in self.linears.values():
+            weight_quantizer(linear).before_step(step, steps)
 
     @torch.no_grad()
     def hard_loss(self) -> float:
@@ -61,10 +74,12 @@ class Unit(ABC):
 
 class Units(ABC):
     """The units of each block of a walk. float_inputs: units are trained on the inputs that they
-    have in the float model, not on those that quantized units before them give."""
+    have in the float model, not on those that quantized units before them give. starts: what an
+    earlier method stored for linears, by full name."""
 
     def __init__(self, float_inputs: bool) -> None:
         self.float_inputs = float_inputs
+        self.starts: Mapping[str, Packed] = {}
 
     @abstractmethod
     def observe(self, block: Block) -> None:
@@ -75,29 +90,49 @@ class Units(ABC):
         """Call `train` with each unit of an observed block, in execution order."""
 
 
+class Objective(NamedTuple):
+    """What the output of a block is compared with, and how: see `BlockPhase`."""
+
+    loss: str = "squares"
+    targets: str = "float"
+    is_weighted: bool = False
+
+
 class WholeBlock(Unit):
-    """A block and its output on chunks of sequences; losses have weights where `is_weighted`."""
+    """A block and its output on chunks of sequences."""
 
     label = ""
 
     def __init__(
-        self, block: Block, inputs: Sequence[Tensor], exact: Sequence[Tensor], is_weighted: bool
+        self,
+        block: Block,
+        inputs: Sequence[Tensor],
+        exact: Sequence[Tensor],
+        objective: Objective,
     ) -> None:
         self.block, self.inputs, self.exact = block, inputs, exact
         self.name, self.module, self.linears = block.name, block.module, block.linears
         self.pieces, self.width = len(exact), exact[0].shape[-1]
-        self.is_weighted, self.weights = is_weighted, list[Tensor]()
+        self.objective, self.weights = objective, list[Tensor]()
+
+    def floats(self, which: str) -> Iterable[nn.Parameter]:
+        if which == "all":
+            return self.module.parameters()
+        norms = (self.module.get_submodule(name) for name in self.block.task.arch.norms)
+        return [parameter for norm in norms for parameter in norm.parameters()]
 
     def begin(self) -> None:
-        if self.is_weighted:
+        if self.objective.is_weighted:
             for piece, exact in enumerate(self.exact):
                 with torch.no_grad():
                     output = self._output(piece)
                 self.weights.append(output_importance(self.block, piece, output, exact))
 
     def loss(self, piece: int) -> Float[Tensor, ""]:
-        squares = (self._output(piece).float() - self.exact[piece].float()).square()
-        return (squares * self.weights[piece] if self.weights else squares).mean()
+        output, exact = self._output(piece).float(), self.exact[piece].float()
+        if self.weights:
+            return ((output - exact).square() * self.weights[piece]).mean()
+        return LOSSES[self.objective.loss](output, exact)
 
     def records(self, grid: Grid, seconds: float) -> list[Record]:
         share = seconds / len(self.linears)
@@ -113,14 +148,16 @@ class WholeBlock(Unit):
 class WholeBlocks(Units):
     """Blocks (BRECQ, AutoRound, EfficientQAT)."""
 
-    def __init__(self, float_inputs: bool, is_weighted: bool) -> None:
+    def __init__(self, float_inputs: bool, objective: Objective) -> None:
         super().__init__(float_inputs)
-        self.is_weighted = is_weighted
+        self.objective = objective
         self._inputs: list[Tensor] = []
         self._exact: list[Tensor] = []
 
     def observe(self, block: Block) -> None:
         before = self._exact or block.inputs
+        if self.objective.targets == "inputs" and not self.float_inputs:
+            before = block.inputs
         with torch.no_grad(), float_activations(block.task):
             self._exact = [block.replay(n, hidden) for n, hidden in enumerate(before)]
         self._inputs = before if self.float_inputs else block.inputs
@@ -128,34 +165,7 @@ class WholeBlocks(Units):
             block.skip()
 
     def __call__(self, block: Block, train: Callable[[Unit], None]) -> None:
-        train(WholeBlock(block, self._inputs, self._exact, self.is_weighted))
-
-
-class OutputMoments(NamedTuple):
-    """Means over tokens of x̃ x̃ᵀ, (x̃ - x) x̃ᵀ and (x̃ - x)(x̃ - x)ᵀ, where x̃ and x are inputs in
-    the quantized and in the float model with a 1 at their ends, for the bias."""
-
-    own: Float[Tensor, "inputs inputs"]
-    moved: Float[Tensor, "inputs inputs"]
-    gap: Float[Tensor, "inputs inputs"]
-
-    @staticmethod
-    def of(inputs: Iterable[Float[Tensor, "..."]], floats: Iterable[Tensor]) -> "OutputMoments":
-        """Of chunks [..., columns] of equal tokens, accumulated in float32."""
-        sums: list[Tensor] = []
-        count = 0
-        for own, other in zip(inputs, floats, strict=True):
-            x, y = (each.detach().reshape(-1, each.shape[-1]).float() for each in (own, other))
-            gap = nn.functional.pad(x - y.to(x), (0, 1))
-            x = nn.functional.pad(x, (0, 1), value=1.0)
-            parts = [x.T @ x, gap.T @ x, gap.T @ gap]
-            sums = parts if not sums else [a + b for a, b in zip(sums, parts, strict=True)]
-            count += len(x)
-        return OutputMoments(*(total / count for total in sums))
-
-    def exact(self) -> Float[Tensor, "inputs inputs"]:
-        """The mean of x xᵀ."""
-        return self.own - self.moved - self.moved.T + self.gap
+        train(WholeBlock(block, self._inputs, self._exact, self.objective))
 
 
 class OneLinear(Unit):
@@ -229,7 +239,7 @@ class EachLinear(Units):
             block.advance(on_inputs)
 
 
-UNITS: dict[str, Callable[[bool, bool], Units]] = {
+UNITS: dict[str, Callable[[bool, Objective], Units]] = {
     "block": WholeBlocks,
-    "linear": lambda float_inputs, is_weighted: EachLinear(float_inputs),
+    "linear": lambda float_inputs, objective: EachLinear(float_inputs),
 }

@@ -1,4 +1,4 @@
-"""Writing a solution into its layer, checked against round-to-nearest."""
+"""Writing a solution or a trained weight into its layer, with a record of its error."""
 
 import logging
 from collections.abc import Callable
@@ -7,6 +7,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from qexp.grid import Grid
+from qexp.methods.checks import finite
+from qexp.packed.coded import Coded
+from qexp.quantizers.parametrization import bake, float_weight
 from qexp.solvers import Solution
 from qexp.solvers.base import error
 from qexp.step import Record
@@ -64,3 +68,18 @@ def write(
         solution.packed,
         solution.paper_bits,
     )
+
+
+@torch.no_grad()
+def record(name: str, linear: nn.Linear, grid: Grid, seconds: float) -> Record:
+    """Bake a trained weight. Errors are shares of that weight, what rounding to nearest would leave
+    and what its trained scales leave: what training started from is no measure any more."""
+    weight = float_weight(linear).float()
+    packed = bake(linear)
+    finite(name, linear)
+    scale = max(error(weight, None), torch.finfo(torch.float32).tiny)
+    before = error(grid(weight) - weight, None) / scale
+    after = error(packed.dequantize() - weight, None) / scale
+    rows, columns = packed.shape
+    printed = packed.paper_bits() if isinstance(packed, Coded) else None
+    return Record(name, rows, columns, packed.bits(), before, after, 0.0, seconds, packed, printed)

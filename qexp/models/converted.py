@@ -19,7 +19,9 @@ from qexp.models.pretrained import pretrained, tokenizer_of
 log = logging.getLogger(__name__)
 
 SUMS = "sha256.json"
-FORM = 2  # of what is kept; since 2 a tokenizer follows its file's flag for BOS
+FORM = (
+    3  # since 2 a tokenizer follows its file's flag for BOS, since 3 the model its rotary factors
+)
 
 
 def kept(source: ModelSource, convert: Callable[[], Loaded]) -> Loaded:

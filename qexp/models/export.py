@@ -4,6 +4,7 @@ appears."""
 import json
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,48 @@ from torch import Tensor
 
 from qexp.common.errors import UserError
 from qexp.common.files import atomic, atomic_folder
-from qexp.models import code_formats, gguf_file, model_card
+from qexp.models import code_formats, gguf_file, model_card, target_library
 from qexp.models.code_formats import FORMATS, SECTION
 from qexp.models.exported_run import ExportedRun
 from qexp.models.linearize import published
+from qexp.packed.base import Packed
 from qexp.packed.coded import Coded
 from qexp.packed.formats import gguf as blocks
+from qexp.packed.formats.checks import widened
 from qexp.runs.results import write_json
 
 log = logging.getLogger(__name__)
 
 FLOAT, GGUF = "float", "gguf"
+FACTS = "qexp.json"  # in a folder
 Verify = Callable[[Path], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Choices of an export.
+
+    library: whether the library that reads the format loads the export, where it is installed.
+    measure: measures the export before it appears.
+    widen: asymmetric codes are stored as symmetric ones of one bit more, which every reader loads.
+    container: the block type of all matrices in GGUF; null: the smallest that holds each.
+    """
+
+    library: bool = True
+    measure: Verify | None = None
+    widen: bool = False
+    container: str | None = None
+
+    def check(self, format: str) -> None:
+        """UserError for a choice that the format does not have."""
+        if self.widen and format not in FORMATS:
+            raise UserError(
+                f"widen=true: the codes of format={format} are signed already; leave it out"
+                if format == GGUF
+                else f"widen=true: format={format} has no codes; leave it out"
+            )
+        if self.container is not None and format != GGUF:
+            raise UserError(f"container={self.container}: is a block type of format=gguf alone")
 
 
 def check(out: Path) -> None:
@@ -33,25 +64,26 @@ def check(out: Path) -> None:
 
 
 def export(
-    run: Path, out: Path, format: str = FLOAT, verify: Verify | None = None
+    run: Path, out: Path, format: str = FLOAT, options: Options = Options()
 ) -> dict[str, Any]:
     """Write the model and the tokenizer of a finished run atomically, as transformers and
     `model=local model.path=OUT` read them; the facts in `qexp.json`.
 
-    format: `float`, or a key of FORMATS, whose codes are those of the run. The folder is read back
-    and compared, every matrix and every float tensor, and `verify` may measure it, before it
+    format: `float`, `gguf`, or a key of FORMATS; codes are those of the run. The export is read
+    back and compared, every matrix and every float tensor, and verified as `options` say, before it
     appears. Raises UserError for what the format cannot hold: with the run's key in a format of
     codes; activation quantizers and parameters that the family does not have in a float one.
     """
     check(out)
+    options.check(format)
     source = ExportedRun.read(run)
     if format == GGUF:
-        return _gguf(source, out, verify)
+        return _gguf(source, out, options)
     if format == FLOAT:
         source.refuse_activations()
         state, section, coded = published(source.model), None, dict[str, Coded]()
     else:
-        coded = source.coded(FORMATS[format].refusal)
+        coded = source.coded(FORMATS[format].refusal, widened if options.widen else None)
         state, section = source.with_codes(FORMATS[format], coded)
     kept = dict(state)  # save_pretrained empties the dict
     with atomic_folder(out) as folder:
@@ -62,23 +94,37 @@ def export(
         if source.tokenizer is not None:
             source.tokenizer.save_pretrained(folder)
         facts = source.facts(format) | {"bits": source.bits(kept, coded)}
-        facts["verified"] = [read_back(folder, format, section, kept, coded)]
-        if verify is not None:
-            _measured(facts, verify(folder))
-        write_json(folder / "qexp.json", facts)
+        stored = {name: source.packed[name] for name in coded}
+        facts["verified"] = [read_back(folder, format, section, kept, stored)]
+        _verify(source, folder, format, coded, section, facts, options)
+        write_json(folder / FACTS, facts)
         card = model_card.text(source, facts, coded)
         (folder / "README.md").write_text(card, encoding="utf-8")
     log.info("%s: use it as model=local model.path=%s", out, out)
     return facts
 
 
-def _measured(facts: dict[str, Any], found: Mapping[str, Any]) -> None:
-    """Add what was measured from the export to the facts: verification of level 2."""
-    facts |= found
-    facts["verified"].append({"level": 2, "metrics": sorted(found["measured"])})
+def _verify(
+    source: ExportedRun,
+    place: Path,
+    format: str,
+    coded: Mapping[str, Coded],
+    section: Mapping[str, Any] | None,
+    facts: dict[str, Any],
+    options: Options,
+) -> None:
+    """Add to the facts what the library computes from the export (level 1), and what is measured
+    from it (level 2)."""
+    if options.library:
+        fact = target_library.check(source, place, format, coded, section)
+        facts["verified"].append(fact)
+    if options.measure is not None:
+        found = options.measure(place)
+        facts |= found
+        facts["verified"].append({"level": 2, "metrics": sorted(found["measured"])})
 
 
-def _gguf(source: ExportedRun, out: Path, verify: Verify | None) -> dict[str, Any]:
+def _gguf(source: ExportedRun, out: Path, options: Options) -> dict[str, Any]:
     """A single file, whose key `qexp.facts` is what `qexp.json` is in a folder."""
     if out.suffix != f".{GGUF}":
         raise UserError(f"{out}: format=gguf writes one file, whose name ends with .gguf")
@@ -86,9 +132,10 @@ def _gguf(source: ExportedRun, out: Path, verify: Verify | None) -> dict[str, An
     coded, origin = source.coded(blocks.refusal), source.gguf_origin()
     model, facts = source.model, source.facts(GGUF)
     state = published(model)
-    facts["containers"], facts["bits"] = gguf_file.summary(model, source.tokenizer, coded, origin)
+    content = gguf_file.Content(model, source.tokenizer, coded, origin, options.container)
+    facts["containers"], facts["bits"] = content.summary()
     with atomic(out) as path:
-        gguf_file.write(path, model, source.tokenizer, coded, origin, facts)
+        gguf_file.write(path, content, facts)
         found, others = gguf_file.read(path, model)
         for name, one in coded.items():
             same(name, found[name], one)
@@ -97,8 +144,7 @@ def _gguf(source: ExportedRun, out: Path, verify: Verify | None) -> dict[str, An
                 raise RuntimeError(f"{name}: the file does not hold the tensor that was written")
         read = {"level": 0, "matrices": len(coded), "tensors": len(found) + len(others)}
         facts["verified"] = [read]
-        if verify is not None:
-            _measured(facts, verify(path))
+        _verify(source, path, GGUF, coded, None, facts, options)
     log.info("%s: use it as model=local model.path=%s", out, out)
     return facts
 
@@ -108,7 +154,7 @@ def read_back(
     format: str,
     section: Mapping[str, Any] | None,
     state: Mapping[str, Tensor],
-    coded: Mapping[str, Coded],
+    coded: Mapping[str, Packed],
 ) -> dict[str, Any]:
     """The fact that a folder holds these tensors and, read as a checkpoint of others is, these
     codes. RuntimeError for a difference, which is a bug of a writer or a reader."""
@@ -126,6 +172,7 @@ def read_back(
         if found.keys() != coded.keys():
             raise RuntimeError(f"{folder}: other linears are coded than in the run")
         for name, one in coded.items():
+            assert isinstance(one, Coded)
             same(name, found[name], one)
     return {"level": 0, "matrices": len(coded), "tensors": len(written)}
 

@@ -50,7 +50,6 @@ class ExportedRun:
         task = TASKS[source.objective](loaded.model, loaded.tokenizer)
         loaded.put_maps(task)
         loaded.finish(task)
-        _untie(loaded.model)
         return ExportedRun(folder, cfg, task, packed, tuple(instantiate(cfg.method).activations))
 
     @property
@@ -80,9 +79,11 @@ class ExportedRun:
                 "(activation, kv); format=compressed_tensors holds 8-bit inputs of linears"
             )
 
-    def coded(self, refusal: Refusal) -> dict[str, Coded]:
-        """The matrices by name, all of which a format holds. UserError, with the run's key, for the
-        first that it does not."""
+    def coded(
+        self, refusal: Refusal, change: Callable[[Coded], Coded] | None = None
+    ) -> dict[str, Coded]:
+        """The matrices by name, all of which a format holds after the `change`. UserError, with the
+        run's key, for the first that it does not."""
         self.refuse_maps()
         if not self.packed:
             raise UserError("method: the run quantized no weights; say format=float")
@@ -91,8 +92,8 @@ class ExportedRun:
             said = coded_refusal(packed)
             if said is None:
                 assert isinstance(packed, Coded)
-                found[name] = packed
-                said = refusal(packed)
+                found[name] = packed if change is None else change(packed)
+                said = refusal(found[name])
             if said is not None:
                 raise UserError(f"{said} ({name})")
         if has_transposed(self.model):
@@ -175,7 +176,8 @@ class ExportedRun:
         try:
             self.refuse_activations()
             coded = self.coded(gguf.refusal)
-            names, bits = gguf_file.summary(self.model, self.tokenizer, coded, self.gguf_origin())
+            content = gguf_file.Content(self.model, self.tokenizer, coded, self.gguf_origin())
+            names, bits = content.summary()
         except UserError as error:
             return f"no: {error}"
         return f"exact in {' and '.join(names)}, {bits:.2f} bits a weight"
@@ -194,11 +196,3 @@ class ExportedRun:
             return f"no: {error}"
         dtypes = {str(t.dtype).removeprefix("torch.") for t in state.values()}
         return f"exact, {' and '.join(sorted(dtypes))}"
-
-
-def _untie(model: PreTrainedModel) -> None:
-    """The configuration of a model whose head a step separated from the embedding must say so, or
-    readers tie it again."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is not None and model.config.tie_word_embeddings:
-        model.config.tie_word_embeddings = head.weight is embedding.weight

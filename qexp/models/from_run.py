@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from qexp.common.errors import UserError
 from qexp.common.hashes import sha256
@@ -38,6 +39,7 @@ class FromRun(ModelSource):
         loaded = self._origin().load()
         packed, others = weights_file.load(Path(self.folder))
         apply_diff(loaded.model, _under("model.", others))
+        _untie(loaded.model)
         for name, form in packed.items():
             weight = loaded.model.get_submodule(name).weight
             assert isinstance(weight, torch.nn.Parameter)
@@ -83,6 +85,14 @@ class FromRun(ModelSource):
         source = instantiate(results.config(self.folder).model)
         assert isinstance(source, ModelSource)
         return source
+
+
+def _untie(model: PreTrainedModel) -> None:
+    """The configuration of a model whose head a step separated from the embedding must say so, or
+    a saved and loaded copy ties it again."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and model.config.tie_word_embeddings:
+        model.config.tie_word_embeddings = head.weight is embedding.weight
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

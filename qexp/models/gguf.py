@@ -13,6 +13,7 @@ from qexp.common.cache import Cache
 from qexp.common.errors import UserError, first_line
 from qexp.common.hashes import sha256
 from qexp.data.tokens import begins
+from qexp.models import rope
 from qexp.models.base import AUTO_DTYPE, Loaded, ModelSource, check, ready
 from qexp.models.converted import kept
 from qexp.models.pretrained import automatic, pretrained, tokenizer_of
@@ -46,21 +47,21 @@ class GGUF(ModelSource):
         where = str(path.parent)
         options: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
         name = f"model.path: {path}"
+        reader = _reader(path)
         try:
             # passed on, or both calls below would parse the header again (seconds)
             config = AutoConfig.from_pretrained(where, **options)
+            rope.follow(reader, config)
             tokenizer = tokenizer_of(where, name, self, config=config, **options)
             unpack = GgufConfig(dequantize=True)  # even where kernels could compute on the blocks
             model = pretrained(
                 where, name, self, config=config, quantization_config=unpack, **options
             )
         except UserError:
-            _reader(path)
             raise
-        except Exception as error:  # the reader stumbles over a broken file in many ways
-            _reader(path)
+        except Exception as error:  # transformers stumbles over a broken file in many ways
             raise UserError(f"{name} cannot be loaded ({first_line(error)})") from error
-        _follow(path, tokenizer)
+        _follow(reader, tokenizer)
         return Loaded(_unflagged(model), tokenizer)
 
     def fingerprint(self) -> dict[str, str]:
@@ -106,10 +107,10 @@ class GGUF(ModelSource):
         return [path]
 
 
-def _follow(path: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
+def _follow(reader: GGUFReader, tokenizer: PreTrainedTokenizerBase | None) -> None:
     """Put BOS before a text where the file's vocabulary says so, and only there: transformers does
     not read that flag. A file without it leaves the tokenizer as it is."""
-    field = GGUFReader(path).get_field(Keys.Tokenizer.ADD_BOS)
+    field = reader.get_field(Keys.Tokenizer.ADD_BOS)
     if tokenizer is None or field is None:
         return
     asked = bool(field.contents())

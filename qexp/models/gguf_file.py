@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qexp.common.errors import UserError
-from qexp.models import gguf_vocabulary
+from qexp.models import gguf_vocabulary, rope
 from qexp.models.linearize import published
 from qexp.packed.coded import Coded
 from qexp.packed.formats import gguf as blocks
@@ -27,77 +28,83 @@ logging.getLogger("gguf.gguf_writer").setLevel(logging.WARNING)  # it names temp
 FACTS = "qexp.facts"  # key with the JSON of the run's facts
 
 
-def check(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, origin: Path | None
-) -> None:
-    """UserError for a model or a tokenizer that no file can hold. origin: the GGUF file from which
-    the tokenizer is copied."""
-    config = model.config
-    if config.model_type not in FAMILIES:
-        raise UserError(
-            f"model: format=gguf holds the families {', '.join(FAMILIES)}, not {config.model_type}"
+@dataclass(frozen=True)
+class Content:
+    """What goes into a file. origin: the GGUF file from which the tokenizer is copied. container:
+    the block type of all matrices; None: the smallest that holds each."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    coded: Mapping[str, Coded]
+    origin: Path | None = None
+    container: str | None = None
+
+    def check(self) -> None:
+        """UserError for a model or a tokenizer that no file can hold."""
+        config = self.model.config
+        if config.model_type not in FAMILIES:
+            raise UserError(
+                f"model: format=gguf holds the families {', '.join(FAMILIES)}, not "
+                f"{config.model_type}"
+            )
+        rope.check(config)
+        if self.origin is None:
+            if self.tokenizer is None:
+                raise UserError("model: format=gguf needs a tokenizer")
+            gguf_vocabulary.settings(self.tokenizer)
+
+    def summary(self) -> tuple[list[str], float]:
+        """The block types of the file and the bits per weight of its quantized linears. UserError
+        as `check`, and for a matrix that `container` does not hold."""
+        self.check()
+        names = {name: self._type(name, each) for name, each in self.coded.items()}
+        weights = sum(each.codes.numel() for each in self.coded.values())
+        size = sum(
+            8 * blocks.TYPES[names[name]][1] * each.codes.numel()
+            for name, each in self.coded.items()
         )
-    rope = config.rope_parameters
-    if rope.get("rope_type", "default") != "default":
-        raise UserError(
-            f"model: format=gguf holds plain rotary embeddings, not rope_type={rope['rope_type']}; "
-            "say format=float and convert that folder with llama.cpp's convert_hf_to_gguf.py"
-        )
-    if origin is None:
-        if tokenizer is None:
-            raise UserError("model: format=gguf needs a tokenizer")
-        gguf_vocabulary.settings(tokenizer)
+        return sorted(set(names.values())), size / blocks.BLOCK / weights
+
+    def _type(self, name: str, coded: Coded) -> str:
+        least = blocks.container(coded)
+        assert least is not None, "refusal says so before"
+        wanted = least if self.container is None else self.container
+        if blocks.TYPES[wanted] < blocks.TYPES[least]:
+            raise UserError(f"container={wanted}: the codes need {least} ({name})")
+        return wanted
 
 
-def summary(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    coded: Mapping[str, Coded],
-    origin: Path | None,
-) -> tuple[list[str], float]:
-    """The block types of a file and the bits per weight of its quantized linears."""
-    check(model, tokenizer, origin)
-    names = {name: str(blocks.container(each)) for name, each in coded.items()}
-    weights = sum(each.codes.numel() for each in coded.values())
-    size = sum(
-        8 * blocks.TYPES[names[name]][1] * each.codes.numel() for name, each in coded.items()
-    )
-    return sorted(set(names.values())), size / blocks.BLOCK / weights
-
-
-def write(
-    path: Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    coded: Mapping[str, Coded],
-    origin: Path | None,
-    facts: Mapping[str, Any],
-) -> None:
+def write(path: Path, content: Content, facts: Mapping[str, Any]) -> None:
     """Write the file. Float tensors are float32."""
-    kinds, _ = summary(model, tokenizer, coded, origin)
+    model, coded = content.model, content.coded
+    kinds, _ = content.summary()
     writer = GGUFWriter(path, FAMILIES[model.config.model_type])
     _add_config(writer, model, FILE_TYPES[kinds[-1]])
     writer.add_string(FACTS, json.dumps(facts))
     rows = len(model.get_input_embeddings().weight)
-    if origin is not None:
-        gguf_vocabulary.copy(writer, origin)
+    if content.origin is not None:
+        gguf_vocabulary.copy(writer, content.origin)
     else:
-        assert tokenizer is not None
-        gguf_vocabulary.write(writer, tokenizer, rows)
+        assert content.tokenizer is not None
+        gguf_vocabulary.write(writer, content.tokenizer, rows)
     state = published(model)
     for name, own, heads in _names(model):
         layer = name.removesuffix(".weight")
         if name.endswith(".weight") and layer in coded:
-            kind, data = blocks.write(coded[layer])
+            kind, data = blocks.write(coded[layer], content.container)
             writer.add_tensor(
                 own, permute(data.numpy(), heads), raw_dtype=GGMLQuantizationType[kind]
             )
         else:
             writer.add_tensor(own, permute(state[name].float().numpy(), heads))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    if (factors := rope.factors(model.config)) is not None:
+        writer.add_tensor(rope.TENSOR, factors.numpy())
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
 
 
 def read(path: Path, model: PreTrainedModel) -> tuple[dict[str, Coded], dict[str, Tensor]]:
@@ -113,6 +120,10 @@ def read(path: Path, model: PreTrainedModel) -> tuple[dict[str, Coded], dict[str
             others[name] = data
         else:
             matrices[name.removesuffix(".weight")] = blocks.read(tensor.tensor_type.name, data)
+    factors, held = rope.factors(model.config), stored.pop(rope.TENSOR, None)
+    one, other = (None if each is None else each.tolist() for each in (factors, held and held.data))
+    if one != other:
+        raise RuntimeError(f"{rope.TENSOR}: does not hold the model's rotary frequencies")
     if stored:
         raise RuntimeError(f"{next(iter(stored))}: is in the file and not in the model")
     return matrices, others

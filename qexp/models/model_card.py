@@ -95,6 +95,11 @@ def text(source: ExportedRun, facts: Mapping[str, Any], coded: Mapping[str, Code
         *(f"| {key} | {value} |" for key, value in rows),
         "",
         "Every matrix of this folder was read back and equals that of the run.",
+        *(
+            f"Loaded by {fact['library']}: largest difference of a logit {fact['max_logit']:.2g}."
+            for fact in facts["verified"]
+            if "library" in fact
+        ),
         *(["", "| metric | run | this folder |", "|---|---|---|", *numbers] if numbers else []),
         "",
         *(f"Protocol {name}: digest `{digest}`." for name, digest in facts["protocols"].items()),

@@ -1,9 +1,11 @@
-"""Bit packing of integer codes into bytes."""
+"""Packing of integer codes into bytes."""
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
+
+POWERS = np.array([1, 3, 9, 27, 81], dtype=np.uint8)
 
 
 def pack_bits(codes: Int[Tensor, "*shape"], bits: int) -> Tensor:
@@ -37,3 +39,19 @@ def unpack_bits(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Int[Tensor
     numbers = eights.view("<u8")
     codes = (numbers >> np.arange(0, 8 * bits, bits, dtype=np.uint64)) & np.uint64(2**bits - 1)
     return torch.from_numpy(codes.astype(np.int64).reshape(-1)[:count].reshape(shape))
+
+
+def pack_trits(codes: Int[Tensor, "*shape"]) -> Tensor:
+    """Codes 0, 1 and 2, five to a byte, in uint8 [bytes]; the last byte is padded."""
+    flat = codes.reshape(-1).cpu().numpy().astype(np.uint8)
+    fives = np.zeros((-(-len(flat) // 5), 5), dtype=np.uint8)
+    fives.reshape(-1)[: len(flat)] = flat
+    return torch.from_numpy((fives * POWERS).sum(1, dtype=np.uint8))
+
+
+def unpack_trits(packed: Tensor, shape: tuple[int, ...]) -> Int[Tensor, "..."]:
+    """The inverse of `pack_trits`."""
+    codes = packed.cpu().numpy()[:, None] // POWERS % 3
+    return torch.from_numpy(
+        codes.astype(np.int64).reshape(-1)[: int(np.prod(shape))].reshape(shape)
+    )

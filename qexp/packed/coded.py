@@ -1,5 +1,6 @@
 """Stored form of matrices on a grid: codes, scales and zero points."""
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -7,13 +8,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from qexp.grid import Grid, IntGrid, LevelGrid, Scale
+from qexp.grid import BlockGrid, Grid, IntGrid, LevelGrid, Scale, StepGrid
 from qexp.grid.scale import positive
 from qexp.packed.base import Packed, nested, part_of
-from qexp.packed.bitpacking import pack_bits, unpack_bits
+from qexp.packed.bitpacking import pack_bits, pack_trits, unpack_bits, unpack_trits
 from qexp.packed.outliers import Outliers
 
-GRIDS: dict[str, type[IntGrid] | type[LevelGrid]] = {"IntGrid": IntGrid, "LevelGrid": LevelGrid}
+GRIDS: dict[str, type[IntGrid | LevelGrid | StepGrid | BlockGrid]] = {
+    grid.__name__: grid for grid in (IntGrid, LevelGrid, StepGrid, BlockGrid)
+}
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class Coded(Packed):
         group: Int[Tensor, " columns"] | None = None,
         outliers: Outliers | None = None,
     ) -> "Coded":
-        """Encode a matrix whose values are those of the grid with `scales` [rows, groups]."""
+        """Encode a matrix whose values are those of the grid with `scales` [rows, groups], or the
+        values nearest to others."""
         columns = weight.shape[1]
         wide = _per_column(scales, group, columns)
         codes = grid.encode(weight.float(), wide).to(torch.int32)
@@ -61,11 +65,12 @@ class Coded(Packed):
 
     def scales(self) -> Scale:
         """Scales and zero points [rows, groups] as decoding uses them."""
-        scale = positive(_plain(self.scale))
+        scale = _plain(self.scale)
+        if isinstance(self.scale, Coded):
+            scale = positive(scale)
         if self.zero is not None:
             return Scale(scale, _plain(self.zero))
-        fixed = 2 ** (self.grid.bits - 1) if isinstance(self.grid, IntGrid) else 0
-        return Scale(scale, torch.full_like(scale, fixed))
+        return Scale(scale, torch.full_like(scale, self.grid.unstored_zero))
 
     def per_column(self) -> Scale:
         """Scale and zero point of every weight, [rows, columns]."""
@@ -82,7 +87,7 @@ class Coded(Packed):
         return rows, columns
 
     def size(self) -> int:
-        total = self.codes.numel() * self.grid.bits
+        total = math.ceil(self.codes.numel() * self.grid.code_bits)
         dtype = torch.finfo(getattr(torch, self.grid.scale_dtype)).bits
         for part, bits in ((self.scale, dtype), (self.zero, self.grid.zero_bits)):
             if isinstance(part, Coded):
@@ -110,7 +115,7 @@ class Coded(Packed):
 
     def stored(self) -> dict[str, Tensor]:
         dtype = getattr(torch, self.grid.scale_dtype)
-        tensors = {"codes": pack_bits(self.codes, self.grid.bits)}
+        tensors = {"codes": _pack(self.codes, self.grid)}
         for name, part in (("scale", self.scale), ("zero", self.zero)):
             if isinstance(part, Coded):
                 tensors |= nested(name, part.stored())
@@ -123,23 +128,27 @@ class Coded(Packed):
         return tensors | ({} if self.outliers is None else self.outliers.stored())
 
     @property
-    def entry_bits(self) -> int:
+    def entry_bits(self) -> float:
         """Stored bits of each weight's own code."""
-        return self.grid.bits
+        return self.grid.code_bits
+
+    def paper_bits(self) -> float | None:
+        """Bits per weight as papers count them, where that number differs from `bits`."""
+        return self.bits() - self.grid.code_bits + math.log2(3) if self.grid.top == 2 else None
 
     def stored_where(self, kept: Bool[Tensor, "rows columns"]) -> dict[str, Tensor]:
         """`stored` without the codes of the other weights."""
-        return self.stored() | {"codes": pack_bits(self.codes[kept], self.grid.bits)}
+        return self.stored() | {"codes": _pack(self.codes[kept], self.grid)}
 
     @staticmethod
     def restore_where(
         kept: Bool[Tensor, "rows columns"], stored: dict[str, Tensor], layout: dict[str, Any]
     ) -> "Coded":
         """The inverse of `stored_where`; the other weights have the code 0."""
-        bits = layout["grid"]["bits"]
+        grid = GRIDS[layout["kind"]](**layout["grid"])
         codes = torch.zeros(kept.shape, dtype=torch.int32)
-        codes[kept] = unpack_bits(stored["codes"], bits, (int(kept.sum()),)).int()
-        return Coded.restore(stored | {"codes": pack_bits(codes, bits)}, layout)
+        codes[kept] = _unpack(stored["codes"], grid, (int(kept.sum()),)).int()
+        return Coded.restore(stored | {"codes": _pack(codes, grid)}, layout)
 
     def layout(self) -> dict[str, Any]:
         grid = {
@@ -175,12 +184,22 @@ class Coded(Packed):
         assert parts["scale"] is not None
         return Coded(
             grid,
-            unpack_bits(stored["codes"], grid.bits, shape).to(torch.int32),
+            _unpack(stored["codes"], grid, shape).to(torch.int32),
             parts["scale"],
             parts["zero"],
             stored["group"].long() if "group" in stored else None,
             Outliers.restore(stored) if "outlier_ends" in stored else None,
         )
+
+
+def _pack(codes: Int[Tensor, "..."], grid: Grid) -> Tensor:
+    return pack_trits(codes) if grid.top == 2 else pack_bits(codes, grid.bits)
+
+
+def _unpack(stored: Tensor, grid: Grid, shape: tuple[int, ...]) -> Int[Tensor, "..."]:
+    if grid.top == 2:
+        return unpack_trits(stored, shape)
+    return unpack_bits(stored, grid.bits, shape)
 
 
 def _plain(part: "Tensor | Coded") -> Float[Tensor, "each groups"]:
@@ -206,7 +225,7 @@ def _per_column(scales: Scale, group: Int[Tensor, " columns"] | None, columns: i
         return Scale(scales.scale[:, group], scales.zero[:, group])
     groups = scales.scale.shape[1]
     if groups == 1:
-        return scales
+        return Scale(scales.scale, scales.zero)
     repeat = columns // groups
     return Scale(
         scales.scale.repeat_interleave(repeat, 1), scales.zero.repeat_interleave(repeat, 1)

@@ -10,24 +10,19 @@ from qexp.packed.base import Packed, nested, part_of, restored
 from qexp.packed.coded import Coded
 
 # [rank, rows] and [rank, columns]: groups of a coded factor run along the long side.
-Factor = Float[Tensor, "rank length"] | Coded
+Factor = Float[Tensor, "rank _"] | Coded
 
 
 @dataclass(frozen=True)
 class LowRank(Packed):
-    """base + outputsᵀ · inputs, with factors in their stored dtype or on a grid.
-
-    The product is taken in float64 and the sum cast once, so that storage gives the same float32 on
-    any machine.
-    """
+    """base + outputsᵀ · inputs, with factors in their stored dtype or on a grid."""
 
     base: Packed
     outputs: Float[Tensor, "rank rows"] | Coded
     inputs: Float[Tensor, "rank columns"] | Coded
 
     def dequantize(self) -> Float[Tensor, "rows columns"]:
-        product = _plain(self.outputs).T @ _plain(self.inputs)
-        return (self.base.dequantize().double() + product).float().contiguous()
+        return plus_product(self.base.dequantize(), _plain(self.outputs), _plain(self.inputs))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -66,9 +61,19 @@ class LowRank(Packed):
         return LowRank(base, factor("outputs"), factor("inputs"))
 
 
+def plus_product(
+    base: Float[Tensor, "rows columns"],
+    outputs: Float[Tensor, "rank rows"],
+    inputs: Float[Tensor, "rank columns"],
+) -> Float[Tensor, "rows columns"]:
+    """base + outputsᵀ · inputs. The product is taken in float64 and the sum cast to float32 once,
+    so that storage gives the same float32 on any machine."""
+    product = outputs.double().T @ inputs.double()
+    return (base.double() + product).float().contiguous()
+
+
 def _plain(factor: Factor) -> Float[Tensor, "rank length"]:
-    values = factor.dequantize() if isinstance(factor, Coded) else factor
-    return values.double()
+    return factor.dequantize() if isinstance(factor, Coded) else factor
 
 
 def _size(factor: Factor) -> int:

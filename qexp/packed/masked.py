@@ -1,5 +1,6 @@
 """Stored form of matrices whose weights a mask divides among two forms, or a form and zero."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +44,7 @@ class Masked(Packed):
     def size(self) -> int:
         total = self.mask.numel()
         for form, kept in self._held.values():
-            total += form.size() - form.entry_bits * int((~kept).sum())
+            total += math.ceil(form.size() - form.entry_bits * int((~kept).sum()))
         return total
 
     def rows(self, start: int, stop: int) -> "Masked":

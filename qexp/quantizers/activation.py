@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qexp.grid import Grid, Scale
-from qexp.grid.observers import Observer
+from qexp.grid.observers import MinMaxObserver, Observer, RowObserver
 from qexp.quantizers.fake_quantize import FakeQuantize, as_stored, lsq_gradient_scale
 
 
@@ -22,17 +22,28 @@ class FakeQuant(nn.Module):
     nothing is rounded. Gradients are straight-through until `make_trainable` chooses other
     surrogates; between `make_trainable` and `make_constant` a static scale is a parameter.
 
-    outliers: of dynamic scales, see `around_outliers`; None: every column is rounded.
+    outliers: of dynamic scales, see `around_outliers`; None: every column is rounded. per_row: a
+    static scale for each row of a matrix, of the row's lowest and highest value. caller: settings
+    of what calls it, a part of its text.
     """
 
     kinds: ClassVar[Mapping[str, str]] = {"scale": "scales", "zero": "offsets"}
     scale: Tensor
     zero: Tensor
 
-    def __init__(self, grid: Grid, dynamic: bool, outliers: float | int | None = None) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        dynamic: bool,
+        outliers: float | int | None = None,
+        per_row: bool = False,
+        caller: str = "",
+    ) -> None:
         super().__init__()
         self.grid, self.dynamic, self.outliers = grid, dynamic, outliers
+        self.per_row, self.caller = per_row, caller
         self.observer: Observer | None = None
+        self.running: Observer | None = None  # of a range that moves in training
         self.enabled = False
         self.fake_quantize, self.highest_code = FakeQuantize(), 1.0
         self.register_buffer("scale", torch.ones(0, 1))
@@ -40,16 +51,19 @@ class FakeQuant(nn.Module):
 
     def start_observing(self) -> None:
         if not self.dynamic:
-            self.observer = self.grid.range.observer()
+            self.observer = RowObserver() if self.per_row else self.grid.range.observer()
 
     def fix_range(self) -> None:
         """Fit the grid to what was observed and start to round."""
         if self.observer is not None:
-            device = self.scale.device
-            q = self.grid.fit(*self.observer.values())
-            self.scale, self.zero = q.scale.to(device), q.zero.to(device)
+            self._fit(self.observer)
             self.observer = None
         self.enabled = True
+
+    def _fit(self, observer: Observer) -> None:
+        device = self.scale.device
+        q = self.grid.fit(*observer.values())
+        self.scale, self.zero = q.scale.to(device), q.zero.to(device)
 
     def make_trainable(self, fake_quantize: FakeQuantize, offset: bool) -> None:
         """Train a static scale; with `offset` its zero point too, where the grid has one."""
@@ -60,11 +74,26 @@ class FakeQuant(nn.Module):
             if offset and self.grid.has_zero:
                 self._keep(self.scale, nn.Parameter(self.zero))
 
+    def follow(self) -> None:
+        """Let a static scale follow what passes in training, as the grid's range averages it."""
+        self._keep(self.scale.detach(), self.zero.detach())
+        self.running = self.grid.range.observer()
+
+    @property
+    def notes(self) -> dict[str, float]:
+        """State of a running range."""
+        assert isinstance(self.running, MinMaxObserver)
+        return self.running.notes
+
+    def before_step(self, step: int, steps: int) -> None:
+        """Called before each step of training, counted from 0, of `steps`."""
+        self.fake_quantize = self.fake_quantize.at(step, steps)
+
     def make_constant(self) -> None:
         """Replace the trained scale and zero point by constants, as storage keeps them."""
         q = as_stored(self.scale.detach(), self.zero.detach(), self.grid)
         self._keep(q.scale, q.zero)
-        self.fake_quantize = FakeQuantize()
+        self.fake_quantize, self.running, self.enabled = FakeQuantize(), None, True
 
     def place(self) -> Scale:
         """The static scale and zero point, as storage would keep them."""
@@ -83,6 +112,9 @@ class FakeQuant(nn.Module):
     def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         if self.observer is not None:
             self.observer.add(x)
+        if self.running is not None and self.training:
+            self.running.add(x)
+            self._fit(self.running)
         if not self.enabled:
             return x
         if self.dynamic:
@@ -102,6 +134,7 @@ class FakeQuant(nn.Module):
         apart = "" if self.outliers is None else f", outliers={self.outliers}"
         return (
             f"{self.grid}, dynamic={self.dynamic}{apart}, on={self.enabled}, {self.fake_quantize}"
+            + (f", {self.caller}" if self.caller else "")
         )
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:

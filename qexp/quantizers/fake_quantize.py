@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ CHUNK = 2**17  # values
 class FakeQuantize:
     """`grid.round` in the forward pass; its gradient with these surrogates in the backward pass.
 
-    The backward pass is computed from x and the scale, so that only the input is kept for it.
+    The backward pass is computed from x and the scale, so that only the input is kept for it, and
+    the values of a rounding that is not to nearest.
     """
 
     rounding: RoundingGradient = Straight()  # noqa: RUF009 (frozen, so sharing the default is safe)
@@ -37,14 +38,17 @@ class FakeQuantize:
         """`x` on the grid, in its own dtype, computed in float32.
 
         gradient_scale: factor of the gradients of scale and zero point (1/√(N q_p) of LSQ). In
-        evaluation clamping is hard.
+        evaluation clamping is hard, and rounding to nearest.
         """
         clamp = self.clamp if training else Hard()
+        rounding = self.rounding if training or self.rounding.is_nearest else Straight()
         fitted = q.fitted or (None, None)
-        y: Tensor = _Fused.apply(
-            x, q.scale, q.zero, *fitted, grid, self.rounding, clamp, gradient_scale
-        )
+        y: Tensor = _Fused.apply(x, q.scale, q.zero, *fitted, grid, rounding, clamp, gradient_scale)
         return y
+
+    def at(self, step: int, steps: int) -> "FakeQuantize":
+        """As it is at a step of training, counted from 0, of `steps`."""
+        return replace(self, rounding=self.rounding.at(step, steps))
 
     def rows(
         self,
@@ -99,23 +103,26 @@ class _Fused(torch.autograd.Function):
         clamp: ClampGradient,
         gradient_scale: float,
     ) -> Tensor:
-        ctx.save_for_backward(x, scale, zero, low, high)
         ctx.settings = grid, rounding, clamp, gradient_scale
         rows = x.reshape(-1, x.shape[-1])
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         made = y.view(rows.shape)
+        kept = None if rounding.is_nearest else y
+        ctx.save_for_backward(x, scale, zero, low, high, kept)
         if clamp.clips:  # then the interval makes no difference to values
             low = high = None
         seen = torch.clamp if clamp.clips else clamp.value
+        rule = torch.round if rounding.is_nearest else rounding.value
         for part in _chunks(rows):
             q = _placed(scale, zero, low, high, part)
-            made[part] = grid.round(rows[part].float(), q, torch.round, seen)
+            made[part] = grid.round(rows[part].float(), q, rule, seen)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        kept, scale, zero, low, high = ctx.saved_tensors
-        rows, upstream = (t.reshape(-1, t.shape[-1]) for t in (kept, grads[0]))
+        x, scale, zero, low, high, kept = ctx.saved_tensors
+        rows, upstream = (t.reshape(-1, t.shape[-1]) for t in (x, grads[0]))
+        values = None if kept is None else kept.reshape(rows.shape)
         change = torch.empty_like(rows)
         sums = [
             torch.zeros_like(t) if needed else None
@@ -124,8 +131,10 @@ class _Fused(torch.autograd.Function):
         for part in _chunks(rows):
             q = _placed(scale, zero, low, high, part)
             own = [None if total is None else _of(total, part) for total in sums]
-            change[part] = _back(rows[part].float(), upstream[part].float(), q, own, *ctx.settings)
-        return change.reshape(kept.shape), *sums, *[None] * 6
+            y = None if values is None else values[part].float()
+            g = upstream[part].float()
+            change[part] = _back(rows[part].float(), g, q, own, y, *ctx.settings)
+        return change.reshape(x.shape), *sums, *[None] * 6
 
 
 def _back(
@@ -133,12 +142,14 @@ def _back(
     g: Tensor,
     q: Scale,
     sums: list[Tensor | None],
+    y: Tensor | None,
     grid: Grid,
     rounding: RoundingGradient,
     clamp: ClampGradient,
     gradient_scale: float,
 ) -> Tensor:
-    """The gradient of x; those of scale and zero are added to `sums`."""
+    """The gradient of x; those of scale and zero are added to `sums`. y: the rounded values, of
+    which a copy is overwritten; None: those of rounding to nearest."""
     low, high = 0, grid.top
     v = grid.position(x, q)
     h, c = g, clamp.value(v, low, high)
@@ -151,7 +162,7 @@ def _back(
         h.mul_((x.abs() < clamp.limit).to(h))
     moves = None if clamp.steps_inside else 1 - inside(v, low, high)
     if sums[0] is not None:
-        y = grid.decode(c.round_(), q)
+        y = grid.decode(c.round_(), q) if y is None else y.clone()
         moved = y.mul_(g).addcmul_(h, x, value=-1)
         moved = moved if moves is None else moved.mul_(moves)
         sums[0] += gradient_scale * moved.sum_to_size(q.scale.shape) / q.scale

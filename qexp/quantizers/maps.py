@@ -4,17 +4,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qexp.arch import Group
 from qexp.common.errors import UserError
 from qexp.quantizers.attention import Inside, install
 from qexp.quantizers.online import OnlineMap, restored
-from qexp.quantizers.placement import attention_modules, input_name, operand_name
+from qexp.quantizers.operands import attention_modules, operand_name
+from qexp.quantizers.placement import input_name
 from qexp.quantizers.site_input import SiteInput, site_input
 from qexp.task import Task
-
-FILE_KEY = "maps"  # of tensors and of the layout in a file of weights
 
 
 def attention_group(task: Task) -> Group:
@@ -46,21 +45,6 @@ def map_keys(task: Task, block: int, made: OnlineMap) -> None:
     if (name := operand_name(task.arch, block, "key")).replace(".", "/") in task.maps:
         raise UserError(f"transform: {name} has an online map already; give one of the two")
     _put(task, name, made)
-
-
-@torch.no_grad()
-def map_rows(linear: nn.Linear, made: OnlineMap) -> None:
-    """W → T W and b → T b: the linear returns what the map would make of its output."""
-    for parameter in (linear.weight, linear.bias):
-        if parameter is not None:
-            columns = parameter.data.double().reshape(len(parameter), -1)
-            parameter.data = made(columns.T).T.reshape(parameter.shape).to(parameter).contiguous()
-
-
-@torch.no_grad()
-def fold_columns(linear: nn.Linear, made: OnlineMap) -> None:
-    """W → W T⁻¹, for an input that another linear maps."""
-    linear.weight.data = made.undo_rows(linear.weight.data).to(linear.weight)
 
 
 def refuse_mapped(task: Task, block: int, group: Group) -> None:

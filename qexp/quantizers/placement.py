@@ -1,7 +1,7 @@
 """Placement of activation quantizers: sites of a model by name, and the hooks that round there."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,7 +10,8 @@ from torch.utils.hooks import RemovableHandle
 
 from qexp.arch import Arch, Group
 from qexp.common.errors import UserError
-from qexp.quantizers.attention import CACHE, OPERANDS, Inside, install
+from qexp.quantizers.attention import CACHE, OPERANDS
+from qexp.quantizers.operands import inside, operand_names
 from qexp.quantizers.site_input import See, site_input
 from qexp.task import Task
 
@@ -50,14 +51,12 @@ class Placement(ABC):
 
     def names(self, task: Task) -> list[str]:
         """Of all sites, `operands` included."""
-        blocks = range(len(task.blocks))
-        inside = [operand_name(task.arch, n, key) for n in blocks for key in self.operands]
-        return [site.name for site in self.sites(task)] + inside
+        return [site.name for site in self.sites(task)] + operand_names(task, self.operands)
 
     def __call__(self, task: Task, make: Make) -> dict[str, nn.Module]:
         """Put a quantizer made by `make` on each site, and leave those of earlier placements; the
         quantizers by site name."""
-        return _put(self.sites(task), make) | _inside(task, make, self.operands)
+        return _put(self.sites(task), make) | inside(task, lambda _: make(), self.operands)
 
 
 @dataclass(frozen=True)
@@ -173,33 +172,6 @@ def _put(sites: list[Site], make: Make) -> dict[str, nn.Module]:
     for site in sites:
         made[site.name] = make()
         site.put(made[site.name])
-    return made
-
-
-def operand_name(arch: Arch, block: int, operand: str) -> str:
-    """The site of an operand of a block's attention."""
-    return f"{arch.blocks}.{block}.attention.{operand}"
-
-
-def attention_modules(task: Task, block: int) -> Iterator[nn.Module]:
-    """Modules among which is the one that computes the attention of a block."""
-    writer = task.arch.writers[0]  # the attention module owns the first writer
-    path = writer.rpartition(".")[0]
-    # BERT's output projection is a sibling of the attention: take all modules below both.
-    yield from task.blocks[block].get_submodule(path.partition(".")[0]).modules()
-
-
-def _inside(task: Task, make: Make, operands: tuple[str, ...]) -> dict[str, nn.Module]:
-    made: dict[str, nn.Module] = {}
-    inside = {}
-    if not operands:
-        return made
-    for index in range(len(task.blocks)):
-        own = {operand: make() for operand in operands}
-        for module in attention_modules(task, index):
-            inside[module] = Inside(own)
-        made |= {operand_name(task.arch, index, key): q for key, q in own.items()}
-    install(task.model, inside)
     return made
 
 

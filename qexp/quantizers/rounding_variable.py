@@ -1,5 +1,6 @@
-"""Fake-quantized weights with a trained rounding variable each (SignRound, AdaRound)."""
+"""Fake-quantized weights with a trained rounding variable each (SignRound, AdaRound, TesseraQ)."""
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -62,6 +63,9 @@ class Shifted(FakeWeight):
             self._shifted(weight, q), q, self.grid, training=self.training
         )
 
+    def before_step(self, step: int, steps: int) -> None:
+        self.fake_quantize = self.fake_quantize.at(step, steps)
+
     @torch.no_grad()
     def coded(self, weight: Float[Tensor, "rows columns"]) -> Coded:
         q = self.scales(weight)
@@ -76,32 +80,52 @@ def share_up(v: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 class Soft(FakeWeight):
     """The code below plus h(V) in training, and its nearest code otherwise: above where V ≥ 0
-    (AdaRound, 2004.10568, section 3.3). Scales are fixed. V starts where this is W itself."""
+    (AdaRound, 2004.10568, section 3.3). V starts where this is W itself.
 
-    kinds: ClassVar = {"rounding": "rounding"}
+    has_factor: scales are multiplied by 2 sigmoid(T), one T for each, which starts at 0; codes are
+    those of the first scales. shares: of weights that may still be undecided in each of as many
+    stages of equal length; at the begin of a stage the most decided others are fixed at their
+    nearest code (TesseraQ, 2410.19103).
+    """
+
+    kinds: ClassVar = {"rounding": "rounding", "factor": "ranges"}
     scale: Tensor
     zero: Tensor
 
-    def __init__(self, grid: Grid, weight: Float[Tensor, "rows columns"]) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        weight: Float[Tensor, "rows columns"],
+        has_factor: bool = False,
+        shares: Sequence[float | int] = (),
+    ) -> None:
         super().__init__()
-        self.grid = grid
+        self.grid, self.shares, self.stage = grid, shares, -1
         q = grid.scales_of(weight)
         self.register_buffer("scale", q.scale)
         self.register_buffer("zero", q.zero)
         v, _ = self._position(weight)
         rest = (v - v.floor()).reshape(weight.shape)
         self.rounding = nn.Parameter(torch.logit((rest + 0.1) / 1.2))
+        self.factor = None
+        if has_factor:
+            kept = slice(1 if grid.per_tensor else None)
+            self.factor = nn.Parameter(torch.zeros_like(q.scale[kept, kept]))
 
     def scales(self, weight: Float[Tensor, "rows columns"]) -> Scale:
-        return Scale(self.scale, self.zero)
+        if self.factor is None:
+            return Scale(self.scale, self.zero)
+        scale = self.scale * 2 * torch.sigmoid(self.factor)
+        return Scale(straight_through(self.grid.as_stored(scale.detach()), scale), self.zero)
 
     def _position(self, weight: Float[Tensor, "rows columns"]) -> tuple[Tensor, Scale]:
-        """Positions among the codes [groups, size], and the scales of these groups."""
-        q = self.scales(weight).map(lambda part: part.reshape(-1, 1))
+        """Positions among the codes [groups, size], and the first scales of these groups."""
+        q = Scale(self.scale, self.zero).map(lambda part: part.reshape(-1, 1))
         return self.grid.position(weight.reshape(len(q.scale), -1), q), q
 
     def unrounded(self, weight: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
-        v, q = self._position(weight.detach())
+        v, _ = self._position(weight.detach())
+        q = self.scales(weight).map(lambda part: part.reshape(-1, 1))
         codes = v.floor() + share_up(self.rounding).reshape(v.shape)
         return self.grid.decode(codes.clamp(0, self.grid.top), q).reshape(weight.shape)
 
@@ -111,6 +135,21 @@ class Soft(FakeWeight):
             return soft
         q = self.scales(weight).map(lambda part: part.reshape(-1, 1))
         return self.grid.round(soft.reshape(len(q.scale), -1), q).reshape(weight.shape)
+
+    @torch.no_grad()
+    def before_step(self, step: int, steps: int) -> None:
+        stage = step * len(self.shares) // steps
+        if self.shares and stage != self.stage:
+            self.stage = stage
+            self._decide(self.shares[stage])
+
+    def _decide(self, undecided: float | int) -> None:
+        """Fix all but the least decided share, by rounding variables that are infinite."""
+        v = self.rounding.flatten()
+        count = int(undecided * len(v))
+        chosen = (share_up(v) - 0.5).abs().topk(count, largest=False).indices
+        decided = torch.where(v < 0, -torch.inf, torch.inf)
+        self.rounding.copy_(decided.index_copy(0, chosen, v[chosen]).reshape(self.rounding.shape))
 
     @torch.no_grad()
     def coded(self, weight: Float[Tensor, "rows columns"]) -> Coded:

@@ -2,24 +2,31 @@
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from qexp.common.errors import FieldError, UserError, check_choice, check_range
-from qexp.grid import Grid, IntGrid, Scale
+from qexp.grid import Grid, IntGrid, LevelGrid, Scale
+from qexp.packed.base import Packed
 from qexp.packed.coded import Coded
 from qexp.quantizers.fake_quantize import FakeQuantize
-from qexp.quantizers.rounding_variable import Shifted, Soft
-from qexp.quantizers.weight import FakeWeight, Frozen, Moving, Rounded
+from qexp.quantizers.weight import (
+    ConstantWeight,
+    FakeWeight,
+    Frozen,
+    Moving,
+    Rounded,
+)
 
 
 class ScaleRule(ABC):
     """Source of the scales of weights in training."""
 
     offset: bool = False  # whether zero points train with them
+    trains_scales = True
     has_rounding_variable = False
     moves_codes: bool = False  # whether codes are parameters
 
@@ -28,11 +35,23 @@ class ScaleRule(ABC):
         self, weight: Float[Tensor, "rows columns"], grid: Grid, fake_quantize: FakeQuantize
     ) -> FakeWeight: ...
 
+    def known(self, start: Packed) -> "ScaleRule":
+        """The rule for a weight of which another method stored `start`: its codes stay. UserError
+        where they cannot."""
+        if not isinstance(start, Coded):
+            raise UserError(
+                f"method.scale: the scales of a stored {type(start).__name__} do not train; give "
+                "method/scale=constant."
+            )
+        return KnownCodes(start)
+
 
 @dataclass(frozen=True)
 class Dynamic(ScaleRule):
     """Fitted to the weights by the grid's range estimator at every step; no gradient. Values inside
     the fitted range are not clipped: with min-max every gradient passes a hard clamp."""
+
+    trains_scales = False
 
     def __call__(
         self, weight: Float[Tensor, "rows columns"], grid: Grid, fake_quantize: FakeQuantize
@@ -44,10 +63,12 @@ class Dynamic(ScaleRule):
 class Static(ScaleRule):
     """Fitted once by the grid's range estimator, before training."""
 
+    trains_scales = False
+
     def __call__(
         self, weight: Float[Tensor, "rows columns"], grid: Grid, fake_quantize: FakeQuantize
     ) -> FakeWeight:
-        _single(grid)
+        single_level(grid)
         made = Rounded(grid, fake_quantize, grid.scales_of(weight.detach().float()), False)
         return made.requires_grad_(False)
 
@@ -68,10 +89,10 @@ class LSQ(ScaleRule):
     def __call__(
         self, weight: Float[Tensor, "rows columns"], grid: Grid, fake_quantize: FakeQuantize
     ) -> FakeWeight:
-        _single(grid)
+        single_level(grid)
         q = grid.scales_of(weight.detach().float())
         if self.init == "lsq":
-            zero = torch.full_like(q.zero, 2 ** (grid.bits - 1) if grid.bounds[0] == 0 else 0)
+            zero = torch.full_like(q.zero, grid.unstored_zero)
             groups = weight.detach().float().abs().reshape(*q.scale.shape, -1)
             mean = groups.mean() if grid.per_tensor else groups.mean(-1)
             scale = 2 * mean / math.sqrt(max(grid.bounds[1] - float(zero.mean()), 1.0))
@@ -89,7 +110,7 @@ class FixedCodes(ScaleRule):
     def __call__(
         self, weight: Float[Tensor, "rows columns"], grid: Grid, fake_quantize: FakeQuantize
     ) -> FakeWeight:
-        _single(grid)
+        single_level(grid)
         weight = weight.detach().float()
         return Frozen(Coded.of(grid, weight, grid.scales_of(weight)), self.offset and grid.has_zero)
 
@@ -115,7 +136,7 @@ class MovingCodes(ScaleRule):
     def __call__(
         self, weight: Float[Tensor, "rows columns"], grid: Grid, fake_quantize: FakeQuantize
     ) -> FakeWeight:
-        _single(grid)
+        single_level(grid)
         weight = weight.detach().float()
         start = Coded.of(grid, weight, grid.scales_of(weight))
         return Moving(start, self.offset and grid.has_zero, self.share, self.keep)
@@ -135,32 +156,23 @@ class KnownCodes(ScaleRule):
 
 
 @dataclass(frozen=True)
-class SignRound(ScaleRule):
-    """A rounding variable per weight and multipliers of each group's range (AutoRound, 2309.05516).
+class Constant(ScaleRule):
+    """Nothing of the weight trains: it keeps what another method stored, by default the codes and
+    scales of round-to-nearest."""
 
-    The range is that of the grid's range estimator, and can only shrink.
-    """
-
-    has_rounding_variable = True
-
-    def __call__(
-        self, weight: Float[Tensor, "rows columns"], grid: Grid, fake_quantize: FakeQuantize
-    ) -> FakeWeight:
-        _single(grid)
-        return Shifted(grid, fake_quantize, weight.detach().float())
-
-
-@dataclass(frozen=True)
-class AdaRound(ScaleRule):
-    """Up or down for each weight, trained as a soft choice (2004.10568); scales fitted once."""
-
-    has_rounding_variable = True
+    trains_scales = False
+    start: Packed | None = None
 
     def __call__(
         self, weight: Float[Tensor, "rows columns"], grid: Grid, fake_quantize: FakeQuantize
     ) -> FakeWeight:
-        _single(grid)
-        return Soft(grid, weight.detach().float())
+        if self.start is not None:
+            return ConstantWeight(self.start)
+        weight = weight.detach().float()
+        return ConstantWeight(Coded.of(grid, weight, grid.scales_of(weight)))
+
+    def known(self, start: Packed) -> ScaleRule:
+        return replace(self, start=start)
 
 
 def check_scale_rule(rule: ScaleRule, grid: Grid) -> None:
@@ -171,6 +183,11 @@ def check_scale_rule(rule: ScaleRule, grid: Grid) -> None:
             f"scale={type(rule).__name__}: rounding variables are in steps of an even grid; give "
             "weight=int, or another method/scale."
         )
+    if rule.trains_scales and isinstance(grid, LevelGrid) and grid.signed_scales:
+        raise FieldError(
+            "scale: two scales of a group do not train; give weight.signed_scales=false, or "
+            "method/scale=dynamic."
+        )
     if rule.offset and not grid.has_zero:
         raise FieldError(
             "scale.offset=true: a symmetric grid has no zero points to train; choose one that has "
@@ -178,7 +195,8 @@ def check_scale_rule(rule: ScaleRule, grid: Grid) -> None:
         )
 
 
-def _single(grid: Grid) -> None:
+def single_level(grid: Grid) -> None:
+    """UserError for a grid whose scales are quantized in turn."""
     if grid.second_level:
         raise UserError(
             "weight.scales, weight.zeros: scales that train are not quantized in turn; set them to "

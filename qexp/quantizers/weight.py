@@ -2,15 +2,23 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from qexp.grid import Grid, Scale
+from qexp.packed.base import Packed
 from qexp.packed.coded import Coded
-from qexp.quantizers.fake_quantize import FakeQuantize, as_stored, lsq_gradient_scale
+from qexp.packed.outliers import Outliers
+from qexp.quantizers.fake_quantize import (
+    FakeQuantize,
+    as_stored,
+    lsq_gradient_scale,
+    straight_through,
+)
 
 # Codes that a residual may be away from its code: less than a half, which would round to the next.
 EDGE = 0.499
@@ -20,11 +28,12 @@ class FakeWeight(nn.Module, ABC):
     """Parametrization of `Linear.weight` that puts the float weight on a grid.
 
     kinds: of its parameters, the names that optimizers know them by. has_fixed_codes: training
-    changes no code.
+    changes no code. is_constant: nor anything else.
     """
 
     kinds: ClassVar[Mapping[str, str]] = {"scale": "scales", "zero": "offsets"}
     has_fixed_codes = False
+    is_constant = False
     grid: Grid
 
     @abstractmethod
@@ -35,12 +44,15 @@ class FakeWeight(nn.Module, ABC):
         """Scales and zero points [rows, groups], as storage would keep them."""
 
     @abstractmethod
-    def coded(self, weight: Float[Tensor, "rows columns"]) -> Coded:
+    def coded(self, weight: Float[Tensor, "rows columns"]) -> Packed:
         """The stored form; its values are those of `forward` in evaluation, bit for bit."""
 
     def unrounded(self, weight: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
         """The matrix whose nearest codes are stored: the weight, moved by rounding variables."""
         return weight
+
+    def before_step(self, step: int, steps: int) -> None:
+        """Called before each step of the optimizer, counted from 0, of `steps`."""
 
     def after_step(self) -> None:
         """Called after each step of the optimizer."""
@@ -76,6 +88,9 @@ class Rounded(FakeWeight):
             else lsq_gradient_scale(weight.numel() // self.scale.numel(), self.highest_code)
         )
         return self.fake_quantize.rows(weight, self.scales(weight), self.grid, share, self.training)
+
+    def before_step(self, step: int, steps: int) -> None:
+        self.fake_quantize = self.fake_quantize.at(step, steps)
 
     @torch.no_grad()
     def coded(self, weight: Float[Tensor, "rows columns"]) -> Coded:
@@ -113,6 +128,66 @@ class Frozen(FakeWeight):
         q = as_stored(self.scale, self.zero, self.start.grid)
         zero = q.zero if self.start.grid.has_zero else None
         return Coded(self.start.grid, self.codes.int(), q.scale, zero)
+
+
+class ConstantWeight(FakeWeight):
+    """A stored form of which nothing changes."""
+
+    kinds: ClassVar[Mapping[str, str]] = {}
+    has_fixed_codes = is_constant = True
+    values: Tensor
+
+    def __init__(self, start: Packed) -> None:
+        super().__init__()
+        self.start = start
+        self.register_buffer("values", start.dequantize(), persistent=False)
+
+    def scales(self, weight: Float[Tensor, "rows columns"]) -> Scale:
+        assert isinstance(self.start, Coded)
+        return self.start.scales()
+
+    def forward(self, weight: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
+        return self.values.to(weight.dtype)
+
+    def coded(self, weight: Float[Tensor, "rows columns"]) -> Packed:
+        return self.start
+
+
+class FloatOutliers(FakeWeight):
+    """Constant codes, except for outliers, which train in the dtype of their storage."""
+
+    kinds: ClassVar[Mapping[str, str]] = {"values": "weights"}
+    has_fixed_codes = is_constant = True
+    rest: Tensor
+    mask: Tensor
+
+    def __init__(
+        self,
+        start: Coded,
+        weight: Float[Tensor, "rows columns"],
+        mask: Bool[Tensor, "rows columns"],
+        dtype: str,
+    ) -> None:
+        super().__init__()
+        self.start, self.dtype = start, dtype
+        self.register_buffer("rest", start.dequantize(), persistent=False)
+        self.register_buffer("mask", mask, persistent=False)
+        self.values = nn.Parameter(weight[mask].float())
+
+    def scales(self, weight: Float[Tensor, "rows columns"]) -> Scale:
+        return self.start.scales()
+
+    def forward(self, weight: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
+        stored = self.values.detach().to(getattr(torch, self.dtype)).to(self.values)
+        values = straight_through(stored, self.values)
+        return self.rest.masked_scatter(self.mask, values).to(weight.dtype)
+
+    @torch.no_grad()
+    def coded(self, weight: Float[Tensor, "rows columns"]) -> Coded:
+        if not len(self.values):
+            return self.start
+        filled = self.rest.masked_scatter(self.mask, self.values)
+        return replace(self.start, outliers=Outliers.of(filled, self.mask, self.dtype))
 
 
 class Moving(FakeWeight):

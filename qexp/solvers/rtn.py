@@ -54,5 +54,6 @@ class RTN(OnGrid):
         weight: Float[Tensor, "rows columns"],
         hessian: Float[Tensor, "..."] | None = None,
     ) -> Solution:
-        packed = Coded.of(self.grid, weight, self.grid.scales_of(weight.float()))
-        return Solution(packed.dequantize(), packed.bits(), packed)
+        scales = self.grid.scales_of(weight.float())
+        packed = Coded.of(self.grid, self.grid.by_groups(weight.float(), scales), scales)
+        return Solution(packed.dequantize(), packed.bits(), packed, paper_bits=packed.paper_bits())

@@ -3,6 +3,7 @@
 import logging
 import pickle
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +11,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from qexp.common import ranks
+from qexp.common.cache import checksum
+from qexp.task import Batch, Task
 
 log = logging.getLogger(__name__)
 
@@ -75,3 +78,10 @@ class Checkpoint(ModelCheckpoint):
         super().load_state_dict(
             {**state_dict, **moved, "best_k_models": best, "dirpath": self.dirpath}
         )
+
+
+def origin_of(task: Task, batches: Sequence[Batch]) -> str:
+    """What a result depends on, method aside: checksums of the model's weights, its online maps and
+    the data."""
+    states = [dict(module.state_dict()) for module in (task.model, task.maps)]
+    return f"{task.maps!r} " + "".join(map(checksum, [*states, *batches]))

@@ -29,7 +29,8 @@ class CodeStatistics:
     another one than at the last call. oscillated: whose code moved against its last move. scale:
     the scales' geometric mean, against the first call. clipped_activations: values beyond the ends
     of static quantizers, in one run of `probe`; scale_activations: as scale, of those. Codes that
-    are fixed have a scale alone. `notes` holds all that is remembered between calls.
+    are fixed have a scale alone, constant weights nothing. `notes` holds what is remembered between
+    calls.
     """
 
     def __init__(
@@ -39,7 +40,9 @@ class CodeStatistics:
         probe: Callable[[], object] = lambda: None,
     ) -> None:
         self.weights = {
-            name: (weight_quantizer(linear), linear) for name, linear in linears.items()
+            name: (weight_quantizer(linear), linear)
+            for name, linear in linears.items()
+            if not weight_quantizer(linear).is_constant
         }
         self.ranges = {
             name: quantizer

@@ -35,7 +35,8 @@ class TrainingSetup:
     measure: statistics for the log at the end of each interval. identity: digest of everything the
     result depends on; only a run with the same identity resumes from its checkpoint. notes: state
     of the loss and of `measure`, saved in checkpoints. reaches_all: whether the loss depends on
-    every parameter. after_step: called after each step of the optimizer.
+    every parameter. before_step: called before each forward pass with the number of the step and of
+    all steps. after_step: called after each step of the optimizer.
     """
 
     task: Task
@@ -51,6 +52,7 @@ class TrainingSetup:
     folder: Path | None = None
     notes: Sequence[dict[str, Any]] = ()
     reaches_all: bool = True
+    before_step: Callable[[int, int], None] = lambda step, steps: None
     after_step: Callable[[], None] = lambda: None
 
 
@@ -128,6 +130,7 @@ class TrainingModule(L.LightningModule):
         return [DataLoader(parts, batch_size=None, generator=torch.Generator())]  # type: ignore[arg-type]
 
     def training_step(self, batch: Batch, index: int) -> Float[Tensor, ""]:
+        self.training_setup.before_step(self.global_step, self.schedule.steps)
         loss = self.training_setup.loss(trimmed(batch))
         finite = bool(loss.isfinite())
         if self.trainer.strategy.reduce(torch.tensor(float(not finite)).to(loss), reduce_op="sum"):
@@ -166,7 +169,7 @@ class TrainingModule(L.LightningModule):
         if not self.losses:  # resumed at the end of an interval: Lightning calls this hook again
             return
         line = {"step": float(self.global_step)}
-        loss = torch.stack(self.losses).mean()
+        loss = torch.stack(self.losses[:: self.training_setup.optimizer.passes]).mean()
         line["loss"] = float(self.trainer.strategy.reduce(loss, reduce_op="mean"))
         self.losses.clear()
         if "validation" in self.trainer.callback_metrics:

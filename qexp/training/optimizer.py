@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from qexp.common.errors import FieldError, check_finite, check_positive, check_range
+from qexp.common.errors import FieldError, UserError, check_finite, check_positive, check_range
 from qexp.training.fsdp import full_tensor
 
+TINY = torch.finfo(torch.float32).tiny
 KINDS = ("weights", "scales", "offsets", "channels", "rounding", "ranges", "codes")
 Parameters = Mapping[str, Sequence[nn.Parameter]]  # by kind
 
@@ -21,6 +22,7 @@ class Optimizer(ABC):
     together; None for none."""
 
     clip: float | None
+    passes: int = 1  # forward and backward passes of a step
 
     @property
     @abstractmethod
@@ -46,7 +48,9 @@ class AdamW(Optimizer):
     rate per step, whatever its gradient, and the scales of one model lie between 1e-3 and 10: an
     absolute rate for small scales would hardly change large ones, which come from outliers.
     warmup: share of all steps. floor: final rate relative to the peak. clip: largest norm of all
-    gradients together, those of codes left out; null for none.
+    gradients together, those of codes left out; null for none. sam: radius of sharpness-aware
+    minimization (2010.01412): gradients are those at the parameters plus sam g / ‖g‖, two passes a
+    step; 0 for none.
     """
 
     weights: float | None = 2e-5
@@ -63,9 +67,10 @@ class AdamW(Optimizer):
     warmup: float = 0.05
     floor: float = 0.0
     clip: float | None = 1.0
+    sam: float | int = 0.0
 
     def __post_init__(self) -> None:
-        check_finite(None, self, *self.kinds, "weight_decay")
+        check_finite(None, self, *self.kinds, "weight_decay", "sam")
         check_range(None, self, "a number from 0 to 1", lambda x: 0 <= x <= 1, "warmup", "floor")
         if self.clip is not None:
             check_positive(None, self, "clip")
@@ -74,6 +79,10 @@ class AdamW(Optimizer):
             valid = (type(beta) in (int, float) and 0 <= beta < 1 for beta in betas)
             if len(betas) != 2 or not all(valid):
                 raise FieldError(f"{key}={betas}: give two numbers from 0 to below 1.")
+
+    @property
+    def passes(self) -> int:  # type: ignore[override]
+        return 2 if self.sam else 1
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -93,7 +102,8 @@ class AdamW(Optimizer):
                 own = {"params": members, "lr": rate, "weight_decay": decay, "betas": betas}
                 groups.append(own)
         # Fused: one pass over weights and moments instead of about ten.
-        return torch.optim.AdamW(groups, betas=(self.betas[0], self.betas[1]), fused=True)
+        made = torch.optim.AdamW(groups, betas=(self.betas[0], self.betas[1]), fused=True)
+        return _SharpnessAware(made, self.sam) if self.sam else made
 
     def factor(self, step: int, steps: int) -> float:
         rise = round(self.warmup * steps)
@@ -134,6 +144,50 @@ class SignSGD(Optimizer):
         return (1 - step / steps) / steps
 
 
+@dataclass(frozen=True)
+class CayleySGD(Optimizer):
+    """Gradient descent on orthogonal matrices, with cosine decay to 0 (SpinQuant, 2405.16406).
+
+    With W the skew part of G Rᵀ, R becomes (I + aW/2)⁻¹ (I - aW/2) R, for which the reference takes
+    five steps of a fixed-point iteration. rotations: a, unless 1 / ‖W‖₁ is smaller; 0 fixes them.
+    """
+
+    rotations: float | int = 1.5
+    clip = None
+
+    def __post_init__(self) -> None:
+        check_finite(None, self, *self.kinds)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return ("rotations",)
+
+    def optimizer(self, parameters: Parameters) -> torch.optim.Optimizer:
+        return _CayleyDescent(list(parameters["rotations"]), {"lr": float(self.rotations)})
+
+    def factor(self, step: int, steps: int) -> float:
+        return (1 + math.cos(math.pi * step / steps)) / 2
+
+
+class _CayleyDescent(torch.optim.Optimizer):
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None or not (gradient := parameter.grad.double()).any():
+                    continue
+                r = parameter.double()
+                skew = (gradient @ r.T - r @ gradient.T) / 2
+                half = min(group["lr"], 1 / float(torch.linalg.matrix_norm(skew, 1))) / 2 * skew
+                eye = torch.eye(len(r), dtype=r.dtype, device=r.device)
+                parameter.copy_(torch.linalg.solve(eye + half, (eye - half) @ r))
+        return loss
+
+
 class _SignDescent(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -141,3 +195,41 @@ class _SignDescent(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     parameter.sub_(parameter.grad.sign(), alpha=group["lr"])
+
+
+class _SharpnessAware(torch.optim.Optimizer):
+    """Steps of another optimizer with the gradients of the worst point nearby, as far as a linear
+    approximation tells (2010.01412, section 3)."""
+
+    def __init__(self, inner: torch.optim.Optimizer, radius: float) -> None:
+        super().__init__(inner.param_groups, {})
+        self.inner, self.radius = inner, radius
+        self._share()
+
+    def _share(self) -> None:
+        self.param_groups, self.state = self.inner.param_groups, self.inner.state
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        self.inner.load_state_dict(state_dict)
+        self._share()
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        if closure is None:
+            raise UserError(
+                "method.blocks.optimizer.sam: two passes a step are of methods that train the "
+                "whole model; give 0."
+            )
+        with torch.enable_grad():
+            loss = closure()
+        moved = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in moved])
+        before = [p.clone() for p in moved]
+        for parameter in moved:
+            parameter.add_(parameter.grad * (self.radius / norm.clamp(min=TINY)))
+        with torch.enable_grad():
+            closure()
+        for parameter, value in zip(moved, before, strict=True):
+            parameter.copy_(value)
+        self.inner.step()
+        return loss

@@ -3,33 +3,16 @@
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch import nn
 
 from qexp.common.errors import check_int, check_positive
 from qexp.quantizers.activation import FakeQuant
+from qexp.quantizers.adapter import LowRankUpdate
 from qexp.quantizers.channel_scale import Alpha
+from qexp.quantizers.parametrization import attach_update
 from qexp.quantizers.weight import FakeWeight
 from qexp.task import Task
 from qexp.training.optimizer import KINDS
-
-
-class LowRank(nn.Module):
-    """A low-rank update of a frozen weight (LoRA, 2106.09685), added before rounding.
-
-    It changes only the codes, so the quantized model needs no extra parameters.
-    """
-
-    def __init__(self, linear: nn.Linear, rank: int, alpha: float) -> None:
-        super().__init__()
-        weight = linear.weight
-        self.factor = alpha / rank
-        self.down = nn.Parameter(weight.new_empty(rank, linear.in_features))
-        self.up = nn.Parameter(weight.new_zeros(linear.out_features, rank))
-        nn.init.kaiming_uniform_(self.down, a=5**0.5)
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight + self.factor * (self.up @ self.down)
 
 
 @dataclass(frozen=True)
@@ -41,7 +24,10 @@ class TrainableParameters:
     weight quantizers, their rounding variables and codes. ranges: scales and zero points of static
     activation quantizers. Scales, codes and zero points train only if the scale rule made them
     trainable. channels: channel scales that a method added before quantizers (Quadapter). rank: of
-    a low-rank update of every quantized weight with factor alpha / rank; 0 for none.
+    a low-rank update of every quantized weight with factor alpha / rank, merged before rounding; 0
+    for none. Low-rank updates that stay (`quantizers.adapter`) always train. frozen: linears of
+    every block that keep their start, by role (`Arch.roles`): what round-to-nearest or an earlier
+    method stored, or the float weight where weights are not rounded.
     """
 
     weights: bool = True
@@ -53,6 +39,7 @@ class TrainableParameters:
     rank: int = 0
     alpha: float = 16.0
     embeddings: bool = True
+    frozen: tuple[str, ...] | list[str] = ()
 
     def __post_init__(self) -> None:
         check_int(None, self, rank=0)
@@ -62,8 +49,15 @@ class TrainableParameters:
         """Adds low-rank updates; must be called before weight quantizers are attached."""
         if self.rank:
             for linear in linears:
-                update = LowRank(linear, self.rank, self.alpha)
-                parametrize.register_parametrization(linear, "weight", update, unsafe=True)
+                weight = linear.weight.detach()
+                attach_update(linear, LowRankUpdate.zero(weight, self.rank, self.alpha))
+
+    def frozen_linears(self, task: Task) -> set[str]:
+        """Full names of the linears that keep their start. UserError for a role that no linear
+        has."""
+        kept = task.arch.linears_of(self.frozen, "method.trained.frozen")
+        blocks = [f"{task.arch.blocks}.{index}" for index in range(len(task.blocks))]
+        return {f"{block}.{name}" for block in blocks for name in kept}
 
     def parameters(self, task: Task) -> Mapping[str, list[nn.Parameter]]:
         """The trainable parameters by kind; sets requires_grad of all parameters."""
@@ -78,6 +72,7 @@ class TrainableParameters:
     def _all(self, task: Task) -> Iterator[tuple[str, nn.Parameter, bool]]:
         norms = _norms(task)
         outside = set() if self.embeddings else _embeddings(task)
+        outside |= {task.model.get_submodule(name) for name in self.frozen_linears(task)}
         for module in task.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 if isinstance(module, FakeWeight | FakeQuant):
@@ -85,7 +80,7 @@ class TrainableParameters:
                     yield module.kinds[name], parameter, parameter.requires_grad and chosen
                 elif isinstance(module, Alpha):
                     yield "channels", parameter, self.channels
-                elif isinstance(module, LowRank):
+                elif isinstance(module, LowRankUpdate):
                     yield "weights", parameter, True
                 elif module in norms:
                     yield "weights", parameter, self.norms

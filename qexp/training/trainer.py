@@ -65,6 +65,11 @@ class Trainer:
         (`Workspace.clear`): one that is killed before goes on from them."""
         if not any(setup.parameters.values()):
             raise UserError("method.trained: no parameter is trainable; choose another set.")
+        if setup.optimizer.passes > 1 and (self.accumulate > 1 or self.strategy == "fsdp"):
+            raise UserError(
+                "method.optimizer.sam: its two passes are over one batch, of whole parameters; "
+                "give trainer.accumulate=1 and a trainer.strategy other than fsdp."
+            )
         task, device = setup.task, setup.task.device
         with ExitStack() as stack:
             scratch = stack.enter_context(tempfile.TemporaryDirectory())

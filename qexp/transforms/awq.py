@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
 
 from qexp.common.errors import check_choice, check_int, check_number
 from qexp.grid import Grid
@@ -13,6 +11,7 @@ from qexp.quantizers.scheme import FloatActivations
 from qexp.step import Record, Step
 from qexp.task import Batches, Task
 from qexp.transforms.channels import SITES
+from qexp.transforms.clip import clipped
 from qexp.transforms.scale_search import check_settings, first, pieces, search_and_fold
 from qexp.transforms.site_statistics import InputMoments, ScaleShift, SiteStatistics
 from qexp.walk import Block
@@ -71,43 +70,11 @@ class AWQ(Step):
     def _clip(self, block: Block, moments: InputMoments) -> None:
         if not self.clip:
             return
-        linears, producers = block.linears, {group.producer for group in block.groups}
+        linears = block.linears
         # the first group is the attention's; values are the producer of the output projection
-        attention = set(block.groups[0].linears) - producers
+        attention = set(block.groups[0].linears) - {group.producer for group in block.groups}
         for group in block.groups:
             moment = mirrored(moments[linears[group.linears[0]]])
             for name in group.linears:
                 if name not in attention:
-                    linears[name].weight.data = clipped(linears[name], moment, self.grid)
-
-
-def clipped(
-    linear: nn.Linear, moment: Float[Tensor, "columns columns"], grid: Grid
-) -> Float[Tensor, "rows columns"]:
-    """The weights, with each group of each row clipped at a share of its largest magnitude.
-
-    The share is the one of 1, 0.95 … 0.55 with the smallest output error δᵀ (Σ x xᵀ) δ over the
-    group's columns.
-
-    moment: Σ x xᵀ of the linear's inputs.
-    """
-    weight = linear.weight.detach().float()
-    rows, columns = weight.shape
-    size = columns // grid.groups(columns)
-    tiles = moment.reshape(columns // size, size, columns // size, size)
-    blocks = tiles.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # [groups, size, size]
-    largest = weight.reshape(rows, -1, size).abs().amax(2)
-    if grid.per_tensor:
-        largest = largest.max().expand_as(largest)
-    best_error, best_limit = torch.full_like(largest, torch.inf), largest
-    for step in range(10):
-        limit = largest * (1 - step / 20)
-        wide = limit.repeat_interleave(size, 1)
-        change = (grid(weight.clamp(-wide, wide)) - weight).reshape(rows, -1, size)
-        error = torch.einsum("rgi,gij,rgj->rg", change, blocks, change)
-        if grid.per_tensor:
-            error = error.sum().expand_as(error)
-        best_limit = torch.where(error < best_error, limit, best_limit)
-        best_error = torch.minimum(best_error, error)
-    wide = best_limit.repeat_interleave(size, 1)
-    return weight.clamp(-wide, wide).to(linear.weight)
+                    linears[name].weight.data = clipped(linears[name], moment, self.grid, "one")

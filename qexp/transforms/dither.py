@@ -1,18 +1,14 @@
 """Uniform dither of weights by a step of the grid that they lie on."""
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qexp.common.errors import UserError, check_finite, check_int, check_positive
-from qexp.hessian import second_moment
+from qexp.common.errors import UserError, check_finite, check_int
 from qexp.step import Record, Step
 from qexp.task import Batches, Task
-from qexp.walk import Block, walk
 
 # Largest distance of a value from its level, in steps: what float32 rounding of
 # scale * code + minimum leaves is below a thousandth.
@@ -26,24 +22,16 @@ class Dither(Step):
     The step is that of each group of `group_size` columns in a row, on a grid of at most `levels`
     even levels, and is found from the values (`steps`). An amplitude of 1 fills the gap between two
     levels evenly. Unlike other transforms it changes the model's function.
-
-    damp: null keeps the whole dither D. Otherwise a linear gets the minimizer V of
-    ‖(V - W)X‖² + λ‖V - W - D‖², λ = damp · mean(diag H), H = XXᵀ of the inputs that the layers
-    before it, already changed, give: the dither is removed in the directions that outputs depend on
-    and kept in the others.
     """
 
     amplitude: float | int = 1.0  # width of the interval, in steps
     group_size: int = 32
     levels: int = 16
-    damp: float | int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_finite(None, self, "amplitude")
         check_int(None, self, group_size=2, levels=2, seed=0)
-        if self.damp is not None:
-            check_positive(None, self, "damp")
 
     @torch.no_grad()
     def __call__(self, task: Task, batches: Batches) -> list[Record]:
@@ -55,37 +43,12 @@ class Dither(Step):
             except UserError as reason:
                 raise UserError(f"transform=dither: {name} {reason}") from reason
         generator = torch.Generator().manual_seed(self.seed)
-        dither = {}
         for name, linear in linears.items():
             weight = linear.weight
             noise = torch.rand(weight.shape, generator=generator).sub_(0.5).to(weight.device)
-            dither[name] = (
-                self.amplitude * found[name].repeat_interleave(self.group_size, 1) * noise
-            )
-        if self.damp is None:
-            for name, linear in linears.items():
-                linear.weight.data = (linear.weight + dither[name]).to(linear.weight)
-            return []
-        for block in walk(task, batches()):
-            block.advance(partial(self._add, block, dither))
+            step = found[name].repeat_interleave(self.group_size, 1)
+            weight.data = (weight + self.amplitude * step * noise).to(weight)
         return []
-
-    def _add(
-        self,
-        block: Block,
-        dither: Mapping[str, Tensor],
-        names: tuple[str, ...],
-        inputs: Iterator[Tensor],
-    ) -> None:
-        """Change the linears that share these inputs."""
-        assert self.damp is not None
-        hessian = second_moment(inputs).double()
-        hessian /= self.damp * hessian.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
-        hessian.diagonal().add_(1)  # (H + λ) / λ
-        for name in names:
-            weight = block.linears[name].weight
-            kept = torch.linalg.solve(hessian, dither[f"{block.name}.{name}"].double().T).T
-            block.linears[name].weight.data = (weight + kept).to(weight)
 
 
 def steps(

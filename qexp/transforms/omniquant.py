@@ -13,11 +13,14 @@ from qexp.common.errors import UserError, check_choice, check_finite, check_int
 from qexp.gradients import Straight
 from qexp.grid import Grid
 from qexp.grid.ranges import MinMax
+from qexp.quantizers.maps import attention_group
 from qexp.quantizers.scheme import Activations
 from qexp.quantizers.scheme import FloatActivations as FloatActivations
 from qexp.step import Record, Step
 from qexp.task import Batches, Task
 from qexp.transforms.channels import SITES, channels_of
+from qexp.transforms.heads import head_shape
+from qexp.transforms.learned_maps import Banded, LearnedMap, LearnedValues
 from qexp.transforms.query_key import QueryKey, query_keys
 from qexp.transforms.reconstruction import Learned, Reconstruction, quantized
 from qexp.transforms.scale_search import check_settings, first, on_device, smoothed
@@ -60,7 +63,7 @@ class Clipping(nn.Module):
 class Shape(nn.Module):
     """A learned scale exp(theta) per channel, and optionally a learned shift."""
 
-    def __init__(self, site: SiteStatistics, shift: bool) -> None:
+    def __init__(self, site: SiteStatistics, shift: bool, alpha: float = 0.5) -> None:
         super().__init__()
         self.channels = site.channels
         low, high = site.ends
@@ -69,7 +72,7 @@ class Shape(nn.Module):
         if shift and self.channels.shiftable:
             self.shift = nn.Parameter((low + high) / 2)
             largest = (high - low) / 2
-        self.theta = nn.Parameter(smoothed(largest, self.channels.weights(), 0.5).log())
+        self.theta = nn.Parameter(smoothed(largest, self.channels.weights(), alpha).log())
 
     def forward(self) -> Float[Tensor, " channels"]:
         return torch.exp(self.theta)
@@ -84,21 +87,22 @@ class Shape(nn.Module):
         self.channels.fold(self().detach(), None if self.shift is None else self.shift.detach())
 
 
+Piece = Shape | QueryKey | LearnedMap | LearnedValues
+
+
 @dataclass(frozen=True)
 class OmniQuant(Step):
     """Block-wise reconstruction of the float block's output with learned clipping and scales.
 
     shift: null is the reference's rule, shifts only where activations are quantized.
-    query_key: with sites, also a scale between queries and keys, where they are linears of their
-    own. Inputs do not feel it, nor do weights whose rows have scales of their own, where there is
-    none.
-    augmented: the loss also asks for what the float block makes of the quantized block's inputs
-    (`aug_loss` of the reference).
-
     query_key: with sites, also a scale between queries and keys, if they are separate linears. It
     affects neither inputs nor weights with one scale per row.
     augmented: adds the error to the float block's output for the quantized block's inputs
     (`aug_loss` of the reference code).
+    heads, online: AffineQuant (2403.12544): with sites, also a matrix on each value head, which is
+    folded, and one on the channels of each norm, which is computed in every forward pass. band:
+    share of the epochs after which all of their entries are used; before, those near the diagonal;
+    0: none. stability: factor of the entries.
 
     Clipping changes the weights and so the float model's logits; scales and shifts do not. A solver
     must find the clipped range again, so weight.range must be minmax.
@@ -116,6 +120,10 @@ class OmniQuant(Step):
     scale_rate: float = 5e-3
     sequences: int | None = None
     seed: int = 0
+    heads: bool = False
+    online: bool = False
+    band: float = 1.0
+    stability: float = 0.01
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -125,6 +133,12 @@ class OmniQuant(Step):
         check_finite(
             "transform", self, "clip_rate", "scale_rate"
         )  # at 0 nothing is learned of these
+        check_finite("transform", self, "band", "stability")
+        if (self.heads or self.online) and self.sites is None:
+            raise UserError(
+                "transform.sites=null: matrices follow channel scales; give norms+value, or "
+                "transform.heads=false transform.online=false"
+            )
         if self.grid.range != MinMax():
             raise UserError(
                 f"weight.range={self.grid.range}: transform=omniquant learns bounds that only "
@@ -135,6 +149,10 @@ class OmniQuant(Step):
                 "transform=omniquant: clipping cannot be learned with quantized scales; "
                 "set weight.scales and weight.zeros to null."
             )
+
+    @property
+    def leaves_maps(self) -> bool:
+        return self.online
 
     @torch.no_grad()
     def __call__(self, task: Task, batches: Batches) -> list[Record]:
@@ -163,41 +181,68 @@ class OmniQuant(Step):
         shift = self.shift
         if shift is None:
             shift = not isinstance(self.activation, FloatActivations)
-        learned: list[Shape | QueryKey] = [Shape(site, shift) for site in statistics]
+        learned: list[Piece] = [Shape(site, shift) for site in statistics]
         if statistics and self.query_key and not self.grid.rowwise:
             learned += query_keys(block.task, block.index)
+        bands = [matrix.to(block.task.device) for matrix in self._matrices(block, learned)]
         clips = {name: Clipping(self.grid, linear.weight) for name, linear in block.linears.items()}
         groups = [
             {"params": [p for clip in clips.values() for p in clip.parameters()]}
             | {"lr": self.clip_rate},
         ]
         if learned:
-            scales = [p for shape in learned for p in shape.parameters()]
+            scales = [p for piece in learned for p in piece.parameters()]
             groups.append({"params": scales, "lr": self.scale_rate})
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        steps = self.epochs * len(inputs)
+
+        def widen(step: int) -> None:
+            done = (step // len(inputs) + 1) / (self.band * self.epochs) if self.band else 0.0
+            for matrix in bands:
+                matrix.band = int(matrix.size * min(done, 1.0))
+
+        widen(0)
         with ExitStack() as stack:
-            for shape in learned:
-                stack.enter_context(shape.live())
+            for piece in learned:
+                stack.enter_context(piece.live())
             stack.enter_context(quantized(block, dict(clips), self.activation))
             before = reconstruction.total()
             named = _named(block, clips, learned)
-            reconstruction.fit(optimizer, named, self.epochs * len(inputs), generator)
+            reconstruction.fit(optimizer, named, steps, generator, widen)
             log.info(
                 "%s: error %.4g, to begin with %.4g", block.name, reconstruction.total(), before
             )
             outputs = [block.replay(n, x).to(x.device) for n, x in enumerate(inputs)]
-        for shape in learned:
-            shape.fold()
+        for piece in learned:
+            piece.fold()
         for name, linear in block.linears.items():
             linear.weight.data = clips[name].clamp(linear.weight.data)
         return outputs
 
+    def _matrices(self, block: Block, learned: list[Piece]) -> list[Banded]:
+        """AffineQuant's matrices, which are added to what is learned."""
+        task, made = block.task, list[Banded]()
+        output = attention_group(task)
+        if self.heads and output.producer is not None and self.sites != "norms":
+            size = head_shape(task, block.index)[1]
+            heads = block.linears[output.producer].out_features // size
+            made.append(Banded(size, heads, self.stability))
+            learned.append(LearnedValues(block, made[-1]))
+        for group in task.arch.groups:
+            if self.online and group.producer in task.arch.norms:
+                width = block.linears[group.linears[0]].in_features
+                made.append(Banded(width, None, self.stability))
+                learned.append(LearnedMap(block, group, [made[-1]]))
+        return made
 
-def _named(block: Block, clips: dict[str, Clipping], learned: list[Shape | QueryKey]) -> Learned:
+
+def _named(block: Block, clips: dict[str, Clipping], learned: list[Piece]) -> Learned:
+    """What must have gradients: not matrices, of which few entries are used at first."""
     named: dict[str, Sequence[nn.Parameter]] = {
         f"{block.name}.{name}: ends": tuple(clip.parameters()) for name, clip in clips.items()
     }
-    for shape in learned:
-        source = shape.queries if isinstance(shape, QueryKey) else shape.channels
-        named |= {f"{source.name}: {name}": (p,) for name, p in shape.named_parameters()}
+    for piece in learned:
+        if isinstance(piece, Shape | QueryKey):
+            source = piece.queries if isinstance(piece, QueryKey) else piece.channels
+            named |= {f"{source.name}: {name}": (p,) for name, p in piece.named_parameters()}
     return named

@@ -13,7 +13,12 @@ from torch import Tensor, nn
 
 from qexp.common.errors import UserError
 from qexp.gradients import Straight
-from qexp.quantizers.scheme import Activations
+from qexp.quantizers.attention import CACHE, Inside, inserted
+from qexp.quantizers.maps import shared_input
+from qexp.quantizers.operands import attention_modules
+from qexp.quantizers.placement import KVCache
+from qexp.quantizers.scheme import Activations, QuantizedActivations
+from qexp.task import Task
 from qexp.transforms.channels import parametrized
 from qexp.walk import Block
 
@@ -30,37 +35,76 @@ def quantized(block: Block, rules: dict[str, Rule], activation: Activations) -> 
 
     Scales of the input come from the input itself; gradients pass straight through the rounding.
     """
-
-    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (activation.rounded(args[0], Straight()), *args[1:])
-
-    handles = [linear.register_forward_pre_hook(hook) for linear in block.linears.values()]
     with ExitStack() as stack:
         for name, linear in block.linears.items():
-            stack.enter_context(parametrized(linear, "weight", _Quantized(rules[name])))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+            stack.enter_context(parametrized(linear, "weight", Changed(rules[name])))
+        stack.enter_context(rounded_inputs(block.task, block.index, activation))
+        yield
 
 
-class _Quantized(nn.Module):
-    def __init__(self, rule: Rule) -> None:
+@contextmanager
+def rounded_inputs(task: Task, block: int, activation: Activations) -> Iterator[None]:
+    """Within the context, the inputs of a block's linears are rounded."""
+    inputs = [shared_input(task, block, group) for group in task.arch.groups]
+    for each in inputs:
+        each.quantizer = _Rounded(activation)
+    try:
+        yield
+    finally:
+        for each in inputs:
+            each.quantizer = None
+
+
+@contextmanager
+def rounded_cache(task: Task, blocks: Sequence[int], kv: Activations) -> Iterator[None]:
+    """Within the context, keys and values of these blocks are rounded as a cache holds them;
+    nothing where `kv` rounds other tensors."""
+    if not rounds_cache(kv):
+        yield
+        return
+    own = {operand: _Rounded(kv) for operand in CACHE}
+    modules = [module for block in blocks for module in attention_modules(task, block)]
+    with inserted(task.model, {module: Inside(dict(own)) for module in modules}):
+        yield
+
+
+def rounds_cache(kv: Activations) -> bool:
+    """Whether keys and values are rounded as a cache holds them, and not elsewhere."""
+    return isinstance(kv, QuantizedActivations) and isinstance(kv.placement, KVCache)
+
+
+class _Rounded(nn.Module):
+    def __init__(self, activation: Activations) -> None:
         super().__init__()
-        self.rule = rule
+        self.activation = activation
 
-    def forward(self, weight: Tensor) -> Tensor:
-        return self.rule(weight).to(weight)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation.rounded(x, Straight())
+
+
+class Changed(nn.Module):
+    """A parametrization by a function, whose own parameters are registered elsewhere."""
+
+    def __init__(self, change: Rule) -> None:
+        super().__init__()
+        self.change = (change,)  # not as a submodule
+
+    def forward(self, value: Tensor) -> Tensor:
+        return self.change[0](value).to(value)
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Inputs and target outputs of a block by chunk. Several `targets` have equal weights."""
+    """Inputs and target outputs of a block by chunk. Several `targets` have equal weights.
+
+    normalized: in training, each chunk's error is divided by its own value, so that gradients have
+    the same scale in every block.
+    """
 
     block: Block
     inputs: Sequence[Tensor]
     targets: Sequence[Sequence[Tensor]]
+    normalized: bool = False
 
     def error(self, chunk: int) -> Float[Tensor, ""]:
         """The squared error, summed over channels and targets, averaged over tokens."""
@@ -80,8 +124,10 @@ class Reconstruction:
         learned: Learned,
         steps: int,
         generator: torch.Generator,
+        before_step: Callable[[int], None] = lambda step: None,
     ) -> None:
-        """Train what the optimizer holds, a piece a step, in a new order every time round.
+        """Train what the optimizer holds, a piece a step, in a new order every time round;
+        `before_step` is called with the number of each.
 
         Raises UserError where too little of `learned` receives a gradient in the first round."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -90,7 +136,10 @@ class Reconstruction:
         with torch.enable_grad():
             for step in range(steps):
                 order = order or torch.randperm(len(self.inputs), generator=generator).tolist()
+                before_step(step)
                 error = self.error(order.pop())
+                if self.normalized:
+                    error = error / error.detach()
                 # Gradients of these alone: the model's own weights are frozen.
                 gradients: Sequence[Tensor | None] = [None] * len(parameters)
                 if error.requires_grad:

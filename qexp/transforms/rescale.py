@@ -33,6 +33,8 @@ class Rescale(Step):
         for index in range(len(task.blocks)):
             for channels in channels_of(task, index, self.sites):
                 largest = channels.weights()
-                uniform = 2 * torch.rand(len(largest), generator=generator) - 1
-                channels.fold((self.spread * uniform).exp().to(largest.device))
+                uniform = 2 * torch.rand(len(largest), generator=generator).double() - 1
+                # Rounded from float64, whose last digit is all in which machines' exp differ.
+                scale = (self.spread * uniform).exp().float()
+                channels.fold(scale.to(largest.device))
         return []

@@ -8,18 +8,12 @@ from torch import Tensor, nn
 
 from qexp.common.errors import UserError
 from qexp.quantizers.hadamard import hadamard, known
-from qexp.quantizers.maps import (
-    attention_group,
-    fold_columns,
-    map_inputs,
-    map_keys,
-    map_rows,
-    refuse_mapped,
-)
+from qexp.quantizers.maps import attention_group, map_inputs, map_keys, refuse_mapped
 from qexp.quantizers.online import Factor, OnlineMap, hadamard_factors, orthogonal
 from qexp.step import Record, Step
 from qexp.task import Batches, Task
 from qexp.transforms.channels import Channels, channels_of
+from qexp.transforms.heads import head_shape, turn_values, value_rotation
 
 Matrix = Float[Tensor, "width width"]
 
@@ -93,7 +87,7 @@ class Rotate(Step):
         generator = seeded(self.seed + 1)
         for block in blocks:
             if self.values:
-                turn_values(task, block, generator)
+                turn_values(task, block, value_rotation(head_shape(task, block)[1], generator))
             self.put_maps(task, block, generator)
         return []
 
@@ -133,26 +127,6 @@ class Rotate(Step):
 
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def head_shape(task: Task, block: int) -> tuple[int, int]:
-    """The number of query heads and the width of each."""
-    output = task.blocks[block].get_parameter(f"{task.arch.writers[0]}.weight")
-    heads = int(task.model.config.get_text_config().num_attention_heads)
-    return heads, output.shape[1] // heads
-
-
-def turn_values(task: Task, block: int, generator: torch.Generator) -> None:
-    """A rotation of each value head; nothing where values are made together with queries."""
-    group, module = attention_group(task), task.blocks[block]
-    if group.producer is None:
-        return
-    heads, size = head_shape(task, block)
-    turned = hadamard_factors(size, generator)
-    producer, output = (module.get_submodule(n) for n in (group.producer, group.linears[0]))
-    assert isinstance(producer, nn.Linear) and isinstance(output, nn.Linear)
-    map_rows(producer, OnlineMap([Factor("identity", producer.out_features // size), *turned]))
-    fold_columns(output, OnlineMap([Factor("identity", heads), *turned]))
 
 
 def check_stream(task: Task) -> None:

@@ -106,8 +106,14 @@ def test_the_script_compares_a_model_with_what_a_run_made_of_it(tmp_path, capsys
     words += ["--", "model=from_run", f"run={tmp_path / 'run'}"]
     assert command("outliers", [str(tmp_path / "out"), *words]) == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        *("before.csv", "before.md", "after.csv", "after.md", "ranges.png")
+        *("before.csv", "before.md", "after.csv", "after.md", "ranges.png"),
+        *("before_statistics.csv", "after_statistics.csv"),
     }
+    with (tmp_path / "out" / "before_statistics.csv").open() as file:
+        found = {(row["statistic"], row["tensor"]): row["value"] for row in csv.DictReader(file)}
+    names = {name for name, _ in found}
+    assert names == {"reach", "kurtosis", "top_channel", "error8", "flatness", "gain_std"}
+    assert "| gain_std |" in (tmp_path / "out" / "after.md").read_text()
     with (tmp_path / "out" / "before.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 12

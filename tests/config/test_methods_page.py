@@ -11,6 +11,7 @@ GROUPS = (
     "method",
     "method/target",
     "method/residual",
+    "method/adapter",
     "method/metric",
     "method/rule",
     "weight",

@@ -3,10 +3,8 @@
 import pytest
 import torch
 from helpers.models import task_of
-from hydra import compose
 
 from qexp.common.errors import FieldError, UserError
-from qexp.config.instantiate import instantiate
 from qexp.data.calibration import Calibration
 from qexp.data.mixture import Mixture
 from qexp.data.synthetic import Synthetic
@@ -32,14 +30,3 @@ def test_parts_of_different_lengths_are_refused():
         mixture(task_of())
     with pytest.raises(FieldError, match="at least one recipe"):
         Mixture({})
-
-
-@pytest.mark.usefixtures("configured")
-def test_the_stand_in_reads_no_text_that_it_is_judged_on():
-    cfg = compose("config", ["experiment=smollm2_float"])
-    read = instantiate(cfg.calibration).reads()
-    judged = [instantiate(node) for node in cfg.eval.values()]
-    assert len(read) == len(judged) == 3
-    for corpus, split in read:
-        assert split == "train"
-        assert not any(corpus.overlaps(split, each.corpus, each.split) for each in judged)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from qexp.gradients import Hard, Sigmoid, Soft, Straight
 from qexp.grid import IntGrid
 from qexp.methods.block_phase import BlockPhase
-from qexp.methods.finetune import record
 from qexp.methods.journal import Finished, Journal
 from qexp.methods.reconstruction import Reconstruction
 from qexp.methods.units import Units
+from qexp.methods.write_back import record
 from qexp.quantizers.activation import FakeQuant
 from qexp.quantizers.fake_quantize import FakeQuantize
 from qexp.quantizers.parametrization import weight_quantizer

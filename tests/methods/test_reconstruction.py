@@ -19,13 +19,15 @@ from qexp.grid import IntGrid
 from qexp.methods.block_phase import BlockPhase
 from qexp.methods.journal import Journal
 from qexp.methods.output_importance import output_importance
+from qexp.methods.output_moments import OutputMoments
 from qexp.methods.reconstruction import Reconstruction
-from qexp.methods.units import EachLinear, OneLinear, OutputMoments, WholeBlock, WholeBlocks
+from qexp.methods.units import EachLinear, Objective, OneLinear, WholeBlock, WholeBlocks
 from qexp.packed import weights_file
 from qexp.quantizers.fake_quantize import FakeQuantize
 from qexp.quantizers.placement import LinearInputs
+from qexp.quantizers.rounding_rules import AdaRound, SignRound
 from qexp.quantizers.rounding_variable import Shifted, Soft
-from qexp.quantizers.scale_rules import LSQ, AdaRound, Dynamic, ScaleRule, SignRound
+from qexp.quantizers.scale_rules import LSQ, Dynamic, ScaleRule
 from qexp.quantizers.scheme import QuantizedActivations, quantize_activations
 from qexp.training.optimizer import AdamW, Optimizer, SignSGD
 from qexp.training.rounding_penalty import RoundingPenalty
@@ -299,7 +301,7 @@ def test_the_loss_of_moments_is_the_mean_square_of_outputs(biased: bool) -> None
     torch.testing.assert_close(unit.loss(0), (linear(moved) - exact).square().mean())
 
 
-@pytest.mark.parametrize("kind", [EachLinear, lambda floats: WholeBlocks(floats, False)])
+@pytest.mark.parametrize("kind", [EachLinear, lambda floats: WholeBlocks(floats, Objective())])
 def test_units_with_float_inputs_do_not_depend_on_blocks_before(kind: Callable) -> None:
     data, found = batches("llama"), []
     rule = phase(LSQ("range", True), AdamW(1e-3, 1e-3, 1e-3, clip=None), 3)
@@ -334,7 +336,7 @@ def test_errors_of_a_block_weigh_by_the_gradient_of_the_models_divergence() -> N
     assert expected.max() > 1.02
     found = output_importance(last, 0, entry.detach(), exact)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
-    unit = WholeBlock(last, [exact + 1], [exact], is_weighted=False)
+    unit = WholeBlock(last, [exact + 1], [exact], Objective())
     plain = unit.loss(0)
     unit.weights = [torch.ones_like(exact)]
     assert unit.loss(0) == plain
@@ -343,7 +345,7 @@ def test_errors_of_a_block_weigh_by_the_gradient_of_the_models_divergence() -> N
 def test_blocks_read_rounded_activations_and_aim_at_float_ones() -> None:
     task, plain, data = task_of(), task_of(), batches("llama", 1)
     quantize_activations(task, [COARSE], lambda: data)
-    units, reference = WholeBlocks(False, False), list(walk(plain, data, 2))
+    units, reference = WholeBlocks(False, Objective()), list(walk(plain, data, 2))
     losses = []
     for block, float_block in zip(walk(task, data, 2), walk(task_of(), data, 2), strict=True):
         units.observe(block)

@@ -2,57 +2,35 @@
 
 import json
 import os
-import shutil
-from collections.abc import Iterator
+import resource
 from pathlib import Path
 
 import pytest
 import torch
-from gguf import GGUFReader
+from gguf import GGMLQuantizationType, GGUFReader, quants
+from helpers.exports import INPUTS, LLAMA, NO_EVAL, folders_of, logits
 from helpers.models import batches
-from helpers.pipeline import PPL, SMALL, run
-from safetensors.torch import load_file, save_file
+from helpers.pipeline import PPL, run
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from qexp.common.errors import UserError
 from qexp.models import export as exports
 from qexp.models.code_formats import FORMATS
-from qexp.models.export import export, fits
+from qexp.models.export import Options, export, fits
 from qexp.models.from_run import FromRun
 from qexp.models.local import Local
 
 pytestmark = pytest.mark.usefixtures("configured")
 
-LLAMA = ("model=tiny_llama", "method=rtn")
-MEASURED = (*LLAMA, "eval=held_out")
-NO_EVAL = ["data=synthetic", "calibration.sequences=2", "calibration.length=32", "eval=none"]
-W8 = ("weight=channel", "weight.bits=8", "weight.group_size=null")
-
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory, configured: None) -> Iterator:
-    """`folders("model=…", …)`: the folder of a finished run, each made once."""
-    made: dict[tuple[str, ...], Path] = {}
-
-    def of(*overrides: str) -> Path:
-        if overrides not in made:
-            made[overrides] = tmp_path_factory.mktemp("run")
-            measured = "eval=held_out" in overrides
-            small = SMALL if measured else [*NO_EVAL, "weight.group_size=32"]
-            run(made[overrides], *overrides, small=small)
-            words = "".join(f"- {word}\n" for word in overrides)
-            (made[overrides] / ".hydra" / "overrides.yaml").write_text(words)
-        return made[overrides]
-
-    return of
+def folders(tmp_path_factory: pytest.TempPathFactory, configured: None):
+    return folders_of(tmp_path_factory)
 
 
 def ppl(folder: Path) -> float:
     return float(json.loads((folder / "metrics.json").read_text())[PPL])
-
-
-@torch.no_grad()
-def logits(source: Local | FromRun) -> torch.Tensor:
-    return source.load().model(**batches("llama")[0]).logits
 
 
 CASES = {  # format and what makes a run that fits it
@@ -95,11 +73,17 @@ def test_what_a_transform_folded_leaves_with_the_weights(folders, tmp_path, chan
     assert ("lm_head.weight" in names) != config["tie_word_embeddings"]
 
 
-INPUTS = {
-    "token": (*MEASURED, "activation=int8_token"),
-    "tensor": (*MEASURED, *W8, "activation=int8_tensor"),
-    "symmetric": (*MEASURED, *W8, "activation=int8_tensor", "activation.grid.symmetric=true"),
-}
+@pytest.mark.parametrize("untied", [True, False])
+def test_a_reloaded_run_says_whether_its_head_is_tied(folders, tmp_path, untied):
+    tied = ("model=tiny_llama", "+model.sizes.tie_word_embeddings=true", "method=rtn")
+    folder = folders(*tied, *(["transform=rotate"] if untied else []))
+    model = FromRun(str(folder)).load().model
+    assert model.config.tie_word_embeddings == (not untied)
+    model.save_pretrained(tmp_path / "copy")
+    copy = AutoModelForCausalLM.from_pretrained(tmp_path / "copy")
+    with torch.no_grad():
+        found, expected = (each(**batches("llama")[0]).logits for each in (copy, model))
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("case", INPUTS)
@@ -117,7 +101,8 @@ def test_quantized_inputs_leave_and_come_back(folders, tmp_path, case):
 
 def test_a_folder_says_what_it_is(folders, tmp_path):
     folder, out = folders(*INPUTS["token"]), tmp_path / "out"
-    export(folder, out, "compressed_tensors", lambda place: {"measured": {PPL: 12.5}})
+    measured = Options(measure=lambda place: {"measured": {PPL: 12.5}})
+    export(folder, out, "compressed_tensors", measured)
     names = {path.name for path in out.iterdir()}
     assert names >= {"config.json", "tokenizer.json", "README.md", "qexp.json"}
     assert names >= {"generation_config.json", "model.safetensors"}
@@ -156,6 +141,26 @@ def test_a_gguf_file_holds_the_facts_and_the_tokenizer(folders, tmp_path, own_ca
     keys = [key for key in reader.fields if key.startswith("tokenizer.")]
     assert keys == [key for key in other.fields if key.startswith("tokenizer.")]
     assert all(reader.fields[k].contents() == other.fields[k].contents() for k in keys)
+
+
+@pytest.mark.parametrize(("bits", "type_"), [(4, "Q4_0"), (5, "Q5_0"), (8, "Q8_0")])
+def test_a_run_on_llama_cpps_grid_leaves_as_its_own_bytes(folders, tmp_path, bits, type_):
+    """Round-to-nearest is what llama.cpp quantizes the float model to; GPTQ has equal bytes."""
+    grid = ("model=tiny_llama", "weight=gguf", f"weight.bits={bits}")
+    plain = FromRun(str(folders("model=tiny_llama", "method=none"))).load().model.state_dict()
+    sizes = {}
+    for method in ("rtn", "gptq"):
+        out = tmp_path / f"{method}.gguf"
+        facts = export(folders(*grid, f"method={method}"), out, "gguf")
+        assert facts["containers"] == [type_] and facts["bits"] == facts["run_bits"] == bits + 0.5
+        stored = {tensor.name: tensor.data for tensor in GGUFReader(out).tensors}
+        sizes[method] = sum(data.nbytes for data in stored.values())
+        weight = plain["model.layers.1.mlp.up_proj.weight"].numpy()
+        equal = stored["blk.1.ffn_up.weight"] == quants.quantize(
+            weight, GGMLQuantizationType[type_]
+        )
+        assert equal.all() == (method == "rtn")
+    assert sizes["rtn"] == sizes["gptq"]
 
 
 # refusals ----------------------------------------------------------------------------------------
@@ -207,13 +212,16 @@ def test_an_existing_place_is_kept(folders, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("format", ["gptq", "gguf"])
-def test_a_full_disk_leaves_nothing(folders, tmp_path, monkeypatch, format):
-    monkeypatch.setattr(
-        "qexp.common.files.os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "full"))
-    )
-    with pytest.raises(UserError, match="cannot be written"):
-        export(folders(*LLAMA), tmp_path / "a.gguf", format)
+@pytest.mark.parametrize("format", ["gptq", "gguf", "float"])
+def test_a_full_disk_leaves_nothing(folders, tmp_path, format):
+    folder = folders(*LLAMA)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # no file may be larger
+    try:
+        with pytest.raises(UserError, match=r"a\.gguf: cannot be written"):
+            export(folder, tmp_path / "a.gguf", format)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list(tmp_path.iterdir())
 
 
@@ -232,73 +240,3 @@ def test_an_export_that_differs_from_the_run_never_appears(folders, tmp_path, mo
     with pytest.raises(RuntimeError, match="does not hold the tensor"):
         export(folders(*LLAMA), tmp_path / "a.gguf", "gguf")
     assert not list(tmp_path.iterdir())
-
-
-# checkpoints of others ---------------------------------------------------------------------------
-
-
-@pytest.fixture
-def checkpoint(folders, tmp_path) -> Path:
-    export(folders(*LLAMA), tmp_path / "made", "compressed_tensors")
-    return tmp_path / "made"
-
-
-def damaged(folder: Path, change) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-UP = "model.layers.1.mlp.up_proj"
-
-
-def test_a_damaged_checkpoint_says_which_linear(checkpoint):
-    shutil.copytree(checkpoint, checkpoint.parent / "again")
-    for change, said in (
-        (lambda t: t.pop(f"{UP}.weight_scale"), "up_proj has no weight_scale"),
-        (lambda t: t.pop(f"{UP}.weight_packed"), "up_proj has no weight_packed"),
-        (lambda t: t.update({f"{UP}.weight_packed": torch.ones(3, 3).int()}), "has the shape"),
-        (lambda t: t.update({f"{UP}.weight_scale": t[f"{UP}.weight_scale"] / 0}), "not finite"),
-        (lambda t: t.pop("model.norm.weight"), r"no model\.norm\.weight"),
-        (lambda t: [t.pop(n) for n in list(t) if "_proj." in n], "no linear has weight_packed"),
-    ):
-        shutil.rmtree(checkpoint)
-        shutil.copytree(checkpoint.parent / "again", checkpoint)
-        damaged(checkpoint, change)
-        with pytest.raises(UserError, match=rf"model\.path: .*{said}"):
-            Local(str(checkpoint)).load()
-
-
-def test_a_truncated_checkpoint_is_named(checkpoint):
-    weights = checkpoint / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"model\.path: .*model\.safetensors is truncated"):
-        Local(str(checkpoint)).load()
-
-
-def test_a_section_that_is_unknown_or_broken(checkpoint):
-    path = checkpoint / "config.json"
-    config = json.loads(path.read_text())
-    section = config["quantization_config"]
-    for changed, said in (
-        ({"quant_method": "aqlm"}, "already quantized by aqlm"),
-        (section | {"config_groups": {}}, "target of none"),
-        (section | {"config_groups": {"a": {"targets": ["Linear"], "format": "x"}}}, "format x"),
-        (section | {"config_groups": [1]}, "is not as compressed-tensors has it"),
-        ({"quant_method": "gptq", "bits": 4}, "no linear has qweight"),
-    ):
-        path.write_text(json.dumps(config | {"quantization_config": changed}))
-        with pytest.raises(UserError, match=rf"model\.path: .*{said}"):
-            Local(str(checkpoint)).load()
-
-
-def test_inputs_of_one_tensor_need_one_scale(folders, tmp_path):
-    out = tmp_path / "out"
-    export(folders(*INPUTS["tensor"]), out, "compressed_tensors")
-    key = "model.layers.1.self_attn.v_proj.input_scale"
-    damaged(out, lambda tensors: tensors.update({key: tensors[key] * 2}))
-    with pytest.raises(UserError, match=r"v_proj read one tensor and have different input_scale"):
-        run(tmp_path / "a", "model=local", f"model.path={out}", "method=none")
-    damaged(out, lambda tensors: tensors.pop(key))
-    with pytest.raises(UserError, match=r"v_proj has no input_scale"):
-        run(tmp_path / "b", "model=local", f"model.path={out}", "method=none")

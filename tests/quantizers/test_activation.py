@@ -332,7 +332,7 @@ def test_two_quantizers_of_one_tensor_are_refused_before_any_is_put(dynamic, ord
 
 def test_a_quantizer_that_nothing_calls_is_an_error_with_its_name(monkeypatch):
     batch = joined("llama")
-    monkeypatch.setattr("qexp.quantizers.placement.install", lambda *_: None)
+    monkeypatch.setattr("qexp.quantizers.operands.install", lambda *_: None)
     kinds = [QuantizedActivations(LinearInputs(), TENSOR), QuantizedActivations(KVCache(), TENSOR)]
     silent = r"calibration never called .* of model\.layers\.0\.attention\.key \(6 of 18 are silent"
     with pytest.raises(UserError, match=silent):

@@ -28,7 +28,7 @@ from qexp.solvers.owq import OWQ
 from qexp.solvers.pbllm import PBLLM
 from qexp.solvers.quip import QuIP
 from qexp.solvers.sparse import SparseGPT
-from qexp.transforms.awq import clipped
+from qexp.transforms.clip import clipped
 
 FOLDER = data_dir()
 FILE = (FOLDER or Path(".")).parent / "golden" / "attention_q.safetensors"
@@ -161,7 +161,7 @@ def test_parity_of_awqs_clipping(golden: dict[str, Tensor], bits: int) -> None:
     weight, grid = golden["weight"], IntGrid(bits, group_size=64)
     linear = nn.Linear(*weight.shape[::-1], bias=False)
     linear.weight.data = weight
-    ours = clipped(linear, golden["hessian"], grid)
+    ours = clipped(linear, golden["hessian"], grid, "one")
     ends = ours.reshape(len(weight), -1, 64).abs().amax(2)
     theirs = reference[f"{key}.max"].reshape(ends.shape)
     assert (ends - theirs).abs().lt(1e-5).double().mean() >= 0.99

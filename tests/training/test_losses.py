@@ -11,7 +11,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from qexp.common.errors import FieldError, UserError
 from qexp.training.augmentation import Augmented
-from qexp.training.losses import CrossEntropy, HiddenL2, LogitKL
+from qexp.training.losses import ConfidenceKL, CrossEntropy, HiddenL2, LogitKL
 
 
 def test_the_divergence_is_from_the_float_model():
@@ -87,3 +87,46 @@ def test_a_teacher_that_is_not_there_is_refused():
     method = replace(METHOD, loss=LogitKL(), teacher="source")
     with pytest.raises(UserError, match=r"method\.teacher=source: this task was not loaded"):
         method(task_of(), lambda: batches("llama", 1))
+
+
+def pair() -> tuple[CausalLMOutput, CausalLMOutput]:
+    own, other = torch.randn(2, 2, 3, 5, generator=torch.Generator().manual_seed(0)) * 3
+    return CausalLMOutput(logits=own), CausalLMOutput(logits=other)
+
+
+def test_confidence_mixes_both_divergences():
+    """BitDistiller: 0 is the forward divergence, 1 the reverse one, bit for bit."""
+    own, other = pair()
+    forward, reverse = LogitKL().distance(own, other), LogitKL().distance(other, own)
+    assert torch.equal(ConfidenceKL(confidence=0).distance(own, other), forward)
+    assert torch.equal(ConfidenceKL(confidence=1).distance(own, other), reverse)
+    mixed = ConfidenceKL(confidence=0.3).distance(own, other)
+    torch.testing.assert_close(mixed, 0.3 * reverse + 0.7 * forward)
+
+
+def test_equal_models_have_no_loss_and_no_gradient():
+    own, _ = pair()
+    leaf = own.logits.clone().requires_grad_()
+    loss = ConfidenceKL(confidence=0.4).distance(CausalLMOutput(logits=leaf), own)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(0, abs=1e-6)
+    assert float(leaf.grad.abs().max()) < 1e-6
+
+
+def test_close_models_have_equal_divergences():
+    own, _ = pair()
+    near = CausalLMOutput(logits=own.logits + 0.01 * torch.randn(2, 3, 5))
+    forward, reverse = (ConfidenceKL(confidence=m).distance(near, own) for m in (0, 1))
+    assert float(forward / reverse) == pytest.approx(1, abs=0.03)
+
+
+def test_confidence_is_that_of_the_float_model():
+    task, data = task_of(), batches("llama", 3)
+    loss = ConfidenceKL(sequences=3).fitted(task.model, data)
+    with torch.no_grad():
+        rows = torch.cat([batch["input_ids"] for batch in data])[:3]
+        expected = float(task.model(rows).logits.softmax(-1).amax(-1).double().mean())
+    assert loss.confidence == pytest.approx(expected, rel=1e-6)
+    assert ConfidenceKL(confidence=0.5).fitted(None, data).confidence == 0.5
+    with pytest.raises(FieldError, match=r"^confidence=2: give a number from 0 to 1"):
+        ConfidenceKL(confidence=2)

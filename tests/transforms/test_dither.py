@@ -2,14 +2,12 @@
 
 import pytest
 import torch
-from helpers.models import joined, task_of
+from helpers.models import task_of
 
 from qexp.common.errors import FieldError, UserError
 from qexp.grid import IntGrid
-from qexp.hessian import second_moment
 from qexp.task import Task
 from qexp.transforms.dither import Dither, steps
-from qexp.walk import walk
 
 GRID = IntGrid(4, group_size=32, real_zero=True)
 
@@ -80,48 +78,7 @@ def test_a_model_on_no_such_grid_is_refused_unchanged(field, reason):
     assert all(torch.equal(before[name], weight) for name, weight in weights(task).items())
 
 
-def damped(damp: float | None) -> tuple[dict[str, torch.Tensor], Task]:
-    """The dither that the weights keep, and the model."""
-    task = on_grid()
-    before = weights(task)
-    Dither(damp=damp)(task, lambda: [joined("llama")])
-    return {name: weight - before[name] for name, weight in weights(task).items()}, task
-
-
-def test_a_damped_dither_is_the_ridge_solution():
-    whole, _ = damped(None)
-    kept, task = damped(0.1)
-    block, seen = next(walk(task, [joined("llama")])), {}
-    name = block.groups[0].linears[0]
-    block.observe(lambda names, x: seen.update({names[0]: second_moment(x).double()}))
-    hessian = seen[name]
-    level = 0.1 * hessian.diagonal().mean()
-    full = f"{block.name}.{name}"
-    gradient = kept[full].double() @ hessian + level * (kept[full] - whole[full]).double()
-    scale = (whole[full].double() @ hessian).abs().max()
-    assert float(gradient.abs().max()) < 1e-4 * scale
-
-
-@torch.no_grad()
-def test_damping_moves_the_model_less_and_keeps_the_weights_off_the_grid():
-    batch = joined("llama")
-    plain = on_grid().model(**batch).logits
-    distance, share = {}, {}
-    whole, _ = damped(None)
-    for damp in (None, 1.0, 0.01):
-        kept, task = damped(damp)
-        distance[damp] = float((task.model(**batch).logits - plain).square().mean())
-        share[damp] = sum(float(d.square().sum()) for d in kept.values()) / sum(
-            float(d.square().sum()) for d in whole.values()
-        )
-    assert distance[0.01] < distance[1.0] < distance[None]
-    assert share[0.01] < share[1.0] < share[None] == 1
-    assert share[0.01] > 0.01
-
-
-@pytest.mark.parametrize(
-    "field", [{"amplitude": -1.0}, {"group_size": 1}, {"levels": 1}, {"damp": 0}, {"damp": -1.0}]
-)
+@pytest.mark.parametrize("field", [{"amplitude": -1.0}, {"group_size": 1}, {"levels": 1}])
 def test_a_wrong_field_is_refused(field):
     with pytest.raises(FieldError, match=f"^{next(iter(field))}="):
         Dither(**field)

@@ -10,8 +10,9 @@ from qexp.grid import IntGrid
 from qexp.methods.blockwise import Direct
 from qexp.quantizers.scheme import FloatActivations, quantize_activations
 from qexp.solvers.rtn import RTN
-from qexp.transforms.awq import AWQ, clipped
+from qexp.transforms.awq import AWQ
 from qexp.transforms.channels import channels_of
+from qexp.transforms.clip import clipped
 from qexp.transforms.equalize import Equalize, reach
 from qexp.transforms.os_plus import OutlierSuppression
 from qexp.transforms.site_statistics import ScaleShift, collect_statistics
@@ -115,7 +116,7 @@ def test_clipping_takes_the_best_share_of_each_group_by_hand():
     linear.weight.data[0, 1] = 6
     x = torch.randn(50, 8, generator=generator)
     grid = IntGrid(2, group_size=4)
-    result = clipped(linear, x.T @ x, grid)
+    result = clipped(linear, x.T @ x, grid, "one")
     for row in range(3):
         for part in (slice(0, 4), slice(4, 8)):
             w = linear.weight.data[row : row + 1, part]

@@ -1,5 +1,7 @@
 """Random channel scales: the same function, and weights on no common grid."""
 
+import hashlib
+
 import pytest
 import torch
 from helpers.channels import ALL, NORMS, close, logits
@@ -7,6 +9,7 @@ from helpers.models import FAMILIES, joined, task_of
 
 from qexp.common.errors import FieldError, UserError
 from qexp.grid import IntGrid
+from qexp.transforms.dither import Dither
 from qexp.transforms.rescale import Rescale
 
 FILE = IntGrid(4, group_size=32, real_zero=True)
@@ -47,6 +50,18 @@ def test_a_grid_that_was_lossless_is_not_afterwards():
         weight = linear.weight.detach()
         lost = float((FILE(weight) - weight).square().sum() / weight.square().sum())
         assert 0.5 * error < lost < 2 * error
+
+
+def test_the_stand_ins_weights_are_the_same_bits_on_every_machine():
+    """From given weights: products of float32 and uniform numbers of a seeded generator."""
+    task = task_of()
+    for number, parameter in enumerate(task.parameters()):
+        codes = (torch.arange(parameter.numel()) * (2 * number + 7)) % 16 - 8
+        parameter.data = (codes * 0.125).reshape(parameter.shape) + (parameter.ndim == 1) * 2
+    Dither(0.1)(task, list)
+    Rescale(0.1)(task, list)
+    content = b"".join(p.detach().numpy().tobytes() for p in task.parameters())
+    assert hashlib.sha256(content).hexdigest()[:16] == "29e47195d4dd9ece"
 
 
 def test_wrong_fields_are_refused():

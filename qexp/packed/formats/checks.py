@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from qexp.grid import IntGrid, LevelGrid
+from qexp.grid import BlockGrid, IntGrid, LevelGrid
 from qexp.packed.base import Packed
 from qexp.packed.coded import Coded
 
@@ -36,6 +36,8 @@ def integer_refusal(coded: Coded, bits: tuple[int, ...], group: bool = False) ->
     grid = coded.grid
     if isinstance(grid, LevelGrid):
         return f"weight.kind={grid.kind}: the format holds evenly spaced values"
+    if not isinstance(grid, IntGrid | BlockGrid):
+        return f"weight.levels={grid.top + 1}: the format holds 2^bits values around a zero point"
     if grid.bits not in bits:
         widths = ", ".join(map(str, bits))
         return f"weight.bits={grid.bits}: the format holds {widths} bits"
@@ -65,6 +67,17 @@ def rowwise(coded: Coded) -> tuple[Float[Tensor, "rows groups"], Float[Tensor, "
     return scale, zero
 
 
+def widened(coded: Coded) -> Coded:
+    """Asymmetric codes with whole zero points as symmetric ones of one bit more: code - zero is
+    unchanged. Others as they are."""
+    grid = coded.grid
+    if coded.zero is None or not isinstance(grid, IntGrid) or grid.real_zero:
+        return coded
+    codes = coded.codes - coded.per_column().zero.int() + 2**grid.bits
+    wider = replace(grid, bits=grid.bits + 1, symmetric=True)
+    return replace(coded, grid=wider, codes=codes, zero=None)
+
+
 def part(tensors: Mapping[str, Tensor], name: str) -> Tensor:
     """A tensor of a linear by the end of its name. Unreadable where it is missing."""
     if name not in tensors:
@@ -90,10 +103,9 @@ def of_integers(
 ) -> Coded:
     """The stored form of what a file holds. zero: None is 2^(bits-1).
 
-    Scales become positive, without a change of any value: a negative one (AutoRound keeps the sign
-    of a group's extreme value) reverses its codes. Groups whose scale is 0 hold zeros. Unreadable
-    for groups that do not divide the columns, codes or zero points out of range, and scales that
-    are not finite.
+    Scales may be negative: AutoRound and llama.cpp keep the sign of a group's extreme value.
+    Unreadable for groups that do not divide the columns, codes or zero points out of range, and
+    scales that are not finite.
     """
     columns, top = codes.shape[1], 2**bits - 1
     groups = scale.shape[1]
@@ -109,22 +121,4 @@ def of_integers(
     dtype = str(scale.dtype).removeprefix("torch.")
     size = columns // groups if group is None and groups > 1 else None
     grid = IntGrid(bits, symmetric=zero is None, group_size=size, scale_dtype=dtype)
-    coded = Coded(grid, codes.int(), scale.float(), None if zero is None else zero.float(), group)
-    return coded if bool((scale > 0).all()) else _positive(coded)
-
-
-def _positive(coded: Coded) -> Coded:
-    assert isinstance(coded.scale, Tensor)
-    scale, zero, grid = coded.scale, coded.scales().zero, coded.grid
-    columns, groups = coded.shape[1], scale.shape[1]
-    index = torch.arange(columns) // (columns // groups) if coded.group is None else coded.group
-    sign = scale.sign()[:, index]
-    codes = torch.where(sign < 0, grid.top - coded.codes, coded.codes)
-    codes = torch.where(sign == 0, zero[:, index].int(), codes)
-    return replace(
-        coded,
-        grid=replace(grid, symmetric=False),  # type: ignore[type-var]
-        codes=codes,
-        scale=torch.where(scale == 0, 1.0, scale.abs()),
-        zero=torch.where(scale < 0, grid.top - zero, zero),
-    )
+    return Coded(grid, codes.int(), scale.float(), None if zero is None else zero.float(), group)

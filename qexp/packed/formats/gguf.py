@@ -50,9 +50,10 @@ def container(coded: Coded) -> str | None:
     return None
 
 
-def write(coded: Coded) -> tuple[str, UInt8[Tensor, "rows bytes"]]:
-    """The block type and the bytes of every row."""
-    name = container(coded)
+def write(coded: Coded, name: str | None = None) -> tuple[str, UInt8[Tensor, "rows bytes"]]:
+    """The block type and the bytes of every row. name: a block type that holds the codes; None is
+    the smallest."""
+    name = name or container(coded)
     assert name is not None, "refusal says so before"
     bits, size = TYPES[name]
     rows = len(coded.codes)

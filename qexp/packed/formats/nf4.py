@@ -24,6 +24,8 @@ def refusal(coded: Coded) -> str | None:
     grid = coded.grid
     if not isinstance(grid, LevelGrid) or grid.kind != KIND:
         return "weight: the format holds weight=nf4"
+    if grid.signed_scales:
+        return "weight.signed_scales=true: the format holds one scale per block"
     if grid.per_tensor or grid.group_size is None or grid.group_size & (grid.group_size - 1):
         return f"weight.group_size={grid.group_size}: the format holds blocks of a power of two"
     return None
