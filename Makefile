@@ -1,15 +1,16 @@
-# `make demo` and `make test` do all set-up; they need Python 3.11 or newer, pip and a package index.
+# `make demo`, `make test` and `make docs` do all set-up; they need Python 3.11 or newer, pip and a package index.
 .POSIX:
 
 PYTHON = python3
 VENV = .venv
 PIP_FLAGS =
 
-.PHONY: help demo test clean
+.PHONY: help demo test docs clean
 
 help:
 	@echo "make demo   quantize a 135 M parameter language model, table and plot in outputs/demo"
 	@echo "make test   the tests"
+	@echo "make docs   the documentation site, in site/"
 	@echo "make clean  remove the environment $(VENV)"
 	@echo "PYTHON=/path/to/python3.11 chooses the interpreter, PIP_FLAGS=... adds to pip install"
 
@@ -18,6 +19,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "qexp needs Python 3.11 or newer: make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e ".[dev]"
+	touch $@
+
+$(VENV)/docs: $(VENV)/installed
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e ".[docs]"
 	touch $@
 
 demo: $(VENV)/installed
@@ -36,6 +41,11 @@ test: $(VENV)/installed
 	export OMP_NUM_THREADS=1; pytest="$(VENV)/bin/python -m pytest -q -n auto --maxprocesses 8"; \
 	$$pytest -m "not slow" --jaxtyping-packages=qexp,beartype.beartype $(SHAPES) && \
 	$$pytest -m "not slow" $$(printf -- "--ignore=%s " $(SHAPES)) tests
+
+# a broken link, a missing anchor or a page without a place in the navigation is an error; --quiet would hide them from --strict
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
+	@echo "site/index.html"
 
 clean:
 	rm -rf $(VENV)

@@ -24,13 +24,14 @@ if TYPE_CHECKING:
 Place = str | os.PathLike[str]
 
 
-def run(*overrides: str) -> Run:
+def run(*overrides: str, config_dir: Place | None = None) -> Run:
     """One run, like `qexp OVERRIDES`: its configuration, metrics, layers and folder.
 
     A finished run of the same configuration is read from its folder, or from a record.
 
     Args:
         overrides: `"method=gptq"`, `"weight.bits=3"`, as on the command line.
+        config_dir: A folder of your own options, laid out like `conf/`.
 
     Returns:
         The finished run. `metrics` maps names to numbers, `layers` has one row per linear.
@@ -55,7 +56,7 @@ def run(*overrides: str) -> Run:
         seen.append((cfg, Path(settings.runtime.output_dir)))
         return job(cfg)
 
-    in_process.call(_checked(overrides), work)
+    in_process.call(_words(overrides, config_dir), work)
     if not seen:
         raise UserError("qexp.run: nothing ran (dry_run=true); qexp.run needs a result to return")
     [(cfg, folder)] = seen
@@ -63,7 +64,9 @@ def run(*overrides: str) -> Run:
     return finished.load(folder if own else recorded.lookup(cfg).path or folder)
 
 
-def sweep(*overrides: str, allow_failures: bool = False) -> list[Run]:
+def sweep(
+    *overrides: str, allow_failures: bool = False, config_dir: Place | None = None
+) -> list[Run]:
     """One run for each combination of the listed values, like `qexp -m OVERRIDES`.
 
     The same call resumes a sweep that was interrupted, and reads what is finished from disk.
@@ -72,6 +75,7 @@ def sweep(*overrides: str, allow_failures: bool = False) -> list[Run]:
         overrides: `"method=rtn,gptq"`, `"weight.bits=2,3,4"`; also a launcher, or a search.
         allow_failures: Leave out the jobs that failed. Their reasons are in the log and in the
             `failure.json` of their folders.
+        config_dir: A folder of your own options, laid out like `conf/`.
 
     Returns:
         The finished runs in the order of their jobs.
@@ -83,7 +87,7 @@ def sweep(*overrides: str, allow_failures: bool = False) -> list[Run]:
     from qexp.runs import finished
     from qexp.sweeps import in_process, ledger
 
-    in_process.call(["-m", *_checked(overrides)])
+    in_process.call(["-m", *_words(overrides, config_dir)])
     current = ledger.current()
     if current is None:
         return []  # a dry run
@@ -147,8 +151,13 @@ def runs(*folders: Place, keys: Sequence[str] | None = None) -> pandas.DataFrame
     return frame(found, keys)
 
 
-def _checked(overrides: Sequence[str]) -> list[str]:
+def _words(overrides: Sequence[str], config_dir: Place | None) -> list[str]:
+    """The arguments of the command. UserError for what is no override."""
     for word in overrides:
         if word.startswith("-") or ("=" not in word and not word.startswith("~")):
             raise UserError(f"{word}: is no override; give key=value, as weight.bits=3")
-    return list(overrides)
+    if config_dir is None:
+        return list(overrides)
+    if not Path(config_dir).is_dir():
+        raise UserError(f"config_dir: {config_dir} is no folder; give one with options of yours")
+    return ["--config-dir", os.fspath(config_dir), *overrides]

@@ -112,6 +112,17 @@ def test_a_mistake_is_a_user_error(overrides, said, stubbed) -> None:
     assert qexp.UserError is UserError
 
 
+def test_options_of_ones_own_are_found_in_their_folder(stubbed) -> None:
+    Path("conf/experiment").mkdir(parents=True)
+    text = "# @package _global_\ndefaults: [{override /method: rtn}]\nweight: {bits: 5}\n"
+    Path("conf/experiment/mine.yaml").write_text(text)
+    run = qexp.run(*TINY, "experiment=mine", config_dir="conf")
+    assert run.choices["method"] == "rtn" and run.config["weight"]["bits"] == 5
+    assert len(qexp.sweep(*TINY, "experiment=mine", "seed=0,1", config_dir=Path("conf"))) == 2
+    with pytest.raises(UserError, match="config_dir: nowhere is no folder"):
+        qexp.run(*TINY, config_dir="nowhere")
+
+
 def test_other_errors_and_interrupts_pass_through(stubbed) -> None:
     with pytest.raises(KeyError, match="a fault of the program"):
         qexp.run(*TINY, "weight.bits=12")

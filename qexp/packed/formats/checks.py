@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from qexp.grid import IntGrid, LevelGrid
+from qexp.grid import BlockGrid, IntGrid, LevelGrid
 from qexp.packed.base import Packed
 from qexp.packed.coded import Coded
 
@@ -36,7 +36,7 @@ def integer_refusal(coded: Coded, bits: tuple[int, ...], group: bool = False) ->
     grid = coded.grid
     if isinstance(grid, LevelGrid):
         return f"weight.kind={grid.kind}: the format holds evenly spaced values"
-    if not isinstance(grid, IntGrid):
+    if not isinstance(grid, IntGrid | BlockGrid):
         return f"weight.levels={grid.top + 1}: the format holds 2^bits values around a zero point"
     if grid.bits not in bits:
         widths = ", ".join(map(str, bits))
