@@ -1,4 +1,4 @@
-"""What is kept of a unit in training: its best parameters, and the lines of its log."""
+"""Best parameters and log lines of a unit in training."""
 
 from collections.abc import Mapping
 from math import inf
