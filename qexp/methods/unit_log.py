@@ -1,4 +1,4 @@
-"""What is kept of a unit in training: its best parameters, and the lines of its log."""
+"""Best parameters of a unit in training, and the lines of its log."""
 
 from collections.abc import Mapping
 from math import inf
