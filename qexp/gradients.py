@@ -6,9 +6,8 @@ v = x/s + z, c = clamp(v), q = round(c), y = s(q - z), and R and C the slopes of
 
     dy/dx = R C        dy/ds = (q - z) - (v - z) R C        dy/dz = s (R C - 1)
 
-R = 1 where C clipped: there rounding meets a whole number that it cannot move. What is clipped lies
-beyond the end codes; with a dynamic range, beyond the range fitted (see `Grid.position`). With
-R = 1 and C the indicator of the range this is LSQ (1902.08153).
+R = 1 where C clipped. What is clipped lies beyond the end codes; with a dynamic range, beyond the
+range fitted (see `Grid.position`). With R = 1 and C its indicator this is LSQ (1902.08153).
 """
 
 import math

@@ -91,7 +91,7 @@ def test_quantizers_that_cannot_round_are_refused(tmp_path, monkeypatch):
     twice = ("activation=int8_token", "activation/placement=all_ops", "kv=int8_token")
     with pytest.raises(UserError, match=r"activation, kv: .* would carry two quantizers"):
         run(tmp_path, "model=tiny_llama", "method=none", *twice)
-    monkeypatch.setattr("qexp.quantizers.placement.install", lambda *_: None)
+    monkeypatch.setattr("qexp.quantizers.operands.install", lambda *_: None)
     with pytest.raises(
         UserError, match=r"eval synthetic_raw_64x4 never called the quantizer of model"
     ):

@@ -9,7 +9,7 @@ from torch import Tensor
 from qexp.common.errors import UserError
 from qexp.grid.clipping import Clamp, Rounding, inside, reached
 from qexp.grid.observers import HistogramObserver, Observer
-from qexp.grid.scale import Scale, cut
+from qexp.grid.scale import DTYPES, Scale, cut
 
 Interval = tuple[Float[Tensor, "rows 1"], Float[Tensor, "rows 1"]]
 
@@ -117,9 +117,8 @@ class Grid(ABC):
     def position(self, x: Float[Tensor, "*shape"], q: Scale) -> Float[Tensor, "*shape"]:
         """The position of each value among the codes, before clamping to [0, top] and rounding.
 
-        A value inside the interval of `q.fitted` that lies beyond an end by at most one code, which
-        the rounding of zero points and scales causes, is moved to that end: it is not clipped, and
-        its gradient is that of a value inside.
+        A value inside the interval of `q.fitted` that rounded zero points and scales put beyond an
+        end, by at most one code, is moved to that end: its gradient is that of a value inside.
         """
         v = self.code_position(x / q.scale + q.zero)
         if q.fitted is None:
@@ -152,11 +151,8 @@ class Grid(ABC):
         rounding: Rounding = torch.round,
         clamp: Clamp = torch.clamp,
     ) -> Float[Tensor, "*shape"]:
-        """Round to nearest and clamp to the bounds.
-
-        The only quantization formula of the project: training passes a `rounding` and a `clamp`
-        with surrogate gradients.
-        """
+        """Round to nearest and clamp to the bounds: the only quantization formula of the project.
+        Training passes a `rounding` and a `clamp` with surrogate gradients."""
         return self.decode(self.encode(x, q, rounding, clamp), q)
 
     def clip(self, x: Float[Tensor, "*shape"], q: Scale) -> Float[Tensor, "*shape"]:
@@ -191,8 +187,7 @@ class Grid(ABC):
     @property
     def stored_dtype(self) -> torch.dtype:
         """The dtype of scales, and of zero points that are not integers."""
-        dtype: torch.dtype = getattr(torch, self.scale_dtype)
-        return dtype
+        return DTYPES[self.scale_dtype]
 
     @property
     def zero_bits(self) -> int:

@@ -1,4 +1,4 @@
-"""Best parameters and log lines of a unit in training."""
+"""Best parameters of a unit in training, and the lines of its log."""
 
 from collections.abc import Mapping
 from math import inf

@@ -88,6 +88,8 @@ def test_packages_only_pass_names_on() -> None:
     for path in PACKAGE.rglob("__init__.py"):
         if ".".join(path.relative_to(PACKAGE.parent).parts).startswith(UNCOUNTED):
             continue
+        if path.parent == PACKAGE:  # the Python interface, which no job uses
+            continue
         body = ast.parse(path.read_text()).body[1:]
         kinds = {type(node) for node in body if not ast.unparse(node).startswith("__version__")}
         assert kinds <= {ast.ImportFrom, ast.Import}, path

@@ -136,7 +136,7 @@ def test_a_trained_checkpoint_knows_its_stories(name, loss, monkeypatch):
     folder = data_dir()
     monkeypatch.setenv("QEXP_DATA_DIR", str(folder))
     source = instantiate(OmegaConf.load(CONF / "model" / f"{name}.yaml"))
-    model, tokenizer, _ = source.load()
+    model, tokenizer, *_ = source.load()
     text = (folder / "tinystories" / "tinystories_sample_2MiB.txt").read_text(encoding="utf-8")
     reference = SentencePieceProcessor(model_file=str(source.files()[1]))
     assert tokenizer(text[:50_000], add_special_tokens=False).input_ids == reference.encode(
@@ -154,7 +154,7 @@ def test_a_trained_checkpoint_knows_its_stories(name, loss, monkeypatch):
 @pytest.mark.skipif(data_dir() is None, reason="needs QEXP_DATA_DIR")
 def test_stories260k_writes_the_story_of_its_own_test(monkeypatch):
     monkeypatch.setenv("QEXP_DATA_DIR", str(data_dir()))
-    model, tokenizer, _ = instantiate(OmegaConf.load(CONF / "model" / "stories260k.yaml")).load()
+    model, tokenizer, *_ = instantiate(OmegaConf.load(CONF / "model" / "stories260k.yaml")).load()
     ids = torch.tensor([[1]])
     with torch.no_grad():
         for _ in range(30):

@@ -59,7 +59,7 @@ def write_gguf(
     add_bos: bool | None = None,
 ) -> Path:
     """tiny_llama as a GGUF file, with the byte tokenizer in GPT-2's form."""
-    model, tokenizer, _ = tiny("llama")
+    model, tokenizer, *_ = tiny("llama")
     config, writer = model.config, GGUFWriter(path, "llama")
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)

@@ -83,7 +83,7 @@ def test_a_matrix_stays_orthogonal_and_descends(keeps_ones):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     torch.testing.assert_close(turn() @ turn().T, torch.eye(16), atol=1e-5, rtol=0)
     exact = turn.exact()
     torch.testing.assert_close(exact @ exact.T, torch.eye(16).double(), atol=1e-12, rtol=0)
