@@ -15,11 +15,10 @@ import torch
 from filelock import FileLock
 from omegaconf import OmegaConf
 
-from qexp.common import ranks
+from qexp.common import launch, ranks
 from qexp.common.cache import Cache
 from qexp.common.errors import UserError
 from qexp.sweeps.callbacks import Ledger
-from qexp.training import launch
 
 SMALL = ["model=tiny_llama", "data=synthetic", "calibration.sequences=8", "calibration.length=32"]
 SMALL += ["eval.held_out.length=32", "eval.held_out.limit=4", "progress=false", "logger=none"]
@@ -63,7 +62,7 @@ def test_a_process_that_ends_too_early_ends_the_run(tmp_path, monkeypatch):
     (tmp_path / launch.CONFIG).touch()
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     before, threads = dict(os.environ), torch.get_num_threads()
-    said = r"^trainer\.devices=3: process 2 ended before training started"
+    said = r"^trainer\.devices=3: process 2 ended before the run began"
     with pytest.raises(UserError, match=said), launch.processes(tmp_path, 3):
         pass
     assert dict(os.environ) == before and torch.get_num_threads() == threads
