@@ -74,14 +74,20 @@ def processes(folder: Path | None, count: int) -> Iterator[None]:
     the command qexp, or if a process ends early.
     """
     elastic, world, nodes = TorchElasticEnvironment.detect(), ranks.world(), ranks.nodes()
+    if distributed.is_initialized():  # by the run
+        if count * nodes != world:
+            raise UserError(
+                f"trainer.devices={count} of a step: the run has {world} processes; give this "
+                f"trainer too devices={world // nodes} and strategy=ddp (a transform's trainer: "
+                f"+transform.trainer.devices={world // nodes} +transform.trainer.strategy=ddp)."
+            )
+        yield
+        return
     if (elastic or world > 1) and count * nodes != world:
         raise UserError(
             f"trainer.devices={count}: {world} processes were started on {nodes} machine(s); give "
             f"trainer=ddp trainer.devices={world // nodes}, or start one process."
         )
-    if distributed.is_initialized():
-        yield
-        return
     with ExitStack() as stack:
         stack.enter_context(_losses_reported(count))
         stack.callback(_leave)

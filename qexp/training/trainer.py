@@ -33,8 +33,9 @@ class Trainer:
     log. patience: stop after this many validations without improvement; null trains all steps. With
     validation data the best weights are used, otherwise the last. precision: of forward and
     backward, `32-true` or `bf16-mixed`. recompute: recompute activations of a block in backward.
-    devices: number per machine, each with its own process and batches. strategy: `ddp` (each device
-    holds the model; `auto` with several devices) or `fsdp` (`FullySharded`).
+    devices: number per machine, each with its own process and batches; the root key `trainer` sets
+    those of the whole run. strategy: `ddp` (each device holds the model; `auto` with several
+    devices) or `fsdp` (`FullySharded`).
     """
 
     steps: int = 200
