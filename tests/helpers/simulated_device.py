@@ -287,6 +287,9 @@ def _cause(name: str, tensors: list[Tensor], target: torch.device | None) -> str
 
 def _factory(func: Any, *args: Any, **kwargs: Any) -> Any:
     """An operation without tensors, as `torch.empty(3, device="sim:1")`."""
+    device = kwargs.get("device")
+    if device is not None and (device.index or 0) >= _module.device_count():
+        raise RuntimeError(f"{device}: invalid device ordinal")
     return _dispatch(func, args, kwargs)
 
 
@@ -331,6 +334,9 @@ class _Module:
         return [torch.bfloat16, torch.float16]
 
 
+_module = _Module()
+
+
 class _Hook(torch._C._acc.PrivateUse1Hooks):
     def is_available(self) -> bool:
         return _active
@@ -366,13 +372,16 @@ def _register() -> None:
     if _registered:
         return
     _registered = True
-    backend_registration._setup_privateuseone_for_python_backend("sim", _Module(), _Hook())
+    backend_registration._setup_privateuseone_for_python_backend("sim", _module, _Hook())
     _library = torch.library.Library("_", "IMPL")
     _library.fallback(_factory, "PrivateUse1")
     _library.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
     casts = torch.library.Library("aten", "IMPL")
     for name in LOW_PRECISION:
         casts.impl(name, _cast(getattr(torch.ops.aten, name).default), "AutocastPrivateUse1")
+    for name in ("silu_backward", "mish_backward"):  # the CPU has kernels for them, others formulas
+        operation = getattr(torch.ops.aten, name).default
+        casts.impl(name, partial(_factory, operation), "PrivateUse1")
     # torch.tensor(..., device=...) copies below the level of __torch_dispatch__.
     casts.impl("copy_", partial(_factory, torch.ops.aten.copy_.default), "PrivateUse1")
     _library.casts = casts
