@@ -18,7 +18,7 @@ from qexp.common.workspace import Workspace
 from qexp.config import grid_choice, root_keys
 from qexp.config.instantiate import instantiate
 from qexp.data.recipe import Recipe
-from qexp.eval.base import Evaluator, FloatModel, digest
+from qexp.eval.base import Evaluator, FloatModel, digest, warn_of_float_cache
 from qexp.models.base import ModelSource
 from qexp.models.device import as_task
 from qexp.models.state_diff import Checksums, added, checksums, state_diff
@@ -164,6 +164,7 @@ def evaluate(
     """The metrics of every evaluator, and in the provenance the definition of each."""
     metrics: dict[str, float] = {}
     for index, evaluator in enumerate(evaluators):
+        warn_of_float_cache(evaluator, task)
         with provenance.stage(f"evaluate {evaluator.name}"), ExitStack() as stack:
             if not index:
                 stack.enter_context(all_called(task, f"eval {evaluator.name}"))
