@@ -149,11 +149,12 @@ def apply(parts: Parts, task: Task, provenance: Provenance) -> list[Record]:
 
     def batches() -> list[Batch]:
         found = parts.recipe(task)  # first: it may refuse, before the whole text is read
-        provenance.add(calibration=parts.recipe.definition())
+        provenance.add(calibration=parts.recipe.definition() | parts.recipe.followed(task))
         return found
 
     for step in parts.steps:
-        provenance.add(training={k: each.definition() for k, each in step.recipes().items()})
+        own = {k: x.definition() | x.followed(task) for k, x in step.recipes().items()}
+        provenance.add(training=own)
     with provenance.stage("quantize"):
         return [record for step in parts.steps for record in step(task, batches)]
 
