@@ -90,7 +90,9 @@ class Trainer:
                     raise ranks.Done
                 found = find_checkpoints(checkpoints)
             assert found is not None
-            module.lines = found.last["course"]["lines"]
+            course = found.last["course"]
+            module.lines, module.tensors = course["lines"], course["tensors"]
+            module.write_log()  # of a training that an earlier attempt finished, too
             # not strict: checkpoints contain only the trainable parameters
             module.load_state_dict((found.best or found.last)["state_dict"], strict=False)
         task.to(device)
