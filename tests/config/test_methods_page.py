@@ -1,4 +1,4 @@
-"""The pages of docs/methods: a line for every choice of what quantizes, and commands that compose."""
+"""The pages of docs/methods: every choice of what quantizes, and commands that compose."""
 
 import re
 import shlex
@@ -32,9 +32,10 @@ GROUPS = (
 def test_every_choice_has_a_line(group: str) -> None:
     listed = []
     for line in (line for page in PAGES for line in page.read_text("utf-8").splitlines()):
-        cells = re.split(r"(?<!\\)\|", line)
-        if line.startswith(f"| `{group}=") and len(cells) == 7:
-            listed += re.findall(r"`(?:[\w/]+=)?(\w+)`", cells[1])
+        # the first line of a section, "`method=gptq` · GPTQ …", or the first cell of a row
+        words = re.split(r" · | \| ", line.removeprefix("| "))[0]
+        if re.fullmatch(rf"`{group}=\w+`(, `[\w/=]+`)*", words):
+            listed += re.findall(r"`(?:[\w/]+=)?(\w+)`", words)
     assert sorted(listed) == sorted(p.stem for p in (conf() / group).glob("[!_]*.yaml"))
 
 
