@@ -1,5 +1,6 @@
 """Workspace of a run: its folder while it works, and the clean-up once its results are written."""
 
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,11 @@ CHECKPOINTS = "training-"  # prefix of the folders from which killed training re
 class Workspace:
     """The folder of a run, or None outside of one, and what is removed once its results exist."""
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None = None, memory: float | None = None) -> None:
+        """memory: GiB of calibration activations that a walk over the blocks holds in memory; null:
+        all of them."""
         self.folder = folder
+        self.memory = math.inf if memory is None else memory * 2**30
         self._removals: list[Callable[[], object]] = []
 
     def remove_when_done(self, remove: Callable[[], object]) -> None:

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from qexp.common import hashes
 from qexp.common.cache import Cache
+from qexp.common.on_disk import assign
 from qexp.packed import weights_file
+from qexp.packed.shelved import Shelved
 from qexp.step import Record
 from qexp.task import Task
 
@@ -33,7 +35,7 @@ class Finished(NamedTuple):
     def restore(self, task: Task) -> None:
         for record in self.records:
             weight = task.model.get_submodule(record.name).weight
-            weight.data = record.packed.dequantize().to(weight)
+            assign(weight, record.packed.dequantize())
         for name, tensor in self.others.items():
             task.model.get_parameter(name).copy_(tensor)
 
@@ -52,7 +54,8 @@ class Journal:
             return None
         head = json.loads(bytes(found.pop("head").tolist()))
         packed = weights_file.unflatten(found, head["layout"])
-        records = [Record(**row, packed=packed[row["name"]]) for row in head["rows"]]
+        kept = {name: Shelved.of(form, disk=True) for name, form in packed.items()}
+        records = [Record(**row, packed=kept[row["name"]]) for row in head["rows"]]
         others = {k.removeprefix(OTHER): t for k, t in found.items() if k.startswith(OTHER)}
         return Finished(records, others, head["log"])
 

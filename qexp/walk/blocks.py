@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qexp.arch import Group
+from qexp.common import on_disk
 from qexp.common.cache import checksum
 from qexp.common.errors import UserError
 from qexp.common.progress import bar
@@ -160,7 +161,8 @@ class Block:
     def _run(self, chunk: Chunk) -> Tensor:
         args, kwargs = chunk.calls[self.index]
         output = self.module(chunk.hidden.to(self.task.device), *args, **kwargs)
-        return (output[0] if self.returns_tuple else output).to(chunk.hidden.device)
+        output = (output[0] if self.returns_tuple else output).to(chunk.hidden.device)
+        return on_disk.copied(output) if on_disk.is_mapped(chunk.hidden) else output
 
 
 @torch.no_grad()
@@ -169,7 +171,8 @@ def walk(task: Task, batches: Sequence[Batch], chunk: int | None = None) -> Iter
 
     chunk: sequences that run together; None runs each batch as a whole if the device's memory
     allows, else as many sequences as fit. The inputs of a block are kept on the device of its
-    weights, which is the host for an offloaded model. UserError where there are no sequences.
+    weights, which is the host for an offloaded model, and on disk where they are more than
+    `task.workspace.memory`. UserError where there are no sequences.
     """
     parts = [part for batch in batches for part in split(batch, chunk or _fitting(task, batch))]
     if not parts:
@@ -179,6 +182,9 @@ def walk(task: Task, batches: Sequence[Batch], chunk: int | None = None) -> Iter
         )
     tuples = returns_tuple(task, parts[0])
     chunks = [capture_calls(task, part, tuples) for part in parts]
+    if sum(chunk.hidden.nbytes for chunk in chunks) > task.workspace.memory:
+        for chunk in chunks:
+            chunk.hidden = on_disk.copied(chunk.hidden)
     described = f"{task.model.config.to_json_string()} {task.quantizers!r} {task.maps!r}"
     modules = (task.model, task.quantizers, task.maps)
     states = [*(dict(module.state_dict()) for module in modules), *batches]
