@@ -1,4 +1,4 @@
-"""A random Llama of any size in bfloat16 shards: `python scripts/random_model.py OUT --blocks 28`."""
+"""A random Llama in bfloat16 shards: `python scripts/random_model.py OUT --blocks 28`."""
 
 from qexp.cli import command
 

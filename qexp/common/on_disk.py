@@ -69,17 +69,9 @@ def is_mapped(tensor: Tensor) -> bool:
 
 
 def assign(tensor: Tensor, value: Tensor) -> None:
-    """Give a tensor a value of its shape, in its dtype and on its device; a mapped one in place,
-    so that the value is on disk too."""
-    if is_mapped(tensor) and tensor.shape == value.shape:
-        tensor.detach().copy_(value)
-    else:
-        tensor.data = value.to(tensor)
-
-
-def kept(tensor: Tensor) -> Tensor:
-    """A tensor that a later `assign` to this one leaves as it is: this one, or a mapped copy."""
-    return copied(tensor) if is_mapped(tensor) else tensor
+    """Give a tensor a value of its shape, in its own dtype, device and place. A new tensor in place
+    of weights that were mapped from a file would leave both in memory."""
+    tensor.detach().copy_(value)
 
 
 def move(module: nn.Module, device: torch.device) -> None:
@@ -91,6 +83,11 @@ def move(module: nn.Module, device: torch.device) -> None:
     for parameter in module.parameters():
         if parameter.device.type == "cpu" and (home := _homes.pop(parameter, None)) is not None:
             parameter.data = home.copy_(parameter.data)
+
+
+def like(tensor: Tensor) -> Tensor:
+    """A copy of a tensor: of a mapped one a mapped copy."""
+    return copied(tensor) if is_mapped(tensor) else tensor.detach().clone()
 
 
 def check_room(size: int, key: str) -> None:

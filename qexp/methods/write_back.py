@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from qexp.common import on_disk
+from qexp.common import heap, on_disk
 from qexp.grid import Grid
 from qexp.methods.checks import finite
 from qexp.packed.coded import Coded
@@ -57,6 +57,7 @@ def write(
     if after > before * (1 + 1e-3) + 1e-7:
         log.warning("%s: error %.3g, rounding to nearest %.3g", name, after, before)
     on_disk.assign(linear.weight, solution.weight)
+    heap.trim()
     rows, columns = weight.shape
     return Record(
         name,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qexp.arch import Group
-from qexp.common import on_disk
+from qexp.common import heap, on_disk
 from qexp.common.cache import checksum
 from qexp.common.errors import UserError
 from qexp.common.progress import bar
@@ -206,6 +206,7 @@ def _visited(block: Block) -> Iterator[Block]:
         if index + 1 < len(task.blocks):
             for chunk, output in zip(chunks, block._settled or block.outputs(), strict=True):
                 chunk.hidden = output
+        heap.trim()
 
 
 def _fitting(task: Task, batch: Batch) -> int:

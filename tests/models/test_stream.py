@@ -83,7 +83,7 @@ def test_its_export_is_that_of_the_whole_run(tmp_path, folder, format):
             for path in out.iterdir()
             if path.name not in ("qexp.json", "README.md")  # dates, and what was verified
         }
-        assert facts["verified"][0]["matrices"] == (0 if format == "float" else 14)
+        assert facts["verified"][0]["matrices"] == (0 if format == "float" else 21)
     assert "model.load=stream" in facts["verified"][1]["skipped"]
     assert files["whole"] == files["stream"]
     loaded = [
