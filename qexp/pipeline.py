@@ -20,6 +20,7 @@ from qexp.config import grid_choice, root_keys
 from qexp.config.instantiate import instantiate
 from qexp.data.recipe import Recipe
 from qexp.eval.base import Evaluator, FloatModel, digest
+from qexp.models import footprint
 from qexp.models.base import ModelSource
 from qexp.models.device import as_task, device_of
 from qexp.models.state_diff import Checksums, added, checksums, state_diff
@@ -88,6 +89,7 @@ def _run(
     provenance = Provenance(used_modules.roots(cfg))
     provenance.read_files(parts.files())
     L.seed_everything(cfg.seed, verbose=False)
+    footprint.check(cfg)
     with provenance.stage("load"):
         task = load(parts, cfg, folder)
         task.workspace.loggers = loggers
@@ -126,12 +128,12 @@ def build(cfg: DictConfig) -> Parts:
 
 def load(parts: Parts, cfg: DictConfig, folder: Path) -> Task:
     """The model on its device, checked against what is going to be done to it."""
-    loaded = parts.source.load()
+    loaded = parts.source.loaded()
     task = as_task(parts.source, loaded, cfg)
-    task.workspace = Workspace(folder)
+    task.workspace = Workspace(folder, cfg.memory)
     loaded.finish(task)
     unquantized = parts.source.origin()
-    task.original = lambda: as_task(unquantized, unquantized.load(), cfg).model
+    task.original = lambda: as_task(unquantized, unquantized.loaded(), cfg).model
     _check_quantizers(task, parts.steps)
     for evaluator in parts.evaluators:
         evaluator.check(task)
@@ -148,7 +150,7 @@ def measure_float(
     def float_task() -> Task:
         if unquantized is parts.source:
             return task
-        return as_task(unquantized, unquantized.load(), cfg)
+        return as_task(unquantized, unquantized.loaded(), cfg)
 
     identity = unquantized.fingerprint() | {"device": task.device.type}
     start = FloatModel(identity, float_task, folder)

@@ -115,6 +115,7 @@ def measure(run: Path, place: Path) -> dict[str, Any]:
         "path": str(place),
         "dtype": parts.source.settled_dtype(),
         "objective": parts.source.objective,
+        "load": cfg.model.get("load", "whole"),
     }
     OmegaConf.set_struct(cfg, False)
     cfg.model = model

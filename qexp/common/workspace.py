@@ -1,5 +1,6 @@
 """Workspace of a run: its folder while it works, and the clean-up once its results are written."""
 
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,8 +13,16 @@ class Workspace:
     """The folder of a run, or None outside of one, the loggers of Lightning that get its metrics,
     and what is removed once its results exist."""
 
-    def __init__(self, folder: Path | None = None, loggers: Sequence[Any] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path | None = None,
+        memory: float | None = None,
+        loggers: Sequence[Any] = (),
+    ) -> None:
+        """memory: GiB of calibration activations that a walk over the blocks holds in memory; null:
+        all of them."""
         self.folder, self.loggers = folder, loggers
+        self.memory = math.inf if memory is None else memory * 2**30
         self._removals: list[Callable[[], object]] = []
 
     def remove_when_done(self, remove: Callable[[], object]) -> None:

@@ -6,7 +6,7 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from qexp.common import ranks
+from qexp.common import on_disk, ranks
 from qexp.common.errors import UserError
 from qexp.models.base import Loaded, ModelSource
 from qexp.task import TASKS, Task
@@ -34,7 +34,7 @@ def place(task: Task, device: str, offload: bool) -> None:
 
 def _mover(device: torch.device) -> Any:
     def move(block: nn.Module, *_: Any) -> None:
-        block.to(device)
+        on_disk.move(block, device)
 
     return move
 
