@@ -81,7 +81,8 @@ def export(
         return _gguf(source, out, options)
     if format == FLOAT:
         source.refuse_activations()
-        state, section, coded = published(source.model), None, dict[str, Coded]()
+        state, section = published(source.model), None
+        coded: Mapping[str, Coded] = {}
     else:
         coded = source.coded(FORMATS[format].refusal, widened if options.widen else None)
         state, section = source.with_codes(FORMATS[format], coded)

@@ -195,9 +195,9 @@ def walk(
         )
     tuples = returns_tuple(task, parts[0])
     chunks = [capture_calls(task, part, tuples) for part in parts]
-    if sum(chunk.hidden.nbytes for chunk in chunks) > task.workspace.memory:
-        for chunk in chunks:
-            chunk.hidden = on_disk.copied(chunk.hidden)
+    if sum(held.hidden.nbytes for held in chunks) > task.workspace.memory:
+        for held in chunks:
+            held.hidden = on_disk.copied(held.hidden)
     described = f"{task.model.config.to_json_string()} {task.quantizers!r} {task.maps!r}"
     modules = (task.model, task.quantizers, task.maps)
     states = [*(dict(module.state_dict()) for module in modules), *batches]
