@@ -241,6 +241,7 @@ def _patches(task: Task) -> int:
 
 
 def _free(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    query = getattr(torch.get_device_module(device), "mem_get_info", None)
+    if query is not None:
+        return query(device)[0]
     return psutil.virtual_memory().available // (ranks.world() // ranks.nodes())
