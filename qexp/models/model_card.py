@@ -98,7 +98,11 @@ def text(source: ExportedRun, facts: Mapping[str, Any], coded: Mapping[str, Code
         *(
             f"Loaded by {fact['library']}: largest difference of a logit {fact['max_logit']:.2g}."
             for fact in facts["verified"]
-            if "library" in fact
+            if "max_logit" in fact
+        ),
+        *(
+            f"{name} computed by {facts['verified'][-1]['library']}: {value:.6g}."
+            for name, value in facts.get("computed", {}).items()
         ),
         *(["", "| metric | run | this folder |", "|---|---|---|", *numbers] if numbers else []),
         "",
