@@ -21,7 +21,7 @@ from qexp.runs import resolvers, results, used_modules
 from qexp.runs.provenance import Provenance
 from qexp.task import Task
 
-# each verifies what those before it do
+# each but the last verifies what those before it do, and the last what the first two do
 FILE, LIBRARY, PROTOCOL, TARGET = "file", "library", "protocol", "target"
 CHOICES = {
     "format": (*FORMATS, GGUF, FLOAT),
@@ -74,7 +74,7 @@ def chosen(run: Path, words: Mapping[str, str]) -> Options:
     verify, container = words.get("verify") or LIBRARY, words.get("container") or "auto"
     return Options(
         library=verify != FILE,
-        measure=partial(measure, run) if verify in (PROTOCOL, TARGET) else None,
+        measure=partial(measure, run) if verify == PROTOCOL else None,
         compute=partial(perplexities, run) if verify == TARGET else None,
         widen=words.get("widen") == "true",
         container=None if container == "auto" else container,
@@ -133,15 +133,20 @@ def measure(run: Path, place: Path) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def perplexities(run: Path, task: Task) -> dict[str, float]:
-    """Those of a task under the protocols of a run, where the run measured them too. UserError
-    where it measured none."""
+def perplexities(run: Path, task: Task, protocol: str | None = None) -> dict[str, float]:
+    """Those of a task under the protocols of a run, or under one, where the run measured them too.
+    UserError where it measured none."""
     cfg, stored = results.config(str(run)), results.metrics(run)
-    asked = [each for each in pipeline.build(cfg).evaluators if isinstance(each, Perplexity)]
+    asked = [
+        each
+        for each in pipeline.build(cfg).evaluators
+        if isinstance(each, Perplexity) and protocol in (None, each.name)
+    ]
     found = pipeline.evaluate(asked, task, Provenance(used_modules.roots(cfg)))
     measured = {
         name: value for name, value in found.items() if name.endswith("/ppl") and name in stored
     }
     if not measured:
-        raise UserError("verify: the run measured no perplexity; say verify=library")
+        named = "" if protocol is None else f" under {protocol}"
+        raise UserError(f"verify: the run measured no perplexity{named}; say verify=library")
     return measured

@@ -4,12 +4,13 @@ import argparse
 import json
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qexp.commands.export import CHOICES, TARGET, chosen
+from qexp.commands.export import CHOICES, perplexities
 from qexp.common.errors import UserError
-from qexp.models.export import GGUF, check, export
+from qexp.models.export import GGUF, Options, check, export
 from qexp.report.formats import markdown
 from qexp.report.tables import Cell, Sheet
 from qexp.runs import resolvers, results
@@ -22,14 +23,14 @@ FORMATS = ("compressed_tensors", GGUF)
 
 def main(arguments: Sequence[str]) -> None:
     """Exports runs, computes their perplexities from each export by transformers or by llama.cpp,
-    and prints a table of them next to the runs' own. An export of the same run that is in DIR and
-    was measured so is used again."""
+    and prints a table of them next to the runs' own. What is in DIR is used again."""
     parser = argparse.ArgumentParser("qexp export-table", description=main.__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs with weights")
     parser.add_argument("--to", type=Path, required=True, help="folder of the exports")
     parser.add_argument(
         "--formats", default=",".join(FORMATS), help=f"separated by commas; {','.join(FORMATS)}"
     )
+    parser.add_argument("--protocol", help="of the runs, by its name; all by default")
     given = parser.parse_args(arguments)
     formats = given.formats.split(",")
     for name in formats:
@@ -37,11 +38,13 @@ def main(arguments: Sequence[str]) -> None:
             raise UserError(f"--formats {name}: is unknown; give {', '.join(CHOICES['format'])}")
     resolvers.register()
     given.to.mkdir(parents=True, exist_ok=True)
-    found = [{name: made(run, given.to, name) for name in formats} for run in given.runs]
+    found = [
+        {name: made(run, given.to, name, given.protocol) for name in formats} for run in given.runs
+    ]
     print("\n".join(table(given.runs, found)))
 
 
-def made(run: Path, folder: Path, format: str) -> dict[str, Any]:
+def made(run: Path, folder: Path, format: str, protocol: str | None = None) -> dict[str, Any]:
     """The facts of the run's export in `folder`, with the `size` of its weights in bytes; or why
     the format does not hold the run: `refused`. They are kept in a file next to the export."""
     place = folder / f"{signature(results.config(str(run)))}-{format}"
@@ -52,8 +55,9 @@ def made(run: Path, folder: Path, format: str) -> dict[str, Any]:
         if facts["provenance"] == made_from:
             return facts
     check(out)
+    options = Options(library=False, compute=partial(perplexities, run, protocol=protocol))
     try:
-        facts = export(run, out, format, chosen(run, {"verify": TARGET}))
+        facts = export(run, out, format, options)
     except UserError as error:
         return {"refused": str(error)}
     weights = [out] if format == GGUF else sorted(out.glob("*.safetensors"))
@@ -73,7 +77,8 @@ def table(runs: Sequence[Path], found: Sequence[Mapping[str, Mapping[str, Any]]]
     for run, own, each in zip(runs, words, found, strict=True):
         metrics = results.metrics(run)
         label = " ".join(word for word in own if word not in common) or run.name
-        for name in (key for key in metrics if key.endswith("/ppl")):
+        computed = {name for facts in each.values() for name in facts.get("computed", ())}
+        for name in (key for key in metrics if key in computed):
             cells = [label, name.removesuffix("/ppl"), f"{metrics[name]:.4f}"]
             for format in formats:
                 cells += _cells(each[format], name, metrics[name])

@@ -69,7 +69,8 @@ def check(
         return {"level": 1, "skipped": reason}
     names, expected = _names(format), _expected(source, coded)
     try:
-        with _quiet():
+        # GPTQModel compiles its layers, for minutes
+        with _quiet(), torch.compiler.set_stance("force_eager"):
             found = _logits(_loaded(source, place, format, section))
     except Exception as error:  # of any kind: it is another library's
         raise UserError(
