@@ -11,6 +11,7 @@ from typing import Any
 from qexp.commands.export import CHOICES, perplexities
 from qexp.common.errors import UserError
 from qexp.models.export import GGUF, Options, check, export
+from qexp.models.exported_run import ExportedRun
 from qexp.report.formats import markdown
 from qexp.report.tables import Cell, Sheet
 from qexp.runs import resolvers, results
@@ -19,6 +20,7 @@ from qexp.runs.results import write_json
 from qexp.runs.signature import signature
 
 FORMATS = ("compressed_tensors", GGUF)
+Measured = Mapping[str, Any]  # of one run: `own`, and for each format the facts of its export
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -30,63 +32,76 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--formats", default=",".join(FORMATS), help=f"separated by commas; {','.join(FORMATS)}"
     )
-    parser.add_argument("--protocol", help="of the runs, by its name; all by default")
+    parser.add_argument(
+        "--windows",
+        type=int,
+        help="the first ones of each protocol, which the run's model computes too; all by default",
+    )
     given = parser.parse_args(arguments)
     formats = given.formats.split(",")
     for name in formats:
         if name not in CHOICES["format"]:
             raise UserError(f"--formats {name}: is unknown; give {', '.join(CHOICES['format'])}")
+    if given.windows is not None and given.windows < 1:
+        raise UserError(f"--windows {given.windows}: give 1 or more")
     resolvers.register()
     given.to.mkdir(parents=True, exist_ok=True)
-    found = [
-        {name: made(run, given.to, name, given.protocol) for name in formats} for run in given.runs
-    ]
-    print("\n".join(table(given.runs, found)))
+    found = [measured(run, given.to, formats, given.windows) for run in given.runs]
+    print("\n".join(table(given.runs, formats, found)))
 
 
-def made(run: Path, folder: Path, format: str, protocol: str | None = None) -> dict[str, Any]:
-    """The facts of the run's export in `folder`, with the `size` of its weights in bytes; or why
-    the format does not hold the run: `refused`. They are kept in a file next to the export."""
-    place = folder / f"{signature(results.config(str(run)))}-{format}"
-    out = place.with_suffix(f".{GGUF}") if format == GGUF else place
-    kept, made_from = place.with_suffix(".json"), stamp(run / results.PROVENANCE)
-    if kept.is_file() and out.exists():
-        facts: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
-        if facts["provenance"] == made_from:
-            return facts
+def measured(
+    run: Path, folder: Path, formats: Sequence[str], windows: int | None = None
+) -> Measured:
+    """`own`: the run's perplexities; for each format the facts of its export, with the `size` of
+    its weights in bytes, or why it was `refused`. Kept in a file next to the exports."""
+    name = signature(results.config(str(run)))
+    kept = folder / f"{name}.json"
+    source = {"provenance": stamp(run / results.PROVENANCE), "windows": windows}
+    found = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+    if {key: found.get(key) for key in source} != source:
+        own = results.metrics(run)
+        if windows is not None:
+            own = perplexities(run, ExportedRun.read(run).task, windows)
+        found = source | {"own": own}
+    for format in formats:
+        if format not in found:
+            out = folder / (f"{name}.{GGUF}" if format == GGUF else f"{name}-{format}")
+            found[format] = made(run, out, format, windows)
+            write_json(kept, found)
+    return dict(found)
+
+
+def made(run: Path, out: Path, format: str, windows: int | None) -> dict[str, Any]:
+    """Of one export."""
     check(out)
-    options = Options(library=False, compute=partial(perplexities, run, protocol=protocol))
+    compute = partial(perplexities, run, windows=windows)
     try:
-        facts = export(run, out, format, options)
+        facts = export(run, out, format, Options(library=False, compute=compute))
     except UserError as error:
         return {"refused": str(error)}
     weights = [out] if format == GGUF else sorted(out.glob("*.safetensors"))
-    size = sum(path.stat().st_size for path in weights)
-    facts |= {"size": size, "provenance": made_from}
-    write_json(kept, facts)
-    return facts
+    return facts | {"size": sum(path.stat().st_size for path in weights)}
 
 
-def table(runs: Sequence[Path], found: Sequence[Mapping[str, Mapping[str, Any]]]) -> list[str]:
+def table(runs: Sequence[Path], formats: Sequence[str], found: Sequence[Measured]) -> list[str]:
     """Lines of Markdown: a row for each run and protocol, and below it the software, the largest
     divergences and what was refused."""
     words = [results.overrides(run) for run in runs]
     common = set(words[0]).intersection(*words[1:])
-    formats = list(found[0])
     rows, notes = [], []
     for run, own, each in zip(runs, words, found, strict=True):
-        metrics = results.metrics(run)
         label = " ".join(word for word in own if word not in common) or run.name
-        computed = {name for facts in each.values() for name in facts.get("computed", ())}
-        for name in (key for key in metrics if key in computed):
-            cells = [label, name.removesuffix("/ppl"), f"{metrics[name]:.4f}"]
+        computed = {name for format in formats for name in each[format].get("computed", ())}
+        for name in (key for key in each["own"] if key in computed):
+            cells = [label, name.removesuffix("/ppl"), f"{each['own'][name]:.4f}"]
             for format in formats:
-                cells += _cells(each[format], name, metrics[name])
+                cells += _cells(each[format], name, each["own"][name])
             rows.append(tuple(map(Cell, cells)))
         notes += [
-            f"{label}: {format}: {facts['refused']}"
-            for format, facts in each.items()
-            if "refused" in facts
+            f"{label}: {format}: {each[format]['refused']}"
+            for format in formats
+            if "refused" in each[format]
         ]
     heads = ["run", "protocol", "run's"]
     for format in formats:
@@ -103,9 +118,7 @@ def _cells(facts: Mapping[str, Any], name: str, own: float) -> list[str]:
     return [f"{value:.4f}", f"{math.log(value / own):+.1e}", f"{facts['size'] / 1e6:.1f}"]
 
 
-def _software(
-    formats: Sequence[str], found: Sequence[Mapping[str, Mapping[str, Any]]]
-) -> list[str]:
+def _software(formats: Sequence[str], found: Sequence[Measured]) -> list[str]:
     lines = []
     for format in formats:
         facts = [each[format]["verified"][-1] for each in found if "verified" in each[format]]

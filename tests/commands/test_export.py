@@ -78,6 +78,14 @@ def test_a_run_leaves_and_its_number_is_measured_from_what_left(tmp_path, monkey
     monkeypatch.setattr(export_table, "export", None)  # what is there is used again
     assert call(*table, "float") == 0
     assert capsys.readouterr().out.splitlines()[2][:40] == out.splitlines()[2][:40]
+    assert call(*table, "float", "--windows", "1") == 1
+    assert "already exists" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("QEXP_CACHE_DIR", str(tmp_path / "cache"))
+    assert call("export-table", run, "--to", "one", "--formats", "float", "--windows", "1") == 0
+    first = capsys.readouterr().out.splitlines()[2].split("|")
+    assert first[3] == first[4] and first[3].strip() != number
     assert call(*table, "gguf4") == 1
     assert "--formats gguf4: is unknown" in capsys.readouterr().err
     assert call("export", "nowhere", "a") == 1
