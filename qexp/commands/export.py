@@ -121,6 +121,7 @@ def measure(run: Path, place: Path) -> dict[str, Any]:
         "path": str(place),
         "dtype": source.settled_dtype(),
         "objective": source.objective,
+        "load": cfg.model.get("load", "whole"),
     }
     OmegaConf.set_struct(cfg, False)
     cfg.model = model

@@ -171,8 +171,8 @@ def read_back(
     codes. RuntimeError for a difference, which is a bug of a writer or a reader."""
     where = str(folder)
     written = code_formats.tensors(sorted(folder.glob("*.safetensors")), where)
-    for name, tensor in state.items():
-        if name in written and not equal(written[name], tensor):
+    for name in written:
+        if name in state and not equal(written[name], state[name]):
             raise RuntimeError(f"{name}: the file does not hold the tensor that was written")
     if section is not None:
         kept = {state[name].data_ptr() for name in written if name in state}

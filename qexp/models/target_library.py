@@ -140,6 +140,8 @@ def _skipped(source: ExportedRun, format: str, section: Mapping[str, Any] | None
             version(name)
         except PackageNotFoundError:
             return f"{name} is not installed"
+    if source.is_streamed:
+        return "it loads models whole, and this one is on disk (model.load=stream)"
     if source.task.objective == "image_classification":
         return "the model reads images"
     if format == "gguf" and rope.factors(source.model.config) is not None:

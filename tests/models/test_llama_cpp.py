@@ -110,7 +110,7 @@ def test_llama_cpp_has_the_runs_loss_on_the_same_tokens(make, tmp_path, case):
     overrides, container = CASES[case]
     folder, out = make(*overrides), tmp_path / "a.gguf"
     export(folder, out, "gguf", Options(library=False, container=container))
-    model = FromRun(str(folder)).load().model
+    model = FromRun(str(folder)).loaded().model
     vocabulary = model.config.vocab_size
     tokens = torch.randint(vocabulary, (48,), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

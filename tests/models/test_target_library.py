@@ -134,7 +134,7 @@ def test_what_was_not_loaded_is_said_with_the_reason(folders, tmp_path, monkeypa
 
 def test_another_model_or_a_failure_leaves_nothing(folders, tmp_path, monkeypatch):
     def other(source, place, format, section):
-        changed = FromRun(str(source.folder)).load().model
+        changed = FromRun(str(source.folder)).loaded().model
         changed.model.norm.weight.data[3] += 0.1
         return changed
 
@@ -209,7 +209,7 @@ def test_a_sentencepiece_vocabulary_cuts_texts_alike(folders, tmp_path, own_cach
     folder = folders(*LLAMA, "model.sizes.vocab_size=512", place)
     export(folder, tmp_path / "a.gguf", "gguf")
     assert "llama.cpp keeps repeated spaces" in caplog.text
-    tokenizer = GGUF(str(tmp_path / "a.gguf")).load().tokenizer
+    tokenizer = GGUF(str(tmp_path / "a.gguf")).loaded().tokenizer
     expected = sentencepiece_tokenizer(stories)
     text = "Once upon a time, Lily héllo \U0001f600 wanted\n to go.\tHer mom said yes"
     for part in (text, text[:4], "a"):
