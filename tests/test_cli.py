@@ -60,7 +60,7 @@ def test_an_interrupt_ends_a_sweep_with_what_is_finished(qexp, capsys) -> None:
 def test_a_success_removes_the_failure_before_it(qexp, monkeypatch) -> None:
     assert qexp(*SMALL, "logger=none", "weight.bits=11") == 1
     [failure] = Path("outputs").glob("*/failure.json")
-    monkeypatch.setattr("qexp.pipeline.run", lambda cfg, folder: {"a/ppl": 1.0})
+    monkeypatch.setattr("qexp.pipeline.run", lambda cfg, folder, loggers: {"a/ppl": 1.0})
     assert qexp(*SMALL, "logger=none", "weight.bits=11") == 0
     assert not failure.exists()
 

@@ -1,8 +1,10 @@
 """Workspace of a run: its folder while it works, and the clean-up once its results are written."""
 
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from qexp.common.files import write_rows
 
@@ -10,10 +12,19 @@ CHECKPOINTS = "training-"  # prefix of the folders from which killed training re
 
 
 class Workspace:
-    """The folder of a run, or None outside of one, and what is removed once its results exist."""
+    """The folder of a run, or None outside of one, the loggers of Lightning that get its metrics,
+    and what is removed once its results exist."""
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder
+    def __init__(
+        self,
+        folder: Path | None = None,
+        memory: float | None = None,
+        loggers: Sequence[Any] = (),
+    ) -> None:
+        """memory: GiB of calibration activations that a walk over the blocks holds in memory; null:
+        all of them."""
+        self.folder, self.loggers = folder, loggers
+        self.memory = math.inf if memory is None else memory * 2**30
         self._removals: list[Callable[[], object]] = []
         self._trainings: dict[str, int] = {}
         self._logs: dict[Path, dict[int, Sequence[Mapping[str, object]]]] = {}

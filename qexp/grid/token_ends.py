@@ -1,5 +1,6 @@
 """Static ranges from the extremes of tokens (Outlier Suppression, 2209.13325)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,10 @@ class TokenObserver(Observer):
                 "overflows (model.dtype), so no static range can hold it."
             )
         self.ends.append((low.cpu(), high.cpu()))
+
+    def merge(self, others: Sequence["TokenObserver"]) -> None:
+        for other in others:
+            self.ends += other.ends
 
     def values(self) -> tuple[Float[Tensor, "1 2"], None]:
         if not self.ends:

@@ -59,8 +59,8 @@ class Wheel(ModelSource):
     def __post_init__(self) -> None:
         check(self, auto=True)
 
-    def load(self) -> Loaded:
-        return self._fetched().load()
+    def loaded(self) -> Loaded:
+        return self._fetched().loaded()
 
     def fingerprint(self) -> dict[str, str]:
         return self._fetched().fingerprint()

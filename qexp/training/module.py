@@ -155,12 +155,21 @@ class TrainingModule(L.LightningModule):
         if limit is not None and norm > limit:
             nn.utils.clip_grads_with_norm_(chosen, limit, norm)
 
+    @staticmethod
+    def log_line(loggers: Sequence[Any], line: Mapping[str, float]) -> None:
+        """Give a line of the log to loggers of Lightning."""
+        for logger in loggers:
+            named = {f"training/{key}": value for key, value in line.items()}
+            logger.log_metrics(named, step=int(line["step"]))
+
     def measure(self) -> Snapshot:
         with unsharded(self), self.trainer.precision_plugin.forward_context():
             return self.training_setup.measure()
 
     def on_train_start(self) -> None:
         self.measure()  # the reference for later changes
+        for line in self.lines:  # of an earlier attempt
+            self.log_line(self.loggers, line)
         if self.random:
             restore_random(self.random, self.device)
 
@@ -175,6 +184,7 @@ class TrainingModule(L.LightningModule):
             line["validation"] = float(self.trainer.callback_metrics["validation"])
         snapshot = self.measure()
         self.lines.append(line | dict(snapshot.whole))
+        self.log_line(self.loggers, self.lines[-1])
         for name, numbers in snapshot.tensors.items():
             self.tensors.append({"step": self.global_step, "name": name, **numbers})
         if self.trainer.is_global_zero:
