@@ -19,7 +19,7 @@ from qexp.common.workspace import Workspace
 from qexp.config import grid_choice, root_keys
 from qexp.config.instantiate import instantiate
 from qexp.data.recipe import Recipe
-from qexp.eval.base import Evaluator, FloatModel, digest
+from qexp.eval.base import Evaluator, FloatModel, digest, warn_of_float_cache
 from qexp.models import footprint
 from qexp.models.base import ModelSource
 from qexp.models.device import as_task, device_of
@@ -163,11 +163,12 @@ def apply(parts: Parts, task: Task, provenance: Provenance) -> list[Record]:
 
     def batches() -> list[Batch]:
         found = parts.recipe(task)  # first: it may refuse, before the whole text is read
-        provenance.add(calibration=parts.recipe.definition())
+        provenance.add(calibration=parts.recipe.definition() | parts.recipe.followed(task))
         return found
 
     for step in parts.steps:
-        provenance.add(training={k: each.definition() for k, each in step.recipes().items()})
+        own = {k: x.definition() | x.followed(task) for k, x in step.recipes().items()}
+        provenance.add(training=own)
     records: list[Record] = []
     with provenance.stage("quantize"):
         for step in parts.steps:
@@ -182,6 +183,7 @@ def evaluate(
     """The metrics of every evaluator, and in the provenance the definition of each."""
     metrics: dict[str, float] = {}
     for index, evaluator in enumerate(evaluators):
+        warn_of_float_cache(evaluator, task)
         with provenance.stage(f"evaluate {evaluator.name}"), ExitStack() as stack:
             if not index:
                 stack.enter_context(all_called(task, f"eval {evaluator.name}"))

@@ -138,10 +138,12 @@ def _trained(module: TrainingModule, folder: Path) -> list[dict[str, float]]:
     """Load the best weights, or the last without validation, and return the lines of the log."""
     found = find_checkpoints(folder)
     assert found is not None
+    course = found.last["course"]
+    module.lines, module.tensors = course["lines"], course["tensors"]
+    module.write_log()  # of a training that an earlier attempt finished, too
     # not strict: checkpoints contain only the trainable parameters
     module.load_state_dict((found.best or found.last)["state_dict"], strict=False)
-    lines: list[dict[str, float]] = found.last["course"]["lines"]
-    return lines
+    return module.lines
 
 
 @contextmanager
