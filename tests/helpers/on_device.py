@@ -48,6 +48,7 @@ LESS = {  # a whole number is at most this
     "prompt_tokens": 8,
     "limit": 2,
     "rounds": 1,
+    "bins": 256,
 }
 
 
@@ -66,6 +67,7 @@ def small(*overrides: str) -> DictConfig:
                 node.corpus = "${data}"
             if "tasks" in node:
                 node.update({"tasks": TASKS, "folder": "rows", "source": "local", "bootstrap": 10})
+    cfg.data.count = 20
     if "trainer" in cfg:
         cfg.trainer.update({"steps": 2, "sequences": 2, "every": 1})
     return cfg
