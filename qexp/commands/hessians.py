@@ -75,7 +75,7 @@ def survey(
     """A row for each linear: of every Hessian the trace, the share of the first position in it, and
     the relative error of each run in its metric. And a row for each position: shares of the traces,
     means over linears. Everything at float weights."""
-    task: Task = as_task(source, source.load(), cfg)
+    task: Task = as_task(source, source.loaded(), cfg)
     first = next(iter(walk(task, instantiate(cfg.calibration)(task))))
     layers: dict[str, Row] = {name: {"name": name} for name in task.linears()}
     shares = []
