@@ -182,9 +182,9 @@ def walk(task: Task, batches: Sequence[Batch], chunk: int | None = None) -> Iter
         )
     tuples = returns_tuple(task, parts[0])
     chunks = [capture_calls(task, part, tuples) for part in parts]
-    if sum(chunk.hidden.nbytes for chunk in chunks) > task.workspace.memory:
-        for chunk in chunks:
-            chunk.hidden = on_disk.copied(chunk.hidden)
+    if sum(each.hidden.nbytes for each in chunks) > task.workspace.memory:
+        for each in chunks:
+            each.hidden = on_disk.copied(each.hidden)
     described = f"{task.model.config.to_json_string()} {task.quantizers!r} {task.maps!r}"
     modules = (task.model, task.quantizers, task.maps)
     states = [*(dict(module.state_dict()) for module in modules), *batches]
