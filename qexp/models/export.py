@@ -81,12 +81,12 @@ def export(
     check(out)
     options.check(format)
     source = ExportedRun.read(run)
+    coded: Mapping[str, Coded] = {}
     if format == GGUF:
         return _gguf(source, out, options)
     if format == FLOAT:
         source.refuse_activations()
         state, section = published(source.model), None
-        coded: Mapping[str, Coded] = {}
     else:
         coded = source.coded(FORMATS[format].refusal, widened if options.widen else None)
         state, section = source.with_codes(FORMATS[format], coded)

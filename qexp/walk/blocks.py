@@ -195,9 +195,9 @@ def walk(
         )
     tuples = returns_tuple(task, parts[0])
     chunks = [capture_calls(task, part, tuples) for part in parts]
-    if sum(held.hidden.nbytes for held in chunks) > task.workspace.memory:
-        for held in chunks:
-            held.hidden = on_disk.copied(held.hidden)
+    if sum(each.hidden.nbytes for each in chunks) > task.workspace.memory:
+        for each in chunks:
+            each.hidden = on_disk.copied(each.hidden)
     described = f"{task.model.config.to_json_string()} {task.quantizers!r} {task.maps!r}"
     modules = (task.model, task.quantizers, task.maps)
     states = [*(dict(module.state_dict()) for module in modules), *batches]
