@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 # display, storage and scheduling: none of these keys can change a result
 KEPT = ("hydra", "logger", "progress", "threads", "save_weights", "optimize", "label")
-UNSIGNED = frozenset({*KEPT, "dry_run", "retry", "fail_fast", "paper", "records"})
+UNSIGNED = frozenset({*KEPT, "dry_run", "retry", "fail_fast", "table", "records", "memory"})
 
 
 def signed(cfg: DictConfig) -> dict[str, Any]:
@@ -22,6 +22,8 @@ def signed(cfg: DictConfig) -> dict[str, Any]:
                 if OmegaConf.is_config(value)
                 else value
             )
+    if isinstance(model := content.get("model"), dict):
+        model.pop("load", None)  # where the weights are kept
     return content
 
 
