@@ -25,6 +25,8 @@ NEEDS = {  # what a choice is not taken without
     "weight=quip": ["method=quip"],
     "weight=slim": ["method=slim"],
     "weight=built_in": ["method=billm"],
+    "transform=dither": ["transform.group_size=2"],
+    "transform=spinquant": ["transform.round_weights=true"],
     "eval=accuracy": ["model=tiny_vit"],
     "calibration=mixture": ["+calibration@calibration.parts.one=synthetic"],
 }
