@@ -18,16 +18,15 @@ def place(task: Task, device: str, offload: bool) -> None:
     offload: blocks stay in host memory and each is on the device only while it runs, so that the
     device holds one block, the embeddings and the head. Raises UserError for an unusable device.
     """
-    target = _device(device)
+    target = device_of(device)
     if not offload:
         task.to(target)
         return
-    blocks = list(task.blocks)
+    inside = {module for block in task.blocks for module in block.modules()}
     for module in task.model.modules():
-        if not any(module is inner for block in blocks for inner in block.modules()):
-            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-                tensor.data = tensor.data.to(target)
-    for block in blocks:
+        if module not in inside:
+            module._apply(lambda tensor: tensor.to(target), recurse=False)
+    for block in task.blocks:
         block.register_forward_pre_hook(_mover(target))
         block.register_forward_hook(_mover(torch.device("cpu")), always_call=True)
 
@@ -39,7 +38,9 @@ def _mover(device: torch.device) -> Any:
     return move
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """The device of the key `device`: in a process of several, that of its rank. UserError for an
+    unusable one."""
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         if accelerator is None:

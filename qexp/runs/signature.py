@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 # display, storage and scheduling: none of these keys can change a result
 KEPT = ("hydra", "logger", "progress", "threads", "save_weights", "optimize", "label")
-UNSIGNED = frozenset({*KEPT, "dry_run", "retry", "fail_fast", "paper", "records", "memory"})
+UNSIGNED = frozenset({*KEPT, "dry_run", "retry", "fail_fast", "table", "records", "memory"})
 
 
 def signed(cfg: DictConfig) -> dict[str, Any]:

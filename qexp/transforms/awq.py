@@ -13,8 +13,9 @@ from qexp.step import Record, Step
 from qexp.task import Batches, Task
 from qexp.transforms.channels import SITES
 from qexp.transforms.clip import clipped
+from qexp.transforms.input_moments import InputMoments
 from qexp.transforms.scale_search import check_settings, first, pieces, search_and_fold
-from qexp.transforms.site_statistics import InputMoments, ScaleShift, SiteStatistics
+from qexp.transforms.site_statistics import ScaleShift, SiteStatistics
 from qexp.walk import Block
 
 

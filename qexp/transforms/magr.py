@@ -47,13 +47,13 @@ class MagR(Step):
 
     @torch.no_grad()
     def __call__(self, task: Task, batches: Batches) -> list[Record]:
-        for block in walk(task, first(batches(), self.sequences)):
+        for block in walk(task, first(batches(), self.sequences), divide=True):
             block.advance(partial(self._shrink, block))
         return []
 
     def _shrink(self, block: Block, names: tuple[str, ...], inputs: Iterator[Tensor]) -> None:
         """Change the linears that share these inputs."""
-        hessian = second_moment(inputs)
+        hessian = second_moment(inputs, block.share)
         for name in names:
             linear = block.linears[name]
             groups = self.grid.groups(linear.in_features)

@@ -15,13 +15,8 @@ from qexp.grid import Grid
 from qexp.quantizers.scheme import Activations
 from qexp.task import Batch, Task
 from qexp.transforms.channels import channels_of
-from qexp.transforms.site_statistics import (
-    InputMoments,
-    ScaleShift,
-    SiteStatistics,
-    collect_statistics,
-    input_moments,
-)
+from qexp.transforms.input_moments import InputMoments, input_moments
+from qexp.transforms.site_statistics import ScaleShift, SiteStatistics, collect_statistics
 from qexp.walk import Block, walk
 from qexp.walk.capture import rows, split
 
@@ -48,7 +43,7 @@ def search_and_fold(
     activations. What it changes does not reach the next block.
     """
     measured = finish is not None
-    for block in walk(task, batches):
+    for block in walk(task, batches, divide=True):
         channels = channels_of(task, block.index, sites)
         with input_moments(block, block.groups if measured else ()) as moments:
             statistics = collect_statistics(block, channels, searched, measured)

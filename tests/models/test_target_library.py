@@ -61,6 +61,26 @@ def test_the_library_computes_the_runs_logits(folders, tmp_path, case):
     assert first(facts)["library"].startswith("transformers 5.")
 
 
+NEAR = {
+    "gptq": LLAMA,
+    "gptq symmetric": SYMMETRIC,
+    "gptq 3 bits": (*SYMMETRIC, "weight.bits=3"),
+    "awq": LLAMA,
+    "nf4": (*LLAMA, "weight=nf4"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", NEAR)
+def test_a_library_that_rounds_computes_logits_near_the_runs(folders, tmp_path, case):
+    format = case.split()[0]
+    for package in target_library.READERS[format].packages:
+        if find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    facts = export(folders(*NEAR[case]), tmp_path / "out", format)
+    assert 0 <= first(facts)["kl"] < 1e-5 and 0 < first(facts)["max_logit"] < 0.1
+
+
 @installed
 @pytest.mark.parametrize("format", ["compressed_tensors", "gguf", "float"])
 def test_a_bfloat16_run_is_compared_in_float32(folders, tmp_path, format):
