@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from qexp.common.errors import UserError
 from qexp.models import target_library
 from qexp.models.export import Options, export
+from qexp.models.exported_run import ExportedRun
 from qexp.models.from_run import FromRun
 from qexp.models.gguf import GGUF
 from qexp.models.llama2c import sentencepiece_tokenizer
@@ -92,10 +93,21 @@ def test_a_bfloat16_run_is_compared_in_float32(folders, tmp_path, format):
 
 
 @installed
-def test_static_inputs_differ_at_ties_alone(folders, tmp_path):
+def test_static_inputs_differ_at_ties_alone(folders, tmp_path, monkeypatch):
     w8 = ("weight=channel", "weight.bits=8", "weight.group_size=null", "activation=int8_tensor")
     facts = export(folders(*SYMMETRIC, *w8), tmp_path / "out", "compressed_tensors")
     assert first(facts)["kl"] < 1e-3
+    # with the reader's formula they are equal, so that a wrong range is found
+    write = ExportedRun.with_codes
+
+    def wrong(self, format, coded):
+        state, section = write(self, format, coded)
+        state["model.layers.0.mlp.up_proj.input_scale"] *= 1.001
+        return state, section
+
+    monkeypatch.setattr(ExportedRun, "with_codes", wrong)
+    with pytest.raises(UserError, match=r"another model .*allowed: equal logits"):
+        export(folders(*SYMMETRIC, *w8), tmp_path / "wrong", "compressed_tensors")
 
 
 @installed
