@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from omegaconf import DictConfig
 
-from qexp.common import progress, ranks
+from qexp.common import numerics, progress, ranks
 from qexp.common.errors import UserError
 from qexp.common.workspace import Workspace
 from qexp.config import grid_choice, root_keys
@@ -25,7 +25,7 @@ from qexp.models.state_diff import Checksums, added, checksums, state_diff
 from qexp.packed import weights_file
 from qexp.quantizers import maps
 from qexp.quantizers.scheme import FloatActivations, all_called
-from qexp.runs import recorded, results, used_modules
+from qexp.runs import recorded, repeatable, results, used_modules
 from qexp.runs.provenance import Provenance
 from qexp.runs.results import Answer
 from qexp.step import Nothing, Record, Step
@@ -58,6 +58,7 @@ def answer(cfg: DictConfig, folder: Path) -> Answer | None:
     files = build(cfg).files()
     needs = [weights_file.FILE] if cfg.save_weights else []
     if stands and (metrics := results.read(folder, files, needs)) is not None:
+        repeatable.report(cfg, folder)
         return Answer(metrics, folder, results.cost(folder))
     return recorded.answer(cfg, files)
 
@@ -83,7 +84,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
         names = {name for name, _ in task.model.named_parameters()}
     source = parts.source
     provenance.add(model=source.fingerprint(), tensor_types=source.tensor_types())
-    provenance.add(device=str(task.device), seed=cfg.seed)
+    provenance.add(device=str(task.device), numerics=numerics.facts(task.device), seed=cfg.seed)
     evaluators = measure_float(parts, task, cfg, folder, provenance)
     records = apply(parts, task, provenance)
     if ranks.rank():
@@ -138,7 +139,7 @@ def measure_float(
             return task
         return as_task(unquantized, unquantized.load(), cfg)
 
-    identity = unquantized.fingerprint() | {"device": task.device.type}
+    identity = unquantized.fingerprint() | numerics.identity(task.device)
     start = FloatModel(identity, float_task, folder)
     with provenance.stage("measure the float model"), isolate_rng():
         return [evaluator.measure_float(start) for evaluator in parts.evaluators]

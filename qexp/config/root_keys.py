@@ -4,6 +4,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig
 
+from qexp.common import numerics
 from qexp.common.errors import UserError, check_bool, check_int, check_range
 
 SWITCHES = ("offload", "progress", "save_weights", "dry_run", "fail_fast")
@@ -18,6 +19,7 @@ def check(cfg: DictConfig) -> None:
         check_int("", cfg, threads=1)
     if not isinstance(cfg.device, str):
         raise UserError(f"device={cfg.device}: give cpu, cuda, cuda:N or auto.")
+    numerics.of(cfg)
     if not isinstance(cfg.run, str | None):
         raise UserError(f"run={cfg.run}: give the folder of a finished run, run=outputs/…, or null")
     if not isinstance(cfg.label, str | int | float | None):

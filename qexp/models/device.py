@@ -6,7 +6,7 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from qexp.common import ranks
+from qexp.common import numerics, ranks
 from qexp.common.errors import UserError
 from qexp.models.base import Loaded, ModelSource
 from qexp.task import TASKS, Task
@@ -40,14 +40,8 @@ def _mover(device: torch.device) -> Any:
 
 
 def _device(name: str) -> torch.device:
-    if name == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        if accelerator is None:
-            return torch.device("cpu")
-        index = ranks.local_rank()
-        return torch.device(accelerator.type, index) if index else accelerator
     try:
-        device = torch.device(name)
+        device: torch.device = numerics.device_of(name)
         if device.index is None and device.type != "cpu" and ranks.local_rank():
             device = torch.device(device.type, ranks.local_rank())
         torch.empty(0, device=device).cpu()  # the device meta holds no numbers
@@ -60,7 +54,9 @@ def _device(name: str) -> torch.device:
 
 
 def as_task(source: ModelSource, loaded: Loaded, cfg: DictConfig) -> Task:
-    """The task of a loaded model with its online maps, on the device of the configuration."""
+    """The task of a loaded model with its online maps, on the device of the configuration, whose
+    numerics this process has from here on."""
+    numerics.of(cfg).apply()
     task = TASKS[source.objective](loaded.model, loaded.tokenizer).eval()
     place(task, cfg.device, cfg.offload)
     loaded.put_maps(task)
