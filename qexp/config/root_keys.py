@@ -7,7 +7,7 @@ from omegaconf import DictConfig, ListConfig
 from qexp.common import numerics
 from qexp.common.errors import UserError, check_bool, check_int, check_range
 
-SWITCHES = ("offload", "progress", "save_weights", "dry_run", "fail_fast")
+SWITCHES = ("offload", "replay", "progress", "save_weights", "dry_run", "fail_fast")
 RETRIES = (None, "failed")
 
 

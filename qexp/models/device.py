@@ -6,7 +6,7 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from qexp.common import numerics, ranks
+from qexp.common import captured, numerics, ranks
 from qexp.common.errors import UserError
 from qexp.models.base import Loaded, ModelSource
 from qexp.task import TASKS, Task
@@ -57,6 +57,7 @@ def as_task(source: ModelSource, loaded: Loaded, cfg: DictConfig) -> Task:
     """The task of a loaded model with its online maps, on the device of the configuration, whose
     numerics this process has from here on."""
     numerics.of(cfg).apply()
+    captured.replay(bool(cfg.get("replay", False)))
     task = TASKS[source.objective](loaded.model, loaded.tokenizer).eval()
     place(task, cfg.device, cfg.offload)
     loaded.put_maps(task)

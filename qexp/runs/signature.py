@@ -11,7 +11,7 @@ from qexp.common.numerics import Numerics
 
 # display, storage and scheduling: none of these keys can change a result
 KEPT = ("hydra", "logger", "progress", "threads", "save_weights", "optimize", "label")
-UNSIGNED = frozenset({*KEPT, "dry_run", "retry", "fail_fast", "paper", "records"})
+UNSIGNED = frozenset({*KEPT, "replay", "dry_run", "retry", "fail_fast", "paper", "records"})
 
 
 def signed(cfg: DictConfig) -> dict[str, Any]:
