@@ -22,12 +22,11 @@ def place(task: Task, device: str, offload: bool) -> None:
     if not offload:
         task.to(target)
         return
-    blocks = list(task.blocks)
+    inside = {module for block in task.blocks for module in block.modules()}
     for module in task.model.modules():
-        if not any(module is inner for block in blocks for inner in block.modules()):
-            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-                tensor.data = tensor.data.to(target)
-    for block in blocks:
+        if module not in inside:
+            module._apply(lambda tensor: tensor.to(target), recurse=False)
+    for block in task.blocks:
         block.register_forward_pre_hook(_mover(target))
         block.register_forward_hook(_mover(torch.device("cpu")), always_call=True)
 

@@ -5,7 +5,7 @@ import signal
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,8 @@ from pathlib import Path
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.plugins import MixedPrecision, Precision
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
 from qexp.common import progress, ranks
 from qexp.common.errors import UserError, check_choice, check_int
@@ -26,7 +27,10 @@ from qexp.training.module import Schedule, TrainingModule, TrainingSetup
 
 log = logging.getLogger(__name__)
 STRATEGIES = ("auto", "ddp", "fsdp")
-PRECISIONS = ("32-true", "bf16-mixed")
+PRECISIONS: dict[str, Callable[[str], Precision]] = {  # from the type of the device
+    "32-true": lambda _: Precision(),
+    "bf16-mixed": lambda kind: MixedPrecision("bf16-mixed", kind),
+}
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class Trainer:
         check_int("trainer", self, steps=1, sequences=1, accumulate=1, every=1, devices=1)
         if self.patience is not None:
             check_int("trainer", self, patience=1)
-        check_choice("trainer", self, precision=PRECISIONS, strategy=STRATEGIES)
+        check_choice("trainer", self, precision=tuple(PRECISIONS), strategy=STRATEGIES)
 
     def fit(self, setup: TrainingSetup) -> list[dict[str, float]]:
         """Trains the model in place and returns the lines of the log.
@@ -128,14 +132,13 @@ class Trainer:
                     check_on_train_epoch_end=True,
                 )
             )
-        cpu = device.type == "cpu"
         trainer = L.Trainer(
-            accelerator="cpu" if cpu else "gpu",
-            devices=self.devices if cpu or self.devices > 1 else [device.index or 0],
+            accelerator=device.type,
+            devices=self.devices,
             num_nodes=ranks.nodes(),
             strategy=self._strategy(setup),
-            plugins=launch.cluster(),
-            precision=self.precision,  # type: ignore[arg-type]
+            # Lightning by itself takes every device for CUDA that is not the CPU.
+            plugins=[launch.cluster(), PRECISIONS[self.precision](device.type)],
             accumulate_grad_batches=self.accumulate,
             max_steps=self.steps,
             use_distributed_sampler=False,
@@ -149,11 +152,11 @@ class Trainer:
         with _interruptible(trainer):
             trainer.fit(module, ckpt_path=resumed, weights_only=False)
 
-    def _strategy(self, setup: TrainingSetup) -> str | DDPStrategy:
+    def _strategy(self, setup: TrainingSetup) -> Strategy:
         if self.strategy == "fsdp":
             return FullySharded()
-        if self.strategy == "auto" and self.devices == 1:
-            return "auto"
+        if self.strategy == "auto" and self.devices * ranks.nodes() == 1:
+            return SingleDeviceStrategy(setup.task.device)
         return DDPStrategy(find_unused_parameters=not setup.reaches_all)
 
 

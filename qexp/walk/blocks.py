@@ -221,6 +221,5 @@ def _patches(task: Task) -> int:
 
 
 def _free(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    query = getattr(torch.get_device_module(device), "mem_get_info", None)
+    return psutil.virtual_memory().available if query is None else query(device)[0]

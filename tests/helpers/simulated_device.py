@@ -14,21 +14,21 @@ allocations. `counts.syncs` counts by cause what waits for the device: `item`, `
 `to_device` (a copy from pageable memory waits), `shape` (boolean indexing, `nonzero`, `unique`),
 `check` (a factorization that looks at its own error code) and `synchronize`.
 
-The file imports torch and nothing of this project. From outside of tests/: put that folder on the
-path and import `helpers.simulated_device`.
+The file imports torch and lightning, and nothing of this project. From outside of tests/: put that
+folder on the path and import `helpers.simulated_device`.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import backend_registration
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 DEVICES = ("sim:0", "sim:1")
 COPIES = ("_to_copy", "copy_")
@@ -69,6 +69,7 @@ def simulated() -> Iterator[None]:
     none, so that `device=auto` stays the CPU for the rest of the process."""
     global _active
     _register()
+    _register_trainer()
     before = _active, torch.Generator, torch.__future__.get_swap_module_params_on_conversion()
     _active, torch.Generator = True, Generator  # type: ignore[misc]
     # As on CUDA, `Module.to` leaves parameters the objects that they are, and so keeps them tied.
@@ -166,70 +167,101 @@ class Generator(torch.Generator):
 
 def _dispatch(func: Any, args: tuple, kwargs: dict) -> Any:
     """`func` on the host tensors, its results on their device."""
-    tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+    tensors: list[Tensor] = []
+    inputs = _on_host(args, tensors)
+    options = {key: _on_host(value, tensors) for key, value in kwargs.items()}
     ours = [each for each in tensors if isinstance(each, SimulatedTensor)]
-    wrappers = {id(each.host): each for each in ours}
-    name = func.overloadpacket.__name__
-    if name not in COPIES:
-        _check(func, name, tensors, ours)
-    inputs, options = tree_map(
-        lambda each: each.host if isinstance(each, SimulatedTensor) else each, (args, kwargs)
-    )
+    operation = _operation(func)
+    if not operation.copies:
+        _check(func, operation, tensors, ours)
     home = ours[0].device if ours else None
     asked = options.get("device")
     target = home if asked is None else torch.device(asked)
     if asked is not None:
         options["device"] = torch.device("cpu") if target.type == "sim" else target
-    if name in COPIES and not isinstance(args[0], SimulatedTensor):
-        target = torch.device("cpu") if name == "copy_" else target
+    if operation.name == "copy_":
+        target = tensors[0].device
     result = func(*inputs, **options)
-    _count(func, name, tensors, home, target)
-
-    def back(each: Any) -> Any:
-        if not isinstance(each, Tensor):
-            return each
-        if (known := wrappers.get(id(each))) is not None and known.device == target:
-            if known.shape != each.shape or known.stride() != each.stride():
-                _set_data(known, SimulatedTensor(each, known.device.index))
-            return known
-        if target is None or target.type != "sim" or any(each is one for one in tensors):
-            return each
-        return SimulatedTensor(each, target.index or 0)
-
-    return tree_map(back, result)
+    if _counting:
+        _count(operation, tensors, target)
+    if target is None or target.type != "sim":
+        return result
+    wrappers = {id(each.host): each for each in ours} if operation.writes else {}
+    return _on_device(result, target.index or 0, wrappers)
 
 
-def _check(func: Any, name: str, tensors: list[Tensor], ours: list[SimulatedTensor]) -> None:
-    devices = {str(each.device) for each in ours}
-    scalars = torch.Tag.pointwise in func.tags or name in SCALARS
-    written = {
-        id(value)
-        for value, argument in zip(tensors[:1], func._schema.arguments, strict=False)
-        if argument.alias_info is not None and argument.alias_info.is_write
-    }
-    for each in tensors:
-        if not isinstance(each, SimulatedTensor) and not (
-            scalars and each.dim() == 0 and id(each) not in written
-        ):
-            devices.add(str(each.device))
+def _on_host(value: Any, found: list[Tensor]) -> Any:
+    """`value` with the host tensors of simulated ones. found: gets all tensors of `value`."""
+    if isinstance(value, Tensor):
+        found.append(value)
+        return value.host if isinstance(value, SimulatedTensor) else value
+    if isinstance(value, (list, tuple)):
+        return type(value)(_on_host(each, found) for each in value)
+    return value
+
+
+def _on_device(value: Any, index: int, wrappers: dict[int, SimulatedTensor]) -> Any:
+    """`value` with simulated tensors. wrappers: those whose host tensors were written to."""
+    if isinstance(value, Tensor):
+        if (known := wrappers.get(id(value))) is None:
+            return SimulatedTensor(value, index)
+        if known.shape != value.shape or known.stride() != value.stride():
+            _set_data(known, SimulatedTensor(value, index))
+        return known
+    if isinstance(value, (list, tuple)):
+        return type(value)(_on_device(each, index, wrappers) for each in value)
+    return value
+
+
+@dataclass(frozen=True)
+class _Operation:
+    """Facts of an operator. scalars: it takes a host tensor without dimensions."""
+
+    name: str
+    copies: bool
+    scalars: bool
+    writes: bool
+    writes_first: bool
+    is_launch: bool
+
+
+@cache
+def _operation(func: Any) -> _Operation:
+    name = func.overloadpacket.__name__
+    written = [
+        each.alias_info is not None and each.alias_info.is_write for each in func._schema.arguments
+    ]
+    return _Operation(
+        name,
+        name in COPIES,
+        torch.Tag.pointwise in func.tags or name in SCALARS,
+        any(written),
+        written[:1] == [True],
+        not func.is_view and name not in FREE,
+    )
+
+
+def _check(
+    func: Any, operation: _Operation, tensors: list[Tensor], ours: list[SimulatedTensor]
+) -> None:
+    devices = {each.device for each in ours}
+    if len(ours) < len(tensors):
+        for number, each in enumerate(tensors):
+            is_scalar = operation.scalars and each.dim() == 0
+            if not is_scalar or (operation.writes_first and number == 0):
+                devices.add(each.device)
     if len(devices) > 1:
-        found = " and ".join(sorted(devices))
+        found = " and ".join(sorted(map(str, devices)))
         raise RuntimeError(
             f"Expected all tensors to be on the same device, but found {found} in {func}"
         )
 
 
-def _count(
-    func: Any,
-    name: str,
-    tensors: list[Tensor],
-    home: torch.device | None,
-    target: torch.device | None,
-) -> None:
-    cause = _cause(name, tensors, target)
+def _count(operation: _Operation, tensors: list[Tensor], target: torch.device | None) -> None:
+    cause = _cause(operation.name, tensors, target)
     for counts in _counting:
-        if not func.is_view and name not in FREE:
-            counts.launches[name] += 1
+        if operation.is_launch:
+            counts.launches[operation.name] += 1
         if cause is not None:
             counts.syncs[cause] += 1
 
@@ -243,10 +275,10 @@ def _cause(name: str, tensors: list[Tensor], target: torch.device | None) -> str
         if target is not None and source.type != target.type:
             return "to_device" if target.type == "sim" else "to_host"
         return None
-    masks = (torch.bool, torch.uint8)
     if name == "index" or (name.startswith("index_put") and len(tensors) > 2):
         # with one value, a mask is a masked_fill_
-        masked = any(each.dtype in masks for each in tensors[1 : None if name == "index" else -1])
+        last = len(tensors) if name == "index" else len(tensors) - 1
+        masked = any(each.dtype in (torch.bool, torch.uint8) for each in tensors[1:last])
         return "shape" if masked and (name == "index" or tensors[-1].numel() > 1) else None
     if name in SHAPES or name.startswith("unique"):
         return "shape"
@@ -308,6 +340,24 @@ class _Hook(torch._C._acc.PrivateUse1Hooks):
 
     def is_built(self) -> bool:
         return True
+
+
+def _register_trainer() -> None:
+    """The devices are known to lightning, by the name that torch has for them."""
+    from lightning.pytorch.accelerators import Accelerator, AcceleratorRegistry
+
+    class Simulated(Accelerator):
+        setup_device = teardown = lambda *_: None
+        parse_devices = staticmethod(lambda count: count)
+        get_parallel_devices = staticmethod(
+            lambda count: [torch.device("sim", index) for index in range(count)]
+        )
+        auto_device_count = staticmethod(lambda: len(DEVICES))
+        is_available = staticmethod(lambda: _active)
+        name = staticmethod(lambda: "sim")
+
+    if "sim" not in AcceleratorRegistry:
+        AcceleratorRegistry.register("sim", Simulated)
 
 
 def _register() -> None:
