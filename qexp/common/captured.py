@@ -2,14 +2,15 @@
 
 from collections.abc import Callable
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
-DEVICES = {"cuda": "cudagraphs"}  # type of device → backend of torch.compile; same kernels
+# Type of device → backend of torch.compile. This one launches the same kernels.
+DEVICES: dict[str, Any] = {"cuda": "cudagraphs"}
 _wanted = False
 
 
@@ -32,14 +33,13 @@ def captured(function: Callable[Arguments, Result]) -> Callable[Arguments, Resul
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         first = args[0]
         assert isinstance(first, torch.Tensor)
-        backend = DEVICES.get(first.device.type) if _wanted else None
-        if backend is None:
+        kind = first.device.type
+        if not _wanted or kind not in DEVICES:
             return function(*args, **kwargs)
-        if backend not in compiled:
-            compiled[backend] = torch.compile(
-                function, backend=backend, fullgraph=True, dynamic=False
-            )
+        if kind not in compiled:
+            backend = DEVICES[kind]
+            compiled[kind] = torch.compile(function, backend=backend, fullgraph=True, dynamic=False)
         torch.compiler.cudagraph_mark_step_begin()
-        return compiled[backend](*args, **kwargs)
+        return compiled[kind](*args, **kwargs)
 
     return call

@@ -1,0 +1,105 @@
+"""The column sweep on an accelerator: launches, reads on the host, and replayed blocks."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from helpers.problems import problem
+from helpers.simulated_device import counting, simulated
+from torch import Tensor
+
+from qexp.common import captured
+from qexp.grid import IntGrid
+from qexp.solvers import GPTQ, BiLLM, Solver, SpQR
+from qexp.solvers import sweep as sweeping
+from qexp.solvers.pbllm import PBLLM
+from qexp.solvers.sparse import SparseGPT
+from qexp.solvers.sweep import sweep
+
+LEVEL = IntGrid(3, group_size=16, include_zero=False, real_zero=True)
+TWO = IntGrid(3, group_size=16, include_zero=False, real_zero=True, scales=LEVEL, zeros=LEVEL)
+# Launches of a column and reads of a matrix. A rounded column has 6 launches of the grid's formula,
+# a difference, a division and a product; the rest is that of blocks and of fits. Reads are of
+# whether the Hessian and its factor are finite and, for SpQR, of where outliers are.
+SOLVERS: dict[str, tuple[Solver, float, int]] = {
+    "row": (GPTQ(IntGrid(4)), 9.3, 3),
+    "ordered groups": (GPTQ(IntGrid(4, group_size=32), act_order=True, static_groups=True), 9.6, 3),
+    "groups": (GPTQ(IntGrid(4, group_size=32)), 10.5, 3),
+    "spqr without outliers": (SpQR(TWO, threshold=float("inf")), 14, 3),
+    "spqr": (SpQR(TWO), 25, 8),
+    "sparse": (SparseGPT(None), 6.5, 5),
+}
+
+
+def spent(solver: Solver, columns: int) -> tuple[int, int]:
+    """Launches and synchronisations of one matrix on the simulated device."""
+    weight, hessian = (each.to("sim:0") for each in problem(16, columns))
+    with counting() as counts:
+        solver(weight, hessian)
+    return counts.launches.total(), counts.syncs.total()
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_column_takes_few_launches_and_no_reads(name: str) -> None:
+    solver, most, reads = SOLVERS[name]
+    with simulated():
+        (less, first), (more, second) = spent(solver, 64), spent(solver, 128)
+    assert (more - less) / 64 <= most
+    assert first == second <= reads
+
+
+@pytest.mark.parametrize("solver", [BiLLM(block=32), PBLLM(group_size=32)], ids=["billm", "pbllm"])
+def test_reads_of_a_binarized_block_are_not_of_its_columns(solver: Solver) -> None:
+    with simulated():
+        reads = [spent(solver, columns)[1] for columns in (64, 128)]
+    assert (reads[1] - reads[0]) / 2 <= 12  # of a block of 32
+
+
+@pytest.fixture
+def replayed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """On the CPU, with the same kernels; the number of launches of each traced graph."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    graphs: list[int] = []
+
+    def compiler(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(sum(node.op == "call_function" for node in graph.graph.nodes))
+        return graph
+
+    backend = aot_autograd(fw_compiler=compiler, inference_compiler=compiler)
+    monkeypatch.setattr(captured, "DEVICES", {"cpu": backend})
+    fresh = captured.captured(sweeping._columns.__wrapped__)  # type: ignore[attr-defined]
+    monkeypatch.setattr(sweeping, "_columns", fresh)
+    captured.replay(True)
+    torch._dynamo.reset()
+    yield graphs
+    captured.replay(False)
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "solver",
+    [
+        GPTQ(IntGrid(3), block=16),
+        GPTQ(IntGrid(3, group_size=16), act_order=True, static_groups=True, block=16),
+        SpQR(TWO, outlier_dtype="bfloat16", block=16),
+    ],
+    ids=["row", "static", "spqr"],
+)
+def test_a_replayed_block_gives_equal_digits_and_is_traced_once(solver, replayed) -> None:
+    problems = [problem(16, 48, seed) for seed in (0, 1)]
+    captured.replay(False)
+    expected = [solver(*each).weight for each in problems]
+    captured.replay(True)
+    for one, each in zip(expected, problems, strict=True):
+        assert torch.equal(solver(*each).weight, one)
+    assert len(replayed) == 1  # six blocks of two matrices
+
+
+def test_a_block_changes_none_of_its_arguments() -> None:
+    weight, hessian = problem(16, 48)
+    before = weight.clone(), hessian.clone()
+    found = sweep(weight, hessian, lambda *_: (), lambda w: w.round(), 48, block=16)
+    assert torch.equal(weight, before[0]) and torch.equal(hessian, before[1])
+    assert torch.equal(found.rounded, found.values.round())
