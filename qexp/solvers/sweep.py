@@ -72,8 +72,9 @@ def sweep(
                 first: fit(rest[first : first + group].T, first)
                 for first in range(ceil(start / group) * group, min(start + window, columns), group)
             } | {first: own for first, own in fitted.items() if first + group > start}
-        out[here], errors, rest[here] = _columns(
-            rest[here],
+        errors = torch.empty_like(rest[here])
+        _columns(
+            (rest[here], out[here], errors),
             factor[here, here],
             _of_block(fitted, range(start, stop), group),
             rounding,
@@ -89,30 +90,33 @@ def sweep(
 
 @captured
 def _columns(
-    values: Float[Tensor, "size rows"],
+    written: tuple[
+        Float[Tensor, "size rows"], Float[Tensor, "size rows"], Float[Tensor, "size rows"]
+    ],
     factor: Float[Tensor, "size size"],
     fitted: tuple[Tensor, ...],
     rounding: Rounding,
     within: bool,
     carry: Float[Tensor, "size size"] | None,
     opening: Float[Tensor, " rows"] | None,
-) -> tuple[Float[Tensor, "size rows"], Float[Tensor, "size rows"], Float[Tensor, "size rows"]]:
-    """The rounded columns of a block, their errors divided by U_jj, and their values when they were
-    rounded. No argument is changed, and no number leaves the device."""
-    values = values.clone()
+) -> None:
+    """Round the columns of a block. Written are their values, which are left as they were when they
+    were rounded, the rounded columns, and their errors divided by U_jj. No number leaves the
+    device."""
+    values, out, errors = written
     own = [part.unbind() for part in fitted]
     diagonal = factor.diagonal().unbind()
-    rounded: list[Tensor] = []
-    errors: list[Tensor] = []
-    for j, w in enumerate(values.unbind()):
+    rounded = []
+    columns = zip(values.unbind(), errors.unbind(), diagonal, strict=True)
+    for j, (w, error, pivot) in enumerate(columns):
         chosen = w if opening is None or j else opening
         rounded.append(rounding(chosen, *(part[j] for part in own)))
-        errors.append(torch.sub(w, rounded[j]).div_(diagonal[j]))
+        torch.sub(w, rounded[j], out=error).div_(pivot)
         if within and j + 1 < len(values):
-            values[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
+            values[j + 1 :].addr_(factor[j, j + 1 :], error, alpha=-1)
             if carry is not None:
                 values[j + 1 :].addr_(carry[j, j + 1 :], w)
-    return torch.stack(rounded), torch.stack(errors), values
+    torch.stack(rounded, out=out)
 
 
 def _of_block(

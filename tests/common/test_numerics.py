@@ -103,3 +103,14 @@ def test_a_run_applies_and_records_them(configured, tmp_path, own_cache) -> None
         **{"device": "cpu", "tf32": False, "reduced_sums": False},
         **{"deterministic": True, "cublas_workspace": numerics.REPEATING},
     }
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tf32", [False, True])
+def test_float32_products_are_whole_unless_tf32_is_allowed(tf32, accelerator) -> None:
+    if accelerator.type != "cuda":
+        pytest.skip("no CUDA device")
+    Numerics(tf32=tf32).apply()
+    x = torch.randn(1024, 1024, device=accelerator)
+    error = float((x @ x - (x.double() @ x.double())).abs().max())
+    assert (error > 1e-2) == (tf32 and torch.cuda.get_device_capability()[0] >= 8)

@@ -22,7 +22,7 @@ TWO = IntGrid(3, group_size=16, include_zero=False, real_zero=True, scales=LEVEL
 # a difference, a division and a product; the rest is that of blocks and of fits. Reads are of
 # whether the Hessian and its factor are finite and, for SpQR, of where outliers are.
 SOLVERS: dict[str, tuple[Solver, float, int]] = {
-    "row": (GPTQ(IntGrid(4)), 9.3, 3),
+    "row": (GPTQ(IntGrid(4)), 9.2, 3),
     "ordered groups": (GPTQ(IntGrid(4, group_size=32), act_order=True, static_groups=True), 9.6, 3),
     "groups": (GPTQ(IntGrid(4, group_size=32)), 10.5, 3),
     "spqr without outliers": (SpQR(TWO, threshold=float("inf")), 14, 3),
@@ -103,3 +103,27 @@ def test_a_block_changes_none_of_its_arguments() -> None:
     found = sweep(weight, hessian, lambda *_: (), lambda w: w.round(), 48, block=16)
     assert torch.equal(weight, before[0]) and torch.equal(hessian, before[1])
     assert torch.equal(found.rounded, found.values.round())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SOLVERS)
+def test_an_accelerator_rounds_as_the_cpu_does(name: str, accelerator: torch.device) -> None:
+    solver, weight, hessian = SOLVERS[name][0], *problem(32, 64)
+    ours = solver(weight.to(accelerator), hessian.to(accelerator)).weight
+    assert ours.device.type == accelerator.type
+    assert (ours.cpu() - solver(weight, hessian).weight).abs().lt(1e-4).double().mean() >= 0.99
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["row", "ordered groups", "spqr"])
+def test_cuda_replays_equal_digits(name: str, accelerator: torch.device) -> None:
+    if accelerator.type not in captured.DEVICES:
+        pytest.skip("no CUDA device")
+    solver, found = SOLVERS[name][0], []
+    for wanted in (False, True, True):
+        captured.replay(wanted)
+        problems = (problem(32, 256, seed) for seed in (0, 1))
+        found.append([solver(*(x.to(accelerator) for x in each)).weight for each in problems])
+    captured.replay(False)
+    for replayed in found[1:]:
+        assert all(torch.equal(*pair) for pair in zip(found[0], replayed, strict=True))

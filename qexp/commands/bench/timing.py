@@ -49,10 +49,11 @@ def spent(task: Task, work: Callable[[], object]) -> float:
         start = time.process_time()
         work()
         return time.process_time() - start
-    torch.accelerator.synchronize(task.device)
+    module = torch.get_device_module(task.device)
+    module.synchronize()
     start = time.perf_counter()
     work()
-    torch.accelerator.synchronize(task.device)
+    module.synchronize()
     return time.perf_counter() - start
 
 

@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
     with atomic(chosen.out / "gpu.md") as path:
         path.write_text(page(result), encoding="utf-8")
     print(chosen.out / "gpu.md")
-    return int(any("failed" in each for each in parts.values()))
+    return int(_failed(parts))
 
 
 def record(
@@ -90,6 +90,10 @@ def without_speeds(tree: Any) -> Any:
         for key, value in tree.items()
         if not any(key.endswith(word) for word in words)
     }
+
+
+def _failed(tree: Any) -> bool:
+    return isinstance(tree, dict) and ("failed" in tree or any(map(_failed, tree.values())))
 
 
 def _measured(name: str, sizes: Sizes, device: str) -> dict[str, Any]:

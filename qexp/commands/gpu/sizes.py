@@ -44,7 +44,6 @@ class Sizes:
         shared += [f"model.sizes.{key}={value}" for key, value in sizes.items()]
         shared += ["data=synthetic", "calibration=synthetic", "progress=false"]
         shared += [f"calibration.length={self.length}", f"calibration.sequences={self.sequences}"]
-        shared += [f"data.count={self._documents}", f"calibration.corpus.count={self._documents}"]
         with initialize_config_dir(version_base="1.3", config_dir=str(conf())):
             return compose("config", [*shared, *words])
 
@@ -52,8 +51,3 @@ class Sizes:
     def tokens(self) -> int:
         """Calibration tokens."""
         return self.sequences * self.length
-
-    @property
-    def _documents(self) -> int:
-        """Enough documents of 200 words, of about 5 bytes, one token each."""
-        return 2 + self.tokens // 500

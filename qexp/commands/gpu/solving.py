@@ -12,45 +12,48 @@ from qexp.common import captured
 from qexp.config.instantiate import instantiate
 from qexp.grid import IntGrid
 from qexp.solvers import GPTQ
-from qexp.task import Task
+from qexp.step import Step
+from qexp.task import Batch, Task
 
 METHODS = ("gptq", "spqr", "oac")
 SIDE, REPEATS = 8192, 8  # of the products that the peak rate is measured with
 
 
 def solving(sizes: Sizes, device: str) -> dict[str, Any]:
-    """Seconds and peak bytes of each method on one block and on all, and the products that it
-    computes as a share of the rate of a large product in bfloat16.
+    """Seconds and peak bytes of each method on one block and on all; on one block also the products
+    that it computes, as a share of the rate of a large product in bfloat16.
 
-    The products (forward passes, Hessians, factorizations apart) are counted in a first run, which
-    also warms up."""
+    These (forward and backward passes, Hessians, updates of later columns) are counted in a first
+    run, which also warms up."""
     task, batches = loaded(sizes.config(device))
     found: dict[str, Any] = {"product": products(task, min(SIDE, 2 * sizes.hidden))}
-    peak_rate = found["product"]["bfloat16 rate"]
-    host = {name: tensor.to("cpu", copy=True) for name, tensor in task.model.state_dict().items()}
-    for blocks in sorted({sizes.blocks, 1}, reverse=True):
-        del task.blocks[blocks:]
+    others = list(task.blocks[1:])
+    del task.blocks[1:]
+    for name in METHODS:
+        method = instantiate(sizes.config(device, *_words(name, sizes)).method)
+        with FlopCounterMode(display=False) as counter:
+            _costs(task, batches, method)
+        costs = _costs(task, batches, method)
+        operations = counter.get_total_flops()
+        share = operations / costs["seconds"] / found["product"]["bfloat16 rate"]
+        found[f"{name}, 1 block"] = {"operations": operations, "share": share, **costs}
+    task.blocks.extend(others)
+    if others:
         for name in METHODS:
             method = instantiate(sizes.config(device, *_words(name, sizes)).method)
-
-            def run(method: Any = method) -> None:
-                empty_cache()
-                method(task, lambda: batches)
-
-            with FlopCounterMode(display=False) as counter:
-                run()
-            task.model.load_state_dict(host, strict=False)
-            peak(task)  # from here on
-            seconds = spent(task, run)
-            task.model.load_state_dict(host, strict=False)
-            operations = counter.get_total_flops()
-            found[f"{name}, {blocks} block{'s' * (blocks > 1)}"] = {
-                "operations": operations,
-                "seconds": seconds,
-                "bytes": peak(task),
-                "share": operations / seconds / peak_rate,
-            }
+            found[f"{name}, {sizes.blocks} blocks"] = _costs(task, batches, method)
     return found
+
+
+def _costs(task: Task, batches: list[Batch], method: Step) -> dict[str, float]:
+    """Of a method on a model, whose weights are afterwards as before."""
+    before = {name: tensor.to("cpu", copy=True) for name, tensor in task.model.state_dict().items()}
+    empty_cache()
+    peak(task)  # from here on
+    seconds = spent(task, lambda: method(task, lambda: batches))
+    held = peak(task)
+    task.model.load_state_dict(before)
+    return {"seconds": seconds, "bytes": held}
 
 
 def _words(name: str, sizes: Sizes) -> list[str]:

@@ -7,6 +7,7 @@ from omegaconf import DictConfig
 from qexp.commands.bench.timing import empty_cache, loaded, peak, spent
 from qexp.commands.bench.training import adapted, installed_step
 from qexp.commands.gpu.sizes import Sizes
+from qexp.common.errors import first_line
 from qexp.config.instantiate import instantiate
 from qexp.methods.finetune import FineTune
 from qexp.methods.quadapter import EndToEnd
@@ -44,13 +45,16 @@ def training(sizes: Sizes, device: str) -> dict[str, Any]:
 def distributed(sizes: Sizes, device: str) -> dict[str, Any]:
     """Seconds and bytes of two training steps with each strategy, in one process on one device,
     with everything before and after them."""
-    found: dict[str, Any] = {}
-    for strategy in ("auto", "ddp", "fsdp"):
-        words = (f"trainer.strategy={strategy}", "trainer.devices=1", "trainer.steps=2")
-        words += ("trainer.every=2", "method=qat")
-        cfg = sizes.config(device, *words, *LOW, blocks=1)
-        found[strategy] = _whole(cfg)
-    return found
+    return {strategy: _with(strategy, sizes, device) for strategy in ("auto", "ddp", "fsdp")}
+
+
+def _with(strategy: str, sizes: Sizes, device: str) -> dict[str, Any]:
+    words = (f"trainer.strategy={strategy}", "trainer.devices=1", "trainer.steps=2")
+    words += ("trainer.every=2", "method=qat", "weight=channel", "weight.bits=8")
+    try:
+        return _whole(sizes.config(device, *words, *LOW, blocks=1))
+    except Exception as error:  # one strategy tells nothing of the others
+        return {"failed": f"{type(error).__name__}: {first_line(error)}"}
 
 
 def _whole(cfg: DictConfig) -> dict[str, float]:
