@@ -201,14 +201,16 @@ class Entropy(Range):
         return torch.maximum(low, -clip_at), torch.minimum(high, clip_at)
 
     def _row(self, x: Tensor, counts: Tensor, low: Tensor, high: Tensor, grid: Grid) -> Tensor:
-        """The best T of one row."""
+        """The best T of one row, on the host."""
         width = (high - low) / self.bins
         widest = torch.maximum(low.abs(), high.abs())
         if width == 0:
-            return widest[0]
+            return widest[0].cpu()
         index = ((x - low) / width).long().clamp(0, self.bins - 1)
-        mass = torch.bincount(index, counts.double(), self.bins)
-        centers = low + (torch.arange(self.bins, device=x.device) + 0.5) * width
+        mass = torch.bincount(index, counts.double(), self.bins).cpu()
+        # Every candidate ends in a comparison on the host.
+        low, high, width, widest = (each.cpu() for each in (low, high, width, widest))
+        centers = low + (torch.arange(self.bins) + 0.5) * width
         best, clip_at = torch.inf, widest
         for step in range(0, self.bins, self.stride):
             end = widest - step * width

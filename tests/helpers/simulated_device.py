@@ -18,11 +18,13 @@ The file imports torch and lightning, and nothing of this project. From outside 
 folder on the path and import `helpers.simulated_device`.
 """
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,6 +52,8 @@ class Counts:
 _counting: list[Counts] = []
 _active = False
 _registered = False
+_visible: list[str] | None = ["0", "1"]
+_process = ExitStack()
 _library: Any = None  # its registrations end with it
 
 
@@ -64,12 +68,14 @@ def counting() -> Iterator[Counts]:
 
 
 @contextmanager
-def simulated() -> Iterator[None]:
+def simulated(trainer: bool = True) -> Iterator[None]:
     """The devices can be used, and `torch.accelerator` finds them. Outside of the context it finds
-    none, so that `device=auto` stays the CPU for the rest of the process."""
+    none, so that `device=auto` stays the CPU for the rest of the process. trainer: Lightning knows
+    them too."""
     global _active
     _register()
-    _register_trainer()
+    if trainer:
+        _register_trainer()
     before = _active, torch.Generator, torch.__future__.get_swap_module_params_on_conversion()
     _active, torch.Generator = True, Generator  # type: ignore[misc]
     # As on CUDA, `Module.to` leaves parameters the objects that they are, and so keeps them tied.
@@ -81,6 +87,36 @@ def simulated() -> Iterator[None]:
     finally:
         _active, torch.Generator, swapped = before  # type: ignore[misc]
         torch.__future__.set_swap_module_params_on_conversion(swapped)
+
+
+def autoload() -> None:
+    """As an entry point of the group `torch.backends` (`write_entry_point`): the devices can be
+    used in the whole process, those of CUDA_VISIBLE_DEVICES under numbers from 0."""
+    global _visible
+    _visible = None
+    _process.enter_context(simulated(trainer=False))
+
+
+def write_entry_point(folder: Path) -> None:
+    """With this folder and tests/ on its path, a process calls `autoload` when it imports torch. It
+    adds its number and its device's to the file that SIMULATED_LOG names."""
+    made = folder / "simulated_device-1.dist-info"
+    made.mkdir()
+    (made / "METADATA").write_text("Metadata-Version: 2.1\nName: simulated_device\nVersion: 1\n")
+    entry = "[torch.backends]\nsimulated = helpers.simulated_device:autoload\n"
+    (made / "entry_points.txt").write_text(entry)
+
+
+def _seen() -> list[str]:
+    """The numbers of the devices, read when the first tensor is made: as CUDA does."""
+    global _visible
+    if _visible is None:
+        named = os.environ.get("CUDA_VISIBLE_DEVICES")
+        _visible = ["0", "1"] if named is None else [each for each in named.split(",") if each]
+        if log := os.environ.get("SIMULATED_LOG"):
+            with open(log, "a") as file:
+                print(os.getpid(), *_visible, file=file)
+    return _visible
 
 
 class SimulatedTensor(Tensor):
@@ -287,6 +323,9 @@ def _cause(name: str, tensors: list[Tensor], target: torch.device | None) -> str
 
 def _factory(func: Any, *args: Any, **kwargs: Any) -> Any:
     """An operation without tensors, as `torch.empty(3, device="sim:1")`."""
+    device = kwargs.get("device")
+    if device is not None and (device.index or 0) >= len(_seen()):
+        raise RuntimeError(f"{device}: invalid device ordinal")
     return _dispatch(func, args, kwargs)
 
 
@@ -300,7 +339,7 @@ class _Module:
         return _active
 
     def device_count(self) -> int:
-        return len(DEVICES) if _active else 0
+        return len(_seen()) if _active else 0
 
     def current_device(self) -> int:
         return 0
@@ -329,6 +368,9 @@ class _Module:
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16]
+
+
+_module = _Module()
 
 
 class _Hook(torch._C._acc.PrivateUse1Hooks):
@@ -366,13 +408,16 @@ def _register() -> None:
     if _registered:
         return
     _registered = True
-    backend_registration._setup_privateuseone_for_python_backend("sim", _Module(), _Hook())
+    backend_registration._setup_privateuseone_for_python_backend("sim", _module, _Hook())
     _library = torch.library.Library("_", "IMPL")
     _library.fallback(_factory, "PrivateUse1")
     _library.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
     casts = torch.library.Library("aten", "IMPL")
     for name in LOW_PRECISION:
         casts.impl(name, _cast(getattr(torch.ops.aten, name).default), "AutocastPrivateUse1")
+    for name in ("silu_backward", "mish_backward"):  # the CPU has kernels for them, others formulas
+        operation = getattr(torch.ops.aten, name).default
+        casts.impl(name, partial(_factory, operation), "PrivateUse1")
     # torch.tensor(..., device=...) copies below the level of __torch_dispatch__.
     casts.impl("copy_", partial(_factory, torch.ops.aten.copy_.default), "PrivateUse1")
     _library.casts = casts
