@@ -9,18 +9,20 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.seed import isolate_rng
 from omegaconf import DictConfig
 
-from qexp.common import numerics, progress, ranks
+from qexp.common import collectives, launch, numerics, progress, ranks, trainers
 from qexp.common.errors import UserError
 from qexp.common.workspace import Workspace
 from qexp.config import grid_choice, root_keys
 from qexp.config.instantiate import instantiate
 from qexp.data.recipe import Recipe
-from qexp.eval.base import Evaluator, FloatModel, digest
+from qexp.eval.base import Evaluator, FloatModel, digest, warn_of_float_cache
+from qexp.models import footprint
 from qexp.models.base import ModelSource
-from qexp.models.device import as_task
+from qexp.models.device import as_task, device_of
 from qexp.models.state_diff import Checksums, added, checksums, state_diff
 from qexp.packed import weights_file
 from qexp.quantizers import maps
@@ -28,7 +30,7 @@ from qexp.quantizers.scheme import FloatActivations, all_called
 from qexp.runs import recorded, repeatable, results, used_modules
 from qexp.runs.provenance import Provenance
 from qexp.runs.results import Answer
-from qexp.step import Nothing, Record, Step
+from qexp.step import Nothing, Record, Step, storage
 from qexp.task import Batch, Task
 
 
@@ -63,34 +65,49 @@ def answer(cfg: DictConfig, folder: Path) -> Answer | None:
     return recorded.answer(cfg, files)
 
 
-ADDED = 16  # bits of each number that a step added to the model, which models are shipped in
+def run(cfg: DictConfig, folder: Path, loggers: Sequence[Logger] = ()) -> dict[str, float]:
+    """Build, load, apply, evaluate, write; the metrics, which `loggers` get as they are known.
 
-
-def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
-    """Build, load, apply, evaluate, write; the metrics.
-
-    Raises UserError for what the user can put right; nothing is written then. Raises ranks.Done in
-    a process that only trains with the first one, which alone evaluates and writes.
+    With `trainer.devices` processes the first one alone logs and writes. Raises UserError for what
+    the user can put right; nothing is written then.
     """
     parts = build(cfg)
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
-    progress.show(cfg.progress)
+    progress.show(cfg.progress and not ranks.rank())
+    devices = instantiate(cfg.trainer).devices
+    if devices == ranks.world() == 1:
+        return _run(parts, cfg, folder, loggers)
+    device = device_of(cfg.device)
+    trainers.check(device, devices)
+    with launch.processes(folder, devices):
+        trainers.connect(device, devices)
+        return _run(parts, cfg, folder, loggers)
+
+
+def _run(
+    parts: Parts, cfg: DictConfig, folder: Path, loggers: Sequence[Logger]
+) -> dict[str, float]:
     provenance = Provenance(used_modules.roots(cfg))
     provenance.read_files(parts.files())
     L.seed_everything(cfg.seed, verbose=False)
+    footprint.check(cfg)
     with provenance.stage("load"):
         task = load(parts, cfg, folder)
+        task.workspace.loggers = loggers
         origin = checksums(task.model) if cfg.save_weights else {}
         names = {name for name, _ in task.model.named_parameters()}
     source = parts.source
     provenance.add(model=source.fingerprint(), tensor_types=source.tensor_types())
-    provenance.add(device=str(task.device), numerics=numerics.facts(task.device), seed=cfg.seed)
+    provenance.add(device=str(task.device), processes=ranks.world(), seed=cfg.seed)
+    provenance.add(numerics=numerics.facts(task.device))
     evaluators = measure_float(parts, task, cfg, folder, provenance)
     records = apply(parts, task, provenance)
-    if ranks.rank():
-        raise ranks.Done
     metrics = storage(records, added(task.model, names), maps.bits(task))
+    for logger in loggers:
+        logger.log_metrics(metrics)
     metrics |= evaluate(evaluators, task, provenance)
+    if ranks.rank():
+        return metrics
     if cfg.save_weights:
         save(task, origin, records, folder)
     written = results.write(folder, metrics, records, provenance)
@@ -113,12 +130,12 @@ def build(cfg: DictConfig) -> Parts:
 
 def load(parts: Parts, cfg: DictConfig, folder: Path) -> Task:
     """The model on its device, checked against what is going to be done to it."""
-    loaded = parts.source.load()
+    loaded = parts.source.loaded()
     task = as_task(parts.source, loaded, cfg)
-    task.workspace = Workspace(folder)
+    task.workspace = Workspace(folder, cfg.memory)
     loaded.finish(task)
     unquantized = parts.source.origin()
-    task.original = lambda: as_task(unquantized, unquantized.load(), cfg).model
+    task.original = lambda: as_task(unquantized, unquantized.loaded(), cfg).model
     _check_quantizers(task, parts.steps)
     for evaluator in parts.evaluators:
         evaluator.check(task)
@@ -129,15 +146,13 @@ def measure_float(
     parts: Parts, task: Task, cfg: DictConfig, folder: Path, provenance: Provenance
 ) -> list[Evaluator]:
     """The evaluators, of which those that compare with the float model have measured it."""
-    if ranks.rank():
-        return parts.evaluators
     unquantized = parts.source.origin()
 
     @cache
     def float_task() -> Task:
         if unquantized is parts.source:
             return task
-        return as_task(unquantized, unquantized.load(), cfg)
+        return as_task(unquantized, unquantized.loaded(), cfg)
 
     identity = unquantized.fingerprint() | numerics.identity(task.device)
     start = FloatModel(identity, float_task, folder)
@@ -150,13 +165,18 @@ def apply(parts: Parts, task: Task, provenance: Provenance) -> list[Record]:
 
     def batches() -> list[Batch]:
         found = parts.recipe(task)  # first: it may refuse, before the whole text is read
-        provenance.add(calibration=parts.recipe.definition())
+        provenance.add(calibration=parts.recipe.definition() | parts.recipe.followed(task))
         return found
 
     for step in parts.steps:
-        provenance.add(training={k: each.definition() for k, each in step.recipes().items()})
+        own = {k: x.definition() | x.followed(task) for k, x in step.recipes().items()}
+        provenance.add(training=own)
+    records: list[Record] = []
     with provenance.stage("quantize"):
-        return [record for step in parts.steps for record in step(task, batches)]
+        for step in parts.steps:
+            records += step(task, batches)
+            collectives.synchronize(task)  # what each process computed may differ in the last bits
+    return records
 
 
 def evaluate(
@@ -165,11 +185,15 @@ def evaluate(
     """The metrics of every evaluator, and in the provenance the definition of each."""
     metrics: dict[str, float] = {}
     for index, evaluator in enumerate(evaluators):
+        warn_of_float_cache(evaluator, task)
         with provenance.stage(f"evaluate {evaluator.name}"), ExitStack() as stack:
             if not index:
                 stack.enter_context(all_called(task, f"eval {evaluator.name}"))
             numbers = evaluator(task)
-        metrics |= {f"{evaluator.name}/{key}": value for key, value in numbers.items()}
+        named = {f"{evaluator.name}/{key}": float(value) for key, value in numbers.items()}
+        for logger in task.workspace.loggers:
+            logger.log_metrics(named)
+        metrics |= named
         definition = evaluator.definition() | evaluator.followed(task)
         entry = {
             "digest": digest(definition),
@@ -207,32 +231,6 @@ def _evaluator(name: str, node: Any) -> Evaluator:
         )
     evaluator: Evaluator = instantiate(node)
     return evaluator
-
-
-def storage(records: list[Record], numbers: int = 0, online: int = 0) -> dict[str, float]:
-    """Measured bits per quantized weight over all linears, how many weights those are, and
-    the bits that the method's paper would print, where it counts otherwise.
-
-    numbers: that steps added to the model (a head untied by a rotation, biases), which storage must
-    keep too. They are part of `weight/bits`; `weight/added_bits` says which part. online: bits of
-    online maps; `weight/online_bits` likewise."""
-    weights = sum(record.rows * record.columns for record in records)
-    if not weights:
-        return {}
-    bits = sum(record.bits * record.rows * record.columns for record in records)
-    parts = {"added": ADDED * numbers / weights, "online": online / weights}
-    error = sum(record.error for record in records) / len(records)
-    metrics = {
-        "weight/bits": bits / weights + sum(parts.values()),
-        "weight/count": float(weights),
-        "weight/error": error,
-    }
-    metrics |= {f"weight/{name}_bits": more for name, more in parts.items() if more}
-    printed = [(r.paper_bits, r.rows * r.columns) for r in records if r.paper_bits is not None]
-    if printed:
-        total = sum(bits * count for bits, count in printed)
-        metrics["weight/paper_bits"] = total / sum(count for _, count in printed)
-    return metrics
 
 
 def save(task: Task, origin: Checksums, records: list[Record], folder: Path) -> None:

@@ -9,6 +9,8 @@ from qexp.packed.base import Packed
 from qexp.quantizers.scheme import Activations, quantize_activations
 from qexp.task import Batches, Task
 
+ADDED = 16  # bits of each number that a step added to the model, which models are shipped in
+
 
 @dataclass(frozen=True)
 class Record:
@@ -65,3 +67,29 @@ class Nothing(Step):
     def __call__(self, task: Task, batches: Batches) -> list[Record]:
         quantize_activations(task, self.activations, batches)
         return []
+
+
+def storage(records: list[Record], numbers: int = 0, online: int = 0) -> dict[str, float]:
+    """Measured bits per quantized weight over all linears, how many weights those are, and
+    the bits that the method's paper would print, where it counts otherwise.
+
+    numbers: that steps added to the model (a head untied by a rotation, biases), which storage must
+    keep too. They are part of `weight/bits`; `weight/added_bits` says which part. online: bits of
+    online maps; `weight/online_bits` likewise."""
+    weights = sum(record.rows * record.columns for record in records)
+    if not weights:
+        return {}
+    bits = sum(record.bits * record.rows * record.columns for record in records)
+    parts = {"added": ADDED * numbers / weights, "online": online / weights}
+    error = sum(record.error for record in records) / len(records)
+    metrics = {
+        "weight/bits": bits / weights + sum(parts.values()),
+        "weight/count": float(weights),
+        "weight/error": error,
+    }
+    metrics |= {f"weight/{name}_bits": more for name, more in parts.items() if more}
+    printed = [(r.paper_bits, r.rows * r.columns) for r in records if r.paper_bits is not None]
+    if printed:
+        total = sum(bits * count for bits, count in printed)
+        metrics["weight/paper_bits"] = total / sum(count for _, count in printed)
+    return metrics

@@ -185,10 +185,15 @@ def trimmed(batch: Batch) -> Batch:
     return {key: x[:, :length] if x.shape == mask.shape else x for key, x in batch.items()}
 
 
+def in_rows(batches: Iterable[Batch], rows: int) -> list[Batch]:
+    """The rows of each batch in order, at most `rows` of them together."""
+    return [
+        {key: value[start : start + rows] for key, value in batch.items()}
+        for batch in batches
+        for start in range(0, len(next(iter(batch.values()))), rows)
+    ]
+
+
 def singly(batches: Iterable[Batch]) -> list[Batch]:
     """Each row as a batch of its own, without padding."""
-    return [
-        trimmed({key: value[start : start + 1] for key, value in batch.items()})
-        for batch in batches
-        for start in range(len(next(iter(batch.values()))))
-    ]
+    return [trimmed(row) for row in in_rows(batches, 1)]

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, uint8
 
-from qexp.common import ranks
+from qexp.common import collectives, ranks
 from qexp.common.cache_entries import LOCK, default_folder
 from qexp.common.errors import UserError
 from qexp.common.files import atomic
@@ -36,8 +36,11 @@ class Cache:
     """One safetensors file per entry, which also holds the full key and a checksum.
 
     An entry that is corrupt, truncated or made for another key is rebuilt. A folder that cannot be
-    read or written costs one warning per process and never stops a run. Processes that need the
-    same entry at the same time wait for the first.
+    read or written costs one warning per process and never stops a run. Runs that need the same
+    entry at the same time wait for the first.
+
+    The processes of one run call these methods together: the first reads and writes, and gives the
+    others what it read. So all of them compute an entry that is absent, or none does.
     """
 
     folder: Path = field(default_factory=default_folder)
@@ -49,33 +52,40 @@ class Cache:
         changed code never reads old entries. Tensors are returned on the CPU, contiguous.
         """
         path, full_key = self._place(kind, {**key, "code": _source(build.__module__)})
-        if (tensors := _read(path, full_key)) is not None:
-            return tensors
-        if ranks.rank():  # no lock: rank 0 may hold it while it waits for this rank in `build`
-            return plain(build())
-        with _exclusive(path):
-            # another process may have written it while this one waited
-            if (tensors := _read(path, full_key, quiet=True)) is not None:
+        with ExitStack() as stack:
+
+            def look() -> dict[str, Tensor] | None:
+                found = _read(path, full_key)
+                if found is None and not ranks.rank():  # rank 0 may hold it and wait for this rank
+                    stack.enter_context(_exclusive(path))
+                    # another process may have written it while this one waited
+                    found = _read(path, full_key, quiet=True)
+                return found
+
+            if (tensors := collectives.from_first(look)) is not None:
                 return tensors
             built = plain(build())
-            _write(path, full_key, built)
+            if not ranks.rank():
+                _write(path, full_key, built)
             return built
 
     def alone(self, kind: str, key: Mapping[str, Any]) -> AbstractContextManager[None]:
-        """An exclusive lock on an entry against other processes, to hold from `find` to `put`."""
-        return _exclusive(self._place(kind, key)[0])
+        """An exclusive lock on an entry against other runs, to hold from `find` to `put`."""
+        return nullcontext() if ranks.rank() else _exclusive(self._place(kind, key)[0])
 
     def find(self, kind: str, key: Mapping[str, Any]) -> dict[str, Tensor] | None:
         """The entry of `key`, or None. The key must include the hashes of its code (`sources`)."""
-        return _read(*self._place(kind, key))
+        return collectives.from_first(lambda: _read(*self._place(kind, key)))
 
     def put(self, kind: str, key: Mapping[str, Any], tensors: dict[str, Tensor]) -> bool:
         """Write an entry. Returns False, with a warning, where it cannot be written."""
         path, full_key = self._place(kind, key)
-        return _write(path, full_key, plain(tensors))
+        return collectives.from_first(lambda: _write(path, full_key, plain(tensors)))
 
     def drop(self, kind: str, key: Mapping[str, Any]) -> None:
         """Delete an entry if it exists."""
+        if ranks.rank():
+            return
         with contextlib.suppress(OSError):
             self._place(kind, key)[0].unlink(missing_ok=True)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from functools import partialmethod
 from typing import TypeVar
 
+from lightning.pytorch.callbacks import TQDMProgressBar
 from tqdm import auto, tqdm
 from transformers.utils import logging
 
@@ -33,3 +34,15 @@ def drawn() -> bool:
 def bar(items: Iterable[Item], description: str, total: int | None = None) -> Iterable[Item]:
     """`items` with a progress bar, which is removed at the end."""
     return tqdm(items, desc=description, total=total, disable=not drawn(), leave=False)
+
+
+class Bar(TQDMProgressBar):
+    """Lightning's bar of a test loop, with a description."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__()
+        self.description = description
+
+    @property
+    def test_description(self) -> str:
+        return self.description

@@ -1,14 +1,14 @@
-"""Rank and world size of the processes that train one run together.
+"""Rank and world size of the processes of one run.
 
-Rank 0 owns the run's folder, evaluates and writes; the other ranks end after training. `torchrun`,
-or the key `processes`, sets the environment variables that are read here.
+Rank 0 owns the run's folder, logs and writes. `torchrun`, or `common.launch`, sets the environment
+variables that are read here.
 """
 
 import os
 
 
 class Done(Exception):
-    """Raised where a rank other than 0 has nothing left to do."""
+    """Raised in a rank other than 0 whose run has ended before it could join."""
 
 
 def rank() -> int:

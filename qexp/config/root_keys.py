@@ -5,7 +5,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig
 
 from qexp.common import numerics
-from qexp.common.errors import UserError, check_bool, check_int, check_range
+from qexp.common.errors import UserError, check_bool, check_int, check_number, check_range
 
 SWITCHES = ("offload", "replay", "progress", "save_weights", "dry_run", "fail_fast")
 RETRIES = (None, "failed")
@@ -17,6 +17,8 @@ def check(cfg: DictConfig) -> None:
     check_range("", cfg, "a whole number from 0 to 2**32 - 1", _seed, "seed")
     if cfg.threads is not None:
         check_int("", cfg, threads=1)
+    if cfg.memory is not None:
+        check_number("", cfg, memory=0)
     if not isinstance(cfg.device, str):
         raise UserError(f"device={cfg.device}: give cpu, cuda, cuda:N or auto.")
     numerics.of(cfg)

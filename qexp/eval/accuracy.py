@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qexp.common.errors import UserError
-from qexp.common.progress import bar
 from qexp.data.corpus import Corpus
 from qexp.data.recipe import Recipe
 from qexp.eval.base import Evaluator
-from qexp.task import Classifier, Task, trimmed
+from qexp.eval.loop import measured
+from qexp.task import Batch, Classifier, Task, in_rows, trimmed
 
 
 @dataclass(frozen=True)
@@ -36,20 +37,19 @@ class Accuracy(Evaluator):
 
     def __call__(self, task: Task) -> dict[str, float]:
         self.check(task)
-        assert isinstance(task, Classifier)
-        right: list[torch.Tensor] = []
-        for batch in self.batches(task):
-            for start in bar(range(0, len(batch["labels"]), self.batch_rows), self.name):
-                stop = start + self.batch_rows
-                few = trimmed({key: part[start:stop] for key, part in batch.items()})
-                with torch.no_grad():
-                    logits = task.logits(few)
-                if not logits.isfinite().all():
-                    raise UserError(
-                        f"eval {self.name}: a logit is not finite: the model's weights or "
-                        "activations contain NaN or infinity"
-                    )
-                right.append((logits.argmax(-1).cpu() == few["labels"]).double())
+
+        def step(batch: Batch) -> Tensor:
+            assert isinstance(task, Classifier)
+            few = trimmed(batch)
+            logits = task.logits(few)
+            if not logits.isfinite().all():
+                raise UserError(
+                    f"eval {self.name}: a logit is not finite: the model's weights or "
+                    "activations contain NaN or infinity"
+                )
+            return (logits.argmax(-1).cpu() == few["labels"].cpu()).double()
+
+        right = measured(task, self.name, in_rows(self.batches(task), self.batch_rows), step)
         if not right:
             raise UserError(f"eval {self.name}: batches: the data has no rows to classify")
         hits = torch.cat(right)

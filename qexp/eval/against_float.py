@@ -2,8 +2,9 @@
 
 import copy
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from qexp.common.errors import UserError
 from qexp.data.corpus import Corpus
 from qexp.eval import token_losses
 from qexp.eval.base import Evaluator, FloatModel, WithReference
-from qexp.eval.token_losses import Window, check_causal, states
+from qexp.eval.loop import measured
+from qexp.eval.token_losses import Batch, Window, batched, check_causal, states, targets
 from qexp.eval.windowed import Windowed, ratio
 from qexp.task import CausalLM, Task
 
@@ -47,8 +49,13 @@ class AgainstFloat(Evaluator):
         windows = self._windows(task)
 
         def build() -> dict[str, Tensor]:
-            parts = [hidden.flatten(0, 1).cpu() for _, hidden in self._states(task, windows)]
-            return {"hidden": torch.cat(parts)}
+            check_causal(task, self.name)
+
+            def step(batch: Batch) -> Tensor:
+                assert isinstance(task, CausalLM)
+                return states(task, batch).flatten(0, 1).cpu()
+
+            return {"hidden": torch.cat(measured(task, self.name, self._batches(windows), step))}
 
         key = {
             "model": dict(start.model),
@@ -79,10 +86,8 @@ class AgainstFloat(Evaluator):
     def _windows(self, task: Task) -> list[Window]:
         return [window for part in self.protocol.passages(task) for window in part.windows]
 
-    def _states(
-        self, task: Task, windows: list[Window]
-    ) -> Iterator[tuple[list[Window], Float[Tensor, "windows scored width"]]]:
-        return states(task, windows, self.protocol.batch_tokens, self.name)
+    def _batches(self, windows: list[Window]) -> list[Batch]:
+        return list(batched(windows, self.protocol.batch_tokens))
 
     def _compare(
         self,
@@ -91,17 +96,19 @@ class AgainstFloat(Evaluator):
         hidden: Float[Tensor, "positions width"],
         head: nn.Module,
     ) -> dict[str, float]:
-        parts: list[Float[Tensor, "measures positions"]] = []
-        at = 0
-        with torch.no_grad():
-            for batch, now in self._states(task, windows):
-                assert isinstance(task, CausalLM)
-                targets = torch.cat([w.tokens[-w.scored :] for w in batch]).to(now.device)
-                new = now.flatten(0, 1)
-                old = hidden[at : at + len(new)].to(now.device)
-                at += len(new)
-                logits = task.logits(old, head), task.logits(new), targets.split(tasks.POSITIONS)
-                parts += [compare(*chunk).cpu() for chunk in zip(*logits, strict=True)]
+        check_causal(task, self.name)
+        ends = [0, *accumulate(window.scored for window in windows)]
+
+        def step(batch: Batch) -> Float[Tensor, "measures positions"]:
+            assert isinstance(task, CausalLM)
+            new = states(task, batch).flatten(0, 1)
+            place = slice(ends[batch.first], ends[batch.first + len(batch.windows)])
+            old = hidden[place].to(new.device)
+            aims = targets(batch).to(new.device).split(tasks.POSITIONS)
+            chunks = zip(task.logits(old, head), task.logits(new), aims, strict=True)
+            return torch.cat([compare(*chunk) for chunk in chunks], dim=1).cpu()
+
+        parts = measured(task, self.name, self._batches(windows), step)
         if not (measures := torch.cat(parts, dim=1).double()).isfinite().all():
             raise UserError(
                 f"eval {self.name}: a logit is not finite: the model's weights or activations "

@@ -10,13 +10,14 @@ from jaxtyping import Int64
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from qexp.common import collectives
 from qexp.common.cache import Cache
 from qexp.common.errors import UserError
 from qexp.common.files import atomic
-from qexp.common.progress import bar
 from qexp.data.corpus import Corpus
 from qexp.data.tokens import encode_now
 from qexp.eval.base import Evaluator, FloatModel, WithReference
+from qexp.eval.loop import measured
 from qexp.eval.windowed import ratio
 from qexp.task import CausalLM, Task
 
@@ -44,6 +45,10 @@ class Continuations(Evaluator):
     def __call__(self, task: Task) -> dict[str, float]:
         raise UserError(f"eval {self.name}: it needs the float model too; run it through `qexp`")
 
+    @property
+    def decodes(self) -> bool:
+        return True
+
     def check(self, task: Task) -> None:
         if not isinstance(task, CausalLM) or task.tokenizer is None:
             raise UserError(
@@ -68,8 +73,9 @@ class Continuations(Evaluator):
             changed = self._continue(task, prompts)
             agreed = [_agreed(a, b) for a, b in zip(plain, changed, strict=True)]
             text = page(tokenizer, prompts, plain, changed, agreed)
-            with atomic(start.folder / FILE) as path:
-                path.write_text(text, encoding="utf-8")
+            if not collectives.rank():
+                with atomic(start.folder / FILE) as path:
+                    path.write_text(text, encoding="utf-8")
             same = [torch.equal(a, b) for a, b in zip(plain, changed, strict=True)]
             numbers = torch.tensor([agreed, same], dtype=torch.float64)
             (mean, error), (share, spread) = (ratio(x, torch.ones_like(x)) for x in numbers)
@@ -118,20 +124,20 @@ class Continuations(Evaluator):
         """Runs one prompt at a time: without padding, prompts cannot affect each other."""
         assert task.tokenizer is not None
         end = task.tokenizer.eos_token_id
-        continuations = []
-        for prompt in bar(prompts, self.name):
+
+        def step(prompt: list[int]) -> Int64[Tensor, " tokens"]:
             ids = torch.tensor([prompt], device=task.device)
-            with torch.no_grad():
-                tokens = task.model.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=self.length,
-                    do_sample=False,
-                    use_cache=True,
-                    pad_token_id=end,
-                )
-            continuations.append(tokens[0, len(prompt) :].cpu())
-        return continuations
+            tokens = task.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=self.length,
+                do_sample=False,
+                use_cache=True,
+                pad_token_id=end,
+            )
+            return tokens[0, len(prompt) :].cpu()
+
+        return measured(task, self.name, prompts, step)
 
 
 def page(

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from qexp.common.errors import UserError
 from qexp.data.corpus import Corpus
 from qexp.data.recipe import Recipe
 from qexp.eval.base import Evaluator
-from qexp.task import Task
+from qexp.eval.loop import measured
+from qexp.task import Task, in_rows
 
 
 @dataclass(frozen=True)
@@ -26,14 +25,9 @@ class MeanLoss(Evaluator):
     batch_rows: int = 4
 
     def __call__(self, task: Task) -> dict[str, float]:
-        losses, rows = [], []
-        with torch.no_grad():
-            for batch in self.batches(task):
-                count = len(next(iter(batch.values())))
-                for start in range(0, count, self.batch_rows):
-                    few = slice(start, start + self.batch_rows)
-                    losses.append(float(task.loss({key: part[few] for key, part in batch.items()})))
-                    rows.append(min(self.batch_rows, count - start))
+        batches = in_rows(self.batches(task), self.batch_rows)
+        rows = [len(next(iter(batch.values()))) for batch in batches]
+        losses = measured(task, self.name, batches, lambda batch: float(task.loss(batch)))
         if not losses:
             raise UserError(f"eval {self.name}: batches: the data has no rows")
         if not all(map(math.isfinite, losses)):
@@ -50,6 +44,9 @@ class MeanLoss(Evaluator):
 
     def definition(self) -> dict[str, Any]:
         return {"kind": "MeanLoss", "batches": self.batches.definition()}
+
+    def followed(self, task: Task) -> dict[str, Any]:
+        return self.batches.followed(task)
 
     def files(self) -> list[Path]:
         return self.batches.files()

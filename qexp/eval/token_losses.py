@@ -8,7 +8,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from qexp.common.errors import UserError
-from qexp.common.progress import bar
+from qexp.eval.loop import measured
 from qexp.task import CausalLM, Classifier, Task
 
 Forward = Callable[[Int64[Tensor, "windows tokens"]], Float[Tensor, "windows tokens width"]]
@@ -19,6 +19,13 @@ class Window(NamedTuple):
 
     tokens: Int64[Tensor, " tokens"]
     scored: int
+
+
+class Batch(NamedTuple):
+    """Windows of one forward pass, of equal shape; `first` counts the windows before them."""
+
+    windows: list[Window]
+    first: int
 
 
 def token_losses(
@@ -34,37 +41,35 @@ def token_losses(
     the hidden states; None: one forward pass of the model. Raises UserError with the protocol's
     `name` if a loss is not finite.
     """
-    losses: list[Float[Tensor, " scored"]] = []
-    for batch, hidden in states(task, windows, batch_tokens, name, forward):
+    check_causal(task, name)
+    batches = list(batched(windows, batch_tokens))
+
+    def step(batch: Batch) -> Float[Tensor, "windows scored"]:
         assert isinstance(task, CausalLM)
-        scored = batch[0].scored
-        targets = torch.cat([window.tokens[-scored:] for window in batch])
-        with torch.no_grad():
-            batch_losses = task.token_losses(hidden.flatten(0, 1), targets).cpu()
-        if not batch_losses.isfinite().all():
+        hidden = states(task, batch, forward)
+        losses = task.token_losses(hidden.flatten(0, 1), targets(batch)).cpu()
+        if not losses.isfinite().all():
             raise UserError(
-                f"eval {name}: the loss is not finite in or near window {len(losses)}: the model's "
+                f"eval {name}: the loss is not finite in or near window {batch.first}: the model's "
                 "weights or activations contain NaN or infinity"
             )
-        losses.extend(batch_losses.view(len(batch), scored))
-    return losses
+        return losses.view(len(batch.windows), -1)
+
+    return [losses for part in measured(task, name, batches, step) for losses in part]
 
 
 def states(
-    task: Task,
-    windows: Sequence[Window],
-    batch_tokens: int,
-    name: str,
-    forward: Forward | None = None,
-) -> Iterator[tuple[list[Window], Float[Tensor, "windows scored width"]]]:
-    """Batches of windows and the hidden states that predict their targets, without gradient."""
-    check_causal(task, name)
-    assert isinstance(task, CausalLM)
-    for batch in bar(list(_batches(windows, batch_tokens)), name):
-        ids = torch.stack([window.tokens for window in batch])
-        with torch.no_grad():
-            hidden = (forward or task.hidden)(ids[:, :-1])  # the last token has no target
-        yield batch, hidden[:, -batch[0].scored :]
+    task: CausalLM, batch: Batch, forward: Forward | None = None
+) -> Float[Tensor, "windows scored width"]:
+    """The hidden states that predict the targets of a batch."""
+    ids = torch.stack([window.tokens for window in batch.windows])
+    hidden = (forward or task.hidden)(ids[:, :-1])  # the last token has no target
+    return hidden[:, -batch.windows[0].scored :]
+
+
+def targets(batch: Batch) -> Int64[Tensor, " targets"]:
+    """The targets of all windows of a batch."""
+    return torch.cat([window.tokens[-window.scored :] for window in batch.windows])
 
 
 def check_causal(task: Task, name: str) -> None:
@@ -77,17 +82,17 @@ def check_causal(task: Task, name: str) -> None:
         )
 
 
-def _batches(windows: Sequence[Window], batch_tokens: int) -> Iterator[list[Window]]:
+def batched(windows: Sequence[Window], batch_tokens: int) -> Iterator[Batch]:
     """Consecutive windows of equal shape, so without padding; at most `batch_tokens` per batch."""
     batch: list[Window] = []
-    for window in windows:
+    for at, window in enumerate(windows):
         shape = (len(window.tokens), window.scored)
         if batch and (
             shape != (len(batch[0].tokens), batch[0].scored)
             or (len(batch) + 1) * len(window.tokens) > batch_tokens
         ):
-            yield batch
+            yield Batch(batch, at - len(batch))
             batch = []
         batch.append(window)
     if batch:
-        yield batch
+        yield Batch(batch, len(windows) - len(batch))

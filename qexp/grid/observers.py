@@ -1,6 +1,8 @@
 """Observers: statistics of a stream of tensors for static ranges, in bounded memory."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Self
 
 import torch
 from jaxtyping import Float
@@ -14,6 +16,8 @@ BINS = 2**16
 
 
 class Observer(ABC):
+    in_order = False  # whether the values depend on the order of the tensors
+
     @abstractmethod
     def add(self, x: Float[Tensor, "..."]) -> None:
         """Observe one more tensor. Raises UserError when a value is not finite."""
@@ -26,6 +30,13 @@ class Observer(ABC):
         Raises UserError when nothing was observed.
         """
 
+    def restart(self) -> None:  # noqa: B027 (optional)
+        """Forget what was observed, except what the first tensor fixed for all later ones."""
+
+    @abstractmethod
+    def merge(self, others: Sequence[Self]) -> None:
+        """Take in what others observed, which were restarted after the same first tensor."""
+
 
 class MinMaxObserver(Observer):
     """The lowest and the highest value of all tensors.
@@ -36,6 +47,7 @@ class MinMaxObserver(Observer):
 
     def __init__(self, momentum: float | None = None) -> None:
         self.momentum = momentum
+        self.in_order = momentum is not None
         self.notes = {"low": torch.inf, "high": -torch.inf}
 
     def add(self, x: Float[Tensor, "..."]) -> None:
@@ -47,6 +59,11 @@ class MinMaxObserver(Observer):
             for key, before in self.notes.items():
                 ends[key] = before + (1 - self.momentum) * (ends[key] - before)
         self.notes.update(ends)
+
+    def merge(self, others: Sequence["MinMaxObserver"]) -> None:
+        every = [self, *others]
+        low, high = (min(each.notes["low"] for each in every), max(e.notes["high"] for e in every))
+        self.notes.update(low=low, high=high)
 
     def values(self) -> tuple[Float[Tensor, "1 size"], None]:
         low, high = self.notes.values()
@@ -66,6 +83,11 @@ class RowObserver(Observer):
         if self.ends is not None:
             ends = torch.cat([self.ends, ends], 1)
         self.ends = torch.stack(ends.aminmax(dim=1), 1)
+
+    def merge(self, others: Sequence["RowObserver"]) -> None:
+        ends = [each.ends for each in (self, *others) if each.ends is not None]
+        if ends:
+            self.ends = torch.stack(torch.cat(ends, 1).aminmax(dim=1), 1)
 
     def values(self) -> tuple[Float[Tensor, "rows 2"], None]:
         if self.ends is None:
@@ -87,6 +109,17 @@ class HistogramObserver(Observer):
         self._widen(max(abs(low), abs(high)))
         x = x.detach().float().cpu()
         self.counts += torch.histc(x, BINS, -self.max_abs, self.max_abs).double()
+
+    def restart(self) -> None:
+        self.low, self.high, self.counts = torch.inf, -torch.inf, torch.zeros_like(self.counts)
+
+    def merge(self, others: Sequence["HistogramObserver"]) -> None:
+        every = [self, *others]
+        widest = max(each.max_abs for each in every)
+        for each in every:
+            each._widen(widest)
+        self.counts = torch.stack([each.counts for each in every]).sum(0)
+        self.low, self.high = min(e.low for e in every), max(e.high for e in every)
 
     def values(self) -> tuple[Float[Tensor, "1 size"], Float[Tensor, "1 size"]]:
         _check_not_empty(self.low, self.high)

@@ -49,8 +49,21 @@ class MinMax(Range):
         return MinMaxObserver()
 
 
+class OfStream(Range):
+    """Of a single tensor the min-max interval. What makes it another range is its observer, of a
+    stream of tensors."""
+
+    def __call__(
+        self,
+        x: Float[Tensor, "rows size"],
+        grid: Grid,
+        counts: Float[Tensor, "rows size"] | None = None,
+    ) -> Interval:
+        return MinMax()(x, grid, counts)
+
+
 @dataclass(frozen=True)
-class MovingAverage(Range):
+class MovingAverage(OfStream):
     """Moving average of the min-max interval over a stream of tensors; min-max of a single tensor.
 
     momentum: weight of the average so far when a new tensor is observed.
@@ -60,14 +73,6 @@ class MovingAverage(Range):
 
     def __post_init__(self) -> None:
         check_range("range", self, "a number from 0 to below 1", lambda x: 0 <= x < 1, "momentum")
-
-    def __call__(
-        self,
-        x: Float[Tensor, "rows size"],
-        grid: Grid,
-        counts: Float[Tensor, "rows size"] | None = None,
-    ) -> Interval:
-        return MinMax()(x, grid, counts)
 
     def observer(self) -> Observer:
         return MinMaxObserver(self.momentum)

@@ -46,6 +46,11 @@ class Hessian(ABC):
         return False
 
     @property
+    def divides(self) -> bool:
+        """Whether processes can measure it on a part of the sequences each."""
+        return True
+
+    @property
     def is_own_moment(self) -> bool:
         """Whether the Hessian of a group is `Moments.own` of its inputs as the group is solved."""
         return False

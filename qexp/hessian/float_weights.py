@@ -34,6 +34,10 @@ class AtFloatWeights(Hessian):
         return 1
 
     @property
+    def divides(self) -> bool:
+        return self.hessian.divides
+
+    @property
     def is_precomputed(self) -> bool:
         return True
 

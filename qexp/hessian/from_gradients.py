@@ -87,6 +87,10 @@ class FromGradients(CacheableHessian):
         return self.k if self.schedule == "every_k" else 1
 
     @property
+    def divides(self) -> bool:
+        return self.labels == "data"  # drawn labels are one stream over all sequences
+
+    @property
     def is_precomputed(self) -> bool:
         return self.schedule == "one_pass"
 
@@ -166,7 +170,9 @@ class FromGradients(CacheableHessian):
                 (loss * running * self.loss_scale).backward()
         for name, added in found.items():
             columns = len(seen[name])
-            hessian = found[name] = self.finished(added, columns)
+            hessian = found[name] = self.finished(block.share.sum(added), columns)
+            for key in (name, f"{name} scored"):
+                seen[key] = block.share.max(seen[key].to(torch.uint8)).bool()
             for diagonal in self.per_input(hessian, columns):
                 check_dead(name, diagonal, seen[name], seen[f"{name} scored"])
         return found

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qexp.common.collectives import WHOLE, Share
 from qexp.common.errors import check_number
 from qexp.hessian.base import CacheableHessian, ForEachGroup, Measured, OnHessian
 from qexp.walk import Block
@@ -34,11 +35,16 @@ def add_symmetric(
 def mirrored(total: Float[Tensor, "columns columns"]) -> Float[Tensor, "columns columns"]:
     """The symmetric matrix whose upper triangle `add_symmetric` computed."""
     upper = total.triu()
-    return upper + upper.triu(1).T
+    return upper.add_(upper.triu(1).T)
 
 
-def second_moment(chunks: Iterable[Float[Tensor, "..."]]) -> Float[Tensor, "columns columns"]:
-    """2/N Σ x xᵀ over the N rows of all chunks [..., columns], accumulated in float32."""
+def second_moment(
+    chunks: Iterable[Float[Tensor, "..."]], share: Share = WHOLE
+) -> Float[Tensor, "columns columns"]:
+    """2/N Σ x xᵀ over the N rows of all chunks [..., columns], accumulated in float32.
+
+    share: of all rows that the chunks have.
+    """
     count, total = 0, torch.empty(0, 0)
     for chunk in chunks:
         x = chunk.detach().reshape(-1, chunk.shape[-1]).float()
@@ -46,7 +52,8 @@ def second_moment(chunks: Iterable[Float[Tensor, "..."]]) -> Float[Tensor, "colu
             total = torch.zeros(x.shape[1], x.shape[1], device=x.device)
         add_symmetric(total, x, x)
         count += len(x)
-    return mirrored(total).mul_(2 / max(count, 1))
+    rows = sum(share.gathered(count))
+    return mirrored(share.sum(total)).mul_(2 / max(rows, 1))
 
 
 @dataclass(frozen=True)
@@ -76,10 +83,14 @@ class Layerwise(CacheableHessian):
 
     def _for_each_group(self, block: Block, on_hessian: OnHessian) -> None:
         if self.sequential:
-            block.advance(lambda names, inputs: on_hessian(names, second_moment(inputs), None))
+            block.advance(
+                lambda names, inputs: on_hessian(names, second_moment(inputs, block.share), None)
+            )
             return
         found: list[tuple[tuple[str, ...], Tensor]] = []
-        block.observe(lambda names, inputs: found.append((names, second_moment(inputs))))
+        block.observe(
+            lambda names, inputs: found.append((names, second_moment(inputs, block.share)))
+        )
         for names, hessian in found:
             on_hessian(names, hessian, None)
 
@@ -87,17 +98,18 @@ class Layerwise(CacheableHessian):
         for block in first.onward():
             if block.index in wanted:
                 found: dict[str, Tensor] = {}
-                block.advance(_keeping(found))
+                block.advance(_keeping(found, block.share))
                 yield block.index, found
             if block.index == max(wanted):
                 return
 
     def identity(self, first: Block) -> dict[str, Any]:
-        return {"pieces": [len(hidden) for hidden in first.inputs]}  # the order of summation
+        pieces = first.share.gathered([len(hidden) for hidden in first.inputs])
+        return {"pieces": pieces if first.share.divided else pieces[0]}  # the order of summation
 
 
-def _keeping(found: dict[str, Tensor]) -> OnInputs:
+def _keeping(found: dict[str, Tensor], share: Share) -> OnInputs:
     def on_inputs(names: tuple[str, ...], inputs: Iterator[Tensor]) -> None:
-        found[" ".join(names)] = second_moment(inputs)
+        found[" ".join(names)] = second_moment(inputs, share)
 
     return on_inputs

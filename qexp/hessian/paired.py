@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qexp.common.collectives import WHOLE, Share
 from qexp.hessian.base import ForEachGroup, Hessian, OnHessian, collected
 from qexp.hessian.float_stream import FloatInputs, FloatStream
 from qexp.hessian.layerwise import second_moment
@@ -38,7 +39,7 @@ class Paired:
             measured = {} if self.hessian.is_own_moment else collected(measure, block)
 
             def on_inputs(names: tuple[str, ...], inputs: Iterator[Tensor]) -> None:
-                moments = moments_of(inputs, self._floats.pop(names))
+                moments = moments_of(inputs, self._floats.pop(names), block.share)
                 for members in _sharing(names, measured):
                     on_hessian(members, measured.get(members[0], moments.own), moments)
 
@@ -48,15 +49,19 @@ class Paired:
 
 
 def moments_of(
-    inputs: Iterable[Float[Tensor, "..."]], floats: Iterable[Float[Tensor, "..."]]
+    inputs: Iterable[Float[Tensor, "..."]],
+    floats: Iterable[Float[Tensor, "..."]],
+    share: Share = WHOLE,
 ) -> Moments:
-    """Both moments over chunks [..., columns] of equal tokens, accumulated in float32."""
+    """Both moments over chunks [..., columns] of equal tokens, accumulated in float32. share: of
+    all tokens that the chunks have."""
     kept = [chunk.detach().reshape(-1, chunk.shape[-1]) for chunk in inputs]
     cross = torch.zeros(kept[0].shape[1], kept[0].shape[1], device=kept[0].device)
     for own, other in zip(kept, floats, strict=True):
         x = other.detach().reshape(-1, other.shape[-1]).to(own.device).float()
         cross.addmm_(x.T, own.float())
-    return Moments(second_moment(kept), cross.mul_(2 / sum(map(len, kept))))
+    tokens = sum(share.gathered(sum(map(len, kept))))
+    return Moments(second_moment(kept, share), share.sum(cross).mul_(2 / tokens))
 
 
 def _sharing(names: tuple[str, ...], measured: dict[str, Tensor]) -> list[tuple[str, ...]]:

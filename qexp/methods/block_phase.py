@@ -9,6 +9,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
+from qexp.common import ranks
 from qexp.common.errors import FieldError, UserError, check_choice, check_finite, check_int
 from qexp.common.files import write_rows
 from qexp.common.progress import bar
@@ -131,8 +132,8 @@ class BlockPhase:
                 finished.restore(task)
             records += finished.records
             log_rows += [{"block": block.index, **line} for line in finished.log]
-            if task.workspace.folder is not None:
-                write_rows(task.workspace.folder / BLOCKS, log_rows)
+            if (folder := task.workspace.folder) is not None and not ranks.rank():
+                write_rows(folder / BLOCKS, log_rows)
         return records
 
     def _finish(self, block: Block, units: Units) -> Finished:
@@ -219,9 +220,8 @@ class BlockPhase:
         penalty, rounding = self.penalty, parameters.get("rounding", ())
         if penalty is None:
             return lambda step, steps: 0
-        factor = 1 / unit.width
-        if penalty.relative:
-            factor = unit.hard_loss() / sum(v.numel() for v in rounding)
+        of_loss = penalty.relative
+        factor = unit.hard_loss() / sum(map(Tensor.numel, rounding)) if of_loss else 1 / unit.width
         return lambda step, steps: factor * penalty(rounding, step, steps)
 
     def _parameters(self, unit: Unit) -> dict[str, list[nn.Parameter]]:

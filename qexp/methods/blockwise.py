@@ -18,6 +18,7 @@ from qexp.hessian.base import ForEachGroup, one_sided
 from qexp.hessian.paired import Paired
 from qexp.methods.checks import check, finite
 from qexp.methods.journal import Journal
+from qexp.methods.owners import rounded_block
 from qexp.methods.write_back import write
 from qexp.quantizers.scheme import Activations, quantize_activations
 from qexp.solvers import Solver
@@ -128,7 +129,7 @@ class Blockwise(Step):
         records: list[Record] = []
         journal: Journal | None = None
         paired = Paired(self.effective_hessian) if self._is_paired else None
-        for block in walk(task, data, self.chunk):
+        for block in walk(task, data, self.chunk, divide=self.effective_hessian.divides):
             if paired is not None:
                 paired.observe(block)
             elif self.effective_hessian.is_precomputed:
@@ -170,20 +171,17 @@ class Blockwise(Step):
         The calls nest deeply, because one forward shows all inputs: `for_each_group` → the block's
         forward → a hook of a linear → `on_hessian` → `_write` → the solver → its column loop.
         """
-        linears = block.linears
-        records: list[Record] = []
 
-        def on_hessian(
-            names: tuple[str, ...],
-            hessian: Float[Tensor, "..."],
-            moments: Moments | None,
-        ) -> None:
-            full = {f"{block.name}.{name}": linears[name] for name in names}
-            for stack in self._stacks(full):
-                records.extend(self._write(stack, [full[name] for name in stack], hessian, moments))
+        def solve(
+            linears: Mapping[str, nn.Linear], hessian: Tensor, moments: Moments | None
+        ) -> list[Record]:
+            records = []
+            for stack in self._stacks(linears):
+                records += self._write(stack, [linears[name] for name in stack], hessian, moments)
+            return records
 
-        for_each_group(block, on_hessian)
-        return records
+        waits = self._is_paired or self.effective_hessian.is_own_moment
+        return rounded_block(block, for_each_group, solve, waits)
 
     def _stacks(self, names: Iterable[str]) -> list[list[str]]:
         """Names of linears that are solved as one matrix: those of equal solvers, if these take

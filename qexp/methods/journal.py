@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from qexp.common import hashes
-from qexp.common.cache import Cache
+from qexp.common.cache import Cache, plain
+from qexp.common.on_disk import assign
 from qexp.packed import weights_file
+from qexp.packed.shelved import Shelved
 from qexp.step import Record
 from qexp.task import Task
 
@@ -33,7 +35,7 @@ class Finished(NamedTuple):
     def restore(self, task: Task) -> None:
         for record in self.records:
             weight = task.model.get_submodule(record.name).weight
-            weight.data = record.packed.dequantize().to(weight)
+            assign(weight, record.packed.dequantize())
         for name, tensor in self.others.items():
             task.model.get_parameter(name).copy_(tensor)
 
@@ -50,11 +52,7 @@ class Journal:
         found = self._cache.find(KIND, self._key(block))
         if found is None:
             return None
-        head = json.loads(bytes(found.pop("head").tolist()))
-        packed = weights_file.unflatten(found, head["layout"])
-        records = [Record(**row, packed=packed[row["name"]]) for row in head["rows"]]
-        others = {k.removeprefix(OTHER): t for k, t in found.items() if k.startswith(OTHER)}
-        return Finished(records, others, head["log"])
+        return unpacked_block(found, disk=True)
 
     def finished(self, blocks: int, per_pass: int) -> list[Finished]:
         """The blocks that an interrupted run finished, of `blocks`, up to a multiple of `per_pass`,
@@ -76,16 +74,7 @@ class Journal:
         others: Mapping[str, Tensor] = MappingProxyType({}),
         log: Sequence[Mapping[str, float | int | str]] = (),
     ) -> None:
-        tensors, layout = weights_file.flatten({record.name: record.packed for record in records})
-        rows = [
-            {each.name: getattr(record, each.name) for each in fields(record)} for record in records
-        ]
-        for row in rows:
-            del row["packed"]
-        head = json.dumps({"layout": layout, "rows": rows, "log": list(log)}).encode()
-        tensors |= {OTHER + name: tensor for name, tensor in others.items()}
-        tensors["head"] = torch.tensor(list(head), dtype=torch.uint8)
-        self._cache.put(KIND, self._key(block), tensors)
+        self._cache.put(KIND, self._key(block), packed_block(records, others, log))
 
     def clear(self, blocks: int) -> None:
         """Remove the blocks of a finished run."""
@@ -94,3 +83,31 @@ class Journal:
 
     def _key(self, block: int) -> dict[str, Any]:
         return {**self._identity, "block": block}
+
+
+def packed_block(
+    records: Sequence[Record],
+    others: Mapping[str, Tensor] = MappingProxyType({}),
+    log: Sequence[Mapping[str, float | int | str]] = (),
+) -> dict[str, Tensor]:
+    """Records, other parameters and training log of a block as tensors on the CPU."""
+    tensors, layout = weights_file.flatten({record.name: record.packed for record in records})
+    rows = [
+        {each.name: getattr(record, each.name) for each in fields(record)} for record in records
+    ]
+    for row in rows:
+        del row["packed"]
+    head = json.dumps({"layout": layout, "rows": rows, "log": list(log)}).encode()
+    tensors |= {OTHER + name: tensor for name, tensor in others.items()}
+    tensors["head"] = torch.tensor(list(head), dtype=torch.uint8)
+    return plain(tensors)
+
+
+def unpacked_block(tensors: dict[str, Tensor], disk: bool = False) -> Finished:
+    """What `packed_block` made tensors of. disk: stored forms are kept in mapped files."""
+    head = json.loads(bytes(tensors.pop("head").tolist()))
+    packed = weights_file.unflatten(tensors, head["layout"])
+    kept = {name: Shelved.of(form, disk) for name, form in packed.items()}
+    records = [Record(**row, packed=kept[row["name"]]) for row in head["rows"]]
+    others = {k.removeprefix(OTHER): t for k, t in tensors.items() if k.startswith(OTHER)}
+    return Finished(records, others, head["log"])

@@ -59,7 +59,7 @@ class Loss(Metric):
         rounded = {record.name: record.packed for record in records}
         measure: ForEachGroup | None = None
         costs: dict[str, float] = {}
-        for block in walk(task, data):
+        for block in walk(task, data, divide=self.hessian.divides):
             block.skip()
             measure = measure or AtFloatWeights(self.hessian).prepare(block)
             hessians = collected(measure, block)

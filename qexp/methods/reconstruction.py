@@ -83,5 +83,5 @@ class Reconstruction(Step):
         if self.end is None:
             quantize_activations(task, left, lambda: list(data))
             return records
-        codes = {made.name: made.packed for made in records}
+        codes = {made.name: made.packed.whole() for made in records}
         return replace(self.end, activations=left).tune(task, lambda: list(data), codes)

@@ -6,7 +6,7 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from qexp.common import captured, numerics, ranks
+from qexp.common import captured, numerics, on_disk, ranks
 from qexp.common.errors import UserError
 from qexp.models.base import Loaded, ModelSource
 from qexp.task import TASKS, Task
@@ -18,7 +18,7 @@ def place(task: Task, device: str, offload: bool) -> None:
     offload: blocks stay in host memory and each is on the device only while it runs, so that the
     device holds one block, the embeddings and the head. Raises UserError for an unusable device.
     """
-    target = _device(device)
+    target = device_of(device)
     if not offload:
         task.to(target)
         return
@@ -33,12 +33,14 @@ def place(task: Task, device: str, offload: bool) -> None:
 
 def _mover(device: torch.device) -> Any:
     def move(block: nn.Module, *_: Any) -> None:
-        block.to(device)
+        on_disk.move(block, device)
 
     return move
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """The device of the key `device`: in a process of several, that of its rank. UserError for an
+    unusable one."""
     try:
         device: torch.device = numerics.device_of(name)
         if device.index is None and device.type != "cpu" and ranks.local_rank():

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qexp.common import collectives
+from qexp.common.collectives import Share
 from qexp.common.errors import FieldError, UserError, check_number
 from qexp.common.progress import bar
 from qexp.grid import Grid
 from qexp.grid.clipping import Rounding
 from qexp.quantizers.activation import FakeQuant, around_outliers
 from qexp.quantizers.placement import Placement
-from qexp.task import Batches, Task, singly
+from qexp.task import Batch, Batches, Task, singly
 
 
 class Activations(ABC):
@@ -122,7 +124,7 @@ def all_called(task: Task, during: str) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-    if silent:
+    if silent := set.intersection(*collectives.gathered(silent)):
         first = next(name for name in task.quantizers if name in silent).replace("/", ".")
         raise UserError(
             f"activation, kv: {during} never called the quantizer of {first} ({len(silent)} of "
@@ -146,7 +148,8 @@ def float_activations(task: Task) -> Iterator[None]:
 @torch.no_grad()
 def quantize_activations(task: Task, kinds: Sequence[Activations], batches: Batches) -> None:
     """Attach, fit static ranges and start to round. The ranges are those of unrounded activations
-    in the model as it stands: the caller decides whether its weights are rounded by then.
+    in the model as it stands: the caller decides whether its weights are rounded by then. The
+    sequences are divided among the processes of the run, if no range depends on their order.
 
     UserError where two kinds share a site or the calibration data do not reach one.
     """
@@ -161,7 +164,25 @@ def quantize_activations(task: Task, kinds: Sequence[Activations], batches: Batc
                 "to some; choose a recipe, for example calibration=first"
             )
         with all_called(task, "calibration"):
-            for part in bar(parts, "activation ranges"):
-                task.loss(part)
+            _observe(task, parts, [q for q in quantizers if q.observer is not None])
     for quantizer in quantizers:
         quantizer.fix_range()
+
+
+def _observe(task: Task, parts: Sequence[Batch], quantizers: Sequence[FakeQuant]) -> None:
+    """Run the model on all parts; the observers of every process have seen all of them then."""
+    rank, count = collectives.rank(), collectives.count()
+    observers = [q.observer for q in quantizers if q.observer is not None]
+    share = Share(count > 1 and not any(observer.in_order for observer in observers))
+    own = parts[len(parts) * rank // count : len(parts) * (rank + 1) // count]
+    if share.divided and rank:
+        task.loss(parts[0])  # it fixes the bins of histograms
+        for observer in observers:
+            observer.restart()
+    for part in bar(own if share.divided else parts, "activation ranges"):
+        task.loss(part)
+    for quantizer in quantizers if share.divided else ():
+        assert quantizer.observer is not None
+        first, *others = share.gathered(quantizer.observer)
+        first.merge(others)
+        quantizer.observer = first

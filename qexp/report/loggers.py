@@ -1,21 +1,21 @@
-"""Loggers: a run's metrics as a CSV file or in Weights & Biases."""
+"""Loggers: a run's metrics as a CSV file or in Weights & Biases, as loggers of Lightning."""
 
 import csv
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.loggers import Logger as LightningLogger
+from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
 from qexp.common.files import atomic
 from qexp.config.instantiate import instantiate
 from qexp.runs import finished, results
-
-Log = Callable[[Mapping[str, float]], None]
 
 
 class Logger(ABC):
@@ -24,12 +24,35 @@ class Logger(ABC):
     @abstractmethod
     def open(
         self, config: dict[str, Any], folder: Path, group: str | None
-    ) -> AbstractContextManager[Log]:
-        """Open it for one job, and give the function that logs metrics.
+    ) -> AbstractContextManager[LightningLogger]:
+        """Open it for one job. Metrics of training have a step, the results of the run have none.
 
         `config` is flat and resolved, with the choices of config groups under `choices.`. `group`
         is the name of the sweep that the job belongs to.
         """
+
+
+class CsvLogger(LightningLogger):
+    """Keeps the results of a run; lines of training are in training.csv already."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.metrics: dict[str, float] = {}
+
+    @property
+    def name(self) -> str:
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        if step is None:
+            self.metrics.update(metrics)
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """The configuration has a file of its own."""
 
 
 @dataclass(frozen=True)
@@ -37,16 +60,16 @@ class Csv(Logger):
     """`metrics.csv` in the run's folder, one line per metric, for spreadsheets and `grep`."""
 
     @contextmanager
-    def open(self, config: dict[str, Any], folder: Path, group: str | None) -> Iterator[Log]:
-        """The file is written when the job logs, so a failed job writes none."""
-
-        def log(metrics: Mapping[str, float]) -> None:
+    def open(
+        self, config: dict[str, Any], folder: Path, group: str | None
+    ) -> Iterator[LightningLogger]:
+        """The file is written at the end, so a failed job writes none."""
+        yield (logger := CsvLogger())
+        if logger.metrics:
             with atomic(folder / "metrics.csv") as path, path.open("w", newline="") as file:
                 table = csv.writer(file)
                 table.writerow(["metric", "value"])
-                table.writerows(metrics.items())
-
-        yield log
+                table.writerows(logger.metrics.items())
 
 
 @dataclass(frozen=True)
@@ -63,7 +86,9 @@ class Wandb(Logger):
     tags: Sequence[str] = ()
 
     @contextmanager
-    def open(self, config: dict[str, Any], folder: Path, group: str | None) -> Iterator[Log]:
+    def open(
+        self, config: dict[str, Any], folder: Path, group: str | None
+    ) -> Iterator[LightningLogger]:
         """The W&B run has the folder's name; it is marked as failed when the job fails."""
         # otherwise wandb sends its own errors to a server
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
@@ -81,40 +106,31 @@ class Wandb(Logger):
             mode=None if os.environ.get("WANDB_MODE") else "offline",
             reinit="finish_previous",
         )
-
-        def log(metrics: Mapping[str, float]) -> None:
-            for line in _lines(folder / results.TRAINING):
-                run.log({f"training/{k}": float(v) for k, v in line.items() if v})
-            run.log({**metrics, **_shown(folder)})
-            for text in folder.glob("*.md"):  # texts written by evaluators
-                run.save(str(text), base_path=str(folder), policy="now")
-
         code = 1
         try:
-            yield log
+            yield WandbLogger(experiment=run)
+            run.log(_shown(folder))
+            for text in folder.glob("*.md"):  # texts written by evaluators
+                run.save(str(text), base_path=str(folder), policy="now")
             code = 0
         finally:
             run.finish(exit_code=code)
 
 
 @contextmanager
-def opened(cfg: DictConfig, folder: Path, group: str | None = None) -> Iterator[Log]:
-    """All loggers of a configuration as one log function; they are closed in reverse order."""
+def opened(
+    cfg: DictConfig, folder: Path, group: str | None = None
+) -> Iterator[list[LightningLogger]]:
+    """All loggers of a configuration; they are closed in reverse order."""
     resolved: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     chosen = results.choices(folder) if (folder / ".hydra").is_dir() else {}
     config = finished.flat(resolved) | {f"choices.{k}": v for k, v in chosen.items()}
     nodes = cfg.get("logger") or {}
     with ExitStack() as stack:
-        logs = [
+        yield [
             stack.enter_context(instantiate(node).open(config, folder, group))
             for node in nodes.values()
         ]
-
-        def log(metrics: Mapping[str, float]) -> None:
-            for each in logs:
-                each(metrics)
-
-        yield log
 
 
 def _lines(path: Path) -> list[dict[str, str]]:

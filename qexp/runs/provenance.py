@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from qexp.common import hashes
+from qexp.common import hashes, heap
 from qexp.common.modules import PIPELINE, facts
 
 VERSIONS = (
@@ -65,6 +65,7 @@ class Provenance:
         the operating system keeps one peak per process.
         """
         cuda = _cuda()
+        heap.trim()  # what an earlier stage gave up is not of this one
         _reset_peak()
         if cuda is not None:
             cuda.synchronize()

@@ -10,8 +10,10 @@ from omegaconf import DictConfig, OmegaConf
 from qexp.common.numerics import Numerics
 
 # display, storage and scheduling: none of these keys can change a result
-KEPT = ("hydra", "logger", "progress", "threads", "save_weights", "optimize", "label")
-UNSIGNED = frozenset({*KEPT, "replay", "dry_run", "retry", "fail_fast", "paper", "records"})
+KEPT = ("hydra", "logger", "progress", "threads", "save_weights", "optimize", "label", "replay")
+UNSIGNED = frozenset({*KEPT, "dry_run", "retry", "fail_fast", "table", "records", "memory"})
+    {*KEPT, "replay", "dry_run", "retry", "fail_fast", "table", "records", "memory"}
+)
 
 
 def signed(cfg: DictConfig) -> dict[str, Any]:
@@ -25,6 +27,8 @@ def signed(cfg: DictConfig) -> dict[str, Any]:
                 if OmegaConf.is_config(value)
                 else value
             )
+    if isinstance(model := content.get("model"), dict):
+        model.pop("load", None)  # where the weights are kept
     return without_defaults(content)
 
 

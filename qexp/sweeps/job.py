@@ -40,9 +40,12 @@ def job(cfg: DictConfig) -> Objective:
     failed and continues with the next one.
     """
     from qexp import pipeline
+    from qexp.common import launch
 
     settings = HydraConfig.get()
     folder = Path(settings.runtime.output_dir)
+    if settings.mode == RunMode.RUN and "SLURM_NTASKS" in os.environ:
+        launch.adopt_slurm(cfg.trainer.devices, cfg.trainer.strategy)
     if ranks.rank():
         _join(cfg, folder)
         return None
@@ -92,7 +95,7 @@ def job(cfg: DictConfig) -> Objective:
 
 
 def _join(cfg: DictConfig, folder: Path) -> None:
-    """The job of a process that only trains with the first one."""
+    """The job of a process other than the first."""
     from qexp.sweeps import worker
 
     try:
@@ -145,7 +148,7 @@ def _serial(settings: Any) -> bool:
 
 
 def _run(cfg: DictConfig, folder: Path, sweep: Sweep | None) -> dict[str, float]:
-    """Run, and pass the metrics to the loggers."""
+    """Run, with the loggers that the configuration names."""
     from qexp import pipeline
     from qexp.report import loggers
 
@@ -154,10 +157,8 @@ def _run(cfg: DictConfig, folder: Path, sweep: Sweep | None) -> dict[str, float]
         cfg.threads = gpu_pool.threads(settings.hydra.launcher)
     results.write_config(folder, cfg, settings)
     group = sweep.name if sweep is not None else None
-    with loggers.opened(cfg, folder, group) as show:
-        metrics = pipeline.run(cfg, folder)
-        show(metrics)
-    return metrics
+    with loggers.opened(cfg, folder, group) as opened:
+        return pipeline.run(cfg, folder, opened)
 
 
 def headline(metrics: dict[str, float]) -> str:

@@ -1,6 +1,8 @@
-"""Entry point of the further processes of a run: they train with the first and write nothing."""
+"""Entry point of the further processes of a run: they compute with the first and write nothing."""
 
+import logging
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -8,9 +10,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from qexp import pipeline
 from qexp.common import ranks
+from qexp.common.launch import CONFIG
 from qexp.runs import resolvers
-from qexp.training.divergence import Diverged
-from qexp.training.launch import CONFIG
+
+PATIENCE = 10.0  # seconds in which the first process ends this one, if it reports the same error
 
 
 def join(cfg: DictConfig, folder: Path) -> None:
@@ -26,10 +29,12 @@ def main() -> None:
     folder = Path(sys.argv[1])
     cfg = OmegaConf.load(folder / CONFIG)
     assert isinstance(cfg, DictConfig)
+    logging.basicConfig(level=logging.ERROR)  # the first process logs what all of them meet
     try:
         join(cfg, folder)
-    except Diverged as error:  # the first process reports it
-        raise SystemExit(1) from error
+    except Exception:
+        time.sleep(PATIENCE)
+        raise
 
 
 if __name__ == "__main__":

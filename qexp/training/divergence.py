@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from qexp.common.collectives import is_single_process
 from qexp.common.errors import UserError
 from qexp.task import Batch, Task
-from qexp.training.fsdp import full_tensor, is_single_process
+from qexp.training.fsdp import full_tensor
 
 ADVICE = "lower method.optimizer's rates or its clip, or train in trainer.precision=32-true."
 

@@ -17,6 +17,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from qexp.common.collectives import is_single_process
+
 WHOLE = StateDictOptions(full_state_dict=True)
 
 
@@ -102,11 +104,6 @@ def unsharded(module: nn.Module) -> Iterator[None]:
 def full_tensor(tensor: Tensor) -> Tensor:
     """The full tensor of a sharded one; collective, all processes must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def is_single_process() -> bool:
-    """Whether training has one process."""
-    return not distributed.is_initialized() or distributed.get_world_size() == 1
 
 
 def mean_over_ranks(tensor: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from qexp.common.files import write_rows
 from qexp.runs.results import TENSORS, TRAINING
 from qexp.task import Batch, Task, trimmed
 from qexp.training import divergence
@@ -156,12 +155,21 @@ class TrainingModule(L.LightningModule):
         if limit is not None and norm > limit:
             nn.utils.clip_grads_with_norm_(chosen, limit, norm)
 
+    @staticmethod
+    def log_line(loggers: Sequence[Any], line: Mapping[str, float]) -> None:
+        """Give a line of the log to loggers of Lightning."""
+        for logger in loggers:
+            named = {f"training/{key}": value for key, value in line.items()}
+            logger.log_metrics(named, step=int(line["step"]))
+
     def measure(self) -> Snapshot:
         with unsharded(self), self.trainer.precision_plugin.forward_context():
             return self.training_setup.measure()
 
     def on_train_start(self) -> None:
         self.measure()  # the reference for later changes
+        for line in self.lines:  # of an earlier attempt
+            self.log_line(self.loggers, line)
         if self.random:
             restore_random(self.random, self.device)
 
@@ -176,12 +184,16 @@ class TrainingModule(L.LightningModule):
             line["validation"] = float(self.trainer.callback_metrics["validation"])
         snapshot = self.measure()
         self.lines.append(line | dict(snapshot.whole))
+        self.log_line(self.loggers, self.lines[-1])
         for name, numbers in snapshot.tensors.items():
             self.tensors.append({"step": self.global_step, "name": name, **numbers})
         if self.trainer.is_global_zero:
-            write_rows(self.folder / TRAINING, self.lines)
-            if self.tensors:
-                write_rows(self.folder / TENSORS, self.tensors)
+            self.write_log()
+
+    def write_log(self) -> None:
+        for name, rows in ((TRAINING, self.lines), (TENSORS, self.tensors)):
+            if rows:
+                self.task.workspace.log(self.folder / name, self.training_setup.identity, rows)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         logged = {"lines": self.lines, "tensors": self.tensors, "notes": self.training_setup.notes}

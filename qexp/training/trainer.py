@@ -1,36 +1,26 @@
 """Lightning trainer of all methods that train: steps, devices, precision and resuming."""
 
 import logging
-import signal
 import tempfile
-import threading
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import lightning as L
-import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping
-from lightning.pytorch.plugins import MixedPrecision, Precision
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 
-from qexp.common import progress, ranks
+from qexp.common import collectives, launch, trainers
 from qexp.common.errors import UserError, check_choice, check_int
 from qexp.common.workspace import CHECKPOINTS
 from qexp.task import Task
-from qexp.training import launch
 from qexp.training.checkpoint import BEST, LAST, Checkpoint, find_checkpoints
 from qexp.training.fsdp import FullySharded
 from qexp.training.module import Schedule, TrainingModule, TrainingSetup
 
 log = logging.getLogger(__name__)
 STRATEGIES = ("auto", "ddp", "fsdp")
-PRECISIONS: dict[str, Callable[[str], Precision]] = {  # from the type of the device
-    "32-true": lambda _: Precision(),
-    "bf16-mixed": lambda kind: MixedPrecision("bf16-mixed", kind),
-}
 
 
 @dataclass(frozen=True)
@@ -42,8 +32,9 @@ class Trainer:
     log. patience: stop after this many validations without improvement; null trains all steps. With
     validation data the best weights are used, otherwise the last. precision: of forward and
     backward, `32-true` or `bf16-mixed`. recompute: recompute activations of a block in backward.
-    devices: number per machine, each with its own process and batches. strategy: `ddp` (each device
-    holds the model; `auto` with several devices) or `fsdp` (`FullySharded`).
+    devices: number per machine, each with its own process and batches; the root key `trainer` sets
+    those of the whole run. strategy: `ddp` (each device holds the model; `auto` with several
+    devices) or `fsdp` (`FullySharded`).
     """
 
     steps: int = 200
@@ -60,7 +51,7 @@ class Trainer:
         check_int("trainer", self, steps=1, sequences=1, accumulate=1, every=1, devices=1)
         if self.patience is not None:
             check_int("trainer", self, patience=1)
-        check_choice("trainer", self, precision=tuple(PRECISIONS), strategy=STRATEGIES)
+        check_choice("trainer", self, precision=tuple(trainers.PRECISIONS), strategy=STRATEGIES)
 
     def fit(self, setup: TrainingSetup) -> list[dict[str, float]]:
         """Trains the model in place and returns the lines of the log.
@@ -78,41 +69,24 @@ class Trainer:
         with ExitStack() as stack:
             scratch = stack.enter_context(tempfile.TemporaryDirectory())
             folder = Path(scratch) if setup.folder is None else setup.folder
-            stack.enter_context(_quiet())
             stack.enter_context(_mode(task, self.recompute))
             checkpoints = folder / f"{CHECKPOINTS}{setup.identity}"
             schedule = Schedule(self.steps, self.every, self.accumulate, self.sequences)
             module = TrainingModule(setup, schedule, folder)
-            found = find_checkpoints(checkpoints)
-            if found is not None:
+            course = collectives.from_first(lambda: _course(checkpoints))
+            if course is not None:
                 log.info("training resumes from %s", checkpoints / LAST)
-            if found is None or not found.last["course"]["ended"]:
-                self._check(device)
-                stack.enter_context(launch.processes(setup.folder, self.devices))
-                self._fit(module, checkpoints, None if found is None else checkpoints / LAST)
-                if ranks.rank():
-                    raise ranks.Done
-                found = find_checkpoints(checkpoints)
-            assert found is not None
-            module.lines = found.last["course"]["lines"]
-            # not strict: checkpoints contain only the trainable parameters
-            module.load_state_dict((found.best or found.last)["state_dict"], strict=False)
-        task.to(device)
+            if course is None or not course["ended"]:
+                trainers.check(device, self.devices)
+                stack.enter_context(launch.processes(None, self.devices))
+                self._fit(module, checkpoints, None if course is None else checkpoints / LAST)
+            else:
+                for line in course["lines"]:
+                    module.log_line(task.workspace.loggers, line)
+            task.to(device)
+            module.lines = collectives.from_first(lambda: _trained(module, checkpoints))
+            collectives.synchronize(module)
         return module.lines
-
-    def _check(self, device: torch.device) -> None:
-        """Raises UserError if there are too few devices, or another one than processes use."""
-        if device.type == "cpu" or self.devices == 1:
-            return
-        if self.devices > (available := torch.accelerator.device_count()):
-            raise UserError(
-                f"trainer.devices={self.devices}: this machine has {available}; give fewer."
-            )
-        if device.index not in (None, ranks.local_rank()):
-            raise UserError(
-                f"device={device}: trainer.devices={self.devices} uses the first {self.devices} "
-                "devices; give device=auto."
-            )
 
     def _fit(self, module: TrainingModule, folder: Path, resumed: Path | None) -> None:
         """Trains, from checkpoint `resumed` if there is one, and writes checkpoints to `folder`."""
@@ -132,46 +106,44 @@ class Trainer:
                     check_on_train_epoch_end=True,
                 )
             )
-        trainer = L.Trainer(
-            accelerator=device.type,
-            devices=self.devices,
-            num_nodes=ranks.nodes(),
+        with trainers.trainer(
+            device,
+            self.devices,
             strategy=self._strategy(setup),
-            # Lightning by itself takes every device for CUDA that is not the CPU.
-            plugins=[launch.cluster(), PRECISIONS[self.precision](device.type)],
+            precision=self.precision,
             accumulate_grad_batches=self.accumulate,
             max_steps=self.steps,
-            use_distributed_sampler=False,
             reload_dataloaders_every_n_epochs=1,
             num_sanity_val_steps=0,
             callbacks=callbacks,
-            logger=False,
-            enable_progress_bar=progress.drawn(),
-            enable_model_summary=False,
-        )
-        with _interruptible(trainer):
+            logger=list(setup.task.workspace.loggers) or False,
+        ) as trainer:
             trainer.fit(module, ckpt_path=resumed, weights_only=False)
 
-    def _strategy(self, setup: TrainingSetup) -> Strategy:
+    def _strategy(self, setup: TrainingSetup) -> Strategy | str:
         if self.strategy == "fsdp":
             return FullySharded()
-        if self.strategy == "auto" and self.devices * ranks.nodes() == 1:
-            return SingleDeviceStrategy(setup.task.device)
+        if self.strategy == "auto" and collectives.is_single_process():
+            return "auto"
         return DDPStrategy(find_unused_parameters=not setup.reaches_all)
 
 
-@contextmanager
-def _interruptible(trainer: L.Trainer) -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt: Lightning exits with 1 and leaves the signal ignored."""
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit as stop:
-        if not trainer.interrupted:
-            raise
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, handler)
-        raise KeyboardInterrupt from stop
+def _course(folder: Path) -> dict[str, Any] | None:
+    """How far the checkpoints of a folder are, and the lines of their log; None without any."""
+    found = find_checkpoints(folder)
+    return found and {key: found.last["course"][key] for key in ("ended", "lines")}
+
+
+def _trained(module: TrainingModule, folder: Path) -> list[dict[str, float]]:
+    """Load the best weights, or the last without validation, and return the lines of the log."""
+    found = find_checkpoints(folder)
+    assert found is not None
+    course = found.last["course"]
+    module.lines, module.tensors = course["lines"], course["tensors"]
+    module.write_log()  # of a training that an earlier attempt finished, too
+    # not strict: checkpoints contain only the trainable parameters
+    module.load_state_dict((found.best or found.last)["state_dict"], strict=False)
+    return module.lines
 
 
 @contextmanager
@@ -195,20 +167,3 @@ def _mode(task: Task, recompute: bool) -> Iterator[None]:
         config.use_cache = cached
         for module, mode in modes.items():
             module.training = mode
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences Lightning's hardware hints and a deprecation warning of transformers."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [each.level for each in loggers]
-    for each in loggers:
-        each.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"lightning\..*")
-            warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\..*")
-            yield
-    finally:
-        for each, level in zip(loggers, levels, strict=True):
-            each.setLevel(level)

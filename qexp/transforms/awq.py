@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from qexp.common.errors import check_choice, check_int, check_number
+from qexp.common.on_disk import assign
 from qexp.grid import Grid
 from qexp.hessian.layerwise import mirrored
 from qexp.quantizers.scheme import FloatActivations
@@ -12,8 +13,9 @@ from qexp.step import Record, Step
 from qexp.task import Batches, Task
 from qexp.transforms.channels import SITES
 from qexp.transforms.clip import clipped
+from qexp.transforms.input_moments import InputMoments
 from qexp.transforms.scale_search import check_settings, first, pieces, search_and_fold
-from qexp.transforms.site_statistics import InputMoments, ScaleShift, SiteStatistics
+from qexp.transforms.site_statistics import ScaleShift, SiteStatistics
 from qexp.walk import Block
 
 
@@ -77,4 +79,4 @@ class AWQ(Step):
             moment = mirrored(moments[linears[group.linears[0]]])
             for name in group.linears:
                 if name not in attention:
-                    linears[name].weight.data = clipped(linears[name], moment, self.grid, "one")
+                    assign(linears[name].weight, clipped(linears[name], moment, self.grid, "one"))

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qexp.common.errors import UserError, check_choice
+from qexp.common.on_disk import assign
 from qexp.grid import Grid
 from qexp.grid.ranges import MinMax
 from qexp.hessian import second_moment
@@ -53,7 +54,7 @@ class Clip(Step):
         fused = {"q": "qkv", "k": "qkv", "v": "qkv"} if "qkv" in roles else {}
         skip = [fused.get(role, role) for role in self.skip]
         kept = task.arch.linears_of(skip, "transform.skip")
-        for block in walk(task, first(batches(), self.sequences)):
+        for block in walk(task, first(batches(), self.sequences), divide=True):
             block.advance(partial(self._clip, block, kept))
         return []
 
@@ -61,11 +62,11 @@ class Clip(Step):
         self, block: Block, kept: set[str], names: tuple[str, ...], inputs: Iterator[Tensor]
     ) -> None:
         """Change the linears that share these inputs."""
-        moment = second_moment(inputs)
+        moment = second_moment(inputs, block.share)
         for name in names:
             if name not in kept:
                 linear = block.linears[name]
-                linear.weight.data = clipped(linear, moment, self.grid, self.sides)
+                assign(linear.weight, clipped(linear, moment, self.grid, self.sides))
 
 
 def clipped(

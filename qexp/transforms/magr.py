@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qexp.common.errors import check_finite, check_int
+from qexp.common.on_disk import assign
 from qexp.grid import Grid
 from qexp.hessian import second_moment
 from qexp.step import Record, Step
@@ -46,13 +47,13 @@ class MagR(Step):
 
     @torch.no_grad()
     def __call__(self, task: Task, batches: Batches) -> list[Record]:
-        for block in walk(task, first(batches(), self.sequences)):
+        for block in walk(task, first(batches(), self.sequences), divide=True):
             block.advance(partial(self._shrink, block))
         return []
 
     def _shrink(self, block: Block, names: tuple[str, ...], inputs: Iterator[Tensor]) -> None:
         """Change the linears that share these inputs."""
-        hessian = second_moment(inputs)
+        hessian = second_moment(inputs, block.share)
         for name in names:
             linear = block.linears[name]
             groups = self.grid.groups(linear.in_features)
@@ -62,7 +63,7 @@ class MagR(Step):
             reduced = reduce_magnitude(
                 linear.weight.detach().float(), hessian, alpha, self.steps, groups
             )
-            linear.weight.data = reduced.to(linear.weight)
+            assign(linear.weight, reduced)
 
 
 def reduce_magnitude(

@@ -9,18 +9,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qexp.common import on_disk
 from qexp.common.errors import UserError, check_int
 from qexp.grid import Grid
 from qexp.quantizers.scheme import Activations
 from qexp.task import Batch, Task
 from qexp.transforms.channels import channels_of
-from qexp.transforms.site_statistics import (
-    InputMoments,
-    ScaleShift,
-    SiteStatistics,
-    collect_statistics,
-    input_moments,
-)
+from qexp.transforms.input_moments import InputMoments, input_moments
+from qexp.transforms.site_statistics import ScaleShift, SiteStatistics, collect_statistics
 from qexp.walk import Block, walk
 from qexp.walk.capture import rows, split
 
@@ -47,7 +43,7 @@ def search_and_fold(
     activations. What it changes does not reach the next block.
     """
     measured = finish is not None
-    for block in walk(task, batches):
+    for block in walk(task, batches, divide=True):
         channels = channels_of(task, block.index, sites)
         with input_moments(block, block.groups if measured else ()) as moments:
             statistics = collect_statistics(block, channels, searched, measured)
@@ -68,11 +64,11 @@ def search_and_fold(
 def on_device(block: Block) -> Iterator[None]:
     """Moves the block to the task's device for the context, so that its parts can be called."""
     home = next(block.module.parameters()).device
-    block.module.to(block.task.device)
+    on_disk.move(block.module, block.task.device)
     try:
         yield
     finally:
-        block.module.to(home)
+        on_disk.move(block.module, home)
 
 
 def first(batches: Iterable[Batch], sequences: int | None) -> list[Batch]:

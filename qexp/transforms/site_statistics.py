@@ -10,17 +10,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from qexp.arch import Group
+from qexp.common import collectives
+from qexp.common.collectives import WHOLE, Share
 from qexp.grid import Grid
-from qexp.hessian.layerwise import add_symmetric
 from qexp.quantizers.scheme import Activations
 from qexp.transforms.channels import Channels
 from qexp.transforms.race import least
 from qexp.walk import Block
 from qexp.walk.capture import Call
-
-# Σ x xᵀ of inputs, on and above the diagonal, by the first linear of each group
-InputMoments = dict[nn.Module, Tensor]
 
 
 class ScaleShift(NamedTuple):
@@ -38,6 +35,8 @@ class SiteStatistics:
     calls, outputs: its recorded calls and what it returned, for `best`.
     moment: Σ x xᵀ, on and above the diagonal, instead of them where `module` is the only linear: it
     determines the output error if weights are rounded and inputs are not.
+    share: of the tokens that the calls are of; `low`, `high`, `total` and `tokens` are of all, from
+    `merge` on.
     """
 
     channels: Channels
@@ -49,6 +48,14 @@ class SiteStatistics:
     tokens: int = 0
     calls: list[Call] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
+    share: Share = WHOLE
+
+    def merge(self) -> None:
+        """Take in what the other processes have seen."""
+        self.low = -self.share.max(-self.low)
+        self.high = self.share.max(self.high)
+        self.total = self.share.sum(self.total)
+        self.tokens = sum(self.share.gathered(self.tokens))
 
     def add(self, x: Float[Tensor, "*tokens columns"]) -> None:
         x = x.detach().flatten(0, -2).float()
@@ -93,11 +100,20 @@ class SiteStatistics:
             moment = self.moment.triu(1).mul_(2).diagonal_scatter(self.moment.diagonal())
             by_moment = [self.moment_error(change, moment, grid) for change in changes]
             return changes[by_moment.index(min(by_moment))]
+        counts = self.share.gathered(len(self.calls))
+        before = sum(counts[: collectives.rank()]) if self.share.divided else 0
+        mine = range(before, before + len(self.calls))
 
         def errors(index: int, parts: Sequence[int]) -> list[Tensor]:
-            return self.errors(changes[index], parts, grid, activation)
+            own = [part for part in parts if part in mine]
+            places = [part - before for part in own]
+            found = self.errors(changes[index], places, grid, activation)
+            merged: dict[int, Tensor] = {}
+            for each in self.share.gathered(dict(zip(own, _on_host(found), strict=True))):
+                merged |= each
+            return [merged[part] for part in parts]
 
-        return changes[least(errors, len(changes), len(self.calls), margin)]
+        return changes[least(errors, len(changes), sum(counts), margin)]
 
     def errors(
         self, change: ScaleShift, parts: Sequence[int], grid: Grid, activation: Activations
@@ -134,32 +150,21 @@ def collect_statistics(
     replay: also record the calls that `SiteStatistics.best` needs; moments: not where the module is
     a linear, since `SiteStatistics.moment` will be given.
     """
-    statistics = [SiteStatistics(channels, _container(block, channels)) for channels in sites]
+    statistics = [
+        SiteStatistics(channels, _container(block, channels), share=block.share)
+        for channels in sites
+    ]
     with ExitStack() as hooks:
         for each in statistics:
             hooks.enter_context(_observed(each, replay and not (moments and each.is_linear)))
         block.settle(list(block.outputs()))
+    for each in statistics:
+        each.merge()
     return statistics
 
 
-@contextmanager
-def input_moments(block: Block, groups: Iterable[Group]) -> Iterator[InputMoments]:
-    """Within the context, sums Σ x xᵀ on and above the diagonal over the inputs of `groups`."""
-    found: InputMoments = {}
-
-    def hook(linear: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0].detach().flatten(0, -2).float()
-        if linear not in found:
-            found[linear] = x.new_zeros(x.shape[1], x.shape[1])
-        add_symmetric(found[linear], x, x)
-
-    first = [block.module.get_submodule(group.linears[0]) for group in groups]
-    handles = [linear.register_forward_pre_hook(hook) for linear in first]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
+def _on_host(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [tensor.cpu() for tensor in tensors]
 
 
 def _container(block: Block, channels: Channels) -> nn.Module:

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from qexp.arch import Group
+from qexp.common import collectives, heap, on_disk, ranks
 from qexp.common.cache import checksum
+from qexp.common.collectives import WHOLE, Share
 from qexp.common.errors import UserError
 from qexp.common.progress import bar
 from qexp.task import Batch, Task
@@ -25,6 +27,7 @@ from qexp.walk.capture import (
     Enough,
     bypass_blocks,
     capture_calls,
+    divided,
     replace_input,
     returns_tuple,
     rows,
@@ -40,7 +43,11 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Block:
-    """One transformer block and the data that reaches it. Names of linears are relative to it."""
+    """One transformer block and the data that reaches it. Names of linears are relative to it.
+
+    share: which of the walk's sequences the chunks have; what is summed over them is to be summed
+    over the processes too.
+    """
 
     index: int
     name: str
@@ -50,6 +57,7 @@ class Block:
     task: Task
     returns_tuple: bool
     origin: str  # of the model, its quantizers and the batches as the walk began
+    share: Share = WHOLE
     _settled: list[Tensor] | None = None  # what the next block receives, if it is known already
 
     @property
@@ -160,18 +168,26 @@ class Block:
     def _run(self, chunk: Chunk) -> Tensor:
         args, kwargs = chunk.calls[self.index]
         output = self.module(chunk.hidden.to(self.task.device), *args, **kwargs)
-        return (output[0] if self.returns_tuple else output).to(chunk.hidden.device)
+        output = (output[0] if self.returns_tuple else output).to(chunk.hidden.device)
+        return on_disk.copied(output) if on_disk.is_mapped(chunk.hidden) else output
 
 
 @torch.no_grad()
-def walk(task: Task, batches: Sequence[Batch], chunk: int | None = None) -> Iterator[Block]:
+def walk(
+    task: Task, batches: Sequence[Batch], chunk: int | None = None, divide: bool = False
+) -> Iterator[Block]:
     """Yield each block with the data that reaches it.
 
     chunk: sequences that run together; None runs each batch as a whole if the device's memory
     allows, else as many sequences as fit. The inputs of a block are kept on the device of its
-    weights, which is the host for an offloaded model. UserError where there are no sequences.
+    weights, which is the host for an offloaded model, and on disk where they are more than
+    `task.workspace.memory`. divide: each process of the run has a part of the sequences
+    (`Block.share`); otherwise, and where there are fewer than processes, each has all. UserError
+    where there are no sequences.
     """
-    parts = [part for batch in batches for part in split(batch, chunk or _fitting(task, batch))]
+    share = Share(divide and 1 < collectives.count() <= sum(map(rows, batches)))
+    own = divided(batches, collectives.rank(), collectives.count()) if share.divided else batches
+    parts = [part for batch in own for part in split(batch, chunk or _fitting(task, batch))]
     if not parts:
         raise UserError(
             "calibration: there are no sequences, and this method or transform looks at some; "
@@ -179,12 +195,15 @@ def walk(task: Task, batches: Sequence[Batch], chunk: int | None = None) -> Iter
         )
     tuples = returns_tuple(task, parts[0])
     chunks = [capture_calls(task, part, tuples) for part in parts]
+    if sum(each.hidden.nbytes for each in chunks) > task.workspace.memory:
+        for each in chunks:
+            each.hidden = on_disk.copied(each.hidden)
     described = f"{task.model.config.to_json_string()} {task.quantizers!r} {task.maps!r}"
     modules = (task.model, task.quantizers, task.maps)
     states = [*(dict(module.state_dict()) for module in modules), *batches]
     origin = sha256(described.encode()).hexdigest() + "".join(map(checksum, states))
     arch, module = task.arch, task.blocks[0]
-    first = Block(0, f"{arch.blocks}.0", module, arch.groups, chunks, task, tuples, origin)
+    first = Block(0, f"{arch.blocks}.0", module, arch.groups, chunks, task, tuples, origin, share)
     yield from _visited(first)
 
 
@@ -200,6 +219,7 @@ def _visited(block: Block) -> Iterator[Block]:
         if index + 1 < len(task.blocks):
             for chunk, output in zip(chunks, block._settled or block.outputs(), strict=True):
                 chunk.hidden = output
+        heap.trim()
 
 
 def _fitting(task: Task, batch: Batch) -> int:
@@ -222,4 +242,6 @@ def _patches(task: Task) -> int:
 
 def _free(device: torch.device) -> int:
     query = getattr(torch.get_device_module(device), "mem_get_info", None)
-    return psutil.virtual_memory().available if query is None else query(device)[0]
+    if query is not None:
+        return query(device)[0]
+    return psutil.virtual_memory().available // (ranks.world() // ranks.nodes())

@@ -1,6 +1,6 @@
 """Capture and replay of the calls that the blocks of a model receive."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -31,6 +31,21 @@ def split(batch: Batch, chunk: int) -> list[Batch]:
         {key: value[start : start + chunk] for key, value in batch.items()}
         for start in range(0, rows(batch), chunk)
     ]
+
+
+def divided(batches: Sequence[Batch], rank: int, count: int) -> list[Batch]:
+    """The sequences of one of `count` processes: whole batches where there are at least as many as
+    processes, so that each is computed as it would be in one process; else parts of them."""
+    if len(batches) >= count:
+        return list(batches[len(batches) * rank // count : len(batches) * (rank + 1) // count])
+    total = sum(map(rows, batches))
+    start, stop = total * rank // count, total * (rank + 1) // count
+    own, before = [], 0
+    for batch in batches:
+        part = slice(max(start - before, 0), max(stop - before, 0))
+        own.append({key: value[part] for key, value in batch.items()})
+        before += rows(batch)
+    return [batch for batch in own if rows(batch)]
 
 
 def rows(batch: Batch) -> int:

@@ -1,7 +1,9 @@
 """A pipeline that needs no model; the fixture `qexp` runs the command with it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
 from qexp.common.errors import UserError
@@ -19,7 +21,7 @@ def answer(cfg: DictConfig, folder: Path) -> Answer | None:
     return recorded.answer(cfg, [])
 
 
-def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
+def run(cfg: DictConfig, folder: Path, loggers: Sequence[Logger] = ()) -> dict[str, float]:
     """Fails in a different way for some bit-widths, else a perplexity that tells the config."""
     bits = cfg.weight.bits
     if bits == 11:
@@ -34,4 +36,6 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
     provenance.add(protocols={"held_out": {"digest": "12345678"}})
     quantized = {} if cfg.method.get("solver") is None else {"weight/bits": bits + 0.5}
     metrics = {"held_out/ppl": 40.0 - bits + cfg.seed, "held_out/ppl_stderr": 0.5, **quantized}
+    for logger in loggers:
+        logger.log_metrics(metrics)
     return results.write(folder, metrics, [], provenance)

@@ -21,8 +21,9 @@ def test_csv_is_written_when_something_is_logged(tmp_path) -> None:
     with loggers.opened(cfg, tmp_path):
         pass
     assert not list(tmp_path.iterdir())
-    with loggers.opened(cfg, tmp_path) as log:
-        log({"a/ppl": 2.5})
+    with loggers.opened(cfg, tmp_path) as [logger]:
+        logger.log_metrics({"training/loss": 1.5}, step=10)
+        logger.log_metrics({"a/ppl": 2.5})
     with (tmp_path / "metrics.csv").open() as file:
         assert list(csv.reader(file)) == [["metric", "value"], ["a/ppl", "2.5"]]
 
@@ -74,11 +75,12 @@ def test_wandb_is_given_what_its_users_look_for(tmp_path, monkeypatch) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WANDB_SILENT", "true")
     run = folder(tmp_path, "gptq", errors={"model.layers.0.up": 0.25, "model.layers.1.up": 0.5})
-    (run / "training.csv").write_text("step,loss,validation\n10,2.5,\n20,1.5,1.75\n")
     logger = {"wandb": {"_target_": "qexp.report.loggers.Wandb"}}
     cfg = OmegaConf.create({"logger": logger, "weight": {"bits": 3, "range": {"low": 0}}})
-    with loggers.opened(cfg, run, "the-sweep") as log:
-        log({"held_out/ppl": 37.0})
+    with loggers.opened(cfg, run, "the-sweep") as [logger]:
+        logger.log_metrics({"training/loss": 2.5}, step=10)
+        logger.log_metrics({"training/loss": 1.5, "training/validation": 1.75}, step=20)
+        logger.log_metrics({"held_out/ppl": 37.0})
     wandb.teardown()  # its process has written everything when it ends
     [path] = run.glob("wandb/offline-run-*/*.wandb")
     found = list(records(path))
@@ -94,9 +96,9 @@ def test_wandb_is_given_what_its_users_look_for(tmp_path, monkeypatch) -> None:
         }
         for each in (record.history for record in found if record.HasField("history"))
     ]
-    assert [line.get("training/loss") for line in lines] == [2.5, 1.5, None]
-    assert [line.get("training/validation") for line in lines] == [None, 1.75, None]
-    assert lines[-1]["held_out/ppl"] == 37.0 and lines[-1]["cost/quantize/seconds"] == 1.5
+    assert [line.get("training/loss") for line in lines] == [2.5, 1.5, None, None]
+    assert [line.get("training/validation") for line in lines] == [None, 1.75, None, None]
+    assert lines[-2]["held_out/ppl"] == 37.0 and lines[-1]["cost/quantize/seconds"] == 1.5
     assert lines[-1]["layers/nrows"] == 2 and lines[-1]["figures/layers/_type"] == "html-file"
     [table] = path.parent.glob("files/media/table/layers*.json")
     assert json.loads(table.read_text())["data"][1] == ["model.layers.1.up", 0.5]

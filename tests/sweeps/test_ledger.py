@@ -58,7 +58,7 @@ def test_what_other_code_failed_at_is_tried_again(qexp, monkeypatch) -> None:
     sweep = (*SWEEP, "weight.bits=11")
     assert qexp(*sweep) == 1
     monkeypatch.setattr(hashes, "code", lambda: "changed")
-    monkeypatch.setattr("qexp.pipeline.run", lambda cfg, folder: {"a/ppl": 1.0})
+    monkeypatch.setattr("qexp.pipeline.run", lambda cfg, folder, loggers: {"a/ppl": 1.0})
     monkeypatch.setattr("qexp.runs.results.cost", lambda folder: {"seconds": 1.0})
     assert qexp(*sweep) == 0
     assert states() == {"weight.bits=11": "done"}
@@ -92,11 +92,11 @@ def test_a_job_that_another_process_is_at_comes_last(qexp, monkeypatch, capsys) 
     with (folder / ".lock").open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
 
-        def run_and_free(cfg: DictConfig, place: Path) -> dict[str, float]:
+        def run_and_free(cfg: DictConfig, place: Path, loggers: list) -> dict[str, float]:
             order.append(cfg.weight.bits)
             if cfg.weight.bits == 4:
                 fcntl.flock(other, fcntl.LOCK_UN)
-            return stub.run(cfg, place)
+            return stub.run(cfg, place, loggers)
 
         monkeypatch.setattr("qexp.pipeline.run", run_and_free)
         assert qexp(*SWEEP, "weight.bits=3,4") == 0

@@ -11,9 +11,10 @@ from qexp.hessian.layerwise import mirrored
 from qexp.quantizers.scheme import FloatActivations
 from qexp.transforms.awq import AWQ
 from qexp.transforms.channels import channels_of
+from qexp.transforms.input_moments import input_moments
 from qexp.transforms.race import least
 from qexp.transforms.scale_search import pieces
-from qexp.transforms.site_statistics import ScaleShift, collect_statistics, input_moments
+from qexp.transforms.site_statistics import ScaleShift, collect_statistics
 from qexp.walk import walk
 
 GRID, FLOAT = IntGrid(3, group_size=32), FloatActivations()

@@ -22,7 +22,7 @@ def loaded(cfg: DictConfig) -> tuple[Task, list[Batch]]:
     From here on the process has an empty cache, which is deleted when it ends.
     """
     source: ModelSource = instantiate(cfg.model)
-    task = as_task(source, source.load(), cfg)
+    task = as_task(source, source.loaded(), cfg)
     batches: list[Batch] = instantiate(cfg.calibration)(task)
     empty_cache()
     return task, batches

@@ -19,8 +19,8 @@ from lm_eval.models.utils_hf import stop_sequences_criteria
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from qexp.common.errors import UserError
-from qexp.common.progress import bar
 from qexp.eval.harness.scoring import Request, score
+from qexp.eval.loop import measured
 from qexp.task import CausalLM, Task
 
 # New tokens for tasks that set no number, as in the harness's model `hf`.
@@ -120,10 +120,14 @@ class Model(TemplateLM):
                 last.append(index)
             else:
                 batches.append([index])
-        texts = [""] * len(requests)
-        for batch in bar(batches, self.name):
+
+        def step(batch: list[int]) -> list[str]:
             prompts = [self.tok_encode(requests[i].args[0]) for i in batch]
-            for index, text in zip(batch, self._generate(prompts, requests[batch[0]]), strict=True):
+            return self._generate(prompts, requests[batch[0]])
+
+        texts = [""] * len(requests)
+        for batch, made in zip(batches, measured(self.task, self.name, batches, step), strict=True):
+            for index, text in zip(batch, made, strict=True):
                 texts[index] = text
         self._encoded.clear()
         return texts
@@ -146,15 +150,14 @@ class Model(TemplateLM):
         pad = self.eot_token_id if pad is None else pad
         ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in cut])
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in cut])
-        with torch.no_grad():
-            tokens = self.task.model.generate(
-                input_ids=ids.to(self.task.device),
-                attention_mask=mask.to(self.task.device),
-                max_length=width + new,
-                pad_token_id=pad,
-                use_cache=True,
-                stopping_criteria=stop_sequences_criteria(self.tokenizer, until, width, len(cut)),
-                **settings,
-            )
+        tokens = self.task.model.generate(
+            input_ids=ids.to(self.task.device),
+            attention_mask=mask.to(self.task.device),
+            max_length=width + new,
+            pad_token_id=pad,
+            use_cache=True,
+            stopping_criteria=stop_sequences_criteria(self.tokenizer, until, width, len(cut)),
+            **settings,
+        )
         decoded = self.tokenizer.batch_decode(tokens[:, width:], skip_special_tokens=True)
         return [postprocess_generated_text(text, until, None) for text in decoded]

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from qexp.common.errors import UserError
-from qexp.common.progress import bar
+from qexp.eval.loop import measured
 from qexp.task import CausalLM
 
 # Shorter common prefixes are not worth a tree.
@@ -84,21 +84,24 @@ def score(task: CausalLM, requests: Sequence[Request], rows: int, name: str) -> 
     by_input: dict[Tokens, list[int]] = {}
     for index, request in enumerate(requests):
         by_input.setdefault(request.tokens[:-1], []).append(index)
+
+    def step(batch: list[Tree]) -> dict[int, Answer]:
+        hidden = _hidden(task, batch)
+        size = hidden.shape[1]
+        order: list[int] = []
+        places: list[int] = []  # indices of the hidden states that predict the targets
+        for row, tree in enumerate(batch):
+            for tokens, path in zip(tree.inputs, tree.paths, strict=True):
+                for index in by_input[tokens]:
+                    order.append(index)
+                    places += [row * size + node for node in path[-requests[index].scored :]]
+        part = _answers(task, hidden.flatten(0, 1), places, [requests[i] for i in order])
+        return dict(zip(order, part, strict=True))
+
+    forest = trees(list(by_input), rows, _window(task))
     answers: dict[int, Answer] = {}
-    with torch.no_grad():
-        forest = trees(list(by_input), rows, _window(task))
-        for batch in bar(list(batches(forest, rows)), name):
-            hidden = _hidden(task, batch)
-            size = hidden.shape[1]
-            order: list[int] = []
-            places: list[int] = []  # indices of the hidden states that predict the targets
-            for row, tree in enumerate(batch):
-                for tokens, path in zip(tree.inputs, tree.paths, strict=True):
-                    for index in by_input[tokens]:
-                        order.append(index)
-                        places += [row * size + node for node in path[-requests[index].scored :]]
-            part = _answers(task, hidden.flatten(0, 1), places, [requests[i] for i in order])
-            answers |= zip(order, part, strict=True)
+    for part in measured(task, name, list(batches(forest, rows)), step):
+        answers |= part
     if not all(math.isfinite(answer.loglikelihood) for answer in answers.values()):
         raise UserError(
             f"eval {name}: a log-likelihood is not finite: the model's weights or activations "

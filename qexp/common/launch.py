@@ -1,7 +1,7 @@
-"""Processes of a training run on several devices.
+"""Processes of one run on several devices.
 
-`torchrun` starts all processes with the same command. Otherwise the run starts the others when it
-reaches training, and they repeat the run from its saved configuration up to that point.
+`torchrun`, or SLURM's `srun`, starts all processes with the same command. Otherwise the run starts
+the others, which run its saved configuration.
 """
 
 import os
@@ -17,6 +17,7 @@ import torch
 from lightning.fabric.plugins.environments import (
     ClusterEnvironment,
     LightningEnvironment,
+    SLURMEnvironment,
     TorchElasticEnvironment,
 )
 from torch import distributed
@@ -29,42 +30,91 @@ CONFIG = Path(".hydra") / "config.yaml"
 
 
 def cluster() -> ClusterEnvironment:
-    """Lightning's cluster environment: torchrun or processes of this run.
-
-    Never Slurm, whose tasks may run different jobs of a sweep.
-    """
+    """Lightning's cluster environment: torchrun, or processes of this run."""
     return TorchElasticEnvironment() if TorchElasticEnvironment.detect() else _Environment()
+
+
+def adopt_slurm(count: int, strategy: str) -> None:
+    """Take rank and address from SLURM, if `srun` started the processes of one run: those of a run
+    with one device and no strategy may be different jobs. UserError for another number of them."""
+    tasks = int(os.environ.get("SLURM_NTASKS", 1))
+    if tasks == 1 or ranks.world() > 1 or (count == 1 and strategy == "auto"):
+        return
+    nodes = int(os.environ.get("SLURM_NNODES", 1))
+    if count * nodes != tasks:
+        raise UserError(
+            f"trainer.devices={count}: srun started {tasks} tasks on {nodes} machine(s); give "
+            f"trainer.devices={tasks // nodes}, or --ntasks-per-node={count}."
+        )
+    slurm = SLURMEnvironment()
+    os.environ |= {
+        "MASTER_ADDR": slurm.main_address,
+        "MASTER_PORT": str(slurm.main_port),
+        "WORLD_SIZE": str(tasks),
+        "LOCAL_WORLD_SIZE": str(count),
+        "RANK": str(slurm.global_rank()),
+        "LOCAL_RANK": str(slurm.local_rank()),
+        "NODE_RANK": str(slurm.node_rank()),
+    }
 
 
 class _Environment(LightningEnvironment):
     def teardown(self) -> None:
-        """Keeps the environment variables: the process keeps its rank after training."""
+        """Keeps the environment variables: the process keeps its rank after a trainer."""
 
 
 @contextmanager
 def processes(folder: Path | None, count: int) -> Iterator[None]:
     """Provides `count` processes on this machine for the context, with divided CPU threads.
 
-    Processes that `torchrun` did not start are started from the run's folder.
+    Processes that do not exist yet are started from the run's folder. Within a context of a run,
+    another one only checks the count.
 
     Raises UserError if the number of running processes is not `count`, if this is not a run of
     the command qexp, or if a process ends early.
     """
     elastic, world, nodes = TorchElasticEnvironment.detect(), ranks.world(), ranks.nodes()
+    if distributed.is_initialized():  # by the run
+        if count * nodes != world:
+            raise UserError(
+                f"trainer.devices={count} of a step: the run has {world} processes; give this "
+                f"trainer too devices={world // nodes} and strategy=ddp (a transform's trainer: "
+                f"+transform.trainer.devices={world // nodes} +transform.trainer.strategy=ddp)."
+            )
+        yield
+        return
     if (elastic or world > 1) and count * nodes != world:
         raise UserError(
             f"trainer.devices={count}: {world} processes were started on {nodes} machine(s); give "
             f"trainer=ddp trainer.devices={world // nodes}, or start one process."
         )
     with ExitStack() as stack:
-        if not distributed.is_initialized():
-            stack.callback(_leave)
+        stack.enter_context(_losses_reported(count))
+        stack.callback(_leave)
         if count > 1:
             stack.enter_context(_shared(count))
         if not elastic and world == 1:
             stack.enter_context(_started(folder, count))
         _answer()
         yield
+
+
+@contextmanager
+def _losses_reported(count: int) -> Iterator[None]:
+    """UserError for what torch raises when another process does not answer any more."""
+    try:
+        yield
+    except Exception as error:
+        if not _lost_peer(error):
+            raise
+        raise UserError(
+            f"trainer.devices={count}: another process of the run ended; its output is above. The "
+            "same command resumes."
+        ) from error
+
+
+def _lost_peer(error: Exception) -> bool:
+    return isinstance(error, distributed.DistError) or "gloo" in str(error)
 
 
 def _leave() -> None:
@@ -74,12 +124,11 @@ def _leave() -> None:
 
 @contextmanager
 def _shared(count: int) -> Iterator[None]:
-    """Divides the CPU threads; sets OMP_NUM_THREADS too, as Lightning sets it otherwise."""
+    """Divides the CPU threads."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(share := max(threads // count, 1))
+    torch.set_num_threads(max(threads // count, 1))
     try:
-        with _environment(OMP_NUM_THREADS=str(share)):
-            yield
+        yield
     finally:
         torch.set_num_threads(threads)
 
@@ -89,8 +138,8 @@ def _started(folder: Path | None, count: int) -> Iterator[None]:
     """Starts the other processes of the run in `folder`, and waits until all reach this point."""
     if count > 1 and (folder is None or not (folder / CONFIG).is_file()):
         raise UserError(
-            f"trainer.devices={count}: only the command qexp can start processes; start this "
-            "program with torchrun."
+            f"trainer.devices={count}: the run has one process; give the root key trainer.devices, "
+            "which starts those of the command qexp, or start this program with torchrun."
         )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -115,7 +164,7 @@ def _started(folder: Path | None, count: int) -> Iterator[None]:
         for number, call in enumerate(calls, 1):
             if not _receive(call):
                 raise UserError(
-                    f"trainer.devices={count}: process {number + 1} ended before training started; "
+                    f"trainer.devices={count}: process {number + 1} ended before the run began; "
                     "its output is above."
                 )
         for call in calls:
@@ -124,14 +173,13 @@ def _started(folder: Path | None, count: int) -> Iterator[None]:
             yield
         _wait(others, 60.0)  # they end without further work
     except Exception as error:
-        lost_peer = isinstance(error, distributed.DistError) or "gloo" in str(error)
-        codes = [code for code in _wait(others, 5.0) if code] if lost_peer else []
+        codes = [code for code in _wait(others, 5.0) if code] if _lost_peer(error) else []
         if not codes:
             raise
         killed = "; possibly killed by the system for lack of memory" if codes[0] == -9 else ""
         raise UserError(
-            f"trainer.devices={count}: {len(codes)} of the other processes ended during training "
-            f"(exit code {codes[0]}{killed}); their output is above."
+            f"trainer.devices={count}: {len(codes)} of the other processes ended (exit code "
+            f"{codes[0]}{killed}); their output is above. The same command resumes."
         ) from error
     finally:
         for call in calls:

@@ -15,11 +15,10 @@ import torch
 from filelock import FileLock
 from omegaconf import OmegaConf
 
-from qexp.common import ranks
+from qexp.common import launch, ranks
 from qexp.common.cache import Cache
 from qexp.common.errors import UserError
 from qexp.sweeps.callbacks import Ledger
-from qexp.training import launch
 
 SMALL = ["model=tiny_llama", "data=synthetic", "calibration.sequences=8", "calibration.length=32"]
 SMALL += ["eval.held_out.length=32", "eval.held_out.limit=4", "progress=false", "logger=none"]
@@ -44,6 +43,40 @@ def test_alone_this_process_is_the_first(monkeypatch):
     assert (ranks.rank(), ranks.local_rank(), ranks.nodes()) == (5, 1, 2)
 
 
+def as_a_task(patch: pytest.MonkeyPatch, **others: str) -> None:
+    """As `srun` says it on the second of two machines with two tasks each."""
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        patch.setenv(name, "removed")  # so that it is restored afterwards
+        patch.delenv(name)
+    for name in ("LOCAL_WORLD_SIZE", "NODE_RANK"):
+        patch.setenv(name, "removed")
+        patch.delenv(name)
+    slurm = {"NTASKS": "4", "NNODES": "2", "PROCID": "3", "LOCALID": "1", "NODEID": "1"}
+    slurm |= {"NTASKS_PER_NODE": "2", "NODELIST": "node[07-08]", "JOB_ID": "123456"}
+    for name, value in (slurm | others).items():
+        patch.setenv(f"SLURM_{name}", value)
+
+
+@pytest.mark.filterwarnings("ignore:The `srun` command")
+def test_the_tasks_of_slurm_are_the_processes_of_one_run(monkeypatch):
+    as_a_task(monkeypatch)
+    launch.adopt_slurm(1, "auto")  # each task is a run of its own
+    assert ranks.world() == 1
+    launch.adopt_slurm(2, "ddp")
+    assert (ranks.rank(), ranks.local_rank(), ranks.world(), ranks.nodes()) == (3, 1, 4, 2)
+    environment = launch.cluster()
+    assert environment.creates_processes_externally
+    assert (environment.main_address, environment.node_rank()) == ("node07", 1)
+    assert environment.main_port == 15000 + 3456
+
+
+def test_another_number_of_tasks_is_refused(monkeypatch):
+    as_a_task(monkeypatch)
+    said = r"^trainer\.devices=4: srun started 4 tasks on 2 machine.*trainer\.devices=2"
+    with pytest.raises(UserError, match=said):
+        launch.adopt_slurm(4, "auto")
+
+
 def test_another_count_than_was_started_is_refused(monkeypatch):
     as_one_of(monkeypatch, 0, 4)
     said = r"^trainer\.devices=2: 4 processes were started on 1 machine.*trainer\.devices=4"
@@ -63,7 +96,7 @@ def test_a_process_that_ends_too_early_ends_the_run(tmp_path, monkeypatch):
     (tmp_path / launch.CONFIG).touch()
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     before, threads = dict(os.environ), torch.get_num_threads()
-    said = r"^trainer\.devices=3: process 2 ended before training started"
+    said = r"^trainer\.devices=3: process 2 ended before the run began"
     with pytest.raises(UserError, match=said), launch.processes(tmp_path, 3):
         pass
     assert dict(os.environ) == before and torch.get_num_threads() == threads
