@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.seed import isolate_rng
 from omegaconf import DictConfig
 
-from qexp.common import collectives, launch, progress, ranks, trainers
+from qexp.common import collectives, launch, numerics, progress, ranks, trainers
 from qexp.common.errors import UserError
 from qexp.common.workspace import Workspace
 from qexp.config import grid_choice, root_keys
@@ -27,7 +27,7 @@ from qexp.models.state_diff import Checksums, added, checksums, state_diff
 from qexp.packed import weights_file
 from qexp.quantizers import maps
 from qexp.quantizers.scheme import FloatActivations, all_called
-from qexp.runs import recorded, results, used_modules
+from qexp.runs import recorded, repeatable, results, used_modules
 from qexp.runs.provenance import Provenance
 from qexp.runs.results import Answer
 from qexp.step import Nothing, Record, Step, storage
@@ -60,6 +60,7 @@ def answer(cfg: DictConfig, folder: Path) -> Answer | None:
     files = build(cfg).files()
     needs = [weights_file.FILE] if cfg.save_weights else []
     if stands and (metrics := results.read(folder, files, needs)) is not None:
+        repeatable.report(cfg, folder)
         return Answer(metrics, folder, results.cost(folder))
     return recorded.answer(cfg, files)
 
@@ -73,6 +74,7 @@ def run(cfg: DictConfig, folder: Path, loggers: Sequence[Logger] = ()) -> dict[s
     parts = build(cfg)
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     progress.show(cfg.progress and not ranks.rank())
+    numerics.of(cfg).apply()  # before cuBLAS begins
     devices = instantiate(cfg.trainer).devices
     if devices == ranks.world() == 1:
         return _run(parts, cfg, folder, loggers)
@@ -98,6 +100,7 @@ def _run(
     source = parts.source
     provenance.add(model=source.fingerprint(), tensor_types=source.tensor_types())
     provenance.add(device=str(task.device), processes=ranks.world(), seed=cfg.seed)
+    provenance.add(numerics=numerics.facts(task.device))
     evaluators = measure_float(parts, task, cfg, folder, provenance)
     records = apply(parts, task, provenance)
     metrics = storage(records, added(task.model, names), maps.bits(task))
@@ -152,7 +155,7 @@ def measure_float(
             return task
         return as_task(unquantized, unquantized.loaded(), cfg)
 
-    identity = unquantized.fingerprint() | {"device": task.device.type}
+    identity = unquantized.fingerprint() | numerics.identity(task.device)
     start = FloatModel(identity, float_task, folder)
     with provenance.stage("measure the float model"), isolate_rng():
         return [evaluator.measure_float(start) for evaluator in parts.evaluators]

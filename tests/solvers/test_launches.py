@@ -28,27 +28,27 @@ FIXED = {
 # Launches by a column, and synchronisations by a matrix.
 COSTS = {
     "adpq": (0, 2),
-    "billm": (3, 11),
-    "gptaq": (11, 5),
-    "gptq": (10, 5),
+    "billm": (2, 10),
+    "gptaq": (10, 3),
+    "gptq": (9, 3),
     "lnq": (80, 21),
     "lorc": (0, 0),
-    "oac": (16, 11),
-    "oac_binary": (3, 11),
-    "oac_binary_one_pass": (3, 11),
-    "oac_one_pass": (16, 11),
+    "oac": (15, 8),
+    "oac_binary": (2, 10),
+    "oac_binary_one_pass": (2, 10),
+    "oac_one_pass": (15, 8),
     "obq": (40, 3),
-    "owq": (10, 14),
-    "pbllm": (13, 6),
-    "qronos": (10, 5),
-    "quip": (10, 24),
+    "owq": (9, 10),
+    "pbllm": (12, 5),
+    "qronos": (9, 3),
+    "quip": (9, 23),
     "rtn": (0, 0),
-    "slim": (14, 6),
-    "slim_llm": (10, 15),
-    "sparsegpt": (12, 6),
-    "spqr": (16, 11),
+    "slim": (12.75, 5),
+    "slim_llm": (9, 13),
+    "sparsegpt": (10, 5),
+    "spqr": (15, 8),
     "squeezellm": (0, 10),
-    "yaqa": (57.65625, 6),  # a wave of 63 antidiagonals for every 32 columns
+    "yaqa": (57.59375, 6),  # a wave of 63 antidiagonals for every 32 columns
 }
 
 
