@@ -87,7 +87,7 @@ def of(cfg: DictConfig) -> Numerics:
     if not isinstance(node, DictConfig | dict):
         raise UserError(f"numerics={node!r}: give single fields, such as numerics.tf32=true")
     known = [each.name for each in fields(Numerics)]
-    for key in node:
+    for key in map(str, node):
         if key not in known:
             raise UserError(f"numerics.{key}: is unknown; the keys are {', '.join(known)}")
     return Numerics(**{str(key): value for key, value in node.items()})
