@@ -74,6 +74,7 @@ def run(cfg: DictConfig, folder: Path, loggers: Sequence[Logger] = ()) -> dict[s
     parts = build(cfg)
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     progress.show(cfg.progress and not ranks.rank())
+    numerics.of(cfg).apply()  # before cuBLAS begins
     devices = instantiate(cfg.trainer).devices
     if devices == ranks.world() == 1:
         return _run(parts, cfg, folder, loggers)

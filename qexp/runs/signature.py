@@ -12,8 +12,6 @@ from qexp.common.numerics import Numerics
 # display, storage and scheduling: none of these keys can change a result
 KEPT = ("hydra", "logger", "progress", "threads", "save_weights", "optimize", "label", "replay")
 UNSIGNED = frozenset({*KEPT, "dry_run", "retry", "fail_fast", "table", "records", "memory"})
-    {*KEPT, "replay", "dry_run", "retry", "fail_fast", "table", "records", "memory"}
-)
 
 
 def signed(cfg: DictConfig) -> dict[str, Any]:
