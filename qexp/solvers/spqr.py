@@ -107,10 +107,9 @@ class SpQR(OnGrid):
         swept = sweep(weight, factor.upper, fit, nearest, size, self.block)
         joined, mask = Scale.join(fitted), None
         if sparse:
-            alone = Scale(joined.scale.expand(rows, -1), joined.zero.expand(rows, -1))
-            flat = alone.map(lambda part: part.reshape(-1, 1))  # a group of a row each
-            on_grid = self.grid.round(swept.values.reshape(len(flat.scale), -1), flat)
-            outlying = outside(swept.values, on_grid.reshape(rows, columns), farthest)
+            flat = Scale(*(part.expand(rows, -1).reshape(-1, 1) for part in joined[:2]))
+            nearest_to = self.grid.round(swept.values.reshape(-1, size), flat)
+            outlying = outside(swept.values, nearest_to.reshape(rows, columns), farthest)
             mask = outlying[:, place] if outlying.any() else None
         rounded = swept.rounded[:, place]
         packed = Coded.of(
