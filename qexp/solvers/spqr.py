@@ -107,7 +107,8 @@ class SpQR(OnGrid):
         swept = sweep(weight, factor.upper, fit, nearest, size, self.block)
         joined, mask = Scale.join(fitted), None
         if sparse:
-            flat = Scale(*(part.expand(rows, -1).reshape(-1, 1) for part in joined[:2]))
+            alone = Scale(joined.scale, joined.zero)  # what a column is rounded with in the sweep
+            flat = alone.map(lambda part: part.expand(rows, -1).reshape(-1, 1))
             nearest_to = self.grid.round(swept.values.reshape(-1, size), flat)
             outlying = outside(swept.values, nearest_to.reshape(rows, columns), farthest)
             mask = outlying[:, place] if outlying.any() else None
