@@ -82,7 +82,8 @@ def record(name: str, linear: nn.Linear, grid: Grid, seconds: float) -> Record:
     finite(name, linear)
     scale = max(error(weight, None), torch.finfo(torch.float32).tiny)
     before = error(grid(weight) - weight, None) / scale
-    after = error(packed.dequantize() - weight, None) / scale
+    # codes of an earlier step are on the host
+    after = error(packed.dequantize().to(weight) - weight, None) / scale
     rows, columns = packed.shape
     printed = packed.paper_bits() if isinstance(packed, Coded) else None
     return Record(name, rows, columns, packed.bits(), before, after, 0.0, seconds, packed, printed)
