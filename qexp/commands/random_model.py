@@ -51,7 +51,8 @@ def main(arguments: Sequence[str]) -> None:
 
 def _write(folder: Path, model: LlamaForCausalLM, generator: torch.Generator) -> int:
     """Write the shards and their index; the bytes of all weights."""
-    weight_map, size = {}, 0
+    weight_map: dict[str, str] = {}
+    size = 0
     for number, names in enumerate(_shards(model)):
         path = folder / f"model-{number:05}.safetensors"
         tensors = {name: _random(model.get_parameter(name), generator) for name in names}

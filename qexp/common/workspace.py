@@ -2,9 +2,11 @@
 
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from qexp.common.files import write_rows
 
 CHECKPOINTS = "training-"  # prefix of the folders from which killed training resumes
 
@@ -24,6 +26,18 @@ class Workspace:
         self.folder, self.loggers = folder, loggers
         self.memory = math.inf if memory is None else memory * 2**30
         self._removals: list[Callable[[], object]] = []
+        self._trainings: dict[str, int] = {}
+        self._logs: dict[Path, dict[int, Sequence[Mapping[str, object]]]] = {}
+
+    def log(self, path: Path, training: str, rows: Sequence[Mapping[str, object]]) -> None:
+        """Write a CSV file with the rows of this training so far, after those of the trainings that
+        came before it in the run. In a run with several, a column `training` numbers them."""
+        number = self._trainings.setdefault(training, len(self._trainings) + 1)
+        parts = self._logs.setdefault(path, {})
+        parts[number] = rows
+        if len(self._trainings) > 1:
+            rows = [{"training": n, **row} for n, part in parts.items() for row in part]
+        write_rows(path, rows)
 
     def remove_when_done(self, remove: Callable[[], object]) -> None:
         """Call `remove` once the run's results are on disk; immediately where there is no run."""

@@ -4,9 +4,10 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig
 
+from qexp.common import numerics
 from qexp.common.errors import UserError, check_bool, check_int, check_number, check_range
 
-SWITCHES = ("offload", "progress", "save_weights", "dry_run", "fail_fast")
+SWITCHES = ("offload", "replay", "progress", "save_weights", "dry_run", "fail_fast")
 RETRIES = (None, "failed")
 
 
@@ -20,6 +21,7 @@ def check(cfg: DictConfig) -> None:
         check_number("", cfg, memory=0)
     if not isinstance(cfg.device, str):
         raise UserError(f"device={cfg.device}: give cpu, cuda, cuda:N or auto.")
+    numerics.of(cfg)
     if not isinstance(cfg.run, str | None):
         raise UserError(f"run={cfg.run}: give the folder of a finished run, run=outputs/…, or null")
     if not isinstance(cfg.label, str | int | float | None):

@@ -81,11 +81,12 @@ def export(
     check(out)
     options.check(format)
     source = ExportedRun.read(run)
+    coded: Mapping[str, Coded] = {}
     if format == GGUF:
         return _gguf(source, out, options)
     if format == FLOAT:
         source.refuse_activations()
-        state, section, coded = published(source.model), None, dict[str, Coded]()
+        state, section = published(source.model), None
     else:
         coded = source.coded(FORMATS[format].refusal, widened if options.widen else None)
         state, section = source.with_codes(FORMATS[format], coded)

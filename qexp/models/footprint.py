@@ -59,24 +59,27 @@ def of(cfg: DictConfig) -> Footprint | None:
     first = model.get_submodule(arch.blocks).get_submodule("0")
     found = [first.get_submodule(name) for group in arch.groups for name in group.linears]
     shapes = [(part.weight.shape[0], part.weight.shape[1]) for part in found]
-    columns = max(own for _, own in shapes) if "hessian" in cfg.method else 0
+    walks = "hessian" in cfg.method  # block by block, with calibration data
+    columns = max(own for _, own in shapes) if walks else 0
     load = str(cfg.model.get("load", "whole"))
     weights = each * model.num_parameters()
     if load == "stream":
         block = each * sum(parameter.numel() for parameter in first.parameters())
         weights = min(weights, on_disk.RESIDENT + block)
-    sequences = cfg.calibration.get("sequences", 0)
-    tokens = sequences * cfg.calibration.get("length", 1)
-    at_once = tokens * min((cfg.method.get("chunk") or sequences) / max(sequences, 1), 1)
+    sequences = (cfg.calibration.get("sequences") or 0) if walks else 0
+    length = cfg.calibration.get("length", 1)
+    tokens, at_once = sequences * length, length * (cfg.method.get("chunk") or sequences)
     between = 2 * each * tokens * config.hidden_size
     if cfg.memory is not None and between > 2 * cfg.memory * GIB:
         between = on_disk.RESIDENT
     inside = at_once * (3 * max(rows for rows, _ in shapes) + 6 * config.hidden_size) * each
+    if cfg.method.get("chunk") is None:  # then the walk takes what fits
+        inside = min(inside, psutil.virtual_memory().available // 2)
     return Footprint(
         load,
         weights,
         4 * (SQUARES * columns**2 + MATRICES * max(rows * own for rows, own in shapes)),
-        int(between + inside),
+        between + inside,
         8 * task.POSITIONS * getattr(config, "vocab_size", 0),
     )
 

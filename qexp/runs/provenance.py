@@ -100,7 +100,7 @@ class Provenance:
             "machine": {
                 "host": platform.node(),
                 "system": platform.platform(),
-                "processor": _processor(),
+                "processor": processor(),
                 "cores": os.cpu_count(),
                 "cuda": [_cuda_name(cuda)] if (cuda := _cuda()) is not None else [],
             },
@@ -159,7 +159,8 @@ def _versions() -> dict[str, str]:
     return installed
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The model of the CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -195,9 +195,9 @@ def walk(
         )
     tuples = returns_tuple(task, parts[0])
     chunks = [capture_calls(task, part, tuples) for part in parts]
-    if sum(chunk.hidden.nbytes for chunk in chunks) > task.workspace.memory:
-        for chunk in chunks:
-            chunk.hidden = on_disk.copied(chunk.hidden)
+    if sum(each.hidden.nbytes for each in chunks) > task.workspace.memory:
+        for each in chunks:
+            each.hidden = on_disk.copied(each.hidden)
     described = f"{task.model.config.to_json_string()} {task.quantizers!r} {task.maps!r}"
     modules = (task.model, task.quantizers, task.maps)
     states = [*(dict(module.state_dict()) for module in modules), *batches]
@@ -241,6 +241,7 @@ def _patches(task: Task) -> int:
 
 
 def _free(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    query = getattr(torch.get_device_module(device), "mem_get_info", None)
+    if query is not None:
+        return query(device)[0]
     return psutil.virtual_memory().available // (ranks.world() // ranks.nodes())

