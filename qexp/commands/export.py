@@ -107,7 +107,7 @@ def loaded(fact: Mapping[str, Any]) -> str:
         return f"not loaded by the library that reads it: {fact['skipped']}"
     return (
         f"loaded by {fact['library']}: largest difference of a logit {fact['max_logit']:.2g}, "
-        f"KL {fact['kl']:.2g}"
+        f"KL {fact['kl']:.2g}" + (f"; none with {fact['equal']}" if "equal" in fact else "")
     )
 
 
