@@ -7,6 +7,7 @@ Every process must call them, in the same order. They are of the default process
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import BytesIO
 from typing import TypeVar
 
 import torch
@@ -31,12 +32,15 @@ def count() -> int:
 
 
 def gathered(value: Made) -> list[Made]:
-    """The values of all processes, by rank. Values are pickled; tensors must be on the CPU."""
+    """The values of all processes, by rank; those of several have their tensors on the CPU."""
     if is_single_process():
         return [value]
-    values: list[Made] = [value] * distributed.get_world_size()
-    distributed.all_gather_object(values, value)
-    return values
+    with BytesIO() as buffer:
+        torch.save(value, buffer)  # plain pickle has no uint16 tensors
+        own = buffer.getvalue()
+    packed = [own] * distributed.get_world_size()
+    distributed.all_gather_object(packed, own)
+    return [torch.load(BytesIO(x), map_location="cpu", weights_only=False) for x in packed]
 
 
 def from_first(make: Callable[[], Made]) -> Made:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -174,7 +175,7 @@ def test_the_command_starts_its_processes_and_survives_the_loss_of_one(tmp_path:
     expected = json.loads(path.read_text())
     killed = start(*TWO)
     while killed.poll() is None and len(list(tmp_path.glob("cache/blocks/*.safetensors"))) < 2:
-        pass
+        time.sleep(0.05)
     [other] = psutil.Process(killed.pid).children()
     other.kill()
     said = killed.communicate(timeout=500)[1]
