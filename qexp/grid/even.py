@@ -1,7 +1,6 @@
 """Base of grids whose values are evenly spaced."""
 
 from dataclasses import replace
-from typing import Self
 
 import torch
 from jaxtyping import Float
@@ -17,7 +16,7 @@ class EvenGrid(Grid):
     """scale · (code - zero), code in 0 … top, for subclasses with a scale per row and, unless they
     say otherwise, 2^bits codes and the fixed zero point in their middle, 2^(bits-1)."""
 
-    def with_bits(self, bits: int) -> Self:
+    def with_bits(self, bits: int) -> "EvenGrid":
         return replace(self, bits=bits)  # type: ignore[type-var]
 
     @property
