@@ -133,7 +133,7 @@ def load(parts: Parts, cfg: DictConfig, folder: Path) -> Task:
     """The model on its device, checked against what is going to be done to it."""
     loaded = parts.source.loaded()
     task = as_task(parts.source, loaded, cfg)
-    task.workspace = Workspace(folder, cfg.memory)
+    task.workspace = Workspace(folder, cfg.get("memory"))  # older runs have no such key
     loaded.finish(task)
     unquantized = parts.source.origin()
     task.original = lambda: as_task(unquantized, unquantized.loaded(), cfg).model

@@ -17,7 +17,7 @@ def check(cfg: DictConfig) -> None:
     check_range("", cfg, "a whole number from 0 to 2**32 - 1", _seed, "seed")
     if cfg.threads is not None:
         check_int("", cfg, threads=1)
-    if cfg.memory is not None:
+    if cfg.get("memory") is not None:
         check_number("", cfg, memory=0)
     if not isinstance(cfg.device, str):
         raise UserError(f"device={cfg.device}: give cpu, cuda, cuda:N or auto.")

@@ -70,7 +70,7 @@ def of(cfg: DictConfig) -> Footprint | None:
     length = cfg.calibration.get("length", 1)
     tokens, at_once = sequences * length, length * (cfg.method.get("chunk") or sequences)
     between = 2 * each * tokens * config.hidden_size
-    if cfg.memory is not None and between > 2 * cfg.memory * GIB:
+    if cfg.get("memory") is not None and between > 2 * cfg.memory * GIB:
         between = on_disk.RESIDENT
     inside = at_once * (3 * max(rows for rows, _ in shapes) + 6 * config.hidden_size) * each
     if cfg.method.get("chunk") is None:  # then the walk takes what fits
