@@ -123,7 +123,7 @@ def load(folder: Place, device: str = "cpu") -> tuple[PreTrainedModel, PreTraine
 
     resolvers.register()
     source = FromRun(os.fspath(folder))
-    loaded = source.load()
+    loaded = source.loaded()
     task = as_task(source, loaded, OmegaConf.create({"device": device, "offload": False}))
     loaded.finish(task)
     return task.model, loaded.tokenizer

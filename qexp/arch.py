@@ -35,7 +35,8 @@ class Arch:
     the residual stream x and nothing follows the writer, so norms can be folded and the stream
     rotated. `post_norm`: norms follow the residual sums. Their output is the stream itself, whose
     channels other branches also read. `unit_offset`: norms multiply by 1 + weight instead of
-    weight. `parallel`: all branches of a block read its input.
+    weight. `parallel`: all branches of a block read its input. `expects_bos`: it was trained with
+    BOS before every text and needs one, whatever its tokenizer does.
     """
 
     blocks: str
@@ -49,6 +50,7 @@ class Arch:
     post_norm: bool = False
     unit_offset: bool = False
     parallel: bool = False
+    expects_bos: bool = False
 
     @property
     def gated(self) -> bool:
@@ -104,6 +106,7 @@ GEMMA3 = replace(
     norms=(*QWEN3.norms, "pre_feedforward_layernorm", "post_feedforward_layernorm"),
     pre_norm=False,
     unit_offset=True,
+    expects_bos=True,
 )
 
 OPT = Arch(

@@ -13,20 +13,21 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.seed import isolate_rng
 from omegaconf import DictConfig
 
-from qexp.common import collectives, launch, progress, ranks, trainers
+from qexp.common import collectives, launch, numerics, progress, ranks, trainers
 from qexp.common.errors import UserError
 from qexp.common.workspace import Workspace
 from qexp.config import grid_choice, root_keys
 from qexp.config.instantiate import instantiate
 from qexp.data.recipe import Recipe
-from qexp.eval.base import Evaluator, FloatModel, digest
+from qexp.eval.base import Evaluator, FloatModel, digest, warn_of_float_cache
+from qexp.models import footprint
 from qexp.models.base import ModelSource
 from qexp.models.device import as_task, device_of
 from qexp.models.state_diff import Checksums, added, checksums, state_diff
 from qexp.packed import weights_file
 from qexp.quantizers import maps
 from qexp.quantizers.scheme import FloatActivations, all_called
-from qexp.runs import recorded, results, used_modules
+from qexp.runs import recorded, repeatable, results, used_modules
 from qexp.runs.provenance import Provenance
 from qexp.runs.results import Answer
 from qexp.step import Nothing, Record, Step, storage
@@ -59,6 +60,7 @@ def answer(cfg: DictConfig, folder: Path) -> Answer | None:
     files = build(cfg).files()
     needs = [weights_file.FILE] if cfg.save_weights else []
     if stands and (metrics := results.read(folder, files, needs)) is not None:
+        repeatable.report(cfg, folder)
         return Answer(metrics, folder, results.cost(folder))
     return recorded.answer(cfg, files)
 
@@ -72,6 +74,7 @@ def run(cfg: DictConfig, folder: Path, loggers: Sequence[Logger] = ()) -> dict[s
     parts = build(cfg)
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     progress.show(cfg.progress and not ranks.rank())
+    numerics.of(cfg).apply()  # before cuBLAS begins
     devices = instantiate(cfg.trainer).devices
     if devices == ranks.world() == 1:
         return _run(parts, cfg, folder, loggers)
@@ -88,6 +91,7 @@ def _run(
     provenance = Provenance(used_modules.roots(cfg))
     provenance.read_files(parts.files())
     L.seed_everything(cfg.seed, verbose=False)
+    footprint.check(cfg)
     with provenance.stage("load"):
         task = load(parts, cfg, folder)
         task.workspace.loggers = loggers
@@ -96,6 +100,7 @@ def _run(
     source = parts.source
     provenance.add(model=source.fingerprint(), tensor_types=source.tensor_types())
     provenance.add(device=str(task.device), processes=ranks.world(), seed=cfg.seed)
+    provenance.add(numerics=numerics.facts(task.device))
     evaluators = measure_float(parts, task, cfg, folder, provenance)
     records = apply(parts, task, provenance)
     metrics = storage(records, added(task.model, names), maps.bits(task))
@@ -126,12 +131,12 @@ def build(cfg: DictConfig) -> Parts:
 
 def load(parts: Parts, cfg: DictConfig, folder: Path) -> Task:
     """The model on its device, checked against what is going to be done to it."""
-    loaded = parts.source.load()
+    loaded = parts.source.loaded()
     task = as_task(parts.source, loaded, cfg)
-    task.workspace = Workspace(folder)
+    task.workspace = Workspace(folder, cfg.get("memory"))  # older runs have no such key
     loaded.finish(task)
     unquantized = parts.source.origin()
-    task.original = lambda: as_task(unquantized, unquantized.load(), cfg).model
+    task.original = lambda: as_task(unquantized, unquantized.loaded(), cfg).model
     _check_quantizers(task, parts.steps)
     for evaluator in parts.evaluators:
         evaluator.check(task)
@@ -148,9 +153,9 @@ def measure_float(
     def float_task() -> Task:
         if unquantized is parts.source:
             return task
-        return as_task(unquantized, unquantized.load(), cfg)
+        return as_task(unquantized, unquantized.loaded(), cfg)
 
-    identity = unquantized.fingerprint() | {"device": task.device.type}
+    identity = unquantized.fingerprint() | numerics.identity(task.device)
     start = FloatModel(identity, float_task, folder)
     with provenance.stage("measure the float model"), isolate_rng():
         return [evaluator.measure_float(start) for evaluator in parts.evaluators]
@@ -161,11 +166,12 @@ def apply(parts: Parts, task: Task, provenance: Provenance) -> list[Record]:
 
     def batches() -> list[Batch]:
         found = parts.recipe(task)  # first: it may refuse, before the whole text is read
-        provenance.add(calibration=parts.recipe.definition())
+        provenance.add(calibration=parts.recipe.definition() | parts.recipe.followed(task))
         return found
 
     for step in parts.steps:
-        provenance.add(training={k: each.definition() for k, each in step.recipes().items()})
+        own = {k: x.definition() | x.followed(task) for k, x in step.recipes().items()}
+        provenance.add(training=own)
     records: list[Record] = []
     with provenance.stage("quantize"):
         for step in parts.steps:
@@ -180,6 +186,7 @@ def evaluate(
     """The metrics of every evaluator, and in the provenance the definition of each."""
     metrics: dict[str, float] = {}
     for index, evaluator in enumerate(evaluators):
+        warn_of_float_cache(evaluator, task)
         with provenance.stage(f"evaluate {evaluator.name}"), ExitStack() as stack:
             if not index:
                 stack.enter_context(all_called(task, f"eval {evaluator.name}"))

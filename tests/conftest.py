@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import stub
+from helpers.simulated_device import DEVICES, simulated
 from hydra import initialize_config_dir
 
 from qexp import cli, pipeline
@@ -21,6 +23,16 @@ def configured() -> Iterator[None]:
     resolvers.register()
     with initialize_config_dir(version_base="1.3", config_dir=str(location.conf())):
         yield
+
+
+@pytest.fixture
+def accelerator() -> Iterator[torch.device]:
+    """This machine's accelerator, or a simulated one: for tests with the marker `gpu`."""
+    if (found := torch.accelerator.current_accelerator(check_available=True)) is not None:
+        yield found
+        return
+    with simulated():
+        yield torch.device(DEVICES[0])
 
 
 @pytest.fixture

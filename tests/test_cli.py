@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -158,7 +157,6 @@ def test_help_lists_the_choices_and_loads_nothing_heavy(tmp_path) -> None:
         "try: sys.argv = ['qexp', '--help']; qexp.cli.main()\n"
         "finally: print(sorted({'torch', 'transformers', 'wandb'} & set(sys.modules)))"
     )
-    start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True,
@@ -167,6 +165,5 @@ def test_help_lists_the_choices_and_loads_nothing_heavy(tmp_path) -> None:
         env={**os.environ, "PYTHONPATH": str(location.conf().parent)},
         check=True,
     )
-    assert time.perf_counter() - start < 10  # under 2 s when the machine does nothing else
     assert done.stdout.splitlines()[-1] == "[]"
     assert "method: " in done.stdout and "smollm2" in done.stdout

@@ -33,7 +33,7 @@ def test_a_file_is_one_idea(path: Path) -> None:
 def test_tests_are_where_their_modules_are() -> None:
     """A folder of tests has the name of a package; at the top are tests of modules at the root,
     and of the project as a whole."""
-    roots = {"layout", "packaging", "public_names", "site"}
+    roots = {"devices", "layout", "packaging", "public_names", "simulated_device", "site"}
     for path in sorted(TESTS.rglob("test_*.py")):
         folder = path.parent.relative_to(TESTS).as_posix()
         if folder == ".":

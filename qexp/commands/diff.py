@@ -11,6 +11,7 @@ from qexp.common.errors import UserError
 from qexp.report import tables
 from qexp.runs import record, results
 from qexp.runs.finished import Run, flat, load
+from qexp.runs.repeatable import differences
 
 ABSENT = "-"
 # different in any two runs, or shown as a cost
@@ -43,6 +44,8 @@ def report(one: Run, other: Run, count: int = 10) -> Iterator[str]:
     origin = [flat(run.provenance, without=NOT_ORIGIN) for run in (one, other)]
     yield from _section("configuration", ("a", "b"), changes(one.settings, other.settings))
     yield from _section("code, versions, machine, inputs", ("a", "b"), changes(*origin))
+    if facts := differences(one.provenance, other.provenance):
+        yield f"last digits may differ: {', '.join(each.name for each in facts)}"
     yield from _section("metrics", ("a", "b", "b - a"), metrics(one, other))
     found = layers(one, other)
     titles = ("error of a", "error of b", "b / a")

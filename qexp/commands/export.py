@@ -3,6 +3,7 @@
 import argparse
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ from qexp.models.export import FLOAT, GGUF, Options, export, fits
 from qexp.packed.formats.gguf import TYPES
 from qexp.runs import resolvers, results, used_modules
 from qexp.runs.provenance import Provenance
+from qexp.task import Task
 
-FILE, LIBRARY, PROTOCOL = "file", "library", "protocol"  # each verifies what those before it do
+# each but the last verifies what those before it do, and the last what the first two do
+FILE, LIBRARY, PROTOCOL, TARGET = "file", "library", "protocol", "target"
 CHOICES = {
     "format": (*FORMATS, GGUF, FLOAT),
-    "verify": (FILE, LIBRARY, PROTOCOL),
+    "verify": (FILE, LIBRARY, PROTOCOL, TARGET),
     "widen": ("true", "false"),
     "container": ("auto", *TYPES),
 }
@@ -34,8 +37,8 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         "qexp export",
         description=main.__doc__,
-        usage="qexp export RUN [OUT] [format=NAME] [verify=file|library|protocol] [widen=true] "
-        "[container=NAME]",
+        usage=f"qexp export RUN [OUT] [format=NAME] [verify={'|'.join(CHOICES['verify'])}] "
+        "[widen=true] [container=NAME]",
     )
     parser.add_argument("run", type=Path, help="folder of a finished run with its weights")
     parser.add_argument("rest", nargs="*", help="OUT, a new folder or FILE.gguf, and key=value")
@@ -73,6 +76,7 @@ def chosen(run: Path, words: Mapping[str, str]) -> Options:
     return Options(
         library=verify != FILE,
         measure=partial(measure, run) if verify == PROTOCOL else None,
+        compute=partial(perplexities, run) if verify == TARGET else None,
         widen=words.get("widen") == "true",
         container=None if container == "auto" else container,
     )
@@ -92,6 +96,8 @@ def report(out: Path, facts: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"{name}: {value:.6g} from the export, {facts['metrics'][name]:.6g} in the run"
         )
+    for name, value in facts.get("computed", {}).items():
+        lines.append(f"{name}: {value:.6g} by {facts['verified'][-1]['library']}")
     return lines
 
 
@@ -101,7 +107,7 @@ def loaded(fact: Mapping[str, Any]) -> str:
         return f"not loaded by the library that reads it: {fact['skipped']}"
     return (
         f"loaded by {fact['library']}: largest difference of a logit {fact['max_logit']:.2g}, "
-        f"KL {fact['kl']:.2g}"
+        f"KL {fact['kl']:.2g}" + (f"; none with {fact['equal']}" if "equal" in fact else "")
     )
 
 
@@ -109,12 +115,13 @@ def loaded(fact: Mapping[str, Any]) -> str:
 def measure(run: Path, place: Path) -> dict[str, Any]:
     """The run's perplexities from an export, under the run's own protocols: `measured`."""
     cfg = results.config(str(run))
-    parts = pipeline.build(cfg)
+    source = pipeline.build(cfg).source
     model = {
         "_target_": "qexp.models.local.Local",
         "path": str(place),
-        "dtype": parts.source.settled_dtype(),
-        "objective": parts.source.objective,
+        "dtype": source.settled_dtype(),
+        "objective": source.objective,
+        "load": cfg.model.get("load", "whole"),
     }
     OmegaConf.set_struct(cfg, False)
     cfg.model = model
@@ -122,14 +129,23 @@ def measure(run: Path, place: Path) -> dict[str, Any]:
     cfg.method = {"_target_": "qexp.step.Nothing"}
     seed_everything(cfg.seed, verbose=False)
     with tempfile.TemporaryDirectory() as folder:
-        own = pipeline.build(cfg)
-        task = pipeline.load(own, cfg, Path(folder))
-        asked = [each for each in own.evaluators if isinstance(each, Perplexity)]
-        found = pipeline.evaluate(asked, task, Provenance(used_modules.roots(cfg)))
-    stored = results.metrics(run)
+        return {
+            "measured": perplexities(run, pipeline.load(pipeline.build(cfg), cfg, Path(folder)))
+        }
+
+
+@torch.no_grad()
+def perplexities(run: Path, task: Task, windows: int | None = None) -> dict[str, float]:
+    """Those of a task under the protocols of a run, where the run measured them too. windows: how
+    many of each protocol at most. UserError where the run measured none."""
+    cfg, stored = results.config(str(run)), results.metrics(run)
+    asked = [each for each in pipeline.build(cfg).evaluators if isinstance(each, Perplexity)]
+    if windows is not None:
+        asked = [replace(each, limit=min(each.limit or windows, windows)) for each in asked]
+    found = pipeline.evaluate(asked, task, Provenance(used_modules.roots(cfg)))
     measured = {
         name: value for name, value in found.items() if name.endswith("/ppl") and name in stored
     }
     if not measured:
-        raise UserError("verify=protocol: the run measured no perplexity; leave verify out")
-    return {"measured": measured}
+        raise UserError("verify: the run measured no perplexity; say verify=library")
+    return measured

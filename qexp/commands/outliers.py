@@ -221,7 +221,7 @@ def measured(overrides: Sequence[str]) -> tuple[list[Row], Statistics]:
     if not isinstance(kind, QuantizedActivations) or kind.dynamic or not kind.grid.per_tensor:
         raise UserError("activation: outliers stretch static ranges; choose activation=int8_tensor")
     source: ModelSource = instantiate(cfg.model)
-    task = as_task(source, source.load(), cfg)  # without quantizers that an earlier run left
+    task = as_task(source, source.loaded(), cfg)  # without quantizers that an earlier run left
     rows = survey(task, instantiate(cfg.calibration)(task), kind)
     return rows, anatomy({row.name: row.tally for row in rows}, task)
 

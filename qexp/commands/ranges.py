@@ -66,7 +66,7 @@ def sides(folder: str) -> tuple[dict[str, Seen], dict[str, Seen]]:
     cfg, source = results.config(folder), FromRun(folder)
     kinds = instantiate(cfg.method).activations
     origin = source.origin()
-    before = as_task(origin, origin.load(), cfg)
+    before = as_task(origin, origin.loaded(), cfg)
     batches: list[Batch] = instantiate(cfg.calibration)(before)
     quantize_activations(before, kinds, lambda: batches)
     if not before.quantizers:
@@ -76,7 +76,7 @@ def sides(folder: str) -> tuple[dict[str, Seen], dict[str, Seen]]:
         )
     seen = watch(before, batches)
     del before
-    loaded = source.load()
+    loaded = source.loaded()
     after = as_task(source, loaded, cfg)
     loaded.finish(after)
     return seen, watch(after, batches)

@@ -1,4 +1,4 @@
-"""Reproduction of a paper's table: runs missing jobs and compares with published numbers."""
+"""A paper's table or a leaderboard: missing jobs run, published numbers are compared."""
 
 import argparse
 import math
@@ -11,15 +11,18 @@ from hydra import compose, initialize_config_dir
 from qexp.common.errors import UserError
 from qexp.config import messages
 from qexp.config.location import conf
-from qexp.report import formats, origin, published, tables
+from qexp.report import comparison, formats, origin, tables
+from qexp.report.comparison import Comparison
 from qexp.report.pivot import Setting
-from qexp.report.published import Paper
 from qexp.report.tables import Cell, Sheet
 from qexp.runs import finished, recorded, results
 from qexp.runs.finished import Column
 from qexp.sweeps import dry_run, in_process
 
 OUTPUTS = Path("outputs")
+PAPERS, BOARDS = "paper", "leaderboard"  # folders of conf/experiment
+TITLES = ("row", "column", "published", "measured", "off", "verdict", "run")
+OF_PUBLISHED = ("published", "off")
 DATA = ("model", "data", "calibration", "eval")  # overriding one of them leaves the paper's setup
 
 
@@ -49,66 +52,79 @@ def main(arguments: Sequence[str]) -> int:
     extra = [word for word in chosen.ids if "=" in word]
     code = 0
     for name in [word for word in chosen.ids if "=" not in word] or ids():
-        paper = load(name)
+        asked = load(name)
         if chosen.seeds:
-            paper = paper.over(chosen.seeds)
+            asked = asked.over(chosen.seeds)
         if chosen.columns:
             columns = chosen.columns.split(",")
         else:
-            columns = [key for key, place in paper.columns.items() if not place.replaced]
+            columns = [key for key, place in asked.columns.items() if not place.replaced]
         for column in columns:
-            if column not in paper.columns:
-                raise UserError(f"--columns {column}: {messages.nearest(column, paper.columns)}")
+            if column not in asked.columns:
+                raise UserError(f"--columns {column}: {messages.nearest(column, asked.columns)}")
         if not chosen.ids:
-            print(f"{name}: {paper.title}; columns {', '.join(paper.columns)}")
+            print(f"{name}: {asked.title}; columns {', '.join(asked.columns)}")
             continue
         if chosen.dry_run:
-            print(plans(name, paper, columns, extra))
+            print(plans(name, asked, columns, extra))
             continue
-        text, well = report(name, paper, columns, extra, chosen.show)
+        text, well = report(name, asked, columns, extra, chosen.show)
         print(text)
         code = code or int(not well)
     return code
 
 
 def ids() -> list[str]:
-    """The ids of all tables."""
-    return sorted(path.stem for path in (conf() / "experiment" / "paper").glob("*.yaml"))
+    """The ids of all tables: of papers as they are, of others with their folder."""
+    top = conf() / "experiment"
+    papers = sorted(path.stem for path in (top / PAPERS).glob("[!_]*.yaml"))
+    return papers + sorted(f"{BOARDS}/{path.stem}" for path in (top / BOARDS).glob("[!_]*.yaml"))
 
 
-def load(name: str) -> Paper:
+def experiment(name: str) -> str:
+    """The experiment of a table."""
+    return name if "/" in name else f"{PAPERS}/{name}"
+
+
+def load(name: str) -> Comparison:
     """A table by its id. Raises UserError for an unknown one."""
     if name not in ids():
         raise UserError(f"{name}: is no table; {messages.nearest(name, ids())}")
     with initialize_config_dir(version_base="1.3", config_dir=str(conf())):
-        return published.read(compose("config", [f"experiment=paper/{name}"]).paper, name)
+        found = compose("config", [f"experiment={experiment(name)}"])
+        return comparison.read(found.table, experiment(name))
 
 
 def report(
-    name: str, paper: Paper, columns: Sequence[str], extra: Sequence[str], show: bool
+    name: str, asked: Comparison, columns: Sequence[str], extra: Sequence[str], show: bool
 ) -> tuple[str, bool]:
     """The table as Markdown, and whether all numbers are reached and all orders hold."""
     found = {
-        (row, column): measure(name, paper, row, column, extra, show)
+        (row, column): measure(name, asked, row, column, extra, show)
         for column in columns
-        for row in paper.wanted(column)
+        for row in asked.wanted(column)
     }
     changed = ", ".join(word for word in extra if word.partition("=")[0].partition(".")[0] in DATA)
-    numbers = [_judge(paper, *place, measured, changed) for place, measured in found.items()]
+    numbers = [_judge(asked, *place, measured, changed) for place, measured in found.items()]
     orders = []
     for column in columns:
-        for less, more in paper.pairs(column):
+        for less, more in asked.pairs(column):
             one, other = found.get((less, column)), found.get((more, column))
             if one is not None and other is not None:
                 said = ("not run", "")
                 if one.setting is not None and other.setting is not None:
-                    metric = one.column(paper.columns[column].metric)
-                    seeded = paper.rows[less].seeded, paper.rows[more].seeded
-                    said = published.order(one.setting, other.setting, metric, seeded)
+                    metric = one.column(asked.columns[column].metric)
+                    seeded = asked.rows[less].seeded, asked.rows[more].seeded
+                    said = comparison.order(one.setting, other.setting, metric, seeded)
                 orders.append([f"{less} < {more}", column, *said])
-    titles = ("row", "column", "published", "measured", "off", "verdict", "run")
-    text = [f"## {name}: {paper.title}", f"Source: {paper.source}. Inferred: {paper.inferred}"]
-    text.append(_table(titles, numbers))
+    text = [f"## {name}: {asked.title}"]
+    if asked.source:
+        text.append(f"Source: {asked.source}. Inferred: {asked.inferred}")
+    lines = [TITLES, *numbers]
+    if not asked.is_published:
+        kept = [at for at, title in enumerate(TITLES) if title not in OF_PUBLISHED]
+        lines = [[line[at] for at in kept] for line in lines]
+    text.append(_table(lines[0], lines[1:]))
     if orders:
         text.append(_table(("expected", "column", "verdict", "seeds"), orders))
     text.append(_machines([each.setting for each in found.values() if each.setting is not None]))
@@ -117,16 +133,16 @@ def report(
     return "\n\n".join([*text, ""]), well
 
 
-def _judge(paper: Paper, row: str, column: str, measured: Measured, changed: str) -> list[str]:
+def _judge(asked: Comparison, row: str, column: str, measured: Measured, changed: str) -> list[str]:
     """A line of the table."""
-    wanted = paper.rows[row].published.get(column, math.nan)
-    setting, metric = measured.setting, paper.columns[column].metric
+    wanted = asked.rows[row].published.get(column, math.nan)
+    setting, metric = measured.setting, asked.columns[column].metric
     if setting is None:
         said = f"not run ({measured.reason})" if measured.reason else "not run"
         return [row, column, tables.number(wanted), "", "", said, ""]
     at = measured.column(metric)
     value = setting.spread(at)
-    verdict = paper.verdict(row, column, value, changed or sampled(setting))
+    verdict = asked.verdict(row, column, value, changed or sampled(setting))
     share = value.mean / wanted - 1
     off = "" if math.isnan(share) else f"{share:+.1%}"
     folders = ", ".join(run.place for run in setting.runs)
@@ -137,12 +153,12 @@ def _judge(paper: Paper, row: str, column: str, measured: Measured, changed: str
 
 
 def measure(
-    name: str, paper: Paper, row: str, column: str, extra: Sequence[str], show: bool
+    name: str, asked: Comparison, row: str, column: str, extra: Sequence[str], show: bool
 ) -> Measured:
     """The runs of a cell. Missing runs are started by the command `qexp` unless `show`."""
     made = []
-    for job in paper.jobs(row, column):
-        words = [f"experiment=paper/{name}", *job, *extra]
+    for job in asked.jobs(row, column):
+        words = [f"experiment={experiment(name)}", *job, *extra]
         try:
             cfg, folder = in_process.composed(words)
         except UserError as error:
@@ -157,20 +173,20 @@ def measure(
     return Measured(Setting(tuple(made)))
 
 
-def plans(name: str, paper: Paper, columns: Sequence[str], extra: Sequence[str]) -> str:
+def plans(name: str, asked: Comparison, columns: Sequence[str], extra: Sequence[str]) -> str:
     """The jobs of some columns, which of them have finished, and the estimated cost of others."""
     past = dry_run.finished_runs(OUTPUTS)
     found = [
         dry_run.plan(
-            *in_process.composed([f"experiment=paper/{name}", *job, *extra]),
+            *in_process.composed([f"experiment={experiment(name)}", *job, *extra]),
             f"{column} {row}",
             past,
         )
         for column in columns
-        for row in paper.wanted(column)
-        for job in paper.jobs(row, column)
+        for row in asked.wanted(column)
+        for job in asked.jobs(row, column)
     ]
-    return "\n".join([f"{name}: {paper.title}", *map(str, found), dry_run.total(found, len(past))])
+    return "\n".join([f"{name}: {asked.title}", *map(str, found), dry_run.total(found, len(past))])
 
 
 def sampled(setting: Setting) -> str:

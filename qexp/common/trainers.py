@@ -4,7 +4,7 @@ import logging
 import signal
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -12,10 +12,16 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.strategies import DDPStrategy
+from lightning.pytorch.plugins import MixedPrecision, Precision
+from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 
 from qexp.common import launch, progress, ranks
 from qexp.common.errors import UserError
 
+PRECISIONS: dict[str, Callable[[str], Precision]] = {  # from the type of the device
+    "32-true": lambda _: Precision(),
+    "bf16-mixed": lambda kind: MixedPrecision("bf16-mixed", kind),
+}
 WAIT = timedelta(hours=12)  # for another process, which may solve a large matrix
 
 
@@ -38,7 +44,7 @@ def connect(device: torch.device, devices: int) -> None:
     backend = "gloo" if cpu else f"cpu:gloo,{device.type}:nccl"
     with _quiet():
         L.Fabric(
-            accelerator="cpu" if cpu else "gpu",
+            accelerator=device.type,
             devices=devices,
             num_nodes=ranks.nodes(),
             strategy=DDPStrategy(process_group_backend=backend, timeout=WAIT),
@@ -47,19 +53,26 @@ def connect(device: torch.device, devices: int) -> None:
 
 
 @contextmanager
-def trainer(device: torch.device, devices: int, **settings: Any) -> Iterator[L.Trainer]:
+def trainer(
+    device: torch.device,
+    devices: int,
+    strategy: Strategy | str = "auto",
+    precision: str = "32-true",
+    **settings: Any,
+) -> Iterator[L.Trainer]:
     """A trainer for a model on `device`, in `devices` processes on each machine.
 
-    settings: of `L.Trainer`. Within the context, Lightning gives no hints, and Ctrl-C raises
-    KeyboardInterrupt.
+    strategy: `auto` is one process. settings: of `L.Trainer`. Within the context, Lightning gives
+    no hints, and Ctrl-C raises KeyboardInterrupt.
     """
-    cpu = device.type == "cpu"
     with _quiet():
         made = L.Trainer(
-            accelerator="cpu" if cpu else "gpu",
-            devices=devices if cpu or devices > 1 else [device.index or 0],
+            accelerator=device.type,
+            devices=devices,
             num_nodes=ranks.nodes(),
-            plugins=launch.cluster(),
+            # Lightning by itself takes every device for CUDA that is not the CPU.
+            strategy=SingleDeviceStrategy(device) if strategy == "auto" else strategy,
+            plugins=[launch.cluster(), PRECISIONS[precision](device.type)],
             use_distributed_sampler=False,
             enable_progress_bar=progress.drawn(),
             enable_model_summary=False,

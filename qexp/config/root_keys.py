@@ -4,9 +4,10 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig
 
-from qexp.common.errors import UserError, check_bool, check_int, check_range
+from qexp.common import numerics
+from qexp.common.errors import UserError, check_bool, check_int, check_number, check_range
 
-SWITCHES = ("offload", "progress", "save_weights", "dry_run", "fail_fast")
+SWITCHES = ("offload", "replay", "progress", "save_weights", "dry_run", "fail_fast")
 RETRIES = (None, "failed")
 
 
@@ -16,8 +17,11 @@ def check(cfg: DictConfig) -> None:
     check_range("", cfg, "a whole number from 0 to 2**32 - 1", _seed, "seed")
     if cfg.threads is not None:
         check_int("", cfg, threads=1)
+    if cfg.get("memory") is not None:
+        check_number("", cfg, memory=0)
     if not isinstance(cfg.device, str):
         raise UserError(f"device={cfg.device}: give cpu, cuda, cuda:N or auto.")
+    numerics.of(cfg)
     if not isinstance(cfg.run, str | None):
         raise UserError(f"run={cfg.run}: give the folder of a finished run, run=outputs/…, or null")
     if not isinstance(cfg.label, str | int | float | None):

@@ -14,11 +14,10 @@ from qexp.common.errors import UserError
 from qexp.data import classification, sampling
 from qexp.data.corpus import Corpus
 from qexp.data.recipe import Batch, Recipe
-from qexp.data.tokens import check_length, running
+from qexp.data.tokens import BOS, check_length, followed_bos, running, window_bos, with_bos
 from qexp.task import Task
 
 log = logging.getLogger(__name__)
-BOS = ("none", "start")
 IGNORED = -100  # the label of tokens without a loss: torch's convention
 MASKED_SHARE = 0.15
 
@@ -30,7 +29,10 @@ class Calibration(Recipe):
     split: null is the corpus's calibration split.
     sampling: a key of SAMPLINGS.
     join: null takes the running text of the corpus; a string joins the documents by it.
-    bos: `none`, or `start`: the special tokens that the tokenizer adds to a text.
+    bos: `none`; `start`, the special tokens that the tokenizer adds to a text; `each`, BOS in the
+    place of every window's first token, where the tokenizer puts it before a text; `auto`, the same
+    and also for a family that was trained behind BOS. BOS is no target of the loss, the token after
+    it is.
     share: with `shuffled`, this share of all windows instead of `sequences` of them.
 
     Classifiers get `sequences` labelled rows: the first of the split or, with any other sampling,
@@ -73,6 +75,9 @@ class Calibration(Recipe):
         content = {"name": self.corpus.name, "sha256": self.corpus.fingerprint(split)}
         return {**settings, "split": split, "corpus": content}
 
+    def followed(self, task: Task) -> dict[str, Any]:
+        return followed_bos(self.bos, task)
+
     def files(self) -> list[Path]:
         return self.corpus.files(self.chosen_split())
 
@@ -83,6 +88,7 @@ class Calibration(Recipe):
         """The token ids. A short text gives fewer windows and a warning; none is a UserError."""
         check_length(task.model, self.length, "calibration.length")
         windows = SAMPLINGS[self.sampling](self, task, length)
+        windows = with_bos(windows, window_bos(self.bos, task))
         count, text = len(windows), f"the {self.chosen_split()} split of {self.corpus.name}"
         if count == 0:
             raise UserError(
@@ -115,14 +121,9 @@ class Calibration(Recipe):
         return self.split or self.corpus.calibration_split
 
     def _running(self, task: Task, length: int) -> Int64[Tensor, " tokens"]:
+        enough = self.sequences * length + 1
         return running(
-            task.model,
-            task.tokenizer,
-            self.corpus,
-            self.chosen_split(),
-            self.join,
-            special=self.bos == "start",
-            enough=self.sequences * length + 1,
+            task, self.corpus, self.chosen_split(), self.join, bos=self.bos, enough=enough
         )
 
     def _documents(self, task: Task, draw: Callable[..., Tensor], length: int) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from qexp.common import numerics
 from qexp.common.cache import Cache, checksum
 from qexp.common.errors import FieldError, UserError, check_int
 from qexp.data.recipe import Batch, Recipe
@@ -54,7 +55,7 @@ class Generated(Recipe):
             "recipe": repr(self),
             "config": task.model.config.to_json_string(),
             "weights": checksum(dict(task.model.state_dict())),
-            "device": task.device.type,
+            **numerics.identity(task.device),
         }
         entry = Cache().get("generated", key, lambda: {"input_ids": self._windows(task)})
         return [{"input_ids": entry["input_ids"]}]

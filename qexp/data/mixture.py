@@ -43,6 +43,11 @@ class Mixture(Recipe):
     def definition(self) -> dict[str, Any]:
         return {"parts": {name: part.definition() for name, part in self.parts.items()}}
 
+    def followed(self, task: Task) -> dict[str, Any]:
+        found = {name: part.followed(task) for name, part in self.parts.items()}
+        followed = {name: each for name, each in found.items() if each}
+        return {"followed": followed} if followed else {}
+
     def files(self) -> list[Path]:
         return sorted({path for part in self.parts.values() for path in part.files()})
 

@@ -24,6 +24,11 @@ class Recipe(ABC):
     def definition(self) -> dict[str, Any]:
         """Everything except the model that the batches depend on; contents as sha256."""
 
+    def followed(self, task: Task) -> dict[str, Any]:
+        """What it did as the model's tokenizer or family says, if that is a choice: a part of the
+        definition that is known once there is a model."""
+        return {}
+
     @abstractmethod
     def files(self) -> list[Path]:
         """The local files that the recipe reads."""

@@ -9,6 +9,10 @@ from qexp.common.cache import Cache
 from qexp.common.errors import UserError
 from qexp.common.tokenizer_hash import fingerprint
 from qexp.data.corpus import Corpus, digest
+from qexp.task import Task
+
+# Where a text or its windows begin with BOS, see `window_bos`.
+BOS = ("none", "start", "each", "auto")
 
 
 def encode_now(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:
@@ -26,6 +30,34 @@ def begins(tokenizer: PreTrainedTokenizerBase | None) -> int | None:
     return bos if encode_now(tokenizer, "", special=True)[:1] == [bos] else None
 
 
+def window_bos(kind: str, task: Task) -> int | None:
+    """The BOS token that every window of a text begins with, in the place of its first token.
+
+    kind, one of BOS: with `each` the one that the tokenizer itself puts before a text; with `auto`
+    that one or, for a family that was trained behind it (`Arch.expects_bos`), the vocabulary's.
+    None where there is none, for `none`, and for `start`: the tokenizer's special tokens, once
+    before the whole text.
+    """
+    if kind not in ("each", "auto"):
+        return None
+    own = begins(task.tokenizer)
+    if own is None and kind == "auto" and task.arch.expects_bos and task.tokenizer is not None:
+        own = task.tokenizer.bos_token_id
+    return own
+
+
+def followed_bos(kind: str, task: Task) -> dict[str, bool]:
+    """What `window_bos` decided, for a definition; empty where nothing was left to it."""
+    return {"add_bos": window_bos(kind, task) is not None} if kind in ("each", "auto") else {}
+
+
+def with_bos(windows: Int64[Tensor, "*windows length"], bos: int | None) -> Tensor:
+    """Windows whose first token is BOS; as they are for None."""
+    if bos is None:
+        return windows
+    return torch.cat([torch.full_like(windows[..., :1], bos), windows[..., 1:]], -1)
+
+
 def encode(
     tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False
 ) -> Int64[Tensor, " tokens"]:
@@ -39,25 +71,25 @@ def encode(
 
 
 def running(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
+    task: Task,
     corpus: Corpus,
     split: str,
     join: str | None = None,
     documents: int | None = None,
-    special: bool = False,
+    bos: str = "none",
     enough: int = 0,
 ) -> Int64[Tensor, " tokens"]:
-    """A split as one sequence of ids.
+    """A split as one sequence of ids, behind BOS unless `bos` is none.
 
     join: None takes the running text; a string joins the documents by it, or only the first
     `documents` of them. A model without a tokenizer gets `enough` ids of the synthetic corpus.
     """
-    if tokenizer is None:
-        return corpus.ids(split, model.config.vocab_size, enough)
-    if join is None:
-        return encode(tokenizer, corpus.text(split), special)
-    return encode(tokenizer, join.join(corpus.documents(split)[:documents]), special)
+    if task.tokenizer is None:
+        return corpus.ids(split, task.model.config.vocab_size, enough)
+    text = corpus.text(split) if join is None else join.join(corpus.documents(split)[:documents])
+    ids = encode(task.tokenizer, text, special=bos == "start")
+    first = window_bos(bos, task)
+    return ids if first is None else torch.cat([ids.new_tensor([first]), ids])
 
 
 def check_length(model: PreTrainedModel, length: int, key: str) -> None:

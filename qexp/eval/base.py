@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -9,7 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qexp.data.corpus import Corpus
+from qexp.quantizers.attention import reads_float
 from qexp.task import Task
+
+log = logging.getLogger(__name__)
 
 
 class FloatModel(NamedTuple):
@@ -29,6 +33,11 @@ class Evaluator(ABC):
     def higher_is_better(self) -> Collection[str]:
         """Names of metrics, by their last part, of which more is better; the others are errors."""
         return ()
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the model reads a cache of its own in it, as in generation."""
+        return False
 
     def check(self, task: Task) -> None:  # noqa: B027 (optional)
         """Raises UserError, before any computation, if it cannot measure this model."""
@@ -92,6 +101,10 @@ class WithReference(Evaluator):
     def higher_is_better(self) -> Collection[str]:
         return self.plain.higher_is_better
 
+    @property
+    def decodes(self) -> bool:
+        return self.plain.decodes
+
     def __call__(self, task: Task) -> dict[str, float]:
         return self.measure(task)
 
@@ -112,6 +125,16 @@ class WithReference(Evaluator):
 
     def judged(self) -> str:
         return self.plain.judged()
+
+
+def warn_of_float_cache(evaluator: Evaluator, task: Task) -> None:
+    """Warn of a quantized cache that has no part in the numbers of an evaluator."""
+    if reads_float(task.model) and not evaluator.decodes:
+        log.warning(
+            "eval %s: with kv.protocol=prefill a single pass reads keys and values float, so these "
+            "numbers are those of kv=none; choose eval=decoding, or kv.protocol=teacher_forced",
+            evaluator.name,
+        )
 
 
 def dtype_of(task: Task) -> str:

@@ -45,6 +45,10 @@ class Continuations(Evaluator):
     def __call__(self, task: Task) -> dict[str, float]:
         raise UserError(f"eval {self.name}: it needs the float model too; run it through `qexp`")
 
+    @property
+    def decodes(self) -> bool:
+        return True
+
     def check(self, task: Task) -> None:
         if not isinstance(task, CausalLM) or task.tokenizer is None:
             raise UserError(

@@ -56,6 +56,10 @@ class DecodingPerplexity(Windowed):
             bos=self.bos,
         )
 
+    @property
+    def decodes(self) -> bool:
+        return True
+
     def passages(self, task: Task) -> list[Passage]:
         return self._plain().passages(task)
 

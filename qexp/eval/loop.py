@@ -42,7 +42,7 @@ def measured(
     """
     rank, count = collectives.rank(), collectives.count()
     module = Measurement(step)
-    own = DataLoader(
+    own: DataLoader[Any] = DataLoader(
         batches[rank::count],  # type: ignore[arg-type]
         batch_size=None,
         collate_fn=lambda batch: batch,

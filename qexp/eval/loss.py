@@ -45,6 +45,9 @@ class MeanLoss(Evaluator):
     def definition(self) -> dict[str, Any]:
         return {"kind": "MeanLoss", "batches": self.batches.definition()}
 
+    def followed(self, task: Task) -> dict[str, Any]:
+        return self.batches.followed(task)
+
     def files(self) -> list[Path]:
         return self.batches.files()
 

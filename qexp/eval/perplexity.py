@@ -12,13 +12,11 @@ from torch import Tensor
 
 from qexp.common.errors import UserError
 from qexp.data.sampling import random_documents
-from qexp.data.tokens import begins, check_length, encode, running
+from qexp.data.tokens import BOS, check_length, encode, followed_bos, running, window_bos, with_bos
 from qexp.eval.token_losses import Window
 from qexp.eval.wikitext import detokenize, pages, words
 from qexp.eval.windowed import Passage, Windowed
 from qexp.task import Task
-
-BOS = ("none", "start", "each")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +29,8 @@ class Perplexity(Windowed):
     once, in the first window that reaches it. `tail`: whether the last, shorter window counts.
     `limit`: windows to use (null: all). `bos`: `none`; `start` = what the tokenizer itself puts
     before a text, once; `each` = the text and every window begin with BOS where the tokenizer puts
-    one before a text (in a window it takes the first token's place), and none does elsewhere.
+    one before a text (in a window it takes the first token's place), and none does elsewhere;
+    `auto` = as `each`, and also for a family that was trained behind BOS. BOS is never scored.
     """
 
     length: int
@@ -44,8 +43,7 @@ class Perplexity(Windowed):
     bos: str = "none"
 
     def __post_init__(self) -> None:
-        if self.bos not in BOS:
-            raise UserError(f"eval {self.name}: bos {self.bos!r} is not one of {', '.join(BOS)}")
+        _check_bos(self.name, self.bos)
         if not 1 <= self.context < self.length:
             raise UserError(
                 f"eval {self.name}: context {self.context} must be between 1 and length - 1 "
@@ -61,7 +59,7 @@ class Perplexity(Windowed):
 
     def passages(self, task: Task) -> list[Passage]:
         check_length(task.model, self.length, f"eval {self.name}: length")
-        ids = self._ids(task)
+        ids, bos = self._ids(task), window_bos(self.bos, task)
         stride = self.stride or self.length
         windows: list[Window] = []
         scored_until = 0
@@ -71,7 +69,7 @@ class Perplexity(Windowed):
                 break
             scored = min(end - start - self.context, end - scored_until)
             if scored > 0:
-                windows.append(Window(self._with_bos(task, ids[start:end]), scored))
+                windows.append(Window(with_bos(ids[start:end], bos), scored))
             scored_until = end
             if end == len(ids) or len(windows) == self.limit:
                 break
@@ -80,28 +78,18 @@ class Perplexity(Windowed):
         return [Passage([window], window.scored) for window in windows]
 
     def _ids(self, task: Task) -> Int64[Tensor, " tokens"]:
-        ids = running(
-            task.model,
-            task.tokenizer,
+        return running(
+            task,
             self.corpus,
             self.split,
             self.join,
             self.documents,
-            special=self.bos == "start",
+            self.bos,
             enough=(self.limit or 64) * self.length,
         )
-        bos = self._bos(task)
-        return ids if bos is None else torch.cat([ids.new_tensor([bos]), ids])
-
-    def _with_bos(self, task: Task, tokens: Int64[Tensor, " tokens"]) -> Int64[Tensor, " tokens"]:
-        bos = self._bos(task)
-        return tokens if bos is None else torch.cat([tokens.new_tensor([bos]), tokens[1:]])
-
-    def _bos(self, task: Task) -> int | None:
-        return begins(task.tokenizer) if self.bos == "each" else None
 
     def followed(self, task: Task) -> dict[str, Any]:
-        return {"add_bos": self._bos(task) is not None} if self.bos == "each" else {}
+        return followed_bos(self.bos, task)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,13 +97,20 @@ class CropPerplexity(Windowed):
     """One random window in each of `count` random documents (GPTQ's first C4 protocol).
 
     Only documents of at least `length` tokens are used. Each document is tokenized separately;
-    with `bos: start` the tokenizer adds its special tokens.
+    with `bos: start` the tokenizer adds its special tokens. The other choices are those of
+    `Perplexity`.
     """
 
     length: int
     count: int = 256
     seed: int = 0
     bos: str = "start"
+
+    def __post_init__(self) -> None:
+        _check_bos(self.name, self.bos)
+
+    def followed(self, task: Task) -> dict[str, Any]:
+        return followed_bos(self.bos, task)
 
     def passages(self, task: Task) -> list[Passage]:
         check_length(task.model, self.length, f"eval {self.name}: length")
@@ -129,6 +124,7 @@ class CropPerplexity(Windowed):
             self.seed,
             self.bos == "start",
         )
+        crops = with_bos(crops, window_bos(self.bos, task))
         return [Passage([Window(crop, self.length - 1)], self.length - 1) for crop in crops]
 
 
@@ -168,3 +164,8 @@ class WordPerplexity(Windowed):
         if not passages:
             raise self.too_short(0, length)
         return passages
+
+
+def _check_bos(name: str, bos: str) -> None:
+    if bos not in BOS:
+        raise UserError(f"eval {name}: bos {bos!r} is not one of {', '.join(BOS)}")

@@ -199,8 +199,7 @@ class Grid(ABC):
         x: Float[Tensor, "rows columns"],
         counts: Float[Tensor, "rows columns"] | None = None,
     ) -> Scale:
-        """Fit every group of a matrix. Scales and zero points are [rows, groups]. counts: as for
-        `fit`."""
+        """Fit every group of a matrix; both of `Scale` are [rows, groups]. counts: as for `fit`."""
         rows, columns = x.shape
         groups = self.groups(columns)
         if self.second_level and not self.fits_whole_rows:
@@ -226,14 +225,15 @@ class Grid(ABC):
         self, x: Float[Tensor, "rows columns"], rounding: Rounding = torch.round
     ) -> Float[Tensor, "rows columns"]:
         """Fit every group, and round to nearest."""
-        return self.by_groups(x, self.scales_of(x), rounding)
-
-    def by_groups(
-        self, x: Float[Tensor, "rows columns"], scales: Scale, rounding: Rounding = torch.round
-    ) -> Float[Tensor, "rows columns"]:
-        """Round to nearest with scales [rows, groups], as `scales_of` returns them."""
-        q = scales.map(lambda part: part.reshape(-1, 1))
+        q = self.scales_of(x).map(lambda part: part.reshape(-1, 1))
         return self.round(x.reshape(len(q.scale), -1), q, rounding).reshape(x.shape)
+
+    def codes_of(
+        self, x: Float[Tensor, "rows columns"], scales: Scale
+    ) -> Float[Tensor, "rows columns"]:
+        """The codes of a matrix, with the scales that `scales_of` fitted to it."""
+        q = scales.map(lambda part: part.reshape(-1, 1))
+        return self.encode(x.reshape(len(q.scale), -1), q).reshape(x.shape)
 
     def zero_as_stored(self, zero: Float[Tensor, "*rows each"]) -> Float[Tensor, "*rows each"]:
         """The zero point in its stored precision."""

@@ -1,6 +1,6 @@
 """Grids of llama.cpp's block types Q4_0, Q5_0 and Q8_0."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -8,7 +8,8 @@ from torch import Tensor
 
 from qexp.common.errors import UserError
 from qexp.grid.base import Grid, Interval, Range
-from qexp.grid.clipping import Clamp, Rounding, snap
+from qexp.grid.clipping import Clamp, Rounding
+from qexp.grid.even import EvenGrid
 from qexp.grid.scale import Scale
 
 TYPES = {4: "Q4_0", 5: "Q5_0", 8: "Q8_0"}
@@ -32,7 +33,7 @@ class Extreme(Range):
 
 
 @dataclass(frozen=True)
-class BlockGrid(Grid):
+class BlockGrid(EvenGrid):
     """scale · (code - 2^(bits-1)), with a float16 scale that may be negative.
 
     4 and 5 bits: scale = extreme / -2^(bits-1), so that the value of the largest magnitude is code
@@ -61,29 +62,6 @@ class BlockGrid(Grid):
                 "weight.scale_dtype=float16 weight.per_tensor=false."
             )
 
-    def with_bits(self, bits: int) -> "BlockGrid":
-        return replace(self, bits=bits)
-
-    @property
-    def second_level(self) -> dict[str, Grid]:
-        return {}
-
-    @property
-    def top(self) -> int:
-        return 2**self.bits - 1
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        return 0.0, float(self.top)
-
-    @property
-    def has_zero(self) -> bool:
-        return False
-
-    @property
-    def unstored_zero(self) -> float:
-        return 2.0 ** (self.bits - 1)
-
     def scale_for(self, low: Float[Tensor, "rows 1"], high: Float[Tensor, "rows 1"]) -> Scale:
         scale = self.as_stored(self._step(low.float(), high.float()))
         return Scale(scale, torch.full_like(scale, self.unstored_zero))
@@ -108,7 +86,7 @@ class BlockGrid(Grid):
         clamp: Clamp = torch.clamp,
     ) -> Float[Tensor, "*shape"]:
         if rounding is not torch.round or clamp is not torch.clamp or x.requires_grad:
-            return snap(self.position(x, q), self.top, rounding, clamp)
+            return super().encode(x, q, rounding, clamp)
         step = q.scale if q.fitted is None else self._step(*q.fitted)
         v = x.float() * torch.where(step == 0, 0.0, 1 / step)
         if self.bits == 8:
@@ -120,9 +98,6 @@ class BlockGrid(Grid):
 
     def code_position(self, v: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         return torch.where(v.isfinite(), v, self.unstored_zero)  # of a group of zeros
-
-    def decode(self, codes: Float[Tensor, "*shape"], q: Scale) -> Float[Tensor, "*shape"]:
-        return (codes - q.zero) * q.scale
 
     def clip(self, x: Float[Tensor, "*shape"], q: Scale) -> Float[Tensor, "*shape"]:
         ends = [(bound - q.zero) * q.scale for bound in self.bounds]

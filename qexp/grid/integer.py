@@ -1,6 +1,6 @@
 """Integer grids: evenly spaced values, symmetric or with a zero point."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -8,14 +8,14 @@ from torch import Tensor
 
 from qexp.common.errors import UserError
 from qexp.grid.base import Grid, Range
-from qexp.grid.clipping import Clamp, Rounding, snap
+from qexp.grid.even import EvenGrid
 from qexp.grid.ranges import MinMax
 from qexp.grid.row_multiples import row_multiples
-from qexp.grid.scale import DTYPES, Scale, positive
+from qexp.grid.scale import Scale, positive
 
 
 @dataclass(frozen=True)
-class IntGrid(Grid):
+class IntGrid(EvenGrid):
     """Evenly spaced values: scale · (code - zero), code in 0 … 2^bits - 1. A value inside of the
     range goes to the nearest, at most half a step away (one where `scale_dtype` is coarse): the
     positive maximum of a symmetric grid lies half a step beyond the last code, either end of an
@@ -53,10 +53,6 @@ class IntGrid(Grid):
             raise UserError(f"bits={self.bits!r}: give a whole number from {least} to 16.")
         if self.narrow and not self.symmetric:
             raise UserError("narrow=true with symmetric=false: give symmetric=true as well.")
-        if self.scale_dtype not in DTYPES:
-            raise UserError(
-                f"scale_dtype={self.scale_dtype} is unknown: give {' or '.join(DTYPES)}."
-            )
         if self.axis not in ("outputs", "inputs"):
             raise UserError(f"axis={self.axis} is unknown: give outputs or inputs.")
         if self.fits_whole_rows:
@@ -70,14 +66,7 @@ class IntGrid(Grid):
                 )
         if self.per_tensor and self.second_level:
             raise UserError("weight.scales, weight.zeros need weight.per_tensor=false.")
-        if self.per_tensor and self.group_size is not None:
-            raise UserError(
-                f"per_tensor=true with group_size={self.group_size}: a single scale has no "
-                "groups; give null (weight.per_tensor=true needs weight.group_size=null)."
-            )
-
-    def with_bits(self, bits: int) -> "IntGrid":
-        return replace(self, bits=bits)
+        self._check_scales()
 
     @property
     def second_level(self) -> dict[str, Grid]:
@@ -85,20 +74,8 @@ class IntGrid(Grid):
         return {name: grid for name, grid in grids.items() if grid is not None}
 
     @property
-    def top(self) -> int:
-        return 2**self.bits - 1
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        return 0.0, float(self.top)
-
-    @property
     def has_zero(self) -> bool:
         return not self.symmetric
-
-    @property
-    def unstored_zero(self) -> float:
-        return 2.0 ** (self.bits - 1)
 
     @property
     def zero_bits(self) -> int:
@@ -152,17 +129,3 @@ class IntGrid(Grid):
             return zero.round().clamp(0, self.top)
         limit = torch.finfo(self.stored_dtype).max
         return zero.clamp(-limit, limit).to(self.stored_dtype).float()
-
-    def encode(
-        self,
-        x: Float[Tensor, "*shape"],
-        q: Scale,
-        rounding: Rounding = torch.round,
-        clamp: Clamp = torch.clamp,
-    ) -> Float[Tensor, "*shape"]:
-        if clamp is torch.clamp and not x.requires_grad:  # then the interval makes no difference
-            q = q._replace(fitted=None)
-        return snap(self.position(x, q), self.top, rounding, clamp)
-
-    def decode(self, codes: Float[Tensor, "*shape"], q: Scale) -> Float[Tensor, "*shape"]:
-        return (codes - q.zero) * q.scale

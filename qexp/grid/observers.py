@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Self
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -34,7 +34,7 @@ class Observer(ABC):
         """Forget what was observed, except what the first tensor fixed for all later ones."""
 
     @abstractmethod
-    def merge(self, others: Sequence[Self]) -> None:
+    def merge(self, others: Sequence[Any]) -> None:
         """Take in what others observed, which were restarted after the same first tensor."""
 
 

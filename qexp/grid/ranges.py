@@ -49,8 +49,21 @@ class MinMax(Range):
         return MinMaxObserver()
 
 
+class OfStream(Range):
+    """Of a single tensor the min-max interval. What makes it another range is its observer, of a
+    stream of tensors."""
+
+    def __call__(
+        self,
+        x: Float[Tensor, "rows size"],
+        grid: Grid,
+        counts: Float[Tensor, "rows size"] | None = None,
+    ) -> Interval:
+        return MinMax()(x, grid, counts)
+
+
 @dataclass(frozen=True)
-class MovingAverage(Range):
+class MovingAverage(OfStream):
     """Moving average of the min-max interval over a stream of tensors; min-max of a single tensor.
 
     momentum: weight of the average so far when a new tensor is observed.
@@ -60,14 +73,6 @@ class MovingAverage(Range):
 
     def __post_init__(self) -> None:
         check_range("range", self, "a number from 0 to below 1", lambda x: 0 <= x < 1, "momentum")
-
-    def __call__(
-        self,
-        x: Float[Tensor, "rows size"],
-        grid: Grid,
-        counts: Float[Tensor, "rows size"] | None = None,
-    ) -> Interval:
-        return MinMax()(x, grid, counts)
 
     def observer(self) -> Observer:
         return MinMaxObserver(self.momentum)
@@ -201,14 +206,16 @@ class Entropy(Range):
         return torch.maximum(low, -clip_at), torch.minimum(high, clip_at)
 
     def _row(self, x: Tensor, counts: Tensor, low: Tensor, high: Tensor, grid: Grid) -> Tensor:
-        """The best T of one row."""
+        """The best T of one row, on the host."""
         width = (high - low) / self.bins
         widest = torch.maximum(low.abs(), high.abs())
         if width == 0:
-            return widest[0]
+            return widest[0].cpu()
         index = ((x - low) / width).long().clamp(0, self.bins - 1)
-        mass = torch.bincount(index, counts.double(), self.bins)
-        centers = low + (torch.arange(self.bins, device=x.device) + 0.5) * width
+        mass = torch.bincount(index, counts.double(), self.bins).cpu()
+        # Every candidate ends in a comparison on the host.
+        low, high, width, widest = (each.cpu() for each in (low, high, width, widest))
+        centers = low + (torch.arange(self.bins) + 0.5) * width
         best, clip_at = torch.inf, widest
         for step in range(0, self.bins, self.stride):
             end = widest - step * width

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from qexp.common.errors import UserError
 from qexp.grid.base import Grid, Interval, Range
-from qexp.grid.clipping import Clamp, Rounding, snap
+from qexp.grid.even import EvenGrid
 from qexp.grid.ranges import MinMax
-from qexp.grid.scale import DTYPES, Scale
+from qexp.grid.scale import Scale
 
 
 @dataclass(frozen=True)
-class StepGrid(Grid):
+class StepGrid(EvenGrid):
     """scale · (code - (L - 1) / 2), code in 0 … L - 1: L values, of which 0 is one if L is odd.
 
     The range reaches half a step beyond the outermost values, scale = 2·max|x| / L, so that no
@@ -35,15 +35,7 @@ class StepGrid(Grid):
     def __post_init__(self) -> None:
         if type(self.levels) is not int or not 2 <= self.levels <= 256:
             raise UserError(f"levels={self.levels}: give a whole number from 2 to 256.")
-        if self.scale_dtype not in DTYPES:
-            raise UserError(
-                f"scale_dtype={self.scale_dtype} is unknown: give {' or '.join(DTYPES)}."
-            )
-        if self.per_tensor and self.group_size is not None:
-            raise UserError(
-                f"per_tensor=true with group_size={self.group_size}: a single scale has no "
-                "groups; give null (weight.per_tensor=true needs weight.group_size=null)."
-            )
+        self._check_scales()
 
     def with_bits(self, bits: int) -> "StepGrid":
         return replace(self, levels=2**bits)
@@ -61,39 +53,13 @@ class StepGrid(Grid):
         return self.levels - 1
 
     @property
-    def bounds(self) -> tuple[float, float]:
-        return 0.0, float(self.top)
-
-    @property
-    def has_zero(self) -> bool:
-        return False
-
-    @property
     def unstored_zero(self) -> float:
         return self.top / 2
-
-    @property
-    def second_level(self) -> dict[str, Grid]:
-        return {}
 
     def scale_for(self, low: Float[Tensor, "rows 1"], high: Float[Tensor, "rows 1"]) -> Scale:
         reach = torch.maximum(low.abs(), high.abs()).float()
         scale = self.as_stored(torch.where(reach == 0, 1.0, 2 / self.levels * reach))
         return Scale(scale, torch.full_like(scale, self.unstored_zero))
-
-    def encode(
-        self,
-        x: Float[Tensor, "*shape"],
-        q: Scale,
-        rounding: Rounding = torch.round,
-        clamp: Clamp = torch.clamp,
-    ) -> Float[Tensor, "*shape"]:
-        if clamp is torch.clamp and not x.requires_grad:  # then the interval makes no difference
-            q = q._replace(fitted=None)
-        return snap(self.position(x, q), self.top, rounding, clamp)
-
-    def decode(self, codes: Float[Tensor, "*shape"], q: Scale) -> Float[Tensor, "*shape"]:
-        return (codes - q.zero) * q.scale
 
 
 @dataclass(frozen=True)

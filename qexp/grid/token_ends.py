@@ -8,13 +8,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qexp.common.errors import UserError, check_range
-from qexp.grid.base import Grid, Interval, Range
 from qexp.grid.observers import Observer
-from qexp.grid.ranges import MinMax
+from qexp.grid.ranges import OfStream
 
 
 @dataclass(frozen=True)
-class TokenQuantile(Range):
+class TokenQuantile(OfStream):
     """From the quantile 1 - share of the tokens' minima to the quantile `share` of their maxima;
     the min-max interval of a single tensor. share=1 is min-max."""
 
@@ -24,14 +23,6 @@ class TokenQuantile(Range):
         check_range(
             "range", self, "a number above 0.5 and at most 1", lambda x: 0.5 < x <= 1, "share"
         )
-
-    def __call__(
-        self,
-        x: Float[Tensor, "rows size"],
-        grid: Grid,
-        counts: Float[Tensor, "rows size"] | None = None,
-    ) -> Interval:
-        return MinMax()(x, grid, counts)
 
     def observer(self) -> Observer:
         return TokenObserver(self.share)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from qexp import task
-from qexp.common import hashes
+from qexp.common import hashes, numerics
 from qexp.common.cache import Cache, sources
 from qexp.common.errors import UserError
 from qexp.hessian.base import CacheableHessian, Hessian, OnHessian
@@ -92,7 +92,7 @@ class Precomputed:
             **self.hessian.identity(block),
             "content": block.origin,
             "block": index,
-            "device": block.task.device.type,
+            **numerics.identity(block.task.device),
             # Any module may have a part in what a quantizer does.
             "code": {"all": hashes.code()}
             if block.task.quantizers

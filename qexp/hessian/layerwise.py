@@ -35,7 +35,7 @@ def add_symmetric(
 def mirrored(total: Float[Tensor, "columns columns"]) -> Float[Tensor, "columns columns"]:
     """The symmetric matrix whose upper triangle `add_symmetric` computed."""
     upper = total.triu()
-    return upper + upper.triu(1).T
+    return upper.add_(upper.triu(1).T)
 
 
 def second_moment(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from qexp.common import on_disk
 from qexp.common.errors import UserError, check_positive
 from qexp.methods.blockwise import Blockwise
 from qexp.methods.checks import check
@@ -85,12 +86,12 @@ class Allocated(Step):
     def _table(self, task: Task, data: list[Batch]) -> tuple[Tensor, Tensor]:
         """Costs and sizes in bits, [linears, options]. The model ends as it began."""
         linears = task.linears()
-        floats = {name: linear.weight.data for name, linear in linears.items()}
+        floats = {name: on_disk.like(linear.weight) for name, linear in linears.items()}
         costs, sizes = [], []
         for option in self.options:
             records, _ = self._at(option).rounded(task, data)
             for name, linear in linears.items():
-                linear.weight.data = floats[name]
+                on_disk.assign(linear.weight, floats[name])
             found = self.metric(task, data, records)
             costs.append(torch.tensor([found[name] for name in linears], dtype=torch.float64))
             by_name = {record.name: record.packed.size() for record in records}

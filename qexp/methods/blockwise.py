@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from qexp.common import numerics
 from qexp.common.errors import UserError, check_int
 from qexp.common.progress import bar
 from qexp.hessian import AtFloatWeights, CacheableHessian, Hessian
@@ -134,7 +135,8 @@ class Blockwise(Step):
             elif self.effective_hessian.is_precomputed:
                 block.skip()
             if journal is None:
-                journal = Journal({"model": block.origin, "method": repr(self)})
+                known = {"model": block.origin, "method": repr(self)}
+                journal = Journal(known | numerics.identity(task.device))
                 finished = journal.finished(
                     len(task.blocks), self.effective_hessian.blocks_per_pass
                 )

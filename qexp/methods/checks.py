@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from qexp.common import on_disk
 from qexp.common.errors import UserError
 from qexp.grid import Grid
 from qexp.solvers import Solver
@@ -36,6 +37,8 @@ def check_trainable(task: Task, grid: Grid | None) -> None:
             "offload: training needs the whole model on its device; give offload=false "
             "(trainer.recompute=true saves memory)."
         )
+    if any(map(on_disk.is_mapped, task.model.parameters())):
+        raise UserError("model.load=stream: training needs the whole model; say model.load=whole.")
     for name, parameter in task.model.named_parameters():
         if parameter.dtype != torch.float32:
             raise UserError(

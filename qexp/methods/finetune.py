@@ -12,7 +12,7 @@ from types import MappingProxyType
 from torch import nn
 from transformers import PreTrainedModel
 
-from qexp.common import hashes
+from qexp.common import hashes, numerics
 from qexp.common.cache import checksum
 from qexp.common.errors import FieldError, UserError, check_choice, check_int
 from qexp.data.recipe import Recipe
@@ -131,7 +131,8 @@ class FineTune(Step):
         if not data:
             raise UserError("method.train: training needs data; choose a calibration recipe.")
         stored = "".join(checksum(start.stored()) for start in starts.values())
-        identity = f"{origin_of(task, data)} {stored} {self!r} {hashes.code()}"
+        identity = f"{origin_of(task, data)} {stored} {self!r} {hashes.code()} "
+        identity += str(numerics.identity(task.device))
         teacher = None
         if self.loss.teacher:
             teacher = TEACHERS[self.teacher](task).eval().requires_grad_(False)

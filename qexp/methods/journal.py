@@ -12,7 +12,9 @@ from torch import Tensor
 
 from qexp.common import hashes
 from qexp.common.cache import Cache, plain
+from qexp.common.on_disk import assign
 from qexp.packed import weights_file
+from qexp.packed.shelved import Shelved
 from qexp.step import Record
 from qexp.task import Task
 
@@ -33,7 +35,7 @@ class Finished(NamedTuple):
     def restore(self, task: Task) -> None:
         for record in self.records:
             weight = task.model.get_submodule(record.name).weight
-            weight.data = record.packed.dequantize().to(weight)
+            assign(weight, record.packed.dequantize())
         for name, tensor in self.others.items():
             task.model.get_parameter(name).copy_(tensor)
 
@@ -50,7 +52,7 @@ class Journal:
         found = self._cache.find(KIND, self._key(block))
         if found is None:
             return None
-        return unpacked_block(found)
+        return unpacked_block(found, disk=True)
 
     def finished(self, blocks: int, per_pass: int) -> list[Finished]:
         """The blocks that an interrupted run finished, of `blocks`, up to a multiple of `per_pass`,
@@ -101,10 +103,11 @@ def packed_block(
     return plain(tensors)
 
 
-def unpacked_block(tensors: dict[str, Tensor]) -> Finished:
-    """What `packed_block` made tensors of."""
+def unpacked_block(tensors: dict[str, Tensor], disk: bool = False) -> Finished:
+    """What `packed_block` made tensors of. disk: stored forms are kept in mapped files."""
     head = json.loads(bytes(tensors.pop("head").tolist()))
     packed = weights_file.unflatten(tensors, head["layout"])
-    records = [Record(**row, packed=packed[row["name"]]) for row in head["rows"]]
+    kept = {name: Shelved.of(form, disk) for name, form in packed.items()}
+    records = [Record(**row, packed=kept[row["name"]]) for row in head["rows"]]
     others = {k.removeprefix(OTHER): t for k, t in tensors.items() if k.startswith(OTHER)}
     return Finished(records, others, head["log"])

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qexp.common import hashes, tokenizer_hash
+from qexp.common import hashes, numerics, tokenizer_hash
 from qexp.common.cache import Cache, checksum
 from qexp.data.recipe import Recipe
 from qexp.methods.finetune import FineTune
@@ -60,6 +60,6 @@ class QuantTune(Step):
             "data": {name: recipe.definition() for name, recipe in own.items()},
             "batches": [] if "train" in own else [checksum(batch) for batch in batches()],
             "training": repr(self.training),
-            "device": task.device.type,
+            **numerics.identity(task.device),
             "code": hashes.code(),
         }

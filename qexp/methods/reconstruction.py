@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+from qexp.common import numerics
 from qexp.common.cache import checksum
 from qexp.data.recipe import Recipe
 from qexp.methods.block_phase import BlockPhase
@@ -59,7 +60,7 @@ class Reconstruction(Step):
         identity = {
             "model": origin_of(task, data),
             "method": repr(self.blocks),
-            "device": task.device.type,
+            **numerics.identity(task.device),
         }
         if starts:
             identity["starts"] = "".join(checksum(start.stored()) for start in starts.values())
@@ -82,5 +83,5 @@ class Reconstruction(Step):
         if self.end is None:
             quantize_activations(task, left, lambda: list(data))
             return records
-        codes = {made.name: made.packed for made in records}
+        codes = {made.name: made.packed.whole() for made in records}
         return replace(self.end, activations=left).tune(task, lambda: list(data), codes)

@@ -35,7 +35,7 @@ class Staged(Step):
         once = cache(batches)
         self.end.check(task)
         floats = {name: each.weight.detach().clone() for name, each in task.linears().items()}
-        starts = {record.name: record.packed for record in self.start(task, once)}
+        starts = {record.name: record.packed.whole() for record in self.start(task, once)}
         for name, linear in task.linears().items():
             linear.weight.data = floats[name]
         return replace(self.end, activations=()).tune(task, once, starts)

@@ -7,9 +7,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from qexp.common import heap, on_disk
 from qexp.grid import Grid
 from qexp.methods.checks import finite
 from qexp.packed.coded import Coded
+from qexp.packed.shelved import Shelved
 from qexp.quantizers.parametrization import bake, float_weight
 from qexp.solvers import Solution
 from qexp.solvers.base import error
@@ -54,7 +56,8 @@ def write(
         )
     if after > before * (1 + 1e-3) + 1e-7:
         log.warning("%s: error %.3g, rounding to nearest %.3g", name, after, before)
-    linear.weight.data = solution.weight.to(linear.weight)
+    on_disk.assign(linear.weight, solution.weight)
+    heap.trim()
     rows, columns = weight.shape
     return Record(
         name,
@@ -65,7 +68,7 @@ def write(
         after,
         solution.damp,
         seconds,
-        solution.packed,
+        Shelved.of(solution.packed, disk=on_disk.is_mapped(linear.weight)),
         solution.paper_bits,
     )
 
@@ -79,7 +82,8 @@ def record(name: str, linear: nn.Linear, grid: Grid, seconds: float) -> Record:
     finite(name, linear)
     scale = max(error(weight, None), torch.finfo(torch.float32).tiny)
     before = error(grid(weight) - weight, None) / scale
-    after = error(packed.dequantize() - weight, None) / scale
+    # codes of an earlier step are on the host
+    after = error(packed.dequantize().to(weight) - weight, None) / scale
     rows, columns = packed.shape
     printed = packed.paper_bits() if isinstance(packed, Coded) else None
     return Record(name, rows, columns, packed.bits(), before, after, 0.0, seconds, packed, printed)

@@ -48,7 +48,7 @@ class ModelSource(ABC):
     objective: str
 
     @abstractmethod
-    def load(self) -> Loaded:
+    def loaded(self) -> Loaded:
         """The model in its settled dtype, every linear map an nn.Linear, no quantization flag."""
 
     @abstractmethod
@@ -58,6 +58,11 @@ class ModelSource(ABC):
     @abstractmethod
     def files(self) -> list[Path]:
         """The local files that loading reads; a run recorded with other files is stale."""
+
+    def config_folder(self) -> Path | None:
+        """The folder of the model's config.json, from which its shapes are known without loading
+        it; None where there is none on this machine."""
+        return None
 
     def settled_dtype(self) -> str:
         """`dtype`, decided where it is `auto`; the same in every process, nothing loaded."""

@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qexp.common.errors import UserError, first_line
+from qexp.common.lazily import Lazily
 from qexp.packed.coded import Coded
 from qexp.packed.formats import awq, compressed_tensors, gptq, mlx, nf4
 from qexp.packed.formats.checks import Unreadable
@@ -74,43 +74,55 @@ def section(config: Mapping[str, Any], where: str) -> tuple[CodeFormat, dict[str
     )
 
 
-def tensors(paths: Sequence[Path], where: str) -> dict[str, Tensor]:
-    """All tensors of safetensors files. UserError for a damaged one."""
-    found: dict[str, Tensor] = {}
+def tensors(paths: Sequence[Path], where: str) -> Mapping[str, Tensor]:
+    """All tensors of safetensors files, each read when it is asked for. UserError for a damaged
+    file."""
+    place: dict[str, Path] = {}
     for path in paths:
         try:
-            found |= load_file(path)
+            with safe_open(path, "pt") as file:
+                place |= dict.fromkeys(file.keys(), path)
         except (OSError, SafetensorError, ValueError) as error:
             raise UserError(
                 f"{where}: {path.name} is truncated or no safetensors file ({first_line(error)})"
             ) from error
-    return found
+
+    def read(name: str) -> Tensor:
+        with safe_open(place[name], "pt", backend="pread") as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+
+    return Lazily(place, read)
 
 
 def separate(
     state: Mapping[str, Tensor], format: CodeFormat, config: Mapping[str, Any], where: str
-) -> tuple[dict[str, Coded], dict[str, Tensor], dict[str, dict[str, Tensor]]]:
-    """The coded linears of a checkpoint, its other tensors, and what a format stores of a linear in
-    addition (`input_scale`). UserError with the linear's name for tensors that are not those of the
-    format. config: the section of config.json."""
-    linears: dict[str, dict[str, Tensor]] = {}
+) -> tuple[Mapping[str, Coded], Mapping[str, Tensor], Mapping[str, Mapping[str, Tensor]]]:
+    """The coded linears of a checkpoint, its other tensors, and all that a format stores of a
+    linear (`input_scale` too), each read when it is asked for; then UserError with the linear's
+    name for tensors that are not those of the format. config: the section of config.json."""
+    linears: dict[str, list[str]] = {}
     for key in state:
         for mark in format.MARKS:
             if key.endswith(f".{mark}"):
-                linears.setdefault(key.removesuffix(f".{mark}"), {})
+                linears.setdefault(key.removesuffix(f".{mark}"), [])
     if not linears:
         raise UserError(
             f"{where}: config.json says {format.METHOD}, and no linear has {format.MARKS[0]}"
         )
-    others = dict(state)
-    for name, parts in linears.items():
+    others = dict.fromkeys(state)
+    for name, found in linears.items():
         for part in format.PARTS:
             if f"{name}.{part}" in others:
-                parts[part] = others.pop(f"{name}.{part}")
-    matrices = {}
-    for name, parts in linears.items():
+                del others[f"{name}.{part}"]
+                found.append(part)
+
+    def parts(name: str) -> Mapping[str, Tensor]:
+        return Lazily(linears[name], lambda part: state[f"{name}.{part}"])
+
+    def matrix(name: str) -> Coded:
         try:
-            matrices[name] = format.read(parts, config, name)
+            return format.read(parts(name), config, name)
         except Unreadable as error:
             raise UserError(f"{where}: {name} {error}") from error
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -118,4 +130,5 @@ def separate(
                 f"{where}: config.json or {name} is not as {format.METHOD} has it "
                 f"({type(error).__name__}: {first_line(error)})"
             ) from error
-    return matrices, others, linears
+
+    return Lazily(linears, matrix), Lazily(others, state.__getitem__), Lazily(linears, parts)

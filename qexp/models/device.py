@@ -6,7 +6,7 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from qexp.common import ranks
+from qexp.common import captured, numerics, on_disk, ranks
 from qexp.common.errors import UserError
 from qexp.models.base import Loaded, ModelSource
 from qexp.task import TASKS, Task
@@ -22,19 +22,18 @@ def place(task: Task, device: str, offload: bool) -> None:
     if not offload:
         task.to(target)
         return
-    blocks = list(task.blocks)
+    inside = {module for block in task.blocks for module in block.modules()}
     for module in task.model.modules():
-        if not any(module is inner for block in blocks for inner in block.modules()):
-            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-                tensor.data = tensor.data.to(target)
-    for block in blocks:
+        if module not in inside:
+            module._apply(lambda tensor: tensor.to(target), recurse=False)
+    for block in task.blocks:
         block.register_forward_pre_hook(_mover(target))
         block.register_forward_hook(_mover(torch.device("cpu")), always_call=True)
 
 
 def _mover(device: torch.device) -> Any:
     def move(block: nn.Module, *_: Any) -> None:
-        block.to(device)
+        on_disk.move(block, device)
 
     return move
 
@@ -42,14 +41,8 @@ def _mover(device: torch.device) -> Any:
 def device_of(name: str) -> torch.device:
     """The device of the key `device`: in a process of several, that of its rank. UserError for an
     unusable one."""
-    if name == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        if accelerator is None:
-            return torch.device("cpu")
-        index = ranks.local_rank()
-        return torch.device(accelerator.type, index) if index else accelerator
     try:
-        device = torch.device(name)
+        device: torch.device = numerics.device_of(name)
         if device.index is None and device.type != "cpu" and ranks.local_rank():
             device = torch.device(device.type, ranks.local_rank())
         torch.empty(0, device=device).cpu()  # the device meta holds no numbers
@@ -62,7 +55,10 @@ def device_of(name: str) -> torch.device:
 
 
 def as_task(source: ModelSource, loaded: Loaded, cfg: DictConfig) -> Task:
-    """The task of a loaded model with its online maps, on the device of the configuration."""
+    """The task of a loaded model with its online maps, on the device of the configuration, whose
+    numerics this process has from here on."""
+    numerics.of(cfg).apply()
+    captured.replay(bool(cfg.get("replay", False)))
     task = TASKS[source.objective](loaded.model, loaded.tokenizer).eval()
     place(task, cfg.device, cfg.offload)
     loaded.put_maps(task)

@@ -22,12 +22,14 @@ from qexp.packed.coded import Coded
 from qexp.packed.formats import gguf as blocks
 from qexp.packed.formats.checks import widened
 from qexp.runs.results import write_json
+from qexp.task import CausalLM, Task
 
 log = logging.getLogger(__name__)
 
 FLOAT, GGUF = "float", "gguf"
 FACTS = "qexp.json"  # in a folder
 Verify = Callable[[Path], dict[str, Any]]
+Compute = Callable[[Task], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,14 @@ class Options:
 
     library: whether the library that reads the format loads the export, where it is installed.
     measure: measures the export before it appears.
+    compute: measures the task that the software computes which the export is for.
     widen: asymmetric codes are stored as symmetric ones of one bit more, which every reader loads.
     container: the block type of all matrices in GGUF; null: the smallest that holds each.
     """
 
     library: bool = True
     measure: Verify | None = None
+    compute: Compute | None = None
     widen: bool = False
     container: str | None = None
 
@@ -77,11 +81,12 @@ def export(
     check(out)
     options.check(format)
     source = ExportedRun.read(run)
+    coded: Mapping[str, Coded] = {}
     if format == GGUF:
         return _gguf(source, out, options)
     if format == FLOAT:
         source.refuse_activations()
-        state, section, coded = published(source.model), None, dict[str, Coded]()
+        state, section = published(source.model), None
     else:
         coded = source.coded(FORMATS[format].refusal, widened if options.widen else None)
         state, section = source.with_codes(FORMATS[format], coded)
@@ -113,8 +118,8 @@ def _verify(
     facts: dict[str, Any],
     options: Options,
 ) -> None:
-    """Add to the facts what the library computes from the export (level 1), and what is measured
-    from it (level 2)."""
+    """Add to the facts what the library computes from the export (level 1), what is measured from
+    it (level 2), and what the software that it is for measures (level 3)."""
     if options.library:
         fact = target_library.check(source, place, format, coded, section)
         facts["verified"].append(fact)
@@ -122,6 +127,13 @@ def _verify(
         found = options.measure(place)
         facts |= found
         facts["verified"].append({"level": 2, "metrics": sorted(found["measured"])})
+    if options.compute is not None:
+        name, task = target_library.computing(source, place, format, section)
+        facts["computed"] = options.compute(task)
+        fact = {"level": 3, "library": name, "metrics": sorted(facts["computed"])}
+        if isinstance(task, CausalLM):
+            fact["kl"] = max(target_library.divergence(source, coded, task), 0.0)
+        facts["verified"].append(fact)
 
 
 def _gguf(source: ExportedRun, out: Path, options: Options) -> dict[str, Any]:
@@ -160,8 +172,8 @@ def read_back(
     codes. RuntimeError for a difference, which is a bug of a writer or a reader."""
     where = str(folder)
     written = code_formats.tensors(sorted(folder.glob("*.safetensors")), where)
-    for name, tensor in state.items():
-        if name in written and not equal(written[name], tensor):
+    for name in written:
+        if name in state and not equal(written[name], state[name]):
             raise RuntimeError(f"{name}: the file does not hold the tensor that was written")
     if section is not None:
         kept = {state[name].data_ptr() for name in written if name in state}

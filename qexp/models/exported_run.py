@@ -9,7 +9,9 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qexp.common import on_disk
 from qexp.common.errors import UserError
+from qexp.common.lazily import Lazily
 from qexp.config.instantiate import instantiate
 from qexp.models import gguf_file
 from qexp.models.code_formats import FORMATS, CodeFormat
@@ -46,7 +48,7 @@ class ExportedRun:
         cfg = results.config(str(folder))
         packed, _ = weights_file.load(folder)
         source = FromRun(str(folder))
-        loaded = source.load()
+        loaded = source.loaded()
         task = TASKS[source.objective](loaded.model, loaded.tokenizer)
         loaded.put_maps(task)
         loaded.finish(task)
@@ -55,6 +57,11 @@ class ExportedRun:
     @property
     def model(self) -> PreTrainedModel:
         return self.task.model
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether its weights stay on disk (`model.load=stream`)."""
+        return on_disk.is_mapped(next(self.model.parameters()))
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -81,21 +88,30 @@ class ExportedRun:
 
     def coded(
         self, refusal: Refusal, change: Callable[[Coded], Coded] | None = None
-    ) -> dict[str, Coded]:
-        """The matrices by name, all of which a format holds after the `change`. UserError, with the
-        run's key, for the first that it does not."""
+    ) -> Mapping[str, Coded]:
+        """The matrices by name, all of which a format holds after the `change`; of a streamed model
+        each is read when it is asked for. UserError, with the run's key, for the first that a
+        format does not hold."""
         self.refuse_maps()
         if not self.packed:
             raise UserError("method: the run quantized no weights; say format=float")
-        found = {}
-        for name, packed in self.packed.items():
+
+        def checked(name: str) -> Coded:
+            packed = self.packed[name]
             said = coded_refusal(packed)
             if said is None:
                 assert isinstance(packed, Coded)
-                found[name] = packed if change is None else change(packed)
-                said = refusal(found[name])
+                packed = packed if change is None else change(packed)
+                said = refusal(packed)
             if said is not None:
                 raise UserError(f"{said} ({name})")
+            assert isinstance(packed, Coded)
+            return packed
+
+        lazily = Lazily(self.packed, checked)
+        found: Mapping[str, Coded] = lazily if self.is_streamed else dict(lazily)
+        for name in self.packed if self.is_streamed else ():
+            checked(name)
         if has_transposed(self.model):
             raise UserError(
                 "model: the family's own layers store transposed weights (Conv1D), for which "
@@ -126,7 +142,9 @@ class ExportedRun:
                         f"one scale a row; say weight=channel weight.bits=8 ({name})"
                     )
                 tensors |= {key: each.clone() for key, each in inputs.tensors[name].items()}
-            state |= {f"{name}.{end}": tensor.contiguous() for end, tensor in tensors.items()}
+            for end, tensor in tensors.items():
+                whole = tensor.contiguous()
+                state[f"{name}.{end}"] = on_disk.copied(whole) if self.is_streamed else whole
         floats = [
             name
             for name, module in self.model.named_modules()

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from qexp.common.errors import UserError
 from qexp.common.hashes import sha256
+from qexp.common.on_disk import assign
 from qexp.config.instantiate import instantiate
 from qexp.models.base import Loaded, ModelSource
 from qexp.models.state_diff import apply_diff
@@ -34,16 +35,16 @@ class FromRun(ModelSource):
     def objective(self) -> str:  # type: ignore[override]
         return self._origin().objective
 
-    def load(self) -> Loaded:
+    def loaded(self) -> Loaded:
         config = results.config(self.folder)
-        loaded = self._origin().load()
+        loaded = self._origin().loaded()
         packed, others = weights_file.load(Path(self.folder))
         apply_diff(loaded.model, _under("model.", others))
         _untie(loaded.model)
         for name, form in packed.items():
             weight = loaded.model.get_submodule(name).weight
             assert isinstance(weight, torch.nn.Parameter)
-            weight.data = form.dequantize().to(weight)
+            assign(weight, form.dequantize())
         kinds = instantiate(config.method).activations
         maps = weights_file.maps(Path(self.folder))
         if not maps and instantiate(config.transform).leaves_maps:

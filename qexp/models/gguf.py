@@ -38,7 +38,7 @@ class GGUF(ModelSource):
     def __post_init__(self) -> None:
         check(self, auto=True)
 
-    def load(self) -> Loaded:
+    def loaded(self) -> Loaded:
         loaded = kept(self, self._read) if self.keep else self._read()
         return loaded._replace(model=ready(loaded.model))
 

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import http_backoff, httpx
 from safetensors import SafetensorError
@@ -14,6 +14,7 @@ from transformers.utils import cached_file
 
 from qexp.common.errors import UserError, first_line
 from qexp.models.base import AUTO_DTYPE, Loaded, ModelSource, check, ready
+from qexp.models.local import Local
 from qexp.models.pretrained import (
     Head,
     checkpoint_dtype,
@@ -22,6 +23,7 @@ from qexp.models.pretrained import (
     refuse_quantized,
     tokenizer_of,
 )
+from qexp.models.shards import STREAM, check_load
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Hub(ModelSource):
     """Any hub id, at a branch, tag or commit.
 
     Gated models need `HF_TOKEN`. `HF_HOME` moves the cache, `HF_HUB_OFFLINE=1` uses only the cache.
+    load: as of `Local`.
     """
 
     id: str
@@ -36,20 +39,28 @@ class Hub(ModelSource):
     dtype: str = AUTO_DTYPE
     objective: str = "causal_lm"
     head: Head | None = None
+    load: str = "whole"
 
     def __post_init__(self) -> None:
         check(self, auto=True)
+        check_load(self.load, self.head)
         if Path(self.id).is_dir():  # transformers would silently prefer it to the hub's
             raise UserError(
                 f"model.id: {self.id} is a folder here; use model=local model.path={self.id}"
             )
 
-    def load(self) -> Loaded:
+    def loaded(self) -> Loaded:
         snapshot = self._snapshot()  # one commit for weights and tokenizer, even if main moves
         refuse_quantized(json.loads((snapshot / "config.json").read_text()), self._name)
         options = {**self._options, "revision": snapshot.name}
         try:
-            model = pretrained(self.id, self._name, self, self.head, **options)
+            if self.load == STREAM:
+                patterns = ["model*.safetensors", "model.safetensors.index.json"]
+                snapshot_download(self.id, allow_patterns=patterns, **options)
+                copy = Local(str(snapshot), self.dtype, self.objective, load=STREAM)
+                model = copy.loaded().model
+            else:
+                model = pretrained(self.id, self._name, self, self.head, **options)
         except (OSError, ValueError, SafetensorError) as error:
             raise self._refused(error) from error
         return Loaded(ready(model), tokenizer_of(self.id, self._name, self, **options))
@@ -62,6 +73,13 @@ class Hub(ModelSource):
         if self.dtype != AUTO_DTYPE:
             return self.dtype
         return checkpoint_dtype(str(self._snapshot()), self._name, self)
+
+    def config_folder(self) -> Path | None:
+        try:
+            own = {"revision": self.revision, "local_files_only": True}
+            return Path(cached_file(self.id, "config.json", **own)).parent
+        except OSError:
+            return None
 
     def files(self) -> list[Path]:
         """Empty: the commit in `fingerprint` determines the content."""

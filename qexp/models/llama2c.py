@@ -42,7 +42,7 @@ class Llama2C(ModelSource):
     def __post_init__(self) -> None:
         check(self)
 
-    def load(self) -> Loaded:
+    def loaded(self) -> Loaded:
         path, tokenizer = self.files()
         config, weights = _header(path)
         with torch.random.fork_rng(devices=[]):  # keeps the caller's random state

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ from qexp.models.pretrained import (
     pretrained,
     tokenizer_of,
 )
+from qexp.models.shards import STREAM, check_load, safetensors_of, streamed, weight_files
 from qexp.task import Task
 
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # one of these is enough for a tokenizer, with or without further files
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
@@ -35,25 +36,37 @@ class Local(ModelSource):
 
     Weights may be codes of compressed-tensors, GPTQ, AWQ, MLX or NF4; they are dequantized in
     float32, and the inputs of linears are rounded where the checkpoint says so.
+
+    load: `whole`, or `stream`: float weights stay in mapped files, of which only the pages in use
+    are in memory.
     """
 
     path: str
     dtype: str = AUTO_DTYPE
     objective: str = "causal_lm"
     head: Head | None = None
+    load: str = "whole"
 
     def __post_init__(self) -> None:
         check(self, auto=True)
+        check_load(self.load, self.head)
 
-    def load(self) -> Loaded:
+    def loaded(self) -> Loaded:
         if gguf := self._gguf():
-            return gguf.load()
+            if self.load == STREAM:
+                raise UserError(
+                    f"model.load=stream: {self.path} is decoded as a whole; say "
+                    "model.load=whole, or give a folder of safetensors"
+                )
+            return gguf.loaded()
         folder, name = self._folder(), f"model.path: {self.path}"
         self.files()  # a UserError that names a missing file
         try:
             stored = code_formats.section(json.loads((folder / "config.json").read_text()), name)
             if stored is not None:
                 model, finish = _dequantized(folder, self, name, *stored)
+            elif self.load == STREAM:
+                model, finish = _streamed(folder, name, self), _nothing
             else:
                 model = pretrained(str(folder), name, self, self.head, local_files_only=True)
                 finish = _nothing
@@ -75,6 +88,9 @@ class Local(ModelSource):
             return self.dtype
         return checkpoint_dtype(str(self._folder()), f"model.path: {self.path}", self)
 
+    def config_folder(self) -> Path | None:
+        return None if self._gguf() else self._folder()
+
     def files(self) -> list[Path]:
         """Every file of the folder that belongs to the model. UserError for a missing one."""
         if gguf := self._gguf():
@@ -82,7 +98,7 @@ class Local(ModelSource):
         folder = self._folder()
         if not (folder / "config.json").is_file():
             raise UserError(f"model.path: {folder} is not a model folder: it has no config.json")
-        weights = _weights(folder)
+        weights = weight_files(folder)
         texts = self.objective != "image_classification"
         if texts and not any((folder / name).is_file() for name in TOKENIZERS):
             raise UserError(
@@ -119,43 +135,31 @@ def _nothing(task: Task) -> None:
     """Nothing is attached to a float model."""
 
 
+def _streamed(folder: Path, where: str, source: Local) -> PreTrainedModel:
+    tensors = code_formats.tensors(safetensors_of(folder, "model.load=stream: reads"), where)
+    config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    return streamed(folder, tensors.items(), config, where, source)
+
+
 def _dequantized(
     folder: Path,
-    source: ModelSource,
+    source: Local,
     where: str,
     format: code_formats.CodeFormat,
     section: dict[str, Any],
 ) -> tuple[PreTrainedModel, Callable[[Task], None]]:
     """The float model of a checkpoint of codes, and what attaches the quantizers of its inputs."""
-    paths = [path for path in _weights(folder) if path.suffix != ".json"]
-    if any(path.suffix != ".safetensors" for path in paths):
-        raise UserError(f"{where}: codes are read from safetensors files, not from {paths[0].name}")
+    paths = safetensors_of(folder, f"{where}: codes are read")
     state = code_formats.tensors(paths, where)
     matrices, others, linears = code_formats.separate(state, format, section, where)
     config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    weights = {f"{name}.weight": coded.dequantize() for name, coded in matrices.items()}
-    model = from_state(weights | others, config, where, source)
+    weights = ((f"{name}.weight", coded.dequantize()) for name, coded in matrices.items())
+    if source.load == STREAM:
+        model = streamed(folder, chain(weights, others.items()), config, where, source)
+    else:
+        model = from_state(dict(chain(weights, others.items())), config, where, source)
     groups = section.get("config_groups", {}).values()
     schemes = [group.get("input_activations") for group in groups]
     return model, input_ranges.attached(schemes, linears, where)
-
-
-def _weights(folder: Path) -> list[Path]:
-    """The weight files of a folder, one file or shards; safetensors are preferred."""
-    for name in WEIGHTS:
-        if (folder / name).is_file():
-            return [folder / name]
-        index = folder / f"{name}.index.json"
-        if not index.is_file():
-            continue
-        try:
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"model.path: {index} is not a weight index") from error
-        for shard in shards:
-            if not (folder / shard).is_file():
-                raise UserError(f"model.path: {folder} has no {shard}, which {index.name} names")
-        return [index, *(folder / shard for shard in shards)]
-    raise UserError(f"model.path: {folder} has no weights ({' or '.join(WEIGHTS)}, or shards)")

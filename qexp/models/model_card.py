@@ -57,7 +57,7 @@ def exactness(format: str) -> str:
         "awq": "Codes and scales are the run's. Readers compute in float16.",
         "mlx": "Codes and scales are the run's. Readers compute scale · code + bias, which differs "
         "from scale · (code - zero) in the last bits of float32.",
-        "nf4": "Codes and scales are the run's. On the CPU bitsandbytes computes in bfloat16.",
+        "nf4": "Codes and scales are the run's. On some CPUs bitsandbytes computes in bfloat16.",
     }.get(format, "Weights are the run's values, bit for bit.")
 
 
@@ -98,7 +98,12 @@ def text(source: ExportedRun, facts: Mapping[str, Any], coded: Mapping[str, Code
         *(
             f"Loaded by {fact['library']}: largest difference of a logit {fact['max_logit']:.2g}."
             for fact in facts["verified"]
-            if "library" in fact
+            if "max_logit" in fact
+        ),
+        *(
+            f"The last column is computed by {fact['library']}."
+            for fact in facts["verified"]
+            if fact["level"] == 3
         ),
         *(["", "| metric | run | this folder |", "|---|---|---|", *numbers] if numbers else []),
         "",
@@ -138,5 +143,5 @@ def _grid(coded: Coded) -> str:
 
 
 def _of(facts: Mapping[str, Any], name: str) -> str:
-    measured = facts.get("measured", {})
+    measured = facts.get("computed", facts.get("measured", {}))
     return f"{measured[name]:.6g}" if name in measured else "not measured"

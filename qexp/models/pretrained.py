@@ -86,6 +86,13 @@ def _complete(
     return model
 
 
+def skeleton(config: PretrainedConfig, source: ModelSource) -> PreTrainedModel:
+    """The model of a configuration without weights: on the device `meta`."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        model: PreTrainedModel = AUTO[source.objective].from_config(config)
+        return model
+
+
 def automatic(weights: int, own: str) -> str:
     """What `auto` resolves to: the checkpoint's dtype above the size limit, else float32."""
     return own if weights >= LARGE else "float32"
@@ -96,8 +103,7 @@ def checkpoint_dtype(folder: str, name: str, source: ModelSource) -> str:
     and gives the number of weights. A large one that names none is float32, with a warning."""
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            weights = AUTO[source.objective].from_config(config).num_parameters()
+        weights = skeleton(config, source).num_parameters()
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"{name}: model.dtype=auto needs the size that config.json gives, and it gives none "

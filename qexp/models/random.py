@@ -45,7 +45,7 @@ class Random(ModelSource):
     def __post_init__(self) -> None:
         check(self)
 
-    def load(self) -> Loaded:
+    def loaded(self) -> Loaded:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             model = AUTO[self.objective].from_config(self._config(), dtype=torch.float32)
@@ -53,7 +53,7 @@ class Random(ModelSource):
         return Loaded(ready(model.to(DTYPES[self.dtype])), self._tokenizer())
 
     def fingerprint(self) -> dict[str, str]:
-        loaded = self.load()
+        loaded = self.loaded()
         digest = hashlib.sha256(loaded.model.config.to_json_string().encode())
         for name, tensor in loaded.model.state_dict().items():
             digest.update(name.encode())

@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 from torch import Tensor, nn
 
 from qexp.common.cache import checksum
+from qexp.common.on_disk import assign
 
 Checksums = Mapping[str, str]
 
@@ -37,7 +38,7 @@ def apply_diff(model: nn.Module, changed: Mapping[str, Tensor]) -> None:
     present = _tensors(model)
     for name, tensor in changed.items():
         if name in present:
-            present[name].data = tensor.to(present[name])
+            assign(present[name], tensor)
             continue
         path, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(path), leaf, nn.Parameter(tensor, requires_grad=False))

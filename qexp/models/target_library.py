@@ -11,17 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import CompressedTensorsConfig, GgufConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from qexp.common.errors import UserError, first_line
 from qexp.grid.scale import DTYPES
-from qexp.models import rope
+from qexp.models import llama_cpp, rope
 from qexp.models.base import AUTO, ready
 from qexp.models.exported_run import ExportedRun
 from qexp.packed.coded import Coded
+from qexp.quantizers.activation import FakeQuant
+from qexp.task import TASKS, CausalLM, Task
 
 EQUAL = 1e-6  # largest difference of a logit that counts as none
 SEQUENCES, LENGTH = 2, 64
@@ -48,7 +50,6 @@ READERS = {
     "gguf": Reader(("gguf",)),
     "float": Reader(),
 }
-STATIC_INPUTS = 1e-2  # KL: readers and the run round inputs alike except at ties
 
 
 def check(
@@ -59,29 +60,30 @@ def check(
     section: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """The fact that the library computes the run's logits from an export, of random tokens: its
-    version and the largest difference, or why it was `skipped`. section: of config.json.
+    version and the largest difference, or why it was `skipped`. Static inputs are compared with the
+    run's model that rounds them as the library does. section: of config.json.
 
     The run's model is converted to float32 in place. UserError where the library fails or computes
     another model.
     """
     if (reason := _skipped(source, format, section)) is not None:
         return {"level": 1, "skipped": reason}
-    reader = READERS[format]
-    names = ", ".join(f"{name} {version(name)}" for name in ("transformers", *reader.packages))
-    expected = _logits(_float32(source.model, coded))
+    names, expected = _names(format), _expected(source, coded)
     try:
-        with _quiet():
+        # GPTQModel compiles its layers, for minutes
+        with _quiet(), torch.compiler.set_stance("force_eager"):
             found = _logits(_loaded(source, place, format, section))
     except Exception as error:  # of any kind: it is another library's
         raise UserError(
             f"{names} cannot load the export ({type(error).__name__}: {first_line(error)}); "
             "nothing was written; verify=file writes it without this check"
         ) from error
-    largest = float((found - expected).abs().max())
-    divergence = float(
-        (expected.softmax(-1) * (expected.log_softmax(-1) - found.log_softmax(-1))).sum(-1).mean()
-    )
-    bound = _bound(format, section)
+    reference, static = expected, any(not inputs["dynamic"] for inputs in _inputs(section))
+    if static:
+        with _rounded_as_readers(source.task):
+            reference = _logits(source.model)
+    largest, divergence = float((found - reference).abs().max()), _divergence(reference, found)
+    bound = READERS[format].kl
     if not (largest <= EQUAL if bound is None else divergence <= bound):
         allowed = "equal logits" if bound is None else f"KL {bound:g}"
         raise UserError(
@@ -89,7 +91,50 @@ def check(
             f"{largest:.2g}, KL {divergence:.2g}; allowed: {allowed}); nothing was written; "
             "verify=file writes it without this check"
         )
-    return {"level": 1, "library": names, "max_logit": largest, "kl": max(divergence, 0.0)}
+    largest, divergence = float((found - expected).abs().max()), _divergence(expected, found)
+    fact = {"level": 1, "library": names, "max_logit": largest, "kl": max(divergence, 0.0)}
+    return fact | ({"equal": "static inputs rounded by its formula"} if static else {})
+
+
+def computing(
+    source: ExportedRun, place: Path, format: str, section: Mapping[str, Any] | None
+) -> tuple[str, Task]:
+    """The software that an export is for, with its version, and the task that it computes from it:
+    llama.cpp for GGUF, else transformers. UserError where it cannot."""
+    if format == "gguf":
+        return llama_cpp.name(), llama_cpp.LlamaCpp(source.task, place)
+    if (reason := _skipped(source, format, section)) is not None:
+        raise UserError(f"verify=target: {reason}; nothing was written")
+    with _quiet():
+        model = _loaded(source, place, format, section)
+        _logits(model)  # compressed-tensors unpacks weights when the whole model is called
+    return _names(format), TASKS[source.task.objective](model, source.tokenizer)
+
+
+@torch.no_grad()
+def divergence(source: ExportedRun, coded: Mapping[str, Coded], task: CausalLM) -> float:
+    """The mean KL divergence of a task's distributions from the run's, in nats, of the tokens of
+    `check`."""
+    hidden = task.hidden(_tokens(source.model)).flatten(0, 1)
+    expected = _expected(source, coded).flatten(0, 1)
+    return _divergence(expected, torch.cat([*task.logits(hidden)]))
+
+
+def _expected(source: ExportedRun, coded: Mapping[str, Coded]) -> Float[Tensor, "sequences ..."]:
+    return _logits(_float32(source.model, coded))
+
+
+def _names(format: str) -> str:
+    packages = ("transformers", *READERS[format].packages)
+    return ", ".join(f"{name} {version(name)}" for name in packages)
+
+
+def _divergence(
+    expected: Float[Tensor, "sequences ..."], found: Float[Tensor, "sequences ..."]
+) -> float:
+    """The mean KL divergence of the distributions of two tensors of logits, in nats."""
+    own, other = expected.log_softmax(-1), found.log_softmax(-1)
+    return float((own.exp() * (own - other)).sum(-1).mean())
 
 
 def _skipped(source: ExportedRun, format: str, section: Mapping[str, Any] | None) -> str | None:
@@ -101,6 +146,8 @@ def _skipped(source: ExportedRun, format: str, section: Mapping[str, Any] | None
             version(name)
         except PackageNotFoundError:
             return f"{name} is not installed"
+    if source.is_streamed:
+        return "it loads models whole, and this one is on disk (model.load=stream)"
     if source.task.objective == "image_classification":
         return "the model reads images"
     if format == "gguf" and rope.factors(source.model.config) is not None:
@@ -139,16 +186,38 @@ def _float32(model: PreTrainedModel, coded: Mapping[str, Coded]) -> PreTrainedMo
 
 @torch.no_grad()
 def _logits(model: PreTrainedModel) -> Float[Tensor, "sequences ..."]:
+    return model(input_ids=_tokens(model)).logits.float()
+
+
+def _tokens(model: PreTrainedModel) -> Int[Tensor, "sequences length"]:
     config = model.config
     length = min(LENGTH, getattr(config, "max_position_embeddings", LENGTH))
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(config.vocab_size, (SEQUENCES, length), generator=generator)
-    return model(input_ids=tokens.to(model.device)).logits.float()
+    return tokens.to(model.device)
 
 
-def _bound(format: str, section: Mapping[str, Any] | None) -> float | None:
-    static = any(not inputs["dynamic"] for inputs in _inputs(section))
-    return STATIC_INPUTS if static else READERS[format].kl
+@contextmanager
+def _rounded_as_readers(task: Task) -> Iterator[None]:
+    """Static 8-bit inputs by the formula of readers: their zero points are signed, and x / scale +
+    zero is another sum of floats than the run's, which a few values in a million round otherwise.
+    """
+
+    def hook(quantizer: FakeQuant, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        zero = quantizer.zero - 128
+        codes = (args[0].float() / quantizer.scale + zero).clamp(-128, 127).round()
+        return ((codes - zero) * quantizer.scale).to(output.dtype)
+
+    handles = [
+        quantizer.register_forward_hook(hook)
+        for quantizer in task.quantizers.values()
+        if isinstance(quantizer, FakeQuant)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _groups(section: Mapping[str, Any] | None) -> list[dict[str, Any]]:

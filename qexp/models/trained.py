@@ -28,7 +28,7 @@ class Trained(ModelSource):
     def __post_init__(self) -> None:
         check(self)
 
-    def load(self) -> Loaded:
+    def loaded(self) -> Loaded:
         run = self._run()
         packed, _ = weights_file.load(Path(run.folder))
         if packed:
@@ -36,7 +36,7 @@ class Trained(ModelSource):
                 f"model.folder: {run.folder} holds quantized weights; load it by model=from_run "
                 f"run={run.folder}"
             )
-        loaded = run.load()
+        loaded = run.loaded()
         loaded.model.to(DTYPES[self.dtype])
         return loaded
 

@@ -36,6 +36,10 @@ class Packed(ABC):
     def rows(self, start: int, stop: int) -> "Packed":
         """The stored form of rows `start` to `stop`. ValueError where rows cannot be separated."""
 
+    def whole(self) -> "Packed":
+        """The form itself, for callers that look into it: see `Shelved`."""
+        return self
+
     @abstractmethod
     def layout(self) -> dict[str, Any]:
         """What `restore` needs in addition to the tensors, as JSON values."""

@@ -46,9 +46,18 @@ class Coded(Packed):
     ) -> "Coded":
         """Encode a matrix whose values are those of the grid with `scales` [rows, groups], or the
         values nearest to others."""
-        columns = weight.shape[1]
-        wide = _per_column(scales, group, columns)
-        codes = grid.encode(weight.float(), wide).to(torch.int32)
+        codes = grid.encode(weight.float(), _per_column(scales, group, weight.shape[1]))
+        return Coded.coded(grid, codes, scales, group, outliers)
+
+    @staticmethod
+    def coded(
+        grid: Grid,
+        codes: Float[Tensor, "rows columns"],
+        scales: Scale,
+        group: Int[Tensor, " columns"] | None = None,
+        outliers: Outliers | None = None,
+    ) -> "Coded":
+        """Codes of the grid with `scales` [rows, groups]."""
         stored = slice(1 if grid.per_tensor else None)
         scale: Tensor | Coded = scales.scale[stored, stored]
         zero: Tensor | Coded | None = scales.zero[stored, stored] if grid.has_zero else None
@@ -61,7 +70,7 @@ class Coded(Packed):
                 for name, part in grid.second_level.items()
             }
             scale, zero = coded.get("scales", scale), coded.get("zeros", zero)
-        return Coded(grid, codes, scale, zero, group, outliers)
+        return Coded(grid, codes.to(torch.int32), scale, zero, group, outliers)
 
     def scales(self) -> Scale:
         """Scales and zero points [rows, groups] as decoding uses them."""

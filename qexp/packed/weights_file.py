@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from qexp.common.errors import UserError
 from qexp.common.files import atomic
+from qexp.common.lazily import Lazily
 from qexp.packed.base import Packed
 from qexp.packed.binary import Binary
 from qexp.packed.coded import Coded
@@ -25,6 +27,7 @@ from qexp.packed.table import Table
 from qexp.runs import results
 
 FILE = results.WEIGHTS
+OTHER = "other:"
 # Named here so that `restored` finds every form: it knows the classes that were imported.
 FORMS: dict[str, type[Packed]] = {
     form.__name__: form
@@ -45,30 +48,33 @@ def save(
     describe online maps, whose matrices are among the others.
     """
     tensors, layout = flatten(weights)
-    tensors |= {f"other:{name}": tensor.contiguous().cpu() for name, tensor in others.items()}
+    tensors |= {f"{OTHER}{name}": tensor.contiguous().cpu() for name, tensor in others.items()}
     with atomic(folder / FILE) as path:
         own = {"layout": json.dumps(layout)} | ({"maps": json.dumps(maps)} if maps else {})
         save_file(tensors, path, metadata=own)
 
 
-def load(folder: Path) -> tuple[dict[str, Packed], dict[str, Tensor]]:
-    """The inverse of `save`. Raises UserError when the file is absent or damaged."""
+def load(folder: Path) -> tuple[Mapping[str, Packed], dict[str, Tensor]]:
+    """The inverse of `save`; each stored form is read when it is asked for. Raises UserError when
+    the file is absent or damaged."""
     path = folder / FILE
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(path, "pt", backend="pread") as file:
             layout = json.loads(file.metadata()["layout"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            names = [key for key in file.keys() if key.startswith(OTHER)]  # noqa: SIM118
+            others = {key.removeprefix(OTHER): file.get_tensor(key) for key in names}
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise UserError(
             f"{path} cannot be read ({error}): run the configuration again with save_weights=true."
         ) from error
-    packed = unflatten(tensors, layout)
-    others = {
-        key.removeprefix("other:"): tensor
-        for key, tensor in tensors.items()
-        if key.startswith("other:")
-    }
-    return packed, others
+    return Lazily(layout, partial(_read, path, layout)), others
+
+
+def _read(path: Path, layout: Mapping[str, Any], name: str) -> Packed:
+    with safe_open(path, "pt", backend="pread") as file:
+        parts = [key for key in file.keys() if key.startswith(f"{name}:")]  # noqa: SIM118
+        stored = {key.partition(":")[2]: file.get_tensor(key) for key in parts}
+    return FORMS[layout[name]["form"]].restore(stored, layout[name])
 
 
 def maps(folder: Path) -> dict[str, Any]:

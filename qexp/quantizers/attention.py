@@ -88,6 +88,13 @@ def window_of(model: nn.Module) -> Window | None:
     return next((window for window in found if window is not None), None)
 
 
+def reads_float(model: nn.Module) -> bool:
+    """Whether a single pass over a text, as over a prompt, reads keys and values float although the
+    cache of the model is quantized."""
+    window = window_of(model)
+    return window is not None and window.prefill
+
+
 def _of(module: nn.Module) -> Inside:
     inside: Inside = getattr(module, "_qexp_inside", _NONE)
     return inside

@@ -173,9 +173,9 @@ def _back(
 
 
 def _chunks(rows: Tensor) -> Iterator[slice]:
-    """Row ranges small enough for the processor's cache and large enough to use all cores; on a GPU
-    one range of all rows."""
-    size = len(rows) if rows.is_cuda else max(CHUNK // rows.shape[1], 1)
+    """Row ranges small enough for the processor's cache and large enough to use all cores; on an
+    accelerator one range of all rows."""
+    size = max(CHUNK // rows.shape[1], 1) if rows.is_cpu else len(rows)
     for start in range(0, len(rows), size):
         yield slice(start, start + size)
 

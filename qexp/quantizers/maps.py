@@ -8,6 +8,7 @@ from torch import Tensor
 
 from qexp.arch import Group
 from qexp.common.errors import UserError
+from qexp.common.on_disk import assign
 from qexp.quantizers.attention import Inside, install
 from qexp.quantizers.online import OnlineMap, restored
 from qexp.quantizers.operands import attention_modules, operand_name
@@ -35,7 +36,7 @@ def map_inputs(task: Task, block: int, group: Group, made: OnlineMap) -> None:
     refuse_mapped(task, block, group)
     for name in group.linears:
         weight = task.blocks[block].get_parameter(f"{name}.weight")
-        weight.data = made.undo_rows(weight.data).to(weight)
+        assign(weight, made.undo_rows(weight.data))
     _put(task, input_name(task.arch, block, group), made)
 
 

@@ -8,7 +8,7 @@ from qexp.runs.finished import Run
 from qexp.runs.signature import UNSIGNED
 
 # words that can change no number and say nothing of the costs either
-UNSAID = frozenset({*UNSIGNED, "threads"} - {"paper"})
+UNSAID = frozenset({*UNSIGNED, "threads"} - {"table"})
 ORDERS = 120  # of the keys that vary; more of them are not tried
 TOPS = ("experiment", "search", "model", "data", "calibration", "transform", "method", "weight")
 

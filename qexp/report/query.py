@@ -145,7 +145,7 @@ def _select(table: Table, patterns: Sequence[str]) -> Table:
 
 def _known(runs: Sequence[Run], option: str, keys: Sequence[str]) -> None:
     """Raises UserError for a key that no run has: every cell would be empty."""
-    there = {key for run in runs for key in (*run.choices, *run.leaves)}
+    there = {"label", *(key for run in runs for key in (*run.choices, *run.leaves))}
     for key in keys:
         if key not in there:
             near = ", ".join(get_close_matches(key, there)) or "weight.bits, method, seed"

@@ -16,6 +16,7 @@ from qexp.runs.run import Column as Column
 from qexp.runs.run import Run as Run
 from qexp.runs.run import flat as flat
 from qexp.runs.run import word as word
+from qexp.runs.signature import without_defaults
 
 
 def load(folder: Path) -> Run:
@@ -75,7 +76,7 @@ def _run(
     layers: record.Layers | None = None,
 ) -> Run:
     """In the order of their names: a table is the same whether a folder or a record is read."""
-    leaves = flat(written, without=NOT_SETTINGS)
+    leaves = flat(without_defaults(written), without=NOT_SETTINGS)
     return Run(
         folder=folder,
         choices=dict(sorted(choices.items())),

@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from qexp.common import hashes
+from qexp.common import hashes, heap
 from qexp.common.modules import PIPELINE, facts
 
 VERSIONS = (
@@ -65,6 +65,7 @@ class Provenance:
         the operating system keeps one peak per process.
         """
         cuda = _cuda()
+        heap.trim()  # what an earlier stage gave up is not of this one
         _reset_peak()
         if cuda is not None:
             cuda.synchronize()
@@ -99,7 +100,7 @@ class Provenance:
             "machine": {
                 "host": platform.node(),
                 "system": platform.platform(),
-                "processor": _processor(),
+                "processor": processor(),
                 "cores": os.cpu_count(),
                 "cuda": [_cuda_name(cuda)] if (cuda := _cuda()) is not None else [],
             },
@@ -158,7 +159,8 @@ def _versions() -> dict[str, str]:
     return installed
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The model of the CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from qexp.common.hashes import sha256
 from qexp.common.modules import facts
 from qexp.runs import record, results, used_modules
 from qexp.runs.portable import place, portable
+from qexp.runs.repeatable import differences, expected, sentence
 from qexp.runs.results import Answer
 from qexp.runs.signature import signed
 
@@ -77,7 +77,7 @@ def _check(cfg: DictConfig, path: Path, files: Sequence[Path] | None) -> Found:
         return Found(None, f"{path}: {reason}")
     if cfg.save_weights:
         return Found(None, f"{path} keeps no weights; it answers with save_weights=false")
-    return Found(path, "", _note(provenance, left), content)
+    return Found(path, "", _note(cfg, provenance, left), content)
 
 
 def _read(cfg: DictConfig, inputs: Mapping[str, Any], files: Sequence[Path]) -> str:
@@ -105,14 +105,11 @@ def _here(inputs: Mapping[str, Any]) -> tuple[str, int]:
     return "", left
 
 
-def _note(provenance: Mapping[str, Any], left: int) -> str:
-    """What may differ between the machines, in brackets."""
+def _note(cfg: DictConfig, provenance: Mapping[str, Any], left: int) -> str:
+    """What differs between the machines, in brackets."""
     parts = []
-    version = provenance.get("versions", {}).get("torch")
-    if version != (here := metadata.version("torch")):
-        parts.append(f"torch {version}, here {here}")
-    if (device := provenance.get("device", "cpu")) != "cpu":
-        parts.append(str(device))
+    if found := differences(provenance, expected(cfg)):
+        parts.append(f"last digits may differ: {sentence(found)}")
     if left:
         parts.append(f"if {left} input file{'s' if left > 1 else ''} will be the same")
     return f" ({'; '.join(parts)})" if parts else ""

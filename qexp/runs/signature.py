@@ -2,13 +2,16 @@
 
 import hashlib
 import json
+from dataclasses import asdict
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from qexp.common.numerics import Numerics
+
 # display, storage and scheduling: none of these keys can change a result
-KEPT = ("hydra", "logger", "progress", "threads", "save_weights", "optimize", "label")
-UNSIGNED = frozenset({*KEPT, "dry_run", "retry", "fail_fast", "paper", "records"})
+KEPT = ("hydra", "logger", "progress", "threads", "save_weights", "optimize", "label", "replay")
+UNSIGNED = frozenset({*KEPT, "dry_run", "retry", "fail_fast", "table", "records", "memory"})
 
 
 def signed(cfg: DictConfig) -> dict[str, Any]:
@@ -22,7 +25,21 @@ def signed(cfg: DictConfig) -> dict[str, Any]:
                 if OmegaConf.is_config(value)
                 else value
             )
-    return content
+    if isinstance(model := content.get("model"), dict):
+        model.pop("load", None)  # where the weights are kept
+    return without_defaults(content)
+
+
+def without_defaults(tree: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without the `numerics` that have their default: older runs have no such key,
+    and are the same runs."""
+    node = tree.get("numerics")
+    if not isinstance(node, dict):
+        return tree
+    defaults = asdict(Numerics())
+    changed = {key: value for key, value in node.items() if value != defaults.get(key)}
+    rest = {key: value for key, value in tree.items() if key != "numerics"}
+    return rest | ({"numerics": changed} if changed else {})
 
 
 def class_names(tree: Any) -> Any:

@@ -12,7 +12,7 @@ from qexp.packed.binary import Binary, Halves
 from qexp.solvers.base import Solution, Solver
 from qexp.solvers.binarization import METRICS, break_point, salient_columns, stored, two_values
 from qexp.solvers.factor import inverse_factor
-from qexp.solvers.sweep import Rule, sweep
+from qexp.solvers.sweep import sweep
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class BiLLM(Solver):
         halves: list[Halves] = []
         levels: list[Tensor] = []
 
-        def fit(values: Tensor, first: int) -> Rule:
+        def fit(values: Tensor, first: int) -> tuple[Tensor, ...]:
             size = values.shape[1]
             importance = values
             if self.salient_metric == "hessian":
@@ -100,14 +100,13 @@ class BiLLM(Solver):
             block, numbers = binarized(values, high, salient, getattr(torch, self.scale_dtype))
             halves.append(block)
             levels.append(numbers)
-            rounded = block.decode(numbers).T.contiguous()
-            return lambda _, j: rounded[j - first]
+            return (block.decode(numbers).T.contiguous(),)
 
         weight = weight.float().masked_fill(factor.dead, 0)
         upper = {"columns": factor.upper, "none": diagonal.diag()}.get(self.feedback)
         if upper is None:
             upper = jointly(factor.upper, self.block)
-        sweep(weight, upper, fit, self.block, within=False)
+        sweep(weight, upper, fit, lambda _, rounded: rounded, self.block, within=False)
         packed = Binary(self.block, Halves.join(halves), torch.stack(levels, 1))
         assert packed.halves.salient is not None
         paper = 1 + float(packed.halves.salient.float().mean())

@@ -86,9 +86,9 @@ def quantiles(values: Float[Tensor, " count"], shares: Float[Tensor, " shares"])
 
 def ascending(values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Sorted along the last axis; on a CPU by numpy, which sorts twenty times faster."""
-    if values.is_cuda:
-        return values.sort().values
-    return torch.from_numpy(np.sort(values.numpy()))
+    if values.is_cpu:
+        return torch.from_numpy(np.sort(values.numpy()))
+    return values.sort().values
 
 
 def explained_sorted(

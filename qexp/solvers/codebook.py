@@ -152,18 +152,17 @@ def least_squares(
     without a code stay there and the objective does not rise.
     """
     columns, levels = weight.shape[1], table.shape[1]
-    solved = []
-    for rows in torch.arange(len(weight)).split(max(CHUNK // (columns * levels), 1)):
-        at = codes[rows]
+    solved, rows = [], max(CHUNK // (columns * levels), 1)
+    for at, aim, old in zip(*(x.split(rows) for x in (codes, weight, table)), strict=True):
         chosen = one_hot(at, levels).to(hessian.dtype).transpose(1, 2).contiguous()
         spread = (chosen.reshape(-1, columns) @ hessian).reshape(chosen.shape)
-        left = weight[rows] - table[rows].gather(1, at)
+        left = aim - old.gather(1, at)
         slopes = (spread @ left[:, :, None]).double()
         gram = (spread @ chosen.transpose(1, 2)).double()
         diagonal = gram.diagonal(dim1=1, dim2=2)
         diagonal += ridge * diagonal.mean(1, keepdim=True) + torch.finfo(torch.float32).tiny
         moved = torch.linalg.solve(gram, slopes).squeeze(2)
-        solved.append(table[rows] + moved.to(table.dtype))
+        solved.append(old + moved.to(table.dtype))
     return torch.cat(solved)
 
 

@@ -61,12 +61,13 @@ def inverse_factor(
     current = damp
     while True:
         for dtype in dtypes:
-            matrix = damped(hessian, current).to(dtype).flip(0, 1)
-            lower, failed = torch.linalg.cholesky_ex(matrix)
+            # Each step gives up the matrix before it: they are the largest of a whole run.
+            lower, failed = torch.linalg.cholesky_ex(damped(hessian, current).to(dtype).flip(0, 1))
             if failed == 0:
-                eye = torch.eye(len(matrix), dtype=dtype, device=matrix.device)
-                upper = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1)
-                upper = upper.to(dtypes[0])
+                eye = torch.eye(len(lower), dtype=dtype, device=lower.device)
+                upper = torch.linalg.solve_triangular(lower, eye, upper=False)
+                del lower, eye
+                upper = upper.flip(0, 1).to(dtypes[0])
                 if upper.isfinite().all():
                     return Factor(upper, dead, current)
         current = max(10 * current, 1e-4)
@@ -87,6 +88,7 @@ def ordered(
     if act_order:
         order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     order = order.flip(0) if backwards else order
-    factor = inverse_factor(hessian[order][:, order], damp)
+    as_they_stand = not act_order and not backwards
+    factor = inverse_factor(hessian if as_they_stand else hessian[order][:, order], damp)
     weight = weight.float()[:, order].masked_fill(factor.dead, 0)
     return Ordered(weight, factor, order, torch.argsort(order))

@@ -13,7 +13,7 @@ from qexp.solvers.factor import damped, ordered
 from qexp.solvers.importance import check_importance, importance_of
 from qexp.solvers.refine import check_refit, refined
 from qexp.solvers.rtn import OnGrid, check_fits_groups
-from qexp.solvers.sweep import Fit, Rule, opened, sweep
+from qexp.solvers.sweep import of_columns, sweep
 from qexp.solvers.target import shift
 
 
@@ -104,33 +104,40 @@ class GPTQ(OnGrid):
             static = self.grid.scales_of(
                 weight[:, place], None if counts is None else counts[:, place]
             )
-            # One contiguous row per group, so that the inner loop only indexes.
+            # One contiguous row per group.
             scales, zeros = static.scale.T.contiguous(), static.zero.T.contiguous()
-            groups = (order // size).tolist()
             if self.clip_first:
                 weight = self.grid.clip(weight, static.map(lambda part: part[:, order // size]))
 
-            def fit(values: Tensor, start: int) -> Rule:
-                def rule(w: Tensor, j: int) -> Tensor:
-                    return self.grid.round(w, Scale(scales[groups[j]], zeros[groups[j]]))
-
-                return rule
+            def fit(values: Tensor, start: int) -> tuple[Tensor, ...]:
+                group = order[start : start + size] // size
+                return of_columns(scales, group), of_columns(zeros, group)
         else:
 
-            def fit(values: Tensor, start: int) -> Rule:
+            def fit(values: Tensor, start: int) -> tuple[Tensor, ...]:
                 q = self.grid.fit(values, importance(values, start))
                 fitted.append(q.map(lambda part: part.expand(len(values), 1)))
-                flat = Scale(q.scale.squeeze(1), q.zero.squeeze(1))
-                return lambda w, _: self.grid.round(w, flat)
+                return q.scale.T, q.zero.T
 
-        rules: Fit = fit if first is None else opened(fit, first[:, order[0]].float())
+        def nearest(w: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+            return self.grid.round(w, Scale(scale, zero))
+
         carry = None
         if moments is not None and self.carry:
             moved = (moments.cross - moments.own)[order][:, order].masked_fill(factor.dead, 0)
             carry = self.carry * (moved @ factor.upper.T).triu(1) @ factor.upper
-        rounded = sweep(
-            weight, factor.upper, rules, size, self.block, fit_every=self.fit_every, carry=carry
-        )[:, place]
+        swept = sweep(
+            weight,
+            factor.upper,
+            fit,
+            nearest,
+            size,
+            self.block,
+            fit_every=self.fit_every,
+            carry=carry,
+            opening=None if first is None else first[:, order[0]].float(),
+        )
+        rounded = swept.rounded[:, place]
         if self.static_groups:
             packed = Coded.of(self.grid, rounded, static)
         else:

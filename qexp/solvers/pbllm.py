@@ -17,7 +17,7 @@ from qexp.solvers.base import Solution, Solver
 from qexp.solvers.billm import Binarize
 from qexp.solvers.binarization import METRICS, ascending, two_values
 from qexp.solvers.factor import inverse_factor
-from qexp.solvers.sweep import Rule, sweep
+from qexp.solvers.sweep import of_columns, sweep
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,11 @@ class PBLLM(Solver):
         scales = self.grid.scales_of(weight)
         each = columns // scales.scale.shape[1]
         salient = torch.zeros(columns, len(weight), dtype=torch.bool, device=weight.device)
-        signs = torch.zeros_like(salient)
+        middles: list[Tensor] = []
         levels: list[Tensor] = []
         dtype = getattr(torch, self.scale_dtype)
 
-        def fit(values: Tensor, first: int) -> Rule:
+        def fit(values: Tensor, first: int) -> tuple[Tensor, ...]:
             group = slice(first, first + size)
             metric = values.abs()
             if self.salient_metric == "hessian":
@@ -103,20 +103,28 @@ class PBLLM(Solver):
                 counted, among = values.masked_fill(~low, 0), torch.ones_like(low)
             mean, reach, _ = two_values(counted, among, dtype)
             levels.append(torch.cat([mean, reach], 1).to(dtype))
-            middle, less, more = mean[:, 0], (mean - reach)[:, 0], (mean + reach)[:, 0]
+            middles.append(mean.expand_as(values))
+            group_of = torch.arange(first, first + values.shape[1], device=values.device) // each
+            own = (of_columns(part, group_of) for part in (scales.scale.T, scales.zero.T))
+            ends = (part.T for part in (mean, mean - reach, mean + reach))
+            return salient[group], *own, *ends
 
-            def rule(w: Tensor, j: int) -> Tensor:
-                q = Scale(scales.scale[:, j // each], scales.zero[:, j // each])
-                torch.ge(w, middle, out=signs[j])
-                return torch.where(
-                    salient[j], self.grid.round(w, q), torch.where(signs[j], more, less)
-                )
-
-            return rule
+        def rounding(
+            w: Tensor,
+            salient: Tensor,
+            scale: Tensor,
+            zero: Tensor,
+            middle: Tensor,
+            less: Tensor,
+            more: Tensor,
+        ) -> Tensor:
+            binary = torch.where(w >= middle, more, less)
+            return torch.where(salient, self.grid.round(w, Scale(scale, zero)), binary)
 
         upper = factor.upper if self.feedback else diagonal.diag()
-        rounded = sweep(weight, upper, fit, size, self.block)
-        binary = Binary(size, Halves(signs.T.contiguous()), torch.stack(levels, 1))
+        rounded, current = sweep(weight, upper, fit, rounding, size, self.block)
+        signs = current >= torch.cat(middles, 1)
+        binary = Binary(size, Halves(signs), torch.stack(levels, 1))
         packed = Partial(salient.T.contiguous(), Coded.of(self.grid, rounded, scales), binary)
         share = float(salient.float().mean())
         paper = share * self.grid.bits + (1 - share)

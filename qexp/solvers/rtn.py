@@ -54,6 +54,7 @@ class RTN(OnGrid):
         weight: Float[Tensor, "rows columns"],
         hessian: Float[Tensor, "..."] | None = None,
     ) -> Solution:
-        scales = self.grid.scales_of(weight.float())
-        packed = Coded.of(self.grid, self.grid.by_groups(weight.float(), scales), scales)
+        weight = weight.float()
+        scales = self.grid.scales_of(weight)
+        packed = Coded.coded(self.grid, self.grid.codes_of(weight, scales), scales)
         return Solution(packed.dequantize(), packed.bits(), packed, paper_bits=packed.paper_bits())

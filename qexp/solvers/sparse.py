@@ -21,7 +21,7 @@ from qexp.packed.masked import Masked
 from qexp.packed.plain import Plain
 from qexp.solvers.base import Solution, Solver
 from qexp.solvers.factor import inverse_factor
-from qexp.solvers.sweep import Rule, sweep
+from qexp.solvers.sweep import of_columns, sweep
 
 SCORES = ("obs", "wanda", "magnitude")
 
@@ -121,23 +121,24 @@ class SparseGPT(Solver):
         dtype = getattr(torch, self.dtype)
         scales = None if self.grid is None else self.grid.scales_of(weight)
 
-        def fit(values: Tensor, first: int) -> Rule:
+        def fit(values: Tensor, first: int) -> tuple[Tensor, ...]:
             group = slice(first, first + size)
-            kept[group] = ~self._pruned(values.abs() * importance[group]).T
+            pruned = self._pruned(values.abs() * importance[group]).T
+            kept[group] = ~pruned
+            if scales is None:
+                return (pruned,)
+            number = torch.arange(first, first + values.shape[1], device=values.device)
+            number = number * scales.scale.shape[1] // columns
+            own = (of_columns(part, number) for part in (scales.scale.T, scales.zero.T))
+            return pruned, *own
 
-            def rule(w: Tensor, j: int) -> Tensor:
-                return value(w, j).masked_fill_(~kept[j], 0)
-
-            return rule
-
-        def value(w: Tensor, j: int) -> Tensor:
-            if self.grid is None or scales is None:
-                return w.to(dtype).to(w, copy=True)
-            group = j * scales.scale.shape[1] // columns
-            return self.grid.round(w, Scale(scales.scale[:, group], scales.zero[:, group]))
+        def rounding(w: Tensor, pruned: Tensor, *own: Tensor) -> Tensor:
+            if self.grid is None:
+                return w.to(dtype).to(w.dtype).masked_fill(pruned, 0)
+            return self.grid.round(w, Scale(own[0], own[1])).masked_fill(pruned, 0)
 
         upper = factor.upper if self.update else diagonal.diag()
-        rounded = sweep(weight, upper, fit, size)
+        rounded = sweep(weight, upper, fit, rounding, size).rounded
         if self.grid is None or scales is None:
             inside: Plain | Coded = Plain(rounded.to(dtype))
         else:

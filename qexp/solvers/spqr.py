@@ -17,7 +17,7 @@ from qexp.solvers.factor import damped, ordered
 from qexp.solvers.importance import check_importance, importance_of
 from qexp.solvers.refine import check_refit, refitted
 from qexp.solvers.rtn import OnGrid, check_fits_groups
-from qexp.solvers.sweep import Rule, sweep
+from qexp.solvers.sweep import sweep
 
 
 @dataclass(frozen=True)
@@ -78,41 +78,47 @@ class SpQR(OnGrid):
         weight, factor, order, place = ordered(weight, hessian, self.damp, self.act_order)
         diagonal = factor.upper.diagonal()
         importance = importance_of(self.importance, hessian.diagonal()[order], diagonal)
-        limit = inf
-        if self.threshold < inf and rows > 1:
-            limit = self.threshold * float((weight.var(0) / diagonal.square()).mean())
+        sparse = self.threshold < inf and rows > 1
+        if sparse:
+            mean = (weight.var(0) / diagonal.square()).mean().double()
+            limit = self.threshold * mean
+            # (w - Q(w))² > limit · U_jj², without squaring
+            farthest = (limit.sqrt() * diagonal.double()).float()
         plain = replace(self.grid, scales=None, zeros=None)
         outlier_dtype = getattr(torch, self.outlier_dtype)
-        steps = diagonal.tolist()
-        outlying = torch.zeros(columns, rows, dtype=torch.bool, device=weight.device)
         fitted: list[Scale] = []
 
-        def fit(values: Tensor, first: int) -> Rule:
-            if limit < inf:
-                gains = gains_alone(values, diagonal[first : first + size], plain)
+        def fit(values: Tensor, first: int) -> tuple[Tensor, ...]:
+            group = slice(first, first + size)
+            if sparse:
+                gains = gains_alone(values, diagonal[group], plain)
                 values = filled(values, gains > limit)
             q = self.grid.fit(values, importance(values, first))
             fitted.append(q)
-            flat = Scale(q.scale.squeeze(1), q.zero.squeeze(1))
+            return (q.scale.T, q.zero.T, *([farthest[group]] if sparse else []))
 
-            def rule(w: Tensor, j: int) -> Tensor:
-                rounded = self.grid.round(w, flat)
-                if limit < inf:
-                    # (w - Q(w))² > limit · U_jj², without squaring
-                    torch.gt((w - rounded).abs_(), limit**0.5 * steps[j], out=outlying[j])
-                    rounded = torch.where(outlying[j], w.to(outlier_dtype).float(), rounded)
+        def nearest(w: Tensor, scale: Tensor, zero: Tensor, *far: Tensor) -> Tensor:
+            rounded = self.grid.round(w, Scale(scale, zero))
+            if not far:
                 return rounded
+            outlying = outside(w, rounded, far[0])
+            return torch.where(outlying, w.to(outlier_dtype).float(), rounded)
 
-            return rule
-
-        rounded = sweep(weight, factor.upper, fit, size, self.block)
-        mask = outlying.T[:, place] if outlying.any() else None
+        swept = sweep(weight, factor.upper, fit, nearest, size, self.block)
+        joined, mask = Scale.join(fitted), None
+        if sparse:
+            alone = Scale(joined.scale, joined.zero)  # what a column is rounded with in the sweep
+            flat = alone.map(lambda part: part.expand(rows, -1).reshape(-1, 1))
+            nearest_to = self.grid.round(swept.values.reshape(-1, size), flat)
+            outlying = outside(swept.values, nearest_to.reshape(rows, columns), farthest)
+            mask = outlying[:, place] if outlying.any() else None
+        rounded = swept.rounded[:, place]
         packed = Coded.of(
             self.grid,
-            rounded[:, place],
-            Scale.join(fitted),
+            rounded,
+            joined,
             place // size if self.act_order and size < columns else None,
-            None if mask is None else Outliers.of(rounded[:, place], mask, self.outlier_dtype),
+            None if mask is None else Outliers.of(rounded, mask, self.outlier_dtype),
         )
         if self.refit:
             metric = damped(hessian, factor.damp)
@@ -120,6 +126,11 @@ class SpQR(OnGrid):
         share = 0.0 if mask is None else float(mask.float().mean())
         bits = paper_bits(self.grid, size, share)
         return Solution(packed.dequantize(), packed.bits(), packed, factor.damp, bits)
+
+
+def outside(w: Tensor, rounded: Tensor, farthest: Tensor) -> Tensor:
+    """Which values are farther from their rounded ones than allowed, in broadcastable shapes."""
+    return (w - rounded).abs_() > farthest
 
 
 def gains_alone(

@@ -122,9 +122,10 @@ def antidiagonal_sweep(
         return nearest(values, i.clamp(max=rows - 1), j.clamp(max=columns - 1))
 
     for wave in range(tall + wide - 1):
-        high = torch.arange(max(0, wave - wide + 1), min(tall, wave + 1), device=weight.device)
+        across = range(max(0, wave - wide + 1), min(tall, wave + 1))
+        corners = [(i * block, (wave - i) * block) for i in across]
+        high = torch.arange(across.start, across.stop, device=weight.device)
         top, first = high * block, (wave - high) * block
-        corners = list(zip(top.tolist(), first.tolist(), strict=True))
         tiles, lefts, rights = (
             torch.stack([_tile(whole, *at, block) for at in places])
             for whole, places in (

@@ -13,6 +13,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from qexp.common import cache_entries
+from qexp.common.errors import UserError
 from qexp.common.files import locked
 from qexp.runs import finished, record, recorded, results
 from qexp.sweeps.ledger import Entry, Sweep
@@ -31,15 +32,19 @@ class FinishedRun:
 
 @dataclass(frozen=True)
 class JobPlan:
-    """The state of a job, and estimated seconds if it must run and a similar run has finished."""
+    """The state of a job; if it must run, estimated seconds where a similar run has finished, and
+    its memory where the shapes of the model are known."""
 
     folder: Path
     name: str
     state: str
     seconds: float | None
+    memory: str | None = None
 
     def __str__(self) -> str:
-        about = "" if self.seconds is None else f" (about {self.seconds:.0f} s)"
+        known = [] if self.seconds is None else [f"about {self.seconds:.0f} s"]
+        known += [] if self.memory is None else [self.memory]
+        about = f" ({', '.join(known)})" if known else ""
         return f"{os.path.relpath(self.folder)}  {self.name}: {self.state}{about}"
 
 
@@ -81,7 +86,19 @@ def plan(
     """The state of one job. `entry`: its entry in the record of a sweep."""
     state = _state(cfg, folder, entry or Entry([]), retry)
     to_run = state.startswith("to run")
-    return JobPlan(folder, name, state, estimate(_settings(cfg), past) if to_run else None)
+    if not to_run:
+        return JobPlan(folder, name, state, None)
+    return JobPlan(folder, name, state, estimate(_settings(cfg), past), _memory(cfg))
+
+
+def _memory(cfg: DictConfig) -> str | None:
+    from qexp.models import footprint  # imports torch, which a job that is answered does not need
+
+    try:
+        found = footprint.of(cfg)
+    except UserError:  # the job will say it
+        return None
+    return None if found is None else str(found)
 
 
 def composed(config: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, Path]:

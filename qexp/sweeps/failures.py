@@ -2,6 +2,7 @@
 
 import errno
 import os
+import select
 import sys
 import traceback
 from collections.abc import Callable
@@ -18,13 +19,24 @@ DISK = (
 )
 TRACE = "QEXP_TRACE"  # tells the workers of a launcher what HYDRA_FULL_ERROR was
 REPORTED = "reported when it happened"
+UNREAD = 128 + 13  # as of a command that SIGPIPE ended
 
 
 def run_reporting_errors(work: Callable[[], object]) -> int:
     """The exit code of `work`: what it returns where that is a number, else 0; 1 after an error.
 
-    An error is reported on stderr: one sentence, after a traceback where it is not the user's.
+    An error is reported on stderr: one sentence, after a traceback where it is not the user's. When
+    nobody reads the output any more (`qexp ls | head`), nothing is reported.
     """
+    code = _reported(work)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return _muted()
+    return code
+
+
+def _reported(work: Callable[[], object]) -> int:
     try:
         code = work()
     except KeyboardInterrupt:
@@ -36,12 +48,27 @@ def run_reporting_errors(work: Callable[[], object]) -> int:
             return 1
         return stop.code or 0
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            return _muted()
         if not already_reported(error):
             if needs_traceback(error):
                 traceback.print_exception(error)
             say(message_for(error))
         return 1
     return code if isinstance(code, int) else 0
+
+
+def _reader_left() -> bool:
+    """Whether nothing reads stdout any more: another pipe, to a worker, may have broken too."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)  # errors alone
+    return bool(output.poll(0))
+
+
+def _muted() -> int:
+    """The exit code; what is still to be written goes nowhere, or it would be tried at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return UNREAD
 
 
 def say(text: str) -> None:

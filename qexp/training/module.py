@@ -16,7 +16,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from qexp.common.files import write_rows
 from qexp.runs.results import TENSORS, TRAINING
 from qexp.task import Batch, Task, trimmed
 from qexp.training import divergence
@@ -189,9 +188,12 @@ class TrainingModule(L.LightningModule):
         for name, numbers in snapshot.tensors.items():
             self.tensors.append({"step": self.global_step, "name": name, **numbers})
         if self.trainer.is_global_zero:
-            write_rows(self.folder / TRAINING, self.lines)
-            if self.tensors:
-                write_rows(self.folder / TENSORS, self.tensors)
+            self.write_log()
+
+    def write_log(self) -> None:
+        for name, rows in ((TRAINING, self.lines), (TENSORS, self.tensors)):
+            if rows:
+                self.task.workspace.log(self.folder / name, self.training_setup.identity, rows)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         logged = {"lines": self.lines, "tensors": self.tensors, "notes": self.training_setup.notes}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.callbacks import Callback, EarlyStopping
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from qexp.common import collectives, launch, trainers
 from qexp.common.errors import UserError, check_choice, check_int
@@ -21,7 +21,6 @@ from qexp.training.module import Schedule, TrainingModule, TrainingSetup
 
 log = logging.getLogger(__name__)
 STRATEGIES = ("auto", "ddp", "fsdp")
-PRECISIONS = ("32-true", "bf16-mixed")
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Trainer:
         check_int("trainer", self, steps=1, sequences=1, accumulate=1, every=1, devices=1)
         if self.patience is not None:
             check_int("trainer", self, patience=1)
-        check_choice("trainer", self, precision=PRECISIONS, strategy=STRATEGIES)
+        check_choice("trainer", self, precision=tuple(trainers.PRECISIONS), strategy=STRATEGIES)
 
     def fit(self, setup: TrainingSetup) -> list[dict[str, float]]:
         """Trains the model in place and returns the lines of the log.
@@ -121,10 +120,10 @@ class Trainer:
         ) as trainer:
             trainer.fit(module, ckpt_path=resumed, weights_only=False)
 
-    def _strategy(self, setup: TrainingSetup) -> str | DDPStrategy:
+    def _strategy(self, setup: TrainingSetup) -> Strategy | str:
         if self.strategy == "fsdp":
             return FullySharded()
-        if self.strategy == "auto" and self.devices == 1:
+        if self.strategy == "auto" and collectives.is_single_process():
             return "auto"
         return DDPStrategy(find_unused_parameters=not setup.reaches_all)
 
@@ -139,10 +138,12 @@ def _trained(module: TrainingModule, folder: Path) -> list[dict[str, float]]:
     """Load the best weights, or the last without validation, and return the lines of the log."""
     found = find_checkpoints(folder)
     assert found is not None
+    course = found.last["course"]
+    module.lines, module.tensors = course["lines"], course["tensors"]
+    module.write_log()  # of a training that an earlier attempt finished, too
     # not strict: checkpoints contain only the trainable parameters
     module.load_state_dict((found.best or found.last)["state_dict"], strict=False)
-    lines: list[dict[str, float]] = found.last["course"]["lines"]
-    return lines
+    return module.lines
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from qexp.common.errors import check_choice, check_int, check_number
+from qexp.common.on_disk import assign
 from qexp.grid import Grid
 from qexp.hessian.layerwise import mirrored
 from qexp.quantizers.scheme import FloatActivations
@@ -78,4 +79,4 @@ class AWQ(Step):
             moment = mirrored(moments[linears[group.linears[0]]])
             for name in group.linears:
                 if name not in attention:
-                    linears[name].weight.data = clipped(linears[name], moment, self.grid, "one")
+                    assign(linears[name].weight, clipped(linears[name], moment, self.grid, "one"))

@@ -1,8 +1,7 @@
 """Per-channel scales and shifts of activations, folded into a producer and its linears.
 
 With y an activation, s a scale and z a shift per channel: the producer outputs (y - z) / s, and the
-linears that read it have W diag(s) and b + W z. The model computes the same function.
-"""
+linears that read it have W diag(s) and b + W z. The model computes the same function."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from torch.nn.utils import parametrize
 
 from qexp.arch import Arch, Group
 from qexp.common.errors import UserError
+from qexp.common.on_disk import assign
 from qexp.quantizers.maps import refuse_mapped
 from qexp.task import Task
 
@@ -67,7 +67,7 @@ class Channels:
             raise RuntimeError(f"{self.name}: a channel scale is not a positive, finite number")
         self.shift_into(shift)
         for name, parameter in self.producer.named_parameters(recurse=False):
-            parameter.data = self._scaled(name, _wide(parameter), scale, shift).to(parameter)
+            assign(parameter, self._scaled(name, _wide(parameter), scale, shift))
         self.multiply(scale)
 
     def shift_into(self, shift: Float[Tensor, " channels"] | None) -> None:
@@ -83,7 +83,7 @@ class Channels:
     def multiply(self, scale: Float[Tensor, " channels"]) -> None:
         """Applies a scale to the linears: W diag(s)."""
         for linear in self.linears:
-            linear.weight.data = self._multiplied(_wide(linear.weight), scale).to(linear.weight)
+            assign(linear.weight, self._multiplied(_wide(linear.weight), scale))
 
     @contextmanager
     def live(self, scale: Follow, shift: Follow | None = None) -> Iterator[None]:

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qexp.common.errors import UserError, check_choice
+from qexp.common.on_disk import assign
 from qexp.grid import Grid
 from qexp.grid.ranges import MinMax
 from qexp.hessian import second_moment
@@ -65,7 +66,7 @@ class Clip(Step):
         for name in names:
             if name not in kept:
                 linear = block.linears[name]
-                linear.weight.data = clipped(linear, moment, self.grid, self.sides)
+                assign(linear.weight, clipped(linear, moment, self.grid, self.sides))
 
 
 def clipped(

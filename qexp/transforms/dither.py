@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qexp.common.errors import UserError, check_finite, check_int
+from qexp.common.on_disk import assign
 from qexp.step import Record, Step
 from qexp.task import Batches, Task
 
@@ -47,7 +48,7 @@ class Dither(Step):
             weight = linear.weight
             noise = torch.rand(weight.shape, generator=generator).sub_(0.5).to(weight.device)
             step = found[name].repeat_interleave(self.group_size, 1)
-            weight.data = (weight + self.amplitude * step * noise).to(weight)
+            assign(weight, weight + self.amplitude * step * noise)
         return []
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from qexp.common.errors import UserError, check_finite, check_int
+from qexp.common.on_disk import assign
 from qexp.gradients import Straight
 from qexp.grid import Grid
 from qexp.grid.ranges import MinMax
@@ -181,4 +182,4 @@ class FlatQuant(Step):
             piece.fold()
         for name, clip in clips.items():
             weight = block.linears[name].weight
-            weight.data = clip.clamp(weight.data)
+            assign(weight, clip.clamp(weight.data))

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qexp.common.on_disk import assign
 from qexp.quantizers.maps import attention_group
 from qexp.quantizers.online import OnlineMap, hadamard_factors
 from qexp.task import Task
@@ -31,10 +32,10 @@ def turn_values(task: Task, block: int, q: Float[Tensor, "*heads size size"]) ->
     if group.producer is None:
         return
     for parameter in module.get_submodule(group.producer).parameters():
-        parameter.data = turned_rows(lambda: q, parameter.data.to(q)).to(parameter)
+        assign(parameter, turned_rows(lambda: q, parameter.data.to(q)))
     weight = module.get_parameter(f"{group.linears[0]}.weight")
     dual = q.inverse().transpose(-1, -2)
-    weight.data = turned_columns(lambda: dual, weight.data.to(q)).to(weight)
+    assign(weight, turned_columns(lambda: dual, weight.data.to(q)))
 
 
 def turned_rows(matrix: Callable[[], Tensor], value: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qexp.common.errors import check_finite, check_int
+from qexp.common.on_disk import assign
 from qexp.grid import Grid
 from qexp.hessian import second_moment
 from qexp.step import Record, Step
@@ -62,7 +63,7 @@ class MagR(Step):
             reduced = reduce_magnitude(
                 linear.weight.detach().float(), hessian, alpha, self.steps, groups
             )
-            linear.weight.data = reduced.to(linear.weight)
+            assign(linear.weight, reduced)
 
 
 def reduce_magnitude(

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qexp.common.errors import UserError, check_choice, check_finite, check_int
+from qexp.common.on_disk import assign
 from qexp.gradients import Straight
 from qexp.grid import Grid
 from qexp.grid.ranges import MinMax
@@ -216,7 +217,7 @@ class OmniQuant(Step):
         for piece in learned:
             piece.fold()
         for name, linear in block.linears.items():
-            linear.weight.data = clips[name].clamp(linear.weight.data)
+            assign(linear.weight, clips[name].clamp(linear.weight.data))
         return outputs
 
     def _matrices(self, block: Block, learned: list[Piece]) -> list[Banded]:

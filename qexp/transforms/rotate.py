@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qexp.common.errors import UserError
+from qexp.common.on_disk import assign
 from qexp.quantizers.hadamard import hadamard, known
 from qexp.quantizers.maps import attention_group, map_inputs, map_keys, refuse_mapped
 from qexp.quantizers.online import Factor, OnlineMap, hadamard_factors, orthogonal
@@ -188,7 +189,7 @@ def rotation(width: int, kind: str, generator: torch.Generator) -> Matrix:
 def _turn(parameter: Tensor, q: Matrix, axis: int) -> None:
     """Rotates the vectors along an axis."""
     rotated = parameter.data.to(q).movedim(axis, -1) @ q.T
-    parameter.data = rotated.movedim(-1, axis).contiguous().to(parameter)
+    assign(parameter, rotated.movedim(-1, axis).contiguous())
 
 
 def fold_norms(task: Task) -> None:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qexp.common import on_disk
 from qexp.common.errors import UserError, check_int
 from qexp.grid import Grid
 from qexp.quantizers.scheme import Activations
@@ -63,11 +64,11 @@ def search_and_fold(
 def on_device(block: Block) -> Iterator[None]:
     """Moves the block to the task's device for the context, so that its parts can be called."""
     home = next(block.module.parameters()).device
-    block.module.to(block.task.device)
+    on_disk.move(block.module, block.task.device)
     try:
         yield
     finally:
-        block.module.to(home)
+        on_disk.move(block.module, home)
 
 
 def first(batches: Iterable[Batch], sequences: int | None) -> list[Batch]:

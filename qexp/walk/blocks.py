@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qexp.arch import Group
-from qexp.common import collectives, ranks
+from qexp.common import collectives, heap, on_disk, ranks
 from qexp.common.cache import checksum
 from qexp.common.collectives import WHOLE, Share
 from qexp.common.errors import UserError
@@ -168,7 +168,8 @@ class Block:
     def _run(self, chunk: Chunk) -> Tensor:
         args, kwargs = chunk.calls[self.index]
         output = self.module(chunk.hidden.to(self.task.device), *args, **kwargs)
-        return (output[0] if self.returns_tuple else output).to(chunk.hidden.device)
+        output = (output[0] if self.returns_tuple else output).to(chunk.hidden.device)
+        return on_disk.copied(output) if on_disk.is_mapped(chunk.hidden) else output
 
 
 @torch.no_grad()
@@ -179,9 +180,10 @@ def walk(
 
     chunk: sequences that run together; None runs each batch as a whole if the device's memory
     allows, else as many sequences as fit. The inputs of a block are kept on the device of its
-    weights, which is the host for an offloaded model. divide: each process of the run has a part of
-    the sequences (`Block.share`); otherwise, and where there are fewer than processes, each has
-    all. UserError where there are no sequences.
+    weights, which is the host for an offloaded model, and on disk where they are more than
+    `task.workspace.memory`. divide: each process of the run has a part of the sequences
+    (`Block.share`); otherwise, and where there are fewer than processes, each has all. UserError
+    where there are no sequences.
     """
     share = Share(divide and 1 < collectives.count() <= sum(map(rows, batches)))
     own = divided(batches, collectives.rank(), collectives.count()) if share.divided else batches
@@ -193,6 +195,9 @@ def walk(
         )
     tuples = returns_tuple(task, parts[0])
     chunks = [capture_calls(task, part, tuples) for part in parts]
+    if sum(each.hidden.nbytes for each in chunks) > task.workspace.memory:
+        for each in chunks:
+            each.hidden = on_disk.copied(each.hidden)
     described = f"{task.model.config.to_json_string()} {task.quantizers!r} {task.maps!r}"
     modules = (task.model, task.quantizers, task.maps)
     states = [*(dict(module.state_dict()) for module in modules), *batches]
@@ -214,6 +219,7 @@ def _visited(block: Block) -> Iterator[Block]:
         if index + 1 < len(task.blocks):
             for chunk, output in zip(chunks, block._settled or block.outputs(), strict=True):
                 chunk.hidden = output
+        heap.trim()
 
 
 def _fitting(task: Task, batch: Batch) -> int:
@@ -235,6 +241,7 @@ def _patches(task: Task) -> int:
 
 
 def _free(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    query = getattr(torch.get_device_module(device), "mem_get_info", None)
+    if query is not None:
+        return query(device)[0]
     return psutil.virtual_memory().available // (ranks.world() // ranks.nodes())

@@ -52,6 +52,19 @@ def test_jobs_are_run_with_and_without_a_shared_cache(tmp_path, capsys, monkeypa
     assert logging.getLogger().handlers == before  # the jobs' folders are gone
 
 
+@pytest.mark.slow  # three processes
+def test_memory_is_that_of_every_stage(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(GlobalHydra.instance(), "hydra", None)
+    monkeypatch.setenv("QEXP_CACHE_DIR", str(tmp_path))
+    small = ["weight.group_size=32", "eval.held_out.length=16", "eval.held_out.limit=2"]
+    bench.main(["memory", "model=tiny_llama", *TINY[1:], *small, "method=rtn"])
+    lines = capsys.readouterr().out.splitlines()
+    stages = [line[:32].strip() for line in lines[1:]]
+    assert stages[:2] == ["interpreter and libraries", "load"]
+    assert "quantize" in stages and stages[-1] == "export format=float"
+    assert all("MiB" in line for line in lines[1:])
+
+
 def test_the_page_is_measured_or_a_browser_is_asked_for(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(GlobalHydra.instance(), "hydra", None)
     monkeypatch.setenv("QEXP_CACHE_DIR", str(tmp_path))

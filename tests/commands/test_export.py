@@ -2,12 +2,24 @@
 
 import json
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from qexp import cli
+from qexp.commands import export_table
+from qexp.models import target_library
+
+VERSIONS = {"transformers": "5"}
+
+
+def version(name: str) -> str:
+    if name not in VERSIONS:
+        raise PackageNotFoundError(name)
+    return VERSIONS[name]
+
 
 SMALL = [
     *("data=synthetic", "eval.held_out.length=64", "eval.held_out.limit=4"),
@@ -50,5 +62,31 @@ def test_a_run_leaves_and_its_number_is_measured_from_what_left(tmp_path, monkey
     ):
         assert call("export", run, *words) == 1
         assert said in capsys.readouterr().err
+    table = ("export-table", run, "--to", "all", "--formats")
+    monkeypatch.setattr(target_library, "version", version)
+    assert call(*table, "float,gptq") == 0
+    out = capsys.readouterr().out
+    size = sum(path.stat().st_size for path in Path("all").glob("*/*.safetensors")) / 1e6
+    cells = [cell.strip() for cell in out.splitlines()[2].strip("|").split("|")]
+    number = f"{value:.4f}"
+    assert cells == [
+        *(Path(run).name, name.removesuffix("/ppl"), number),
+        *(number, "+0.0e+00", f"{size:.1f}", "", "", ""),
+    ]
+    assert "float: transformers 5; largest KL" in out
+    assert "gptq: verify=target: gptqmodel is not installed" in out
+    monkeypatch.setattr(export_table, "export", None)  # what is there is used again
+    assert call(*table, "float") == 0
+    assert capsys.readouterr().out.splitlines()[2][:40] == out.splitlines()[2][:40]
+    assert call(*table, "float", "--windows", "1") == 1
+    assert "already exists" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("QEXP_CACHE_DIR", str(tmp_path / "cache"))
+    assert call("export-table", run, "--to", "one", "--formats", "float", "--windows", "1") == 0
+    first = capsys.readouterr().out.splitlines()[2].split("|")
+    assert first[3] == first[4] and first[3].strip() != number
+    assert call(*table, "gguf4") == 1
+    assert "--formats gguf4: is unknown" in capsys.readouterr().err
     assert call("export", "nowhere", "a") == 1
     assert not Path("a").exists() and not list(Path().glob(".made*"))

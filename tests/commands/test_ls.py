@@ -1,5 +1,6 @@
 """The list of options, and what the files of conf/ say at their top."""
 
+import os
 import subprocess
 import sys
 
@@ -60,6 +61,17 @@ def test_an_option_knows_its_papers_and_examples() -> None:
     assert option.examples[0].startswith("qexp method=gptq weight.bits=3")
     with pytest.raises(UserError, match="no such group"):
         options.group("nothing")
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    program = "from qexp.cli import main; import sys; sys.argv = ['qexp', 'ls', 'method']; main()"
+    reading, writing = os.pipe()
+    os.close(reading)  # as `head` does once it has its lines
+    done = subprocess.run(
+        [sys.executable, "-c", program], stdout=writing, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writing)
+    assert done.returncode == 141 and not done.stderr
 
 
 def test_it_needs_no_torch() -> None:

@@ -1,12 +1,12 @@
 """Every file of conf/ composes into a configuration with a signature."""
 
-import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
+from helpers.choices import CONF, choices, holder
 from hydra import compose
 from hydra.errors import HydraException
 from hydra.utils import get_object
@@ -14,40 +14,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qexp.common.errors import UserError
-from qexp.config import location, messages
+from qexp.config import messages
 from qexp.config.instantiate import instantiate
 from qexp.runs.signature import signature
 
 pytestmark = pytest.mark.usefixtures("configured")
-
-
-CONF = location.conf()
-
-
-def choices() -> list[str]:
-    """`group=choice` of every yaml; the group is the folder."""
-    found = []
-    for path in sorted(CONF.rglob("[!_]*.yaml")):  # _NAME is shared by others and no choice
-        group = path.parent.relative_to(CONF).as_posix()
-        # from_run needs a finished run, see test_pipeline
-        if group not in (".", "local") and path.stem != "from_run":
-            found.append(f"{group}={path.stem}")
-    return found
-
-
-def holder(group: str, choice: str) -> list[str]:
-    """The choice, for a nested group with the first of its parents that takes it."""
-    top, _, nested = group.partition("/")
-    if not nested or top == "hydra":
-        return [f"{group}={choice}"]
-    if top == "experiment":  # a folder of experiments is no group of its own
-        return [f"{top}={nested}/{choice}"]
-    for path in sorted((CONF / top).glob("[!_]*.yaml")):
-        for key in (group,):
-            with contextlib.suppress(HydraException):
-                compose("config", [f"{top}={path.stem}", f"{key}={choice}"])
-                return [f"{top}={path.stem}", f"{key}={choice}"]
-    raise AssertionError(f"no choice of {top} has a place for {group}")
 
 
 @pytest.mark.parametrize("choice", choices())

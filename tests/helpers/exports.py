@@ -40,4 +40,4 @@ def folders_of(factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @torch.no_grad()
 def logits(source: ModelSource) -> torch.Tensor:
-    return source.load().model(**batches("llama")[0]).logits
+    return source.loaded().model(**batches("llama")[0]).logits

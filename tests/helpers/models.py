@@ -34,7 +34,7 @@ def tiny(family: str, seed: int = 0, **fields: object) -> Loaded:
     """The three-block random model of conf/model/tiny_<family>.yaml."""
     node = OmegaConf.load(CONF / "model" / f"tiny_{family}.yaml")
     node = OmegaConf.merge(node, {"seed": seed, **fields})
-    loaded = instantiate(node).load()
+    loaded = instantiate(node).loaded()
     assert isinstance(loaded, Loaded)
     return loaded
 

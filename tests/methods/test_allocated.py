@@ -127,7 +127,7 @@ def test_bits_go_where_they_help_and_the_budget_holds(rule) -> None:
     for record in records:
         weight = task.model.get_submodule(record.name).weight
         assert torch.equal(weight, record.packed.dequantize())
-        assert record.packed.grid.bits == record.option
+        assert record.packed.whole().grid.bits == record.option
 
 
 def test_a_killed_run_goes_on_and_options_are_solved_once_for_every_budget(monkeypatch) -> None:

@@ -44,6 +44,16 @@ def test_a_run_and_its_codes(tmp_path):
     assert late[PPL] != first[PPL]
 
 
+def test_it_composes_with_any_activation(tmp_path):
+    cfg = compose("config", ["method=jacob"])
+    assert cfg.activation.placement._target_.endswith("AllOps")
+    assert cfg.activation.grid.range.momentum == 0.99
+    for words in (["activation=none"], ["activation=int8_token"], ["kv=int8_token"]):
+        assert instantiate(compose("config", ["method=jacob", *words]).method)
+    small = ("model=tiny_llama", "eval=held_out", "weight.group_size=null", "trainer=smoke")
+    assert run(tmp_path, *small, "method=jacob", "activation=none")[PPL] > 1
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -51,14 +51,14 @@ def test_a_damaged_checkpoint_says_which_linear(checkpoint):
         shutil.copytree(checkpoint.parent / "again", checkpoint)
         damaged(checkpoint, change)
         with pytest.raises(UserError, match=rf"model\.path: .*{said}"):
-            Local(str(checkpoint)).load()
+            Local(str(checkpoint)).loaded()
 
 
 def test_a_truncated_checkpoint_is_named(checkpoint):
     weights = checkpoint / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"model\.path: .*model\.safetensors is truncated"):
-        Local(str(checkpoint)).load()
+        Local(str(checkpoint)).loaded()
 
 
 def test_a_damaged_gguf_file_is_named(folders, tmp_path, own_cache):
@@ -68,7 +68,7 @@ def test_a_damaged_gguf_file_is_named(folders, tmp_path, own_cache):
     for damaged in (whole[:-1000], whole[:4000], whole[:4] + b"\x63" + whole[5:]):
         out.write_bytes(damaged)
         with pytest.raises(UserError, match=r"model\.path: .*a\.gguf is a corrupt or truncated"):
-            Local(str(out)).load()
+            Local(str(out)).loaded()
 
 
 def test_codes_out_of_range_and_unknown_versions(folders, tmp_path):
@@ -85,7 +85,7 @@ def test_codes_out_of_range_and_unknown_versions(folders, tmp_path):
     ):
         (tmp_path / format / "config.json").write_text(json.dumps(made[format]))
         with pytest.raises(UserError, match=rf"model\.path: .*{said}"):
-            Local(str(tmp_path / format)).load()
+            Local(str(tmp_path / format)).loaded()
 
 
 def test_a_section_that_is_unknown_or_broken(checkpoint):
@@ -101,7 +101,7 @@ def test_a_section_that_is_unknown_or_broken(checkpoint):
     ):
         path.write_text(json.dumps(config | {"quantization_config": changed}))
         with pytest.raises(UserError, match=rf"model\.path: .*{said}"):
-            Local(str(checkpoint)).load()
+            Local(str(checkpoint)).loaded()
 
 
 def test_inputs_of_one_tensor_need_one_scale(folders, tmp_path):

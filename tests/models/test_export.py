@@ -95,7 +95,7 @@ def test_the_command_trains_then_writes(tmp_path, monkeypatch, capsys):
 def test_a_random_model_takes_a_tokenizer_and_no_noise(tmp_path):
     tiny("gpt2").tokenizer.save_pretrained(tmp_path)
     sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 264}
-    loaded = Random("gpt2", sizes, noise=0.0, tokenizer=str(tmp_path)).load()
+    loaded = Random("gpt2", sizes, noise=0.0, tokenizer=str(tmp_path)).loaded()
     assert isinstance(loaded, Loaded) and loaded.tokenizer is not None
     assert loaded.tokenizer("abc")["input_ids"] == tiny("gpt2").tokenizer("abc")["input_ids"]
     norm = loaded.model.transformer.ln_f

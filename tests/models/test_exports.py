@@ -77,7 +77,7 @@ def test_what_a_transform_folded_leaves_with_the_weights(folders, tmp_path, chan
 def test_a_reloaded_run_says_whether_its_head_is_tied(folders, tmp_path, untied):
     tied = ("model=tiny_llama", "+model.sizes.tie_word_embeddings=true", "method=rtn")
     folder = folders(*tied, *(["transform=rotate"] if untied else []))
-    model = FromRun(str(folder)).load().model
+    model = FromRun(str(folder)).loaded().model
     assert model.config.tie_word_embeddings == (not untied)
     model.save_pretrained(tmp_path / "copy")
     copy = AutoModelForCausalLM.from_pretrained(tmp_path / "copy")
@@ -147,7 +147,7 @@ def test_a_gguf_file_holds_the_facts_and_the_tokenizer(folders, tmp_path, own_ca
 def test_a_run_on_llama_cpps_grid_leaves_as_its_own_bytes(folders, tmp_path, bits, type_):
     """Round-to-nearest is what llama.cpp quantizes the float model to; GPTQ has equal bytes."""
     grid = ("model=tiny_llama", "weight=gguf", f"weight.bits={bits}")
-    plain = FromRun(str(folders("model=tiny_llama", "method=none"))).load().model.state_dict()
+    plain = FromRun(str(folders("model=tiny_llama", "method=none"))).loaded().model.state_dict()
     sizes = {}
     for method in ("rtn", "gptq"):
         out = tmp_path / f"{method}.gguf"

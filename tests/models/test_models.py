@@ -61,7 +61,7 @@ def test_the_byte_tokenizer_takes_any_text():
 )
 def test_a_wrong_field_is_named(fields, said):
     with pytest.raises(UserError, match=said):
-        Random(**{"family": "llama", **fields}).load()
+        Random(**{"family": "llama", **fields}).loaded()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -69,7 +69,7 @@ def test_dtype_is_that_of_every_weight(dtype, tmp_path):
     random = tiny("gpt2", dtype=dtype)
     assert {tensor.dtype for tensor in random.model.parameters()} == {getattr(torch, dtype)}
     folder = saved(tmp_path / "model", "llama")
-    local = Local(str(folder), dtype=dtype).load()
+    local = Local(str(folder), dtype=dtype).loaded()
     assert {tensor.dtype for tensor in local.model.parameters()} == {getattr(torch, dtype)}
 
 
@@ -82,7 +82,7 @@ def test_auto_is_the_checkpoints_dtype_where_the_model_is_large(own, tmp_path, m
         monkeypatch.setattr("qexp.models.pretrained.LARGE", least)
         assert source.settled_dtype() == expected
         assert source.fingerprint() == Local(str(folder), dtype=expected).fingerprint()
-        assert {str(w.dtype) for w in source.load().model.parameters()} == {f"torch.{expected}"}
+        assert {str(w.dtype) for w in source.loaded().model.parameters()} == {f"torch.{expected}"}
         for dtype in ("float32", "bfloat16", "float16"):
             assert Local(str(folder), dtype=dtype).settled_dtype() == dtype
     state = torch.get_rng_state()
@@ -134,7 +134,7 @@ def saved(folder: Path, family: str = "llama", dtype: str = "float32", **options
 def test_a_folder_gives_the_same_logits(tmp_path, options):
     folder = saved(tmp_path / "model", **options)
     assert len(list(folder.glob("*.safetensors"))) == (1 if not options else 7)
-    loaded = Local(str(folder)).load()
+    loaded = Local(str(folder)).loaded()
     assert torch.equal(logits(loaded), logits(tiny("llama")))
     assert loaded.tokenizer("abc").input_ids == tiny("llama").tokenizer("abc").input_ids
 
@@ -142,7 +142,7 @@ def test_a_folder_gives_the_same_logits(tmp_path, options):
 @pytest.mark.parametrize(("family", "objective"), [("bert", "masked_lm"), ("vit", None)])
 def test_a_folder_of_an_encoder(tmp_path, family, objective):
     folder = saved(tmp_path / "model", family)
-    loaded = Local(str(folder), objective=objective or "image_classification").load()
+    loaded = Local(str(folder), objective=objective or "image_classification").loaded()
     assert torch.equal(logits(loaded, family), logits(tiny(family), family))
 
 
@@ -151,7 +151,7 @@ def test_a_folder_that_lacks_a_file(tmp_path, lost):
     folder = saved(tmp_path / "model")
     (folder / lost).unlink()
     with pytest.raises(UserError, match=f"model.path.*{lost}"):
-        Local(str(folder)).load()
+        Local(str(folder)).loaded()
 
 
 def test_a_folder_that_lacks_a_shard(tmp_path):
@@ -159,7 +159,7 @@ def test_a_folder_that_lacks_a_shard(tmp_path):
     shard = sorted(folder.glob("*.safetensors"))[1]
     shard.unlink()
     with pytest.raises(UserError, match=shard.name):
-        Local(str(folder)).load()
+        Local(str(folder)).loaded()
 
 
 @pytest.mark.parametrize("broken", ["config.json", "model.safetensors", "tokenizer.json"])
@@ -167,14 +167,14 @@ def test_a_folder_with_half_a_file(tmp_path, broken):
     path = saved(tmp_path / "model") / broken
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(UserError, match=r"model\.path"):
-        Local(str(path.parent)).load()
+        Local(str(path.parent)).loaded()
 
 
 @pytest.mark.parametrize(("name", "said"), [("gone", "does not exist"), ("a.txt", "neither")])
 def test_a_path_that_is_no_folder(tmp_path, name, said):
     (tmp_path / "a.txt").write_text("")
     with pytest.raises(UserError, match=said):
-        Local(str(tmp_path / name)).load()
+        Local(str(tmp_path / name)).loaded()
 
 
 def test_a_head_that_was_never_trained_is_refused(tmp_path):
@@ -182,7 +182,7 @@ def test_a_head_that_was_never_trained_is_refused(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
     with pytest.raises(UserError, match=r"no model.layers.3.*missing"):
-        Local(str(folder)).load()
+        Local(str(folder)).loaded()
 
 
 def test_a_checkpoint_in_an_unknown_format_is_refused(tmp_path):
@@ -191,7 +191,7 @@ def test_a_checkpoint_in_an_unknown_format_is_refused(tmp_path):
     stored = {"quantization_config": {"quant_method": "aqlm"}}
     (folder / "config.json").write_text(json.dumps(config | stored))
     with pytest.raises(UserError, match="already quantized by aqlm, which is not read"):
-        Local(str(folder)).load()
+        Local(str(folder)).loaded()
 
 
 def test_a_folder_fingerprint_follows_the_weights(tmp_path):
@@ -232,10 +232,10 @@ def hub(tmp_path, monkeypatch) -> Path:
 
 
 def test_a_hub_id_and_its_revisions(hub):
-    assert torch.equal(logits(Hub("org/name").load()), logits(tiny("llama")))
+    assert torch.equal(logits(Hub("org/name").loaded()), logits(tiny("llama")))
     old = Hub("org/name", revision="old")
-    assert torch.equal(logits(old.load()), logits(tiny("llama", seed=1)))
-    assert old.load().tokenizer("abc").input_ids == tiny("llama").tokenizer("abc").input_ids
+    assert torch.equal(logits(old.loaded()), logits(tiny("llama", seed=1)))
+    assert old.loaded().tokenizer("abc").input_ids == tiny("llama").tokenizer("abc").input_ids
     assert old.fingerprint() != Hub("org/name").fingerprint()
     commit = old.fingerprint()["revision"]
     assert Hub("org/name", revision=commit).fingerprint() == old.fingerprint()
@@ -251,7 +251,7 @@ def test_auto_at_the_hub(hub, monkeypatch):
     config.write_text(json.dumps({**said, "dtype": "bfloat16"}))
     assert Hub("org/name").fingerprint()["dtype"] == "float32"
     monkeypatch.setattr("qexp.models.pretrained.LARGE", 1)
-    assert Hub("org/name").load().model.dtype == torch.bfloat16
+    assert Hub("org/name").loaded().model.dtype == torch.bfloat16
     assert Hub("org/name", dtype="float16").fingerprint()["dtype"] == "float16"
     weights.unlink()
     assert Hub("org/name").fingerprint()["dtype"] == "bfloat16"
@@ -260,7 +260,7 @@ def test_auto_at_the_hub(hub, monkeypatch):
 def test_a_hub_id_that_is_out_of_reach(hub):
     for source in (Hub("org/other"), Hub("org/name", revision="gone")):
         with pytest.raises(UserError, match=r"model\.id: org/.*model=local model\.path=FOLDER"):
-            source.load()
+            source.loaded()
 
 
 @pytest.mark.parametrize(
@@ -289,7 +289,7 @@ def test_a_hub_that_cannot_be_connected_to_is_not_asked_again(monkeypatch, answe
     monkeypatch.setattr("qexp.models.hub._reachable", _reachable.__wrapped__)
     for _ in range(2):
         with pytest.raises(UserError, match="no such file"):
-            Hub("org/other").load()
+            Hub("org/other").loaded()
     assert (tried, asked) == ([1, 1], [local, local])
 
 

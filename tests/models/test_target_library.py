@@ -12,9 +12,11 @@ from helpers.models import data_dir
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from qexp.commands.export import loaded
 from qexp.common.errors import UserError
 from qexp.models import target_library
 from qexp.models.export import Options, export
+from qexp.models.exported_run import ExportedRun
 from qexp.models.from_run import FromRun
 from qexp.models.gguf import GGUF
 from qexp.models.llama2c import sentencepiece_tokenizer
@@ -61,6 +63,26 @@ def test_the_library_computes_the_runs_logits(folders, tmp_path, case):
     assert first(facts)["library"].startswith("transformers 5.")
 
 
+NEAR = {
+    "gptq": LLAMA,
+    "gptq symmetric": SYMMETRIC,
+    "gptq 3 bits": (*SYMMETRIC, "weight.bits=3"),
+    "awq": LLAMA,
+    "nf4": (*LLAMA, "weight=nf4"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", NEAR)
+def test_a_library_that_rounds_computes_logits_near_the_runs(folders, tmp_path, case):
+    format = case.split()[0]
+    for package in target_library.READERS[format].packages:
+        if find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    facts = export(folders(*NEAR[case]), tmp_path / "out", format)
+    assert 0 <= first(facts)["kl"] < 1e-5 and 0 < first(facts)["max_logit"] < 0.1
+
+
 @installed
 @pytest.mark.parametrize("format", ["compressed_tensors", "gguf", "float"])
 def test_a_bfloat16_run_is_compared_in_float32(folders, tmp_path, format):
@@ -72,10 +94,21 @@ def test_a_bfloat16_run_is_compared_in_float32(folders, tmp_path, format):
 
 
 @installed
-def test_static_inputs_differ_at_ties_alone(folders, tmp_path):
+def test_static_inputs_differ_at_ties_alone(folders, tmp_path, monkeypatch):
     w8 = ("weight=channel", "weight.bits=8", "weight.group_size=null", "activation=int8_tensor")
     facts = export(folders(*SYMMETRIC, *w8), tmp_path / "out", "compressed_tensors")
-    assert first(facts)["kl"] < 1e-3
+    assert first(facts)["kl"] < 1e-3 and "rounded by its formula" in loaded(first(facts))
+    # with the reader's formula they are equal, so that a wrong range is found
+    write = ExportedRun.with_codes
+
+    def wrong(self, format, coded):
+        state, section = write(self, format, coded)
+        state["model.layers.0.mlp.up_proj.input_scale"] *= 1.001
+        return state, section
+
+    monkeypatch.setattr(ExportedRun, "with_codes", wrong)
+    with pytest.raises(UserError, match=r"another model .*allowed: equal logits"):
+        export(folders(*SYMMETRIC, *w8), tmp_path / "wrong", "compressed_tensors")
 
 
 @installed
@@ -114,7 +147,7 @@ def test_what_was_not_loaded_is_said_with_the_reason(folders, tmp_path, monkeypa
 
 def test_another_model_or_a_failure_leaves_nothing(folders, tmp_path, monkeypatch):
     def other(source, place, format, section):
-        changed = FromRun(str(source.folder)).load().model
+        changed = FromRun(str(source.folder)).loaded().model
         changed.model.norm.weight.data[3] += 0.1
         return changed
 
@@ -189,7 +222,7 @@ def test_a_sentencepiece_vocabulary_cuts_texts_alike(folders, tmp_path, own_cach
     folder = folders(*LLAMA, "model.sizes.vocab_size=512", place)
     export(folder, tmp_path / "a.gguf", "gguf")
     assert "llama.cpp keeps repeated spaces" in caplog.text
-    tokenizer = GGUF(str(tmp_path / "a.gguf")).load().tokenizer
+    tokenizer = GGUF(str(tmp_path / "a.gguf")).loaded().tokenizer
     expected = sentencepiece_tokenizer(stories)
     text = "Once upon a time, Lily héllo \U0001f600 wanted\n to go.\tHer mom said yes"
     for part in (text, text[:4], "a"):

@@ -58,12 +58,12 @@ def test_runs_that_are_not_the_one_float_model_are_refused(tmp_path):
     one = ("model=tiny_llama", "progress=false")
     run(tmp_path / "coded", *one, "method=rtn")
     with pytest.raises(UserError, match=r"holds quantized weights; load it by model=from_run"):
-        trained(tmp_path).load()
+        trained(tmp_path).loaded()
     run(tmp_path / "bare", *one, "method=none", "save_weights=false")
     with pytest.raises(UserError, match=r"bare has no weights\.safetensors; make it by"):
-        trained(tmp_path / "bare").load()
+        trained(tmp_path / "bare").loaded()
     with pytest.raises(UserError, match=r"holds 2 finished runs; .*model\.folder=.*bare"):
-        trained(tmp_path).load()
+        trained(tmp_path).loaded()
 
 
 def test_a_run_of_it_is_a_float_baseline():

@@ -27,10 +27,14 @@ def test_a_run_is_measured_by_decoding_and_reloaded(tmp_path, kv):
         assert again[key] == first[key]
 
 
-def test_a_prompt_of_a_deployed_cache_is_float(tmp_path):
-    plain = run(tmp_path / "plain", "method=none", *BOTH)
+def test_a_prompt_of_a_deployed_cache_is_float(tmp_path, caplog):
+    plain = run(tmp_path / "plain", "method=none", *BOTH, *KIVI[:1], "kv.grid.group_size=8")
+    assert "kv.protocol" not in caplog.text
+    plain = run(tmp_path / "float", "method=none", *BOTH)
     deployed = run(tmp_path / "deployed", "method=none", *BOTH, *KIVI, "kv.protocol=prefill")
     assert deployed[PPL] == plain[PPL]  # which a single pass does not see
+    said = [r.getMessage() for r in caplog.records if "kv.protocol=prefill" in r.getMessage()]
+    assert len(said) == 1 and said[0].startswith("eval synthetic_raw_64x4: ")
     assert deployed[f"{DECODING}/ppl"] != plain[f"{DECODING}/ppl"]
     protocols = json.loads((tmp_path / "deployed" / results.PROVENANCE).read_text())["protocols"]
     assert protocols[DECODING]["definition"]["prompt"] == 16

@@ -1,5 +1,6 @@
 """One configuration, one folder."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from omegaconf.errors import MissingMandatoryValue
 
 import qexp
 from qexp.common import hashes
+from qexp.common.numerics import Numerics
 from qexp.runs import resolvers
 from qexp.runs.signature import UNSIGNED, signature
 
@@ -20,6 +22,12 @@ def of(**changes: object) -> str:
 
 def test_it_is_eight_hex_digits_that_stay() -> None:
     assert of() == of() == "dd5d234c"
+
+
+def test_numerics_at_their_defaults_leave_it_as_older_runs_have_it() -> None:
+    defaults = asdict(Numerics())
+    assert of(numerics=defaults) == of(numerics={}) == of()
+    assert len({of(), *(of(numerics={**defaults, key: True}) for key in defaults)}) == 5
 
 
 def test_the_order_of_keys_does_not_matter() -> None:

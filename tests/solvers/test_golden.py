@@ -71,6 +71,16 @@ def test_parity(golden: dict[str, Tensor], key: str) -> None:
     assert ours < loss(nearest - weight, hessian)
 
 
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("key", SOLVERS)
+def test_parity_on_an_accelerator(golden: dict[str, Tensor], key: str, accelerator) -> None:
+    there = (golden[name].to(accelerator) for name in ("weight", "hessian"))
+    ours = SOLVERS[key](*there).weight
+    assert ours.device.type == accelerator.type
+    assert same(ours.cpu(), golden[key], golden) >= 0.99
+
+
 @pytest.mark.parametrize("key", [key for key in SOLVERS if key.startswith("spqr")])
 def test_outliers_are_those_of_the_reference(golden: dict[str, Tensor], key: str) -> None:
     packed = SOLVERS[key](golden["weight"], golden["hessian"]).packed

@@ -16,7 +16,7 @@ from qexp.packed.coded import Coded
 from qexp.solvers import GPTQ, OBQ
 from qexp.solvers.factor import damped, inverse_factor
 from qexp.solvers.refine import descended
-from qexp.solvers.sweep import Rule, sweep
+from qexp.solvers.sweep import sweep
 from qexp.transforms.magr import reduce_magnitude
 
 FOLDER = (data_dir() or Path(".")).parent / "golden"
@@ -105,9 +105,10 @@ def as_blocks_began(weight: Tensor, hessian: Tensor) -> Tensor:
     grid, seen = SHRUNK.grid, []
     q = grid.fit(weight).map(lambda part: part[:, 0])
 
-    def fit(values: Tensor, _: int) -> Rule:
+    def fit(values: Tensor, _: int) -> tuple[Tensor, ...]:
         seen.append(values.clone())
-        return lambda w, _: grid.round(w, q)
+        return ()
 
-    sweep(weight, inverse_factor(hessian, SHRUNK.damp).upper, fit, 64, fit_every=128)
+    upper = inverse_factor(hessian, SHRUNK.damp).upper
+    sweep(weight, upper, fit, lambda w: grid.round(w, q), 64, fit_every=128)
     return torch.cat(seen, 1)

@@ -1,14 +1,20 @@
 """The share of a machine that each of several parallel jobs uses."""
 
+import json
 import multiprocessing
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from helpers.models import ROOT
+from helpers.simulated_device import write_entry_point
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from qexp.common.errors import UserError
+from qexp.common.files import locked
 from qexp.config import location
 from qexp.sweeps import gpu_pool
 
@@ -73,3 +79,34 @@ def test_each_process_has_a_gpu_and_leaves_it_when_it_ends(
         each.set()
         worker.join(60)
         assert worker.exitcode == 0
+
+
+@pytest.mark.slow
+def test_a_job_runs_on_the_gpu_that_it_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a simulated device: the first is taken, so it is the second, which is its only one."""
+    write_entry_point(tmp_path)
+    environment = {
+        "PYTHONPATH": os.pathsep.join(map(str, (tmp_path, ROOT / "tests", ROOT))),
+        "QEXP_CACHE_DIR": str(tmp_path / "cache"),
+        "SIMULATED_LOG": str(tmp_path / "log"),
+        "TMPDIR": str(tmp_path),  # of the slots
+        gpu_pool.VISIBLE: "0,1",
+    }
+    monkeypatch.setattr(gpu_pool.tempfile, "tempdir", str(tmp_path))
+    words = ["model=tiny_llama", "data=synthetic", "method=rtn", "weight.group_size=32"]
+    words += ["eval.held_out.length=32", "eval.held_out.limit=2", "progress=false"]
+    words += ["+hydra.callbacks.pool._target_=qexp.sweeps.gpu_pool.GpuPool"]
+    with locked(Path(tmp_path) / f"qexp-gpus-{os.getuid()}" / "0.0", wait=False) as taken:
+        assert taken
+        subprocess.run(
+            [sys.executable, "-m", "qexp", *words],
+            env={**os.environ, **environment},
+            cwd=tmp_path,
+            check=True,
+        )
+    [provenance] = tmp_path.glob("outputs/*/provenance.json")
+    assert json.loads(provenance.read_text())["device"] in ("sim", "sim:0")
+    [seen] = (tmp_path / "log").read_text().splitlines()
+    assert seen.split()[1:] == ["1"]

@@ -1,5 +1,8 @@
 """RoLoRA and its control: adapters trained and merged, after rotations or before them."""
 
+import csv
+from pathlib import Path
+
 import pytest
 import torch
 from helpers.channels import close, logits
@@ -67,6 +70,23 @@ def test_a_run_reloads_to_the_same_number(tmp_path):
     first = run(tmp_path / "first", *TINY, *words)
     again = run(tmp_path / "again", "model=from_run", f"run={tmp_path / 'first'}", small=[])
     assert again[PPL] == first[PPL]
+
+
+def test_the_log_has_the_lines_of_every_training(tmp_path):
+    run(tmp_path, *TINY, "trainer.every=2", "transform=rolora", "method=qat")
+    found = lines(tmp_path / "training.csv")
+    rows = [(line["training"], line["step"]) for line in found]
+    assert rows == [("1", "2.0"), ("1", "4.0"), ("2", "2.0"), ("2", "4.0")]
+    assert len({line["loss"] for line in found}) == 4
+    tensors = lines(tmp_path / "training_tensors.csv")  # of weights on a grid: the method's
+    assert {line["training"] for line in tensors} == {"2"}
+    run(tmp_path / "alone", *TINY, "method=qat")
+    assert "training" not in lines(tmp_path / "alone" / "training.csv")[0]
+
+
+def lines(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
 
 
 def test_a_role_that_a_family_has_not_is_named():

@@ -6,10 +6,15 @@ from helpers.models import tiny
 from helpers.pipeline import PPL, SMALL, run
 
 from qexp.models import state_diff
+from qexp.packed import weights_file
 
 pytestmark = pytest.mark.usefixtures("configured")
 
 
+W4A4 = ("weight=channel_narrow", "weight.bits=4", "activation=int4_token")
+W4A4KV4 = (*W4A4, "kv=quarot")
+LEAVE_MAPS = ("transform=spinquant", "transform=flatquant", "transform=affinequant")
+KEEP = "activation.grid.range.keep=1.0"
 SENTENCES = [
     ("transform=smooth", "method=none"),
     ("transform=smooth", "method=gptq", "activation=int8_tensor"),
@@ -21,6 +26,9 @@ SENTENCES = [
     ("transform=rotate", "method=gptq", "activation=int8_token"),
     ("transform=quadapter", "method=gptq", "transform.steps=2", "activation=int8_tensor"),
     ("transform=omniquant", "method=rtn", "transform.epochs=1", "transform.sites=norms+value+up"),
+    ("transform=spinquant", "method=gptq", "transform.trainer.steps=2", *W4A4KV4),
+    ("transform=flatquant", "method=rtn", "transform.epochs=1", *W4A4KV4, KEEP),
+    ("transform=affinequant", "method=rtn", "transform.epochs=1", "transform.online=true", *W4A4),
 ]
 
 
@@ -33,6 +41,8 @@ def test_a_transformed_run_reloads_to_the_same_number(tmp_path, family, override
     first = run(tmp_path / "first", f"model=tiny_{family}", *overrides)
     again = run(tmp_path / "again", "model=from_run", f"run={tmp_path / 'first'}", small=[])
     assert again[PPL] == first[PPL]
+    if any(word in LEAVE_MAPS for word in overrides):
+        assert weights_file.maps(tmp_path / "first")
 
 
 def test_every_solver_takes_a_transformed_model(tmp_path):

@@ -7,6 +7,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from qexp.commands.bench.evaluation import evaluation
+from qexp.commands.bench.memory import memory
 from qexp.commands.bench.methods import methods
 from qexp.commands.bench.overhead import overhead
 from qexp.commands.bench.page import page
@@ -50,6 +51,7 @@ OF_STAGES: dict[str, Callable[[DictConfig], None]] = {
     "zeroshot": zeroshot,
 }
 OF_COMMANDS: dict[str, Callable[[DictConfig, list[str]], None]] = {
+    "memory": memory,
     "methods": methods,
     "overhead": overhead,
     "page": page,

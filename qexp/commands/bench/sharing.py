@@ -22,7 +22,7 @@ INPUTS = ("models", "converted")  # the model is on disk in either case
 def sharing(cfg: DictConfig, overrides: list[str]) -> None:
     """Processor seconds of whole jobs. The first on each Hessian finds none of it in either cache
     and is run once."""
-    instantiate(cfg.model).load()  # imported, fetched and converted before the clock runs
+    instantiate(cfg.model).loaded()  # imported, fetched and converted before the clock runs
     models = default_folder()
     before, after = 0.0, 0.0
     seen: set[str] = set()

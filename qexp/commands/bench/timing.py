@@ -22,7 +22,7 @@ def loaded(cfg: DictConfig) -> tuple[Task, list[Batch]]:
     From here on the process has an empty cache, which is deleted when it ends.
     """
     source: ModelSource = instantiate(cfg.model)
-    task = as_task(source, source.load(), cfg)
+    task = as_task(source, source.loaded(), cfg)
     batches: list[Batch] = instantiate(cfg.calibration)(task)
     empty_cache()
     return task, batches
@@ -43,20 +43,22 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def spent(task: Task, work: Callable[[], object]) -> float:
-    """Seconds of one call: wall time on a GPU, otherwise processor time, as CPUs may be shared."""
-    if task.device.type != "cuda":
+    """Seconds of one call: wall time on an accelerator, otherwise processor time, as CPUs may be
+    shared."""
+    if task.device.type == "cpu":
         start = time.process_time()
         work()
         return time.process_time() - start
-    torch.cuda.synchronize()
+    module = torch.get_device_module(task.device)
+    module.synchronize()
     start = time.perf_counter()
     work()
-    torch.cuda.synchronize()
+    module.synchronize()
     return time.perf_counter() - start
 
 
 def peak(task: Task) -> int:
-    """Peak memory in bytes: on a GPU since the last call, on a CPU of the whole process."""
+    """Peak memory in bytes: on a GPU since the last call, otherwise of the whole process."""
     if task.device.type != "cuda":
         return peak_rss()
     torch.cuda.synchronize()

@@ -33,11 +33,15 @@ def qat(cfg: DictConfig) -> None:
     every = {"weights": list(task.model.parameters())}
     seconds["float"], memory["float"] = step(task, method, batches[0], every)
     quantize_activations(task, method.activations, lambda: batches)
-    method.install(task, task.linears())
-    parameters = method.trained.parameters(task)
-    seconds["quantized"], memory["quantized"] = step(task, method, batches[0], parameters)
+    seconds["quantized"], memory["quantized"] = installed_step(task, method, batches[0])
     show(seconds, "float")
     print(f"{'memory':<28}{memory['quantized'] / memory['float']:8.2f} x float")
+
+
+def installed_step(task: Task, method: FineTune, whole: Batch) -> tuple[float, int]:
+    """Seconds and peak bytes of a step of a method, which stays installed on the task."""
+    method.install(task, task.linears())
+    return step(task, method, whole, method.trained.parameters(task))
 
 
 def step(task: Task, method: FineTune, whole: Batch, parameters: Parameters) -> tuple[float, int]:
@@ -59,6 +63,12 @@ def step(task: Task, method: FineTune, whole: Batch, parameters: Parameters) -> 
     return found
 
 
+def adapted(task: Task, transform: Quadapter, batches: list[Batch]) -> tuple[float, int]:
+    """Seconds and peak bytes of phase 1 of Quadapter on the first block."""
+    block = next(iter(walk(task, first(batches, transform.sequences), transform.batch)))
+    return spent(task, lambda: transform.adapt(block)), peak(task)
+
+
 def quadapter(cfg: DictConfig) -> None:
     """Costs of phase 1 on the first block, of a step of phase 2, and of a step of plain QAT."""
     task, batches = loaded(cfg)
@@ -68,16 +78,12 @@ def quadapter(cfg: DictConfig) -> None:
     training = method.training
     seconds, memory = {}, {}
     # In the order of memory use: on a CPU the peak is that of the whole process so far.
-    block = next(iter(walk(task, first(batches, transform.sequences), transform.batch)))
     name = f"phase 1, {transform.steps} steps"
-    seconds[name] = spent(task, lambda: transform.adapt(block))
-    memory[name] = peak(task)
+    seconds[name], memory[name] = adapted(task, transform, batches)
     seconds["phase 1, step"] = seconds[name] / transform.steps
     quantize_activations(task, training.activations, lambda: batches)
     sites = method.install(task)
-    training.install(task, task.linears())
-    parameters = training.trained.parameters(task)
-    seconds["phase 2, step"], memory["phase 2"] = step(task, training, batches[0], parameters)
+    seconds["phase 2, step"], memory["phase 2"] = installed_step(task, training, batches[0])
     for linear in task.linears().values():
         bake(linear)
     for channels in sites:
@@ -86,9 +92,7 @@ def quadapter(cfg: DictConfig) -> None:
         assert isinstance(quantizer, FakeQuant)
         quantizer.make_constant()
     plain = replace(training, trained=TrainableParameters(offsets=training.trained.offsets))
-    plain.install(task, task.linears())
-    parameters = plain.trained.parameters(task)
-    seconds["QAT, step"], memory["QAT"] = step(task, plain, batches[0], parameters)
+    seconds["QAT, step"], memory["QAT"] = installed_step(task, plain, batches[0])
     show(seconds, "QAT, step")
     for kind, held in memory.items():
         print(f"{f'memory, {kind}':<28}{held / 2**30:8.2f} GiB {held / memory['QAT']:6.2f} x QAT")

@@ -122,6 +122,11 @@ class Harness(Evaluator):
             return evaluate(model, tasks, limit=self.limit, bootstrap_iters=self.bootstrap)
 
     @property
+    def decodes(self) -> bool:
+        tasks = self._loaded["tasks"].values()
+        return any(task.OUTPUT_TYPE == "generate_until" for task in tasks)
+
+    @property
     def higher_is_better(self) -> Collection[str]:
         tasks = self._loaded["tasks"].values()
         return {key for task in tasks for key, higher in task.higher_is_better().items() if higher}

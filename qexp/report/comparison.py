@@ -1,4 +1,4 @@
-"""Published numbers of papers and the checks of runs against them: an experiment's key `paper`."""
+"""Tables with named rows, of papers or leaderboards: an experiment's key `table`."""
 
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -35,25 +35,27 @@ class Row:
     """A method and its published numbers by column.
 
     `tolerance`: relative to the published number; the table's if None. `seeded`: whether the
-    result depends on the seed.
+    result depends on the seed. `label`: of its runs, under which pages show them.
     """
 
     overrides: list[str] = field(default_factory=list)
     published: dict[str, float] = field(default_factory=dict)
     tolerance: float | None = None
     seeded: bool = True
+    label: str = ""
 
 
 @dataclass(frozen=True)
-class Paper:
-    """A published table. `orders`: rows by increasing expected number, such as `float < a < b`."""
+class Comparison:
+    """A table. `source`, `inferred`, `tolerance`: of its published numbers, if it has any.
+    `orders`: rows by increasing expected number, such as `float < a < b`."""
 
     title: str
-    source: str
-    inferred: str
-    tolerance: float
     columns: dict[str, Place]
     rows: dict[str, Row]
+    source: str = ""
+    inferred: str = ""
+    tolerance: float = 0.0
     orders: list[str] = field(default_factory=list)
 
     def pairs(self, column: str) -> list[tuple[str, str]]:
@@ -63,7 +65,7 @@ class Paper:
         chains = [[word.strip() for word in order.split("<")] for order in orders]
         return [pair for chain in chains for pair in pairwise(chain)]
 
-    def over(self, text: str) -> "Paper":
+    def over(self, text: str) -> "Comparison":
         """The same table over other seeds, as a test of its orders may need: `0,1,2`."""
         words = text.split(",")
         if not all(word.isdecimal() for word in words):
@@ -73,16 +75,23 @@ class Paper:
         return replace(self, columns=columns)
 
     def wanted(self, column: str) -> list[str]:
-        """The rows to run for a column: those with a published number, all if it is replaced."""
-        replaced = self.columns[column].replaced
-        return [name for name, row in self.rows.items() if replaced or column in row.published]
+        """The rows to run for a column: all if it is replaced or nothing is published, else those
+        with a published number."""
+        whole = self.columns[column].replaced or not self.is_published
+        return [name for name, row in self.rows.items() if whole or column in row.published]
+
+    @property
+    def is_published(self) -> bool:
+        """Whether any row has a published number."""
+        return any(row.published for row in self.rows.values())
 
     def jobs(self, row: str, column: str) -> list[list[str]]:
         """The overrides of each job of a cell; the row's come after the column's."""
         place = self.columns[column]
         row_overrides = place.rows.get(row, self.rows[row].overrides)
         seeds = place.seeds if self.rows[row].seeded else place.seeds[:1]
-        return [[*place.overrides, *row_overrides, f"seed={seed}"] for seed in seeds]
+        label = [f'label="{self.rows[row].label}"'] if self.rows[row].label else []
+        return [[*place.overrides, *row_overrides, *label, f"seed={seed}"] for seed in seeds]
 
     def verdict(self, row: str, column: str, measured: Spread, replaced: str = "") -> str:
         """Compares a measured number with the published one.
@@ -101,8 +110,8 @@ class Paper:
         return "reached" if abs(measured.mean - published) <= allowed else "not reached"
 
 
-def read(node: DictConfig, name: str) -> Paper:
-    """The `paper` of a composed experiment.
+def read(node: DictConfig, name: str) -> Comparison:
+    """The `table` of the composed experiment `name`.
 
     Raises UserError for an unknown or missing field, row or column.
     """
@@ -110,20 +119,20 @@ def read(node: DictConfig, name: str) -> Paper:
     try:
         columns = {key: Place(**place) for key, place in content.pop("columns").items()}
         rows = {key: _row(**row) for key, row in content.pop("rows").items()}
-        paper = Paper(**content, columns=columns, rows=rows)
+        made = Comparison(**content, columns=columns, rows=rows)
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"experiment/paper/{name}.yaml: paper: {error}") from error
+        raise UserError(f"experiment/{name}.yaml: table: {error}") from error
     for part, settings, switch in (("columns", columns, "judged"), ("rows", rows, "seeded")):
         for key, each in settings.items():
-            check_bool(f"experiment/paper/{name}.yaml: paper.{part}.{key}", each, switch)
-    ordered = [*paper.orders, *(o for place in columns.values() for o in place.orders or [])]
-    unknown = {word.strip() for order in ordered for word in order.split("<")} - set(paper.rows)
-    unknown |= {c for row in paper.rows.values() for c in row.published} - set(paper.columns)
-    unknown |= {row for place in paper.columns.values() for row in place.rows} - set(paper.rows)
+            check_bool(f"experiment/{name}.yaml: table.{part}.{key}", each, switch)
+    ordered = [*made.orders, *(o for place in columns.values() for o in place.orders or [])]
+    unknown = {word.strip() for order in ordered for word in order.split("<")} - set(made.rows)
+    unknown |= {c for row in made.rows.values() for c in row.published} - set(made.columns)
+    unknown |= {row for place in made.columns.values() for row in place.rows} - set(made.rows)
     if unknown:
         names = ", ".join(sorted(unknown))
-        raise UserError(f"experiment/paper/{name}.yaml: {names}: neither a row nor a column")
-    return paper
+        raise UserError(f"experiment/{name}.yaml: {names}: neither a row nor a column")
+    return made
 
 
 def _row(published: dict[str, float | int] | None = None, **fields: Any) -> Row:

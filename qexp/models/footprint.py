@@ -1,0 +1,102 @@
+"""Memory that a run needs, by the shapes of its model, before anything is loaded."""
+
+from dataclasses import dataclass
+
+import psutil
+from omegaconf import DictConfig
+from transformers import AutoConfig
+
+from qexp import task
+from qexp.arch import arch_of
+from qexp.common import on_disk
+from qexp.common.errors import UserError
+from qexp.config.instantiate import instantiate
+from qexp.grid.scale import DTYPES
+from qexp.models.base import ModelSource
+from qexp.models.pretrained import skeleton
+
+GIB = 2**30
+SQUARES = 6  # float32 matrices [columns, columns] that are in memory while a Hessian is factored
+MATRICES = 8  # float32 matrices [rows, columns] while a linear is solved
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of host memory beyond the interpreter and its libraries.
+
+    load: `whole` or `stream`. weights: that are in memory at one time. solving: the Hessian of the
+    largest linear and copies of both. activations: of calibration, between blocks and inside one.
+    logits: of one chunk of positions.
+    """
+
+    load: str
+    weights: int
+    solving: int
+    activations: int
+    logits: int
+
+    @property
+    def peak(self) -> int:
+        """Of the stage that needs most: solving, or evaluation."""
+        return self.weights + max(self.solving + self.activations, self.logits)
+
+    def __str__(self) -> str:
+        return f"about {self.peak / GIB:.2g} GiB of memory"
+
+
+def of(cfg: DictConfig) -> Footprint | None:
+    """The footprint of a run; None for a model whose shapes are not known without loading it."""
+    source = instantiate(cfg.model)
+    assert isinstance(source, ModelSource)
+    if (folder := source.config_folder()) is None:
+        return None
+    try:
+        model = skeleton(AutoConfig.from_pretrained(str(folder), local_files_only=True), source)
+    except (OSError, ValueError, RuntimeError):  # loading says what is wrong with it
+        return None
+    each, config = DTYPES[source.settled_dtype()].itemsize, model.config
+    arch = arch_of(model)
+    first = model.get_submodule(arch.blocks).get_submodule("0")
+    found = [first.get_submodule(name) for group in arch.groups for name in group.linears]
+    shapes = [(part.weight.shape[0], part.weight.shape[1]) for part in found]
+    walks = "hessian" in cfg.method  # block by block, with calibration data
+    columns = max(own for _, own in shapes) if walks else 0
+    load = str(cfg.model.get("load", "whole"))
+    weights = each * model.num_parameters()
+    if load == "stream":
+        block = each * sum(parameter.numel() for parameter in first.parameters())
+        weights = min(weights, on_disk.RESIDENT + block)
+    sequences = (cfg.calibration.get("sequences") or 0) if walks else 0
+    length = cfg.calibration.get("length", 1)
+    tokens, at_once = sequences * length, length * (cfg.method.get("chunk") or sequences)
+    between = 2 * each * tokens * config.hidden_size
+    if cfg.get("memory") is not None and between > 2 * cfg.memory * GIB:
+        between = on_disk.RESIDENT
+    inside = at_once * (3 * max(rows for rows, _ in shapes) + 6 * config.hidden_size) * each
+    if cfg.method.get("chunk") is None:  # then the walk takes what fits
+        inside = min(inside, psutil.virtual_memory().available // 2)
+    return Footprint(
+        load,
+        weights,
+        4 * (SQUARES * columns**2 + MATRICES * max(rows * own for rows, own in shapes)),
+        between + inside,
+        8 * task.POSITIONS * getattr(config, "vocab_size", 0),
+    )
+
+
+def check(cfg: DictConfig) -> None:
+    """UserError, before anything is loaded, for a run that cannot fit into the free memory."""
+    found, free = of(cfg), psutil.virtual_memory().available
+    if found is None or found.peak <= free:
+        return
+    if found.load == "whole" and found.weights > free / 2:
+        raise UserError(
+            f"model.load=whole: the run needs {found}, {found.weights / GIB:.1f} GiB of it for "
+            f"weights, and {free / GIB:.1f} GiB are free; say model.load=stream, which leaves "
+            "weights on disk"
+        )
+    raise UserError(
+        f"calibration.sequences: the run needs {found}, {found.activations / GIB:.1f} GiB of it "
+        f"for activations and {found.solving / GIB:.1f} GiB for the largest linear, and "
+        f"{free / GIB:.1f} GiB are free; give fewer sequences, or a small method.chunk"
+    )
