@@ -45,10 +45,12 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError(f"--device {chosen.device}: there is no accelerator here; name one")
     resolvers.register()
     sizes = Sizes(**{each.name: getattr(chosen, each.name) for each in fields(Sizes)})
-    parts, start = {}, time.monotonic()
-    for name in chosen.parts.split(","):
+    names = chosen.parts.split(",")
+    for name in names:
         if name not in PARTS:
             raise UserError(f"--parts {name}: is unknown; give some of {', '.join(PARTS)}")
+    parts, start = {}, time.monotonic()
+    for name in names:
         if time.monotonic() - start > 60 * chosen.minutes:
             parts[name] = {"left out": f"{chosen.minutes} minutes were over"}
             continue
