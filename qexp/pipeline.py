@@ -133,7 +133,8 @@ def load(parts: Parts, cfg: DictConfig, folder: Path) -> Task:
     """The model on its device, checked against what is going to be done to it."""
     loaded = parts.source.loaded()
     task = as_task(parts.source, loaded, cfg)
-    task.workspace = Workspace(folder, cfg.get("memory"))  # older runs have no such key
+    memory = cfg.get("memory")  # older runs have no such key
+    task.workspace = Workspace(folder, None if memory is None else float(memory))
     loaded.finish(task)
     unquantized = parts.source.origin()
     task.original = lambda: as_task(unquantized, unquantized.loaded(), cfg).model
