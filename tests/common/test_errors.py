@@ -1,5 +1,6 @@
 """Settings that are refused as they are built, in a sentence that names the key."""
 
+from dataclasses import asdict
 from math import inf, nan
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from qexp.common.errors import (
     check_number,
     check_positive,
 )
+from qexp.common.numerics import Numerics
 from qexp.config import location, root_keys
 from qexp.config.instantiate import instantiate
 
@@ -78,6 +80,7 @@ ROOT = {
     **{"seed": 0, "device": "auto", "offload": False, "run": None, "progress": True},
     **{"save_weights": True, "threads": None, "optimize": "ppl", "label": None},
     **{"dry_run": False, "retry": None, "fail_fast": False, "records": None},
+    **{"memory": 2, "replay": False, "numerics": asdict(Numerics())},
 }
 
 
@@ -87,6 +90,7 @@ ROOT = {
         *((key, ["maybe", 1, None], "give true or false") for key in root_keys.SWITCHES),
         ("seed", [-1, 1.5, "x", True, 2**32], "give a whole number from 0 to"),
         ("threads", [-2, 0, 1.5, "x", True], "give a whole number, 1 or more"),
+        ("memory", [-1, "x", True], "give a number, 0 or more"),
         ("device", [3, None, True], "give cpu"),
         ("run", [3, True, ["a"]], "give the folder of a finished run"),
         ("label", [["a"], {"a": 1}], "give a word"),
@@ -107,7 +111,7 @@ def test_what_a_key_of_the_root_cannot_be(key: str, values: list[object], right:
     [
         {"threads": 2, "run": "outputs/x", "label": "x", "retry": "failed", "device": "cuda:1"},
         {"optimize": ["ppl", "bits"], "label": 3, "offload": True, "seed": 2**32 - 1},
-        {"optimize": None, "records": "docs/records"},
+        {"optimize": None, "records": "docs/records", "memory": None, "replay": True},
     ],
 )
 def test_what_keys_of_the_root_can_be(good: dict[str, object]) -> None:
