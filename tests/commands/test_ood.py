@@ -60,6 +60,7 @@ def run(folder: Path, experiment: str, *overrides: str) -> dict[str, float]:
     return pipeline.run(cfg, folder)
 
 
+@pytest.mark.slow
 def test_every_arm_is_a_row_of_ratios(tmp_path, capsys):
     found = {arm: run(tmp_path / arm, arm) for arm in ARMS}
     found["qat 1"] = run(tmp_path / "qat 1", "qat", "seed=1")

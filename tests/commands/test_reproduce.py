@@ -184,7 +184,10 @@ def test_published_numbers_are_in_the_expected_order(name) -> None:
     assert not table.columns["tiny"].judged
 
 
-@pytest.mark.parametrize("name", IDS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if "/" in name else ()) for name in IDS],
+)
 def test_every_job_composes_and_none_is_another(name) -> None:
     table = reproduce.load(name)
     first = next(key for key in table.columns)

@@ -57,6 +57,7 @@ def _worker(folder: Path, seen: "multiprocessing.Queue", leave: "multiprocessing
     leave.wait(60)
 
 
+@pytest.mark.slow
 def test_each_process_has_a_gpu_and_leaves_it_when_it_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,6 +33,7 @@ def numbers(path: Path) -> dict[str, list[str]]:
     return {row["weight.bits"]: [row[k] for k in row if k.endswith(kept)] for row in rows}
 
 
+@pytest.mark.slow
 def test_six_jobs_of_twelve_from_records_make_one_table(
     real, tmp_path, monkeypatch, capsys
 ) -> None:
