@@ -20,15 +20,44 @@ from qexp.models.device import place
 pytestmark = pytest.mark.usefixtures("configured")
 
 GROUPS = ("activation", "calibration", "eval", "kv", "method", "transform", "weight")
-NEEDS = {  # what a choice is not taken without
+NEEDS = {  # what a choice is not taken without, after the method that has a place for it
     "method=allocated": ["method.budget=3.5", "method.options=[2,3]"],
     "weight=quip": ["method=quip"],
     "weight=slim": ["method=slim"],
     "weight=built_in": ["method=billm"],
+    "weight/range=hqq": ["weight=int", "weight.real_zero=true", "weight.include_zero=false"],
+    "weight/range=mean": ["weight=ternary"],
+    "weight/range=mse_zero": ["weight=int"],
     "transform=dither": ["transform.group_size=2"],
     "transform=spinquant": ["transform.round_weights=true"],
+    "kv=kivi": ["kv.grid.group_size=8"],
     "eval=accuracy": ["model=tiny_vit"],
+    "eval=gsm8k_5shot": ["eval.gsm8k_5shot.shots=0"],
+    "eval=harness": ["eval.harness.tasks=[piqa]"],
+    "eval=wikitext2_choose_512x16": ["eval.wikitext2_raw_512x40.split=validation"],
     "calibration=mixture": ["+calibration@calibration.parts.one=synthetic"],
+    "calibration=none": ["method=rtn"],
+    "calibration=pileval_awq": ["data.words=4"],  # documents shorter than a window
+    "method=sparsegpt": ["method.solver.sparsity=0.25"],
+    "method/hessian=diagonal": ["method=squeezellm"],
+    "method/hessian=diagonal_one_pass": ["method=squeezellm"],
+    "method/hessian=output_both": ["method=yaqa"],
+    "method/loss=augmented": ["method=lsq", "model=tiny_vit", "eval=loss"],
+    "method/loss=cross_entropy": ["method=lsq"],
+    "method/residual=lq_lora": ["method=rtn"],
+    "method/schedule=nearest": ["method/scale=static"],
+    "method/schedule=stochastic": ["method/scale=static"],
+    "method/trained=adapters": ["method=lsq", "method/adapter=low_rank"],
+    "method/trained=channels": ["method=lsq", "activation=int8_tensor"],
+    "method/trained=ranges": ["method=lsq", "activation=int8_tensor"],
+    "method/trained=scales": ["method=lsq"],
+    **{
+        f"method/{part}": ["method.budget=3.5", "method.options=[2,3]"]
+        for part in (
+            *("metric=first_order", "metric=hawq", "metric=loss", "metric=loss_output"),
+            *("metric=measured", "metric=relative", "rule=dp", "rule=lagrange", "rule=uniform"),
+        )
+    },
 }
 
 
@@ -84,7 +113,7 @@ def test_every_choice_gives_the_numbers_of_the_cpu(
 KINDS = {
     "solver": ["method=gptq", "activation=int8_tensor"],
     "training": ["method=lsq", "activation=int8_tensor"],
-    "blocks": ["method=auto_round", "offload=true"],
+    "blocks": ["method=auto_round"],
     "transform": ["method=rtn", "transform=omniquant"],
 }
 

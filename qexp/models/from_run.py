@@ -60,6 +60,7 @@ class FromRun(ModelSource):
         def finish(task: Task) -> None:
             attach(task, kinds)
             task.quantizers.load_state_dict(_under("quantizers.", others))
+            task.quantizers.to(task.device)
 
         return Loaded(loaded.model, loaded.tokenizer, finish, put_maps)
 

@@ -22,7 +22,9 @@ class LowRank(Packed):
     inputs: Float[Tensor, "rank columns"] | Coded
 
     def dequantize(self) -> Float[Tensor, "rows columns"]:
-        return plus_product(self.base.dequantize(), _plain(self.outputs), _plain(self.inputs))
+        base = self.base.dequantize()  # on the host, where an earlier step stored it
+        outputs, inputs = (_plain(each).to(base.device) for each in (self.outputs, self.inputs))
+        return plus_product(base, outputs, inputs)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -4,6 +4,7 @@ import json
 from xml.etree import ElementTree
 
 import pytest
+from helpers import pairs
 from helpers.simulated_device import simulated
 from hydra.core.global_hydra import GlobalHydra
 
@@ -28,8 +29,9 @@ def free(monkeypatch, tmp_path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("part", [name for name in gpu.PARTS if name != "tests"])
 def test_a_part_runs_on_the_simulated_device(part, tmp_path, capsys) -> None:
+    words = [*TINY, f"--parts={part}", f"--out={tmp_path}"]
     with simulated():
-        code = gpu.main([*TINY, f"--parts={part}", f"--out={tmp_path}"])
+        code = pairs.apart(lambda: gpu.main(words))  # has a process group
     result = json.loads((tmp_path / "gpu.json").read_text())
     measured = result["parts"][part]
     if part == "distributed":  # a process group needs a backend of the device, which no test has
@@ -49,7 +51,7 @@ def test_a_part_runs_on_the_simulated_device(part, tmp_path, capsys) -> None:
 @pytest.mark.slow
 def test_each_strategy_trains_in_one_process() -> None:
     sizes = Sizes(16, 32, 2, 2, 264, blocks=1, sequences=2, length=16)
-    found = distributed(sizes, "cpu")
+    found = pairs.apart(lambda: distributed(sizes, "cpu"))
     assert [*found] == ["auto", "ddp", "fsdp"]
     assert all(each["seconds"] > 0 for each in found.values()), found
 

@@ -119,7 +119,8 @@ def on_both(folder: Path, cfg: DictConfig, device: str = DEVICE) -> Counts:
                 metrics.append(answer_or_run(cfg, home))
         stored = home / weights_file.FILE
         weights.append(load_file(stored) if stored.exists() else {})
-    assert metrics[0] == metrics[1]
+    # one document has no standard error
+    assert metrics[0] == pytest.approx(metrics[1], rel=0, abs=0, nan_ok=True)
     assert weights[0].keys() == weights[1].keys()
     different = [name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])]
     assert not different

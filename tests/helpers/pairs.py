@@ -31,11 +31,23 @@ def together(work: Callable[[], Made]) -> Made:
     return made
 
 
+def apart(work: Callable[[], Made]) -> Made:
+    """What `work` makes, or raises, in a fork: a process group that it has ends with it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "made"
+        os.waitpid(_fork(work, 0, {}, path), 0)
+        made, failure = torch.load(path, weights_only=False)
+    if failure is not None:
+        raise failure
+    return made
+
+
 def _fork(work: Callable[[], Made], rank: int, place: dict[str, str], path: Path) -> int:
     if (child := os.fork()) != 0:
         return child
     try:
-        os.environ |= {**place, "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+        if place:
+            os.environ |= {**place, "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
         try:
             result = (work(), None)
         except BaseException as error:

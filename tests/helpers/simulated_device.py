@@ -116,6 +116,7 @@ def _seen() -> list[str]:
         if log := os.environ.get("SIMULATED_LOG"):
             with open(log, "a") as file:
                 print(os.getpid(), *_visible, file=file)
+        _register_trainer()  # not in `autoload`: torch is not whole there
     return _visible
 
 
@@ -408,6 +409,9 @@ def _register() -> None:
     if _registered:
         return
     _registered = True
+    # The engine starts its threads now, while there is no device: with one, the threads that it would
+    # start for it would forbid every later backward pass in a fork of this process.
+    torch.ones((), requires_grad=True).backward()
     backend_registration._setup_privateuseone_for_python_backend("sim", _module, _Hook())
     _library = torch.library.Library("_", "IMPL")
     _library.fallback(_factory, "PrivateUse1")
