@@ -409,8 +409,8 @@ def _register() -> None:
     if _registered:
         return
     _registered = True
-    # The engine starts its threads now, while there is no device: with one, the threads that it would
-    # start for it would forbid every later backward pass in a fork of this process.
+    # The engine starts its threads now, while there is no device. With one it would start a thread
+    # for it, after which no fork of this process could run a backward pass.
     torch.ones((), requires_grad=True).backward()
     backend_registration._setup_privateuseone_for_python_backend("sim", _module, _Hook())
     _library = torch.library.Library("_", "IMPL")
