@@ -95,7 +95,7 @@ def records(folder: Path) -> list[ledger.Entry]:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_sweep_survives_ten_kills(workers: int, checkpoint: Path, forks) -> None:
+def test_a_sweep_survives_kills(workers: int, checkpoint: Path, forks) -> None:
     whole, killed = forks("whole"), forks("killed")
     words = command(checkpoint, *JOBS)
     start = time.perf_counter()
@@ -106,8 +106,8 @@ def test_a_sweep_survives_ten_kills(workers: int, checkpoint: Path, forks) -> No
 
     chance = random.Random(workers)
     done: dict[str, int] = {}
-    for _ in range(10):
-        codes = killed.run(*[words] * workers, kill=chance.uniform(0.02, 0.25) * seconds)
+    for _ in range(4):
+        codes = killed.run(*[words] * workers, kill=chance.uniform(0.1, 0.35) * seconds)
         assert set(codes) <= {0, -9}
         for name, moment in done.items():
             assert finished(killed.folder)[name] == moment, f"{name} was run again"
