@@ -175,7 +175,8 @@ def result(folder: Path) -> tuple[dict[str, float], list[dict[str, float]]]:
 
 @pytest.mark.slow
 def test_the_command_trains_with_two_processes_as_with_one(tmp_path):
-    """Started by the run, with whole models and in shards, and by torchrun; each with half of every step's batches."""
+    """Started by the run, with whole models and in shards, and by torchrun. Each process has half
+    of every step's batches."""
     commands = {
         "one": ["trainer.accumulate=2"],
         "ddp": ["trainer=ddp"],
