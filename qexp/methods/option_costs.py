@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qexp.common.errors import UserError, check_bool, check_int
+from qexp.common.frozen import frozen
 from qexp.hessian import AtFloatWeights, CacheableHessian
 from qexp.hessian.base import ForEachGroup, collected
-from qexp.hessian.gradient_hooks import frozen
 from qexp.solvers.base import error
 from qexp.step import Record
 from qexp.task import Batch, Task
