@@ -1,6 +1,7 @@
 """Fake quantization of activations: static or dynamic ranges, constant or trained scales."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from qexp.grid import Grid, Scale
 from qexp.grid.codebook import CodebookGrid
 from qexp.grid.observers import MinMaxObserver, Observer
+from qexp.grid.shares import Shares
 from qexp.quantizers.fake_quantize import FakeQuantize, as_stored, lsq_gradient_scale
 
 
@@ -77,6 +79,11 @@ class FakeQuant(nn.Module):
         self.scale, self.zero = q.scale.to(device), q.zero.to(device)
         if "ends" in self._buffers and q.fitted is not None:
             self.ends = torch.cat(q.fitted, 1).to(device)
+
+    def narrow(self, low: float, high: float) -> None:
+        """Keep these shares of both ends of the range."""
+        self.grid = replace(self.grid, range=Shares(self.grid.range, low, high))  # type: ignore[type-var]
+        self.register_buffer("shares", torch.tensor([low, high], device=self.scale.device))
 
     def fix_levels(self, grid: CodebookGrid) -> None:
         """Round to the levels of this grid from now on."""
@@ -175,6 +182,8 @@ class FakeQuant(nn.Module):
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
         # A new quantizer has no scales yet: take the shapes of those in the file.
+        if prefix + "shares" in state:
+            self.narrow(*state[prefix + "shares"].tolist())
         for name in self._buffers:
             if prefix + name in state:
                 setattr(self, name, torch.empty_like(state[prefix + name]))

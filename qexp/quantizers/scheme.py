@@ -108,6 +108,8 @@ def attach(task: Task, kinds: Sequence[Activations]) -> list[FakeQuant]:
         taken |= set(sites)
     made = {name: quantizer for kind in kinds for name, quantizer in kind.put(task).items()}
     for name, quantizer in made.items():
+        if name in task.shares:
+            quantizer.narrow(*task.shares[name])
         task.quantizers[name.replace(".", "/")] = quantizer.to(task.device)
     return list(made.values())
 
