@@ -23,7 +23,7 @@ from qexp.transforms.activation_clip import ActivationClip, is_learnable
 from qexp.transforms.channels import Channels, channels_of
 from qexp.transforms.heads import head_shape
 from qexp.transforms.learned_maps import Invertible, LearnedKeys, LearnedMap, LearnedValues
-from qexp.transforms.omniquant import Clipping, Shape
+from qexp.transforms.learned_scales import Clipping, Shape
 from qexp.transforms.reconstruction import Reconstruction, quantized, rounded_cache, rounds_cache
 from qexp.transforms.scale_search import check_settings, first, on_device
 from qexp.transforms.site_statistics import SiteStatistics, collect_statistics
