@@ -1,6 +1,6 @@
 """Grids of floating-point formats and of NormalFloat: unevenly spaced values."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -86,6 +86,15 @@ class LevelGrid(UnevenGrid):
             )
         if self.scales is not None and self.scales.axis != "outputs":
             raise UserError("weight.scales.axis=inputs: scales of levels have axis=outputs.")
+
+    def with_bits(self, bits: int) -> "LevelGrid":
+        kind = f"nf{bits}"
+        if self.kind not in NORMAL or kind not in NORMAL:
+            raise UserError(
+                f"method.options={bits}: {self.kind} has no form of {bits} bits; give options from "
+                "2 to 4 with weight=nf2, nf3 or nf4, or weight=int."
+            )
+        return replace(self, kind=kind)
 
     @property
     def levels(self) -> tuple[float, ...]:
