@@ -38,6 +38,8 @@ class Task(L.LightningModule):
         self.quantizers = torch.nn.ModuleDict()
         # Online maps by site: the model's weights hold their inverses.
         self.maps = torch.nn.ModuleDict()
+        # Shares of the low and high end that the dynamic ranges of sites keep, where learned.
+        self.shares: dict[str, tuple[float, float]] = {}
         self.workspace = Workspace()
         self._sampler: torch.Generator | None = None
         # Loads the model as it was before any change; a run sets it.

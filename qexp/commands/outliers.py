@@ -11,6 +11,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
+from qexp.commands import outlier_ranks
 from qexp.common.errors import UserError
 from qexp.common.files import atomic
 from qexp.common.progress import bar
@@ -227,7 +228,11 @@ def measured(overrides: Sequence[str]) -> tuple[list[Row], Statistics]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """`qexp outliers FOLDER [key=value …] [-- key=value …]`: a model, then what it became."""
+    """`qexp outliers FOLDER [key=value …] [-- key=value …]`: a model, then what it became;
+    `qexp outliers ranks TABLE.csv`: rank correlations over models."""
+    if arguments and arguments[0] == "ranks":
+        outlier_ranks.main(arguments[1:])
+        return
     if not arguments or "=" in arguments[0] or arguments[0].startswith("-"):
         raise UserError("outliers: the first argument is the folder to write to")
     folder, rest = Path(arguments[0]), list(arguments[1:])

@@ -13,7 +13,7 @@ from qexp.common.errors import UserError
 from qexp.eval.perplexity import Perplexity
 from qexp.eval.token_losses import token_losses
 from qexp.eval.windowed import Passage, Windowed
-from qexp.quantizers.attention import window_of
+from qexp.quantizers.attention import counting_outliers, window_of
 from qexp.task import CausalLM, Task
 
 
@@ -65,8 +65,11 @@ class DecodingPerplexity(Windowed):
 
     def __call__(self, task: Task) -> dict[str, float]:
         window = window_of(task.model)
-        bits = {} if window is None else {"cache_bits": window.stored_bits(self.length - 1)}
-        return Windowed.__call__(self, task) | bits
+        if window is None:
+            return Windowed.__call__(self, task)
+        with counting_outliers(task.model) as shares:
+            found = Windowed.__call__(self, task)
+        return found | {"cache_bits": window.stored_bits(self.length - 1, shares())}
 
     def definition(self) -> dict[str, Any]:
         return {key: x for key, x in Windowed.definition(self).items() if key != "chunk"}

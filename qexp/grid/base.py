@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qexp.common.errors import UserError
 from qexp.grid.clipping import Clamp, Rounding, inside, reached
-from qexp.grid.observers import HistogramObserver, Observer
+from qexp.grid.observers import HistogramObserver, Observer, RowHistogramObserver
 from qexp.grid.scale import DTYPES, Scale, cut
 
 Interval = tuple[Float[Tensor, "rows 1"], Float[Tensor, "rows 1"]]
@@ -28,9 +28,9 @@ class Range(ABC):
         """UserError when the range does not fit the grid."""
         return None
 
-    def observer(self) -> Observer:
-        """An observer for values that arrive one tensor at a time."""
-        return HistogramObserver()
+    def observer(self, per_row: bool = False) -> Observer:
+        """An observer for values that arrive one tensor at a time; of each row of matrices."""
+        return RowHistogramObserver() if per_row else HistogramObserver()
 
 
 class Grid(ABC):

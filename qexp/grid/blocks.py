@@ -1,4 +1,4 @@
-"""Grids of llama.cpp's block types Q4_0, Q5_0 and Q8_0."""
+"""Grids with scales that have a sign: llama.cpp's Q4_0, Q5_0 and Q8_0, AutoRound's full range."""
 
 from dataclasses import dataclass
 
@@ -36,8 +36,10 @@ class Extreme(Range):
 class BlockGrid(EvenGrid):
     """scale · (code - 2^(bits-1)), with a float16 scale that may be negative.
 
-    4 and 5 bits: scale = extreme / -2^(bits-1), so that the value of the largest magnitude is code
-    0, whatever its sign. 8 bits: scale = max|x| / 127. A group of zeros has the scale 0.
+    2 to 5 bits: scale = extreme / -2^(bits-1), so that the value of the largest magnitude is code
+    0, whatever its sign; at 2 and 3 bits llama.cpp has no such type, and AutoRound's symmetric grid
+    (2309.05516, its code) is that of every width. 8 bits: scale = max|x| / 127. A group of zeros
+    has the scale 0.
 
     Values that the scale was fitted to go to the codes that ggml's reference quantization gives
     them (ggml-quants.c, `quantize_row_q*_ref`): by the scale before it is rounded to float16, with
@@ -53,9 +55,12 @@ class BlockGrid(EvenGrid):
     scale_dtype: str = "float16"
 
     def __post_init__(self) -> None:
-        if self.bits not in TYPES:
+        if self.bits not in (2, 3, *TYPES):
             known = ", ".join(f"{bits} ({name})" for bits, name in TYPES.items())
-            raise UserError(f"bits={self.bits!r}: llama.cpp's blocks have {known} bits.")
+            raise UserError(
+                f"bits={self.bits!r}: llama.cpp's blocks have {known} bits, and 2 or 3 follow the "
+                "formula of 4."
+            )
         if self.scale_dtype != "float16" or self.per_tensor:
             raise UserError(
                 "weight=gguf: llama.cpp's blocks have one float16 scale each; give "

@@ -1,6 +1,6 @@
 """Grids of floating-point formats and of NormalFloat: unevenly spaced values."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -14,11 +14,11 @@ from qexp.grid.integer import IntGrid
 from qexp.grid.ranges import MinMax
 from qexp.grid.scale import Scale
 from qexp.grid.scale import positive as positive_scale
+from qexp.grid.uneven import UnevenGrid
 
 NORMAL = ("nf2", "nf3", "nf4")
 KINDS = ("e4m3", "e5m2", "e2m1", *NORMAL)
 TAILS = ("own", "nf4")
-NEAR = 0.4999  # positions stay so close to the code that they round to
 
 
 @cache
@@ -54,7 +54,7 @@ def levels(kind: str, tail: str = "own") -> tuple[float, ...]:
 
 
 @dataclass(frozen=True)
-class LevelGrid(Grid):
+class LevelGrid(UnevenGrid):
     """Unevenly spaced values of a named format (e4m3, e5m2, e2m1, nf2, nf3, nf4) times a scale per
     row.
 
@@ -63,10 +63,6 @@ class LevelGrid(Grid):
     (BitDistiller, 2402.10631); it takes the place of a zero point.
 
     scale = max|x| / largest level. Ties round to the even mantissa, as floating-point casts do.
-
-    Gradients: a value's `position` among the codes is rounded and clamped as on an integer grid, so
-    surrogates see steps of one code. The width of a step divides on the way from values to codes
-    and multiplies on the way back; both are left out, so dy/dx is the product of the two slopes.
     """
 
     kind: str = "nf4"
@@ -91,22 +87,19 @@ class LevelGrid(Grid):
         if self.scales is not None and self.scales.axis != "outputs":
             raise UserError("weight.scales.axis=inputs: scales of levels have axis=outputs.")
 
-    @property
-    def bits(self) -> int:
-        return (len(self.levels) - 1).bit_length()
+    def with_bits(self, bits: int) -> "LevelGrid":
+        kind = f"nf{bits}"
+        if self.kind not in NORMAL or kind not in NORMAL:
+            raise UserError(
+                f"method.options={bits}: {self.kind} has no form of {bits} bits; give options from "
+                "2 to 4 with weight=nf2, nf3 or nf4, or weight=int."
+            )
+        return replace(self, kind=kind)
 
     @property
     def levels(self) -> tuple[float, ...]:
         """The values, unscaled."""
         return levels(self.kind, self.tail)
-
-    @property
-    def top(self) -> int:
-        return len(self.levels) - 1
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        return self.levels[0], self.levels[-1]
 
     @property
     def has_zero(self) -> bool:
@@ -159,34 +152,3 @@ class LevelGrid(Grid):
         level = table[codes.detach().nan_to_num().long()]
         scale = torch.where(level < 0, q.zero, q.scale) if self.signed_scales else q.scale
         return (level + (codes - codes.detach())).to(q.scale.dtype) * scale
-
-    def code_position(self, v: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """k at level k and linear between two levels, beyond the ends as in the last step; rounds
-        to the code of the nearest level, ties included. Its gradient is 1 per unit of v."""
-        table, edges = torch.tensor(self.levels), self._edges(torch.device("cpu"))
-        value, top = v.detach().float(), self.top
-        # Half steps, from a level to an edge or from an edge to a level, and both sides beyond.
-        bounds = torch.cat([torch.stack([table[:-1], edges], 1).flatten(), table[-1:]])
-        near = (torch.arange(2 * top + 2) // 2).float()
-        width = table.diff().repeat_interleave(2)
-        width = torch.cat([width[:1], width, width[-1:]])
-        low = torch.where(torch.arange(2 * top + 2) % 2 == 1, near, near - NEAR)
-        high = torch.where(torch.arange(2 * top + 2) % 2 == 1, near + NEAR, near)
-        low[0], high[-1] = -torch.inf, torch.inf
-        low[-1] = torch.nextafter(near[-1], high[-1])  # a sum would round to the end itself
-        step = torch.bucketize(value, bounds.to(v.device))
-        near, level, width, low, high = (
-            each.to(v.device)[step] for each in (near, table[near.long()], width, low, high)
-        )
-        at = (near + (value - level) / width).clamp(low, high)
-        return at + (v - v.detach()).nan_to_num()  # an infinite value is clipped all the same
-
-    def _edges(self, device: torch.device) -> Float[Tensor, " edges"]:
-        """Midpoints between levels, lowered by one step of float32 where a tie rounds up."""
-        table = torch.tensor(self.levels)
-        middle = (table[1:] + table[:-1]) / 2
-        # The distance from 0 in codes has the parity of the mantissa.
-        away = (torch.arange(len(table)) - int((table == 0).nonzero())).abs()
-        up = away[1:] % 2 == 0
-        lowered = torch.nextafter(middle, torch.full_like(middle, -torch.inf))
-        return torch.where(up, lowered, middle).to(device)

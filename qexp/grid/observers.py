@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from qexp.common.errors import UserError
 
 # Bins of an observed histogram. Its range doubles when a value exceeds it, so at worst half of the
 # bins cover the data: a bin is 2⁻¹⁵ of the largest magnitude.
 BINS = 2**16
+ROW_BINS = 2**11  # of each row of a matrix
 
 
 class Observer(ABC):
@@ -138,6 +140,52 @@ class HistogramObserver(Observer):
             self.counts = torch.zeros_like(self.counts)
             self.counts[BINS // 4 : BINS // 4 + len(merged)] = merged
             self.max_abs *= 2
+
+
+class RowHistogramObserver(Observer):
+    """A histogram of each row of matrices [rows, …] of equally many rows.
+
+    The range of a row doubles when a value exceeds it, so at worst half of its bins cover the data.
+    """
+
+    def __init__(self) -> None:
+        self.reach: Float[Tensor, "rows 1"] | None = None
+        self.counts: Float[Tensor, "rows bins"] = torch.zeros(0, ROW_BINS)
+
+    def add(self, x: Float[Tensor, "..."]) -> None:
+        _bounds(x)
+        rows = x.detach().float().flatten(1).cpu()
+        most = rows.abs().amax(1, keepdim=True)
+        if self.reach is None:
+            self.reach = most.clamp(min=torch.finfo(torch.float32).tiny)
+            self.counts = torch.zeros(len(rows), ROW_BINS)
+        self._widen(most)
+        at = ((rows / self.reach + 1) * (ROW_BINS / 2)).long().clamp(0, ROW_BINS - 1)
+        self.counts.scatter_add_(1, at, torch.ones_like(rows))
+
+    def restart(self) -> None:
+        self.counts = torch.zeros_like(self.counts)
+
+    def merge(self, others: Sequence["RowHistogramObserver"]) -> None:
+        every = [each for each in (self, *others) if each.reach is not None]
+        widest = torch.cat([each.reach for each in every if each.reach is not None], 1)
+        for each in every:
+            each._widen(widest.amax(1, keepdim=True))
+        self.counts = torch.stack([each.counts for each in every]).sum(0)
+
+    def values(self) -> tuple[Float[Tensor, "rows size"], Float[Tensor, "rows size"]]:
+        if self.reach is None or not self.counts.any():
+            _check_not_empty(torch.inf, -torch.inf)
+        assert self.reach is not None
+        centers = (torch.arange(ROW_BINS) + 0.5) * (2 / ROW_BINS) - 1
+        return centers * self.reach, self.counts
+
+    def _widen(self, most: Float[Tensor, "rows 1"]) -> None:
+        assert self.reach is not None
+        while (narrow := (most > self.reach).flatten()).any():
+            merged = self.counts[narrow].unflatten(1, (-1, 2)).sum(2)
+            self.counts[narrow] = pad(merged, (ROW_BINS // 4, ROW_BINS // 4))
+            self.reach[narrow] *= 2
 
 
 def _bounds(x: Tensor) -> tuple[float, float]:

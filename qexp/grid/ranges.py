@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qexp.common.errors import check_int, check_positive, check_range
 from qexp.grid.base import Grid, Interval, Range
-from qexp.grid.observers import MinMaxObserver, Observer
+from qexp.grid.observers import MinMaxObserver, Observer, RowObserver
 
 EMPTY = 1e-4  # count of a histogram bin without values
 
@@ -45,8 +45,8 @@ class MinMax(Range):
         high = _seen(x, counts, -torch.inf).amax(1, keepdim=True)
         return (low, high) if self.keep == 1 else (low * self.keep, high * self.keep)
 
-    def observer(self) -> Observer:
-        return MinMaxObserver()
+    def observer(self, per_row: bool = False) -> Observer:
+        return RowObserver() if per_row else MinMaxObserver()
 
 
 class OfStream(Range):
@@ -74,7 +74,7 @@ class MovingAverage(OfStream):
     def __post_init__(self) -> None:
         check_range("range", self, "a number from 0 to below 1", lambda x: 0 <= x < 1, "momentum")
 
-    def observer(self) -> Observer:
+    def observer(self, per_row: bool = False) -> Observer:
         return MinMaxObserver(self.momentum)
 
 

@@ -83,3 +83,34 @@ class MeanMagnitude(Range):
         mean = (x.abs() * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
         reach = (grid.top + 1) / 2 * mean
         return -reach, reach
+
+
+@dataclass(frozen=True)
+class LeastSquares(Range):
+    """The interval of a `StepGrid` of two or three values whose step minimizes Σ (x - Q(x))² of
+    each row (the least-squares binary quantization of PARQ, 2503.15748): ±s/2 with the mean
+    magnitude, or the mean of the k largest magnitudes with the k that keeps most of Σ x²."""
+
+    def check(self, grid: Grid) -> None:
+        if not isinstance(grid, StepGrid) or grid.levels > 3:
+            raise UserError(
+                "weight/range=least_squares: its interval is that of two or three evenly spaced "
+                "values; give weight=seq weight.levels=2 or 3, or weight/range=mse."
+            )
+
+    def __call__(
+        self,
+        x: Float[Tensor, "rows size"],
+        grid: Grid,
+        counts: Float[Tensor, "rows size"] | None = None,
+    ) -> Interval:
+        weight = torch.ones_like(x) if counts is None else counts
+        magnitudes, order = x.abs().sort(dim=1, descending=True)
+        mass = weight.gather(1, order).double()
+        moment = (mass * magnitudes).cumsum(1)
+        mass = mass.cumsum(1).clamp(min=torch.finfo(torch.float64).tiny)
+        last = torch.full_like(order[:, :1], x.shape[1] - 1)
+        best = (moment.square() / mass).argmax(1, keepdim=True) if grid.top == 2 else last
+        mean = (moment.gather(1, best) / mass.gather(1, best)).to(x)
+        reach = (grid.top + 1) / 2 * mean * (1 if grid.top == 2 else 2)
+        return -reach, reach

@@ -24,7 +24,7 @@ class TokenQuantile(OfStream):
             "range", self, "a number above 0.5 and at most 1", lambda x: 0.5 < x <= 1, "share"
         )
 
-    def observer(self) -> Observer:
+    def observer(self, per_row: bool = False) -> Observer:
         return TokenObserver(self.share)
 
 

@@ -12,12 +12,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qexp.common.errors import UserError, check_choice, check_int, check_number
+from qexp.common.frozen import frozen
 from qexp.common.progress import bar
 from qexp.grid.scale import DTYPES
 from qexp.hessian import gradient_hooks
 from qexp.hessian.base import CacheableHessian, ForEachGroup, Measured, OnHessian
 from qexp.hessian.float_weights import AtFloatWeights
-from qexp.hessian.gradient_hooks import check_dead, frozen, watching
+from qexp.hessian.gradient_hooks import check_dead, watching
 from qexp.walk import Block
 
 SCHEDULES = ("per_block", "every_k", "one_pass")

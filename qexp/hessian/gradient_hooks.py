@@ -13,19 +13,6 @@ OnGradient = Callable[[str, Tensor, Tensor], None]
 
 
 @contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """Within the context no parameter requires a gradient: only x and g are collected."""
-    wanted = [p for p in module.parameters() if p.requires_grad]
-    for parameter in wanted:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)
-
-
-@contextmanager
 def watching(linears: dict[str, nn.Module], take: OnGradient) -> Iterator[None]:
     """Within the context, the backward pass calls `take(name, inputs, output gradients)`."""
     handles = []

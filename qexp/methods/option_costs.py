@@ -1,7 +1,7 @@
 """Costs of rounding single linears in one way, in units that compare between layers."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qexp.common.errors import UserError, check_bool, check_int
-from qexp.hessian import AtFloatWeights, CacheableHessian
+from qexp.common.frozen import frozen
+from qexp.hessian import AtFloatWeights, CacheableHessian, Diagonal
 from qexp.hessian.base import ForEachGroup, collected
-from qexp.hessian.gradient_hooks import frozen
 from qexp.solvers.base import error
 from qexp.step import Record
 from qexp.task import Batch, Task
@@ -56,26 +56,60 @@ class Loss(Metric):
     def __call__(
         self, task: Task, data: Sequence[Batch], records: Sequence[Record]
     ) -> dict[str, float]:
-        rounded = {record.name: record.packed for record in records}
-        measure: ForEachGroup | None = None
-        costs: dict[str, float] = {}
-        for block in walk(task, data, divide=self.hessian.divides):
-            block.skip()
-            measure = measure or AtFloatWeights(self.hessian).prepare(block)
-            hessians = collected(measure, block)
-            for name, linear in block.linears.items():
-                full = f"{block.name}.{name}"
-                weight = linear.weight.detach()
-                change = rounded[full].dequantize().to(weight) - weight
-                costs[full] = self._increase(change, hessians[name]) / len(change)
-        return costs
+        return _by_hessian(self.hessian, task, data, records, self._increase)
 
     def _increase(
         self, change: Float[Tensor, "rows columns"], hessian: Float[Tensor, "columns columns"]
     ) -> float:
         if self.average:
-            return float(hessian.diagonal().double().mean()) * error(change, None)
-        return error(change, hessian)
+            mean = float(hessian.diagonal().double().mean())
+            return mean * error(change, None) / len(change)
+        return error(change, hessian) / len(change)
+
+
+@dataclass(frozen=True)
+class Fisher(Metric):
+    """Σ F ∘ Δ² with F the squared gradients of every weight: the second-order increase of the loss
+    in the diagonal of its Fisher matrix (LQ-LoRA, 2311.12023).
+
+    hessian: of squared gradients, measured at float weights, whatever its schedule.
+    """
+
+    hessian: Diagonal
+
+    def __call__(
+        self, task: Task, data: Sequence[Batch], records: Sequence[Record]
+    ) -> dict[str, float]:
+        return _by_hessian(
+            self.hessian,
+            task,
+            data,
+            records,
+            lambda change, fisher: float((fisher * change.square()).sum(dtype=torch.float64)),
+        )
+
+
+def _by_hessian(
+    hessian: CacheableHessian,
+    task: Task,
+    data: Sequence[Batch],
+    records: Sequence[Record],
+    cost: Callable[[Tensor, Tensor], float],
+) -> dict[str, float]:
+    """`cost` of the change of every linear and its Hessian at float weights."""
+    rounded = {record.name: record.packed for record in records}
+    measure: ForEachGroup | None = None
+    costs: dict[str, float] = {}
+    for block in walk(task, data, divide=hessian.divides):
+        block.skip()
+        measure = measure or AtFloatWeights(hessian).prepare(block)
+        hessians = collected(measure, block)
+        for name, linear in block.linears.items():
+            full = f"{block.name}.{name}"
+            weight = linear.weight.detach()
+            change = rounded[full].dequantize().to(weight) - weight
+            costs[full] = cost(change, hessians[name])
+    return costs
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ rest to the fused kernel, unless a window makes some queries read them float and
 Both map operands before they round them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -82,10 +82,45 @@ def inserted(model: nn.Module, inside: dict[nn.Module, Inside]) -> Iterator[None
             object.__setattr__(module, "_qexp_inside", own)
 
 
+@contextmanager
+def as_decoded(model: nn.Module) -> Iterator[None]:
+    """Within the context every position of a pass reads the cache as a step of decoding does."""
+    found = {module: _of(module).window for module in model.modules()}
+    windows = {module: replace(w, prefill=False) for module, w in found.items() if w is not None}
+    with inserted(model, {module: Inside({}, window=w) for module, w in windows.items()}):
+        yield
+
+
 def window_of(model: nn.Module) -> Window | None:
     """The window of the model's quantized cache; None where there is none."""
     found = (_of(module).window for module in model.modules())
     return next((window for window in found if window is not None), None)
+
+
+@contextmanager
+def counting_outliers(model: nn.Module) -> Iterator[Callable[[], tuple[float, float]]]:
+    """Within the context the quantizers of the cache count the values that stay as they are; what
+    it yields returns their shares of keys and of values."""
+    found = {module: _of(module) for module in model.modules()}
+    pairs = [own.quantizers for own in found.values() if own.window is not None]
+    lists: dict[str, list[tuple[int, int]]] = {name: [] for name in CACHE}
+    for quantizers in pairs:
+        for name, counts in lists.items():
+            quantizers[name].kept = counts  # type: ignore[assignment]
+
+    def shares() -> tuple[float, float]:
+        keys, values = (
+            sum(kept for kept, _ in counts) / max(sum(size for _, size in counts), 1)
+            for counts in lists.values()
+        )
+        return keys, values
+
+    try:
+        yield shares
+    finally:
+        for quantizers in pairs:
+            for name in CACHE:
+                quantizers[name].kept = None  # type: ignore[assignment]
 
 
 def reads_float(model: nn.Module) -> bool:

@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qexp.common.errors import FieldError, UserError, check_choice, check_int
+from qexp.common.errors import FieldError, UserError, check_choice, check_int, check_range
 from qexp.grid import Grid
 from qexp.grid.clipping import Rounding
-from qexp.grid.ranges import MinMax
+from qexp.grid.ranges import MinMax, OfStream
 from qexp.grid.scale import cut
-from qexp.quantizers.activation import FakeQuant
+from qexp.grid.trimmed import Trimmed
+from qexp.quantizers.activation import FakeQuant, beyond
 from qexp.quantizers.attention import CACHE
 from qexp.quantizers.operands import inside, operand_names
 from qexp.quantizers.scheme import Activations
@@ -31,8 +32,10 @@ class CacheWindow(Activations):
     float; `Window` says which those are. sinks: first tokens that stay float. static_keys: scales
     of key channels are fitted to calibration data, and have no groups. before_rotary: keys are
     rounded as their projection returns them. per_head: tokens have scales per head; otherwise for
-    all heads together. protocol: `teacher_forced`, every position is a step of decoding, or
-    `prefill`, the call that starts a cache reads it float, as prompts do in deployment.
+    all heads together. outliers: share of the outermost values of each vector that stay as they
+    are, and that its range leaves out (KVQuant's dense-and-sparse form). protocol:
+    `teacher_forced`, every position is a step of decoding, or `prefill`, the call that starts a
+    cache reads it float, as prompts do in deployment.
     """
 
     grid: Grid
@@ -43,6 +46,7 @@ class CacheWindow(Activations):
     static_keys: bool = False
     before_rotary: bool = False
     per_head: bool = True
+    outliers: float | int = 0
     protocol: str = "teacher_forced"
 
     def __post_init__(self) -> None:
@@ -52,8 +56,14 @@ class CacheWindow(Activations):
             raise FieldError("grid.per_tensor=true: vectors of a cache have scales; give false.")
         if self.static_keys and self.keys != "channel":
             raise FieldError("static_keys=true with keys=token: give keys=channel, or false.")
-        if self.static_keys and not isinstance(self.grid.range, MinMax):
-            raise FieldError("static_keys=true: ranges of channels are min-max; give range=minmax.")
+        if self.static_keys and isinstance(self.grid.range, OfStream):
+            raise FieldError("static_keys=true: channels have ranges; give range=minmax.")
+        check_range(None, self, "a number from 0 to below 1", lambda x: 0 <= x < 1, "outliers")
+        if self.outliers and self.grid.range != MinMax():
+            raise FieldError(
+                f"outliers={self.outliers}: the range is that of what is left; give range=minmax, "
+                "or outliers=0."
+            )
         if self.static_keys and self.grid.group_size is not None:
             raise FieldError(
                 f"static_keys=true with grid.group_size={self.grid.group_size}: a channel has one "
@@ -103,7 +113,13 @@ class CacheWindow(Activations):
 
         def make(operand: str) -> nn.Module:
             static = self.static_keys and operand == "key"
-            return FakeQuant(self.grid, not static, per_row=static, caller=repr(window))
+            return FakeQuant(
+                self._trimmed,
+                not static,
+                per_row=static,
+                keep_clipped=self.outliers > 0,
+                caller=repr(window),
+            )
 
         projections = _key_projections(task) if doubled else []
         made = inside(task, make, CACHE, window)
@@ -125,8 +141,18 @@ class CacheWindow(Activations):
         values = grid.bits + each / (grid.group_size or vector)
         return (float(grid.bits) if self.static_keys else values), values
 
+    @property
+    def _trimmed(self) -> Grid:
+        return replace(self.grid, range=Trimmed(self.outliers)) if self.outliers else self.grid  # type: ignore[type-var]
+
     def rounded(self, x: Tensor, rounding: Rounding = torch.round) -> Tensor:
-        return self.grid(x.reshape(-1, x.shape[-1]).float(), rounding).reshape(x.shape).to(x.dtype)
+        rows = x.reshape(-1, x.shape[-1]).float()
+        q = self._trimmed.scales_of(rows).map(lambda part: part.reshape(-1, 1))
+        groups = rows.reshape(len(q.scale), -1)
+        made = self._trimmed.round(groups, q, rounding)
+        if self.outliers and q.fitted is not None:
+            made = torch.where(beyond(groups, *q.fitted), groups, made)
+        return made.reshape(x.shape).to(x.dtype)
 
 
 def _double(linear: nn.Linear, axis: Axis, quantizer: FakeQuant, heads: int) -> None:

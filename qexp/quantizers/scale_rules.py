@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qexp.common.errors import FieldError, UserError, check_choice, check_range
-from qexp.grid import Grid, IntGrid, LevelGrid, Scale
+from qexp.grid import BlockGrid, Grid, IntGrid, LevelGrid, Scale
 from qexp.packed.base import Packed
 from qexp.packed.coded import Coded
 from qexp.quantizers.fake_quantize import FakeQuantize
@@ -178,7 +178,7 @@ class Constant(ScaleRule):
 def check_scale_rule(rule: ScaleRule, grid: Grid) -> None:
     """FieldError where zero points are to be trained and the grid has none, or rounding and its
     values are not even."""
-    if rule.has_rounding_variable and not isinstance(grid, IntGrid):
+    if rule.has_rounding_variable and not isinstance(grid, IntGrid | BlockGrid):
         raise FieldError(
             f"scale={type(rule).__name__}: rounding variables are in steps of an even grid; give "
             "weight=int, or another method/scale."

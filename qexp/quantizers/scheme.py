@@ -14,7 +14,9 @@ from qexp.common.errors import FieldError, UserError, check_number
 from qexp.common.progress import bar
 from qexp.grid import Grid
 from qexp.grid.clipping import Rounding
+from qexp.grid.codebook import CodebookGrid
 from qexp.quantizers.activation import FakeQuant, around_outliers
+from qexp.quantizers.learned_levels import learn_levels
 from qexp.quantizers.placement import Placement
 from qexp.task import Batch, Batches, Task, singly
 
@@ -106,6 +108,8 @@ def attach(task: Task, kinds: Sequence[Activations]) -> list[FakeQuant]:
         taken |= set(sites)
     made = {name: quantizer for kind in kinds for name, quantizer in kind.put(task).items()}
     for name, quantizer in made.items():
+        if name in task.shares:
+            quantizer.narrow(*task.shares[name])
         task.quantizers[name.replace(".", "/")] = quantizer.to(task.device)
     return list(made.values())
 
@@ -154,19 +158,22 @@ def quantize_activations(task: Task, kinds: Sequence[Activations], batches: Batc
     UserError where two kinds share a site or the calibration data do not reach one.
     """
     quantizers = attach(task, kinds)
-    if any(not quantizer.dynamic for quantizer in quantizers):
+    static = any(not quantizer.dynamic for quantizer in quantizers)
+    levels = any(isinstance(quantizer.grid, CodebookGrid) for quantizer in quantizers)
+    parts = singly(batches()) if static or levels else []
+    if (static or levels) and not parts:
+        raise UserError(
+            "calibration: there are no sequences, and static ranges and levels of activations are "
+            "fitted to some; choose a recipe, for example calibration=first"
+        )
+    if static:
         for quantizer in quantizers:
             quantizer.start_observing()
-        parts = singly(batches())
-        if not parts:
-            raise UserError(
-                "calibration: there are no sequences, and static ranges of activations are fitted "
-                "to some; choose a recipe, for example calibration=first"
-            )
         with all_called(task, "calibration"):
             _observe(task, parts, [q for q in quantizers if q.observer is not None])
     for quantizer in quantizers:
         quantizer.fix_range()
+    learn_levels(task, quantizers, parts)
 
 
 def _observe(task: Task, parts: Sequence[Batch], quantizers: Sequence[FakeQuant]) -> None:

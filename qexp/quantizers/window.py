@@ -100,13 +100,17 @@ class Window:
         token = torch.arange(tokens)[None]
         return (token < self._rounded_until(operand, at)) & (token >= self.sinks)
 
-    def stored_bits(self, tokens: int) -> float:
-        """Bits per number of keys and values after `tokens` tokens; a float one has 16."""
+    def stored_bits(self, tokens: int, kept: tuple[float, float] = (0.0, 0.0)) -> float:
+        """Bits per number of keys and values after `tokens` tokens; a float one has 16.
+
+        kept: shares of rounded keys and values that are outliers; each takes a value and an index
+        of 16 bits more.
+        """
         total = 0.0
-        for operand, cost in zip(("key", "value"), self.costs, strict=True):
+        for operand, cost, share in zip(("key", "value"), self.costs, kept, strict=True):
             until = int(self._rounded_until(operand, torch.tensor(tokens)))
             rounded = max(min(until, tokens) - self.sinks, 0)
-            total += rounded * cost + (tokens - rounded) * 16
+            total += rounded * (cost + 32 * share) + (tokens - rounded) * 16
         return total / (2 * tokens)
 
     def _axis(self, operand: str) -> Axis:

@@ -9,9 +9,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from qexp.common.errors import check_int, check_number
+from qexp.grid.kmeans import kmeans
 from qexp.packed.table import Table
 from qexp.solvers.base import Solution
-from qexp.solvers.codebook import ascending, kmeans, least_squares, nearest_codes, onto
+from qexp.solvers.codebook import ascending, least_squares, nearest_codes, onto
 from qexp.solvers.squeezellm import OnTable
 from qexp.solvers.sweep import descend
 

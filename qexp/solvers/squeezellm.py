@@ -8,11 +8,12 @@ from torch import Tensor
 
 from qexp.common.errors import UserError, check_bool, check_choice, check_int, check_range
 from qexp.grid import IntGrid
+from qexp.grid.kmeans import kmeans
 from qexp.grid.scale import DTYPES
 from qexp.packed.outliers import Outliers
 from qexp.packed.table import Table
 from qexp.solvers.base import Solution, Solver
-from qexp.solvers.codebook import kmeans, nearest_codes
+from qexp.solvers.codebook import nearest_codes
 from qexp.solvers.rtn import RTN
 
 

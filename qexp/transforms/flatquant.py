@@ -15,13 +15,15 @@ from qexp.grid import Grid
 from qexp.grid.ranges import MinMax
 from qexp.quantizers.maps import attention_group, refuse_mapped
 from qexp.quantizers.online import balanced
+from qexp.quantizers.placement import input_name
 from qexp.quantizers.scheme import Activations
 from qexp.step import Record, Step
 from qexp.task import Batches, Task
+from qexp.transforms.activation_clip import ActivationClip, is_learnable
 from qexp.transforms.channels import Channels, channels_of
 from qexp.transforms.heads import head_shape
 from qexp.transforms.learned_maps import Invertible, LearnedKeys, LearnedMap, LearnedValues
-from qexp.transforms.omniquant import Clipping, Shape
+from qexp.transforms.learned_scales import Clipping, Shape
 from qexp.transforms.reconstruction import Reconstruction, quantized, rounded_cache, rounds_cache
 from qexp.transforms.scale_search import check_settings, first, on_device
 from qexp.transforms.site_statistics import SiteStatistics, collect_statistics
@@ -43,7 +45,8 @@ class FlatQuant(Step):
     projection reads; `values`, one on each value head, folded; `keys`, one on each head of keys and
     queries, learned where `kv` rounds a cache. diagonals: a scale per channel before the maps of
     `norms` and `down`, folded into what produces the channels. clip: learned ends of the weights'
-    ranges, as in OmniQuant.
+    ranges, as in OmniQuant. activation_clip: learned shares of both ends of the inputs' ranges, for
+    each site, where ranges are dynamic.
     rate, clip_rate: of AdamW, for maps and scales and for the ends; cosine to a thousandth.
     weight_decay: 0.01 is what the reference's optimizer has by default.
 
@@ -57,6 +60,7 @@ class FlatQuant(Step):
     maps: tuple[str, ...] | list[str] = MAPS
     diagonals: bool = True
     clip: bool = True
+    activation_clip: bool = True
     epochs: int = 15
     batch: int = 4
     rate: float = 5e-3
@@ -157,6 +161,13 @@ class FlatQuant(Step):
             for number, piece in enumerate(pieces)
             for name, parameter in piece.named_parameters()
         } | {f"{block.name}.{name}: ends": tuple(clip.parameters()) for name, clip in clips.items()}
+        inputs: list[ActivationClip] = []
+        if self.activation_clip and is_learnable(self.activation):
+            inputs = [ActivationClip(self.activation) for _ in block.groups]
+        names = [input_name(block.task.arch, block.index, group) for group in block.groups]
+        for name, each in zip(names, inputs, strict=False):
+            each.to(block.task.device)
+            named[f"{name}: ends"] = tuple(each.parameters())
         rates = [self.rate if not name.endswith(": ends") else self.clip_rate for name in named]
         groups = [
             {"params": list(parameters), "lr": rate}
@@ -172,7 +183,7 @@ class FlatQuant(Step):
         with ExitStack() as stack:
             for piece in pieces:
                 stack.enter_context(piece.live())
-            stack.enter_context(quantized(block, rules, self.activation))
+            stack.enter_context(quantized(block, rules, self.activation, inputs))
             stack.enter_context(rounded_cache(block.task, [block.index], self.kv))
             before = reconstruction.total()
             reconstruction.fit(optimizer, named, steps, generator, decay)
@@ -180,6 +191,7 @@ class FlatQuant(Step):
         log.info("%s: error %.4g, to begin with %.4g", block.name, after, before)
         for piece in pieces:
             piece.fold()
+        block.task.shares |= {name: each.shares for name, each in zip(names, inputs, strict=False)}
         for name, clip in clips.items():
             weight = block.linears[name].weight
             assign(weight, clip.clamp(weight.data))

@@ -2,16 +2,14 @@
 
 import logging
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from qexp.common.errors import UserError, check_choice, check_finite, check_int
 from qexp.common.on_disk import assign
-from qexp.gradients import Straight
 from qexp.grid import Grid
 from qexp.grid.ranges import MinMax
 from qexp.quantizers.maps import attention_group
@@ -22,73 +20,17 @@ from qexp.task import Batches, Task
 from qexp.transforms.channels import SITES, channels_of
 from qexp.transforms.heads import head_shape
 from qexp.transforms.learned_maps import Banded, LearnedMap, LearnedValues
+from qexp.transforms.learned_scales import Clipping, Shape
 from qexp.transforms.query_key import QueryKey, query_keys
 from qexp.transforms.reconstruction import Learned, Reconstruction, quantized
-from qexp.transforms.scale_search import check_settings, first, on_device, smoothed
+from qexp.transforms.scale_search import check_settings, first, on_device
+from qexp.transforms.singular import Singular
 from qexp.transforms.site_statistics import SiteStatistics, collect_statistics
 from qexp.walk import Block, walk
 
 log = logging.getLogger(__name__)
 
-
-class Clipping(nn.Module):
-    """Learnable weight clipping: each group's range is sigmoid(low) min to sigmoid(high) max."""
-
-    def __init__(self, grid: Grid, weight: Float[Tensor, "rows columns"]) -> None:
-        super().__init__()
-        self.grid = grid
-        count = 1 if grid.per_tensor else len(weight) * grid.groups(weight.shape[1])
-        self.low = nn.Parameter(torch.full((count, 1), 4.0, device=weight.device))
-        self.high = nn.Parameter(torch.full((count, 1), 4.0, device=weight.device))
-
-    def ends(self, groups: Float[Tensor, "groups size"]) -> tuple[Tensor, Tensor]:
-        low = torch.sigmoid(self.low) * groups.amin(1, keepdim=True)
-        high = torch.sigmoid(self.high) * groups.amax(1, keepdim=True)
-        if self.grid.has_zero:
-            return low, high
-        bound = torch.maximum(low.abs(), high.abs())  # a symmetric grid has one bound
-        return -bound, bound
-
-    def forward(self, weight: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
-        groups = weight.float().reshape(len(self.low), -1)
-        q = self.grid.scale_for(*self.ends(groups))
-        return self.grid.round(groups, q, Straight()).reshape(weight.shape)
-
-    @torch.no_grad()
-    def clamp(self, weight: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
-        """The weight clipped to its learned bounds."""
-        groups = weight.float().reshape(len(self.low), -1)
-        return groups.clamp(*self.ends(groups)).reshape(weight.shape).to(weight)
-
-
-class Shape(nn.Module):
-    """A learned scale exp(theta) per channel, and optionally a learned shift."""
-
-    def __init__(self, site: SiteStatistics, shift: bool, alpha: float = 0.5) -> None:
-        super().__init__()
-        self.channels = site.channels
-        low, high = site.ends
-        self.shift = None
-        largest = site.largest
-        if shift and self.channels.shiftable:
-            self.shift = nn.Parameter((low + high) / 2)
-            largest = (high - low) / 2
-        self.theta = nn.Parameter(smoothed(largest, self.channels.weights(), alpha).log())
-
-    def forward(self) -> Float[Tensor, " channels"]:
-        return torch.exp(self.theta)
-
-    def live(self) -> AbstractContextManager[None]:
-        shift = self.shift
-        return (
-            self.channels.live(self) if shift is None else self.channels.live(self, lambda: shift)
-        )
-
-    def fold(self) -> None:
-        self.channels.fold(self().detach(), None if self.shift is None else self.shift.detach())
-
-
-Piece = Shape | QueryKey | LearnedMap | LearnedValues
+Piece = Shape | QueryKey | LearnedMap | LearnedValues | Singular
 
 
 @dataclass(frozen=True)
@@ -104,6 +46,8 @@ class OmniQuant(Step):
     folded, and one on the channels of each norm, which is computed in every forward pass. band:
     share of the epochs after which all of their entries are used; before, those near the diagonal;
     0: none. stability: factor of the entries.
+    singular_rate: of trained increments of every linear's singular values (LSI, 2407.15508),
+    folded; null: none. square: side of a trained corner of the matrix of singular values.
 
     Clipping changes the weights and so the float model's logits; scales and shifts do not. A solver
     must find the clipped range again, so weight.range must be minmax.
@@ -125,16 +69,25 @@ class OmniQuant(Step):
     online: bool = False
     band: float = 1.0
     stability: float = 0.01
+    singular_rate: float | None = None
+    square: int = 0
 
     def __post_init__(self) -> None:
         check_settings(self)
         if self.sites is not None:
             check_choice("transform", self, sites=SITES)
-        check_int("transform", self, epochs=1, batch=1, seed=0)
+        check_int("transform", self, epochs=1, batch=1, seed=0, square=0)
         check_finite(
             "transform", self, "clip_rate", "scale_rate"
         )  # at 0 nothing is learned of these
         check_finite("transform", self, "band", "stability")
+        if self.singular_rate is not None:
+            check_finite("transform", self, "singular_rate")
+        elif self.square:
+            raise UserError(
+                f"transform.square={self.square}: a corner of singular values trains with the "
+                "others; give transform.singular_rate=2e-4, or transform.square=0."
+            )
         if (self.heads or self.online) and self.sites is None:
             raise UserError(
                 "transform.sites=null: matrices follow channel scales; give norms+value, or "
@@ -182,7 +135,11 @@ class OmniQuant(Step):
         shift = self.shift
         if shift is None:
             shift = not isinstance(self.activation, FloatActivations)
-        learned: list[Piece] = [Shape(site, shift) for site in statistics]
+        # Increments come first: scales are of the changed weights.
+        increments: list[Singular] = []
+        if self.singular_rate is not None:
+            increments = [Singular(linear, self.square) for linear in block.linears.values()]
+        learned: list[Piece] = [*increments, *(Shape(site, shift) for site in statistics)]
         if statistics and self.query_key and not self.grid.rowwise:
             learned += query_keys(block.task, block.index)
         bands = [matrix.to(block.task.device) for matrix in self._matrices(block, learned)]
@@ -191,9 +148,12 @@ class OmniQuant(Step):
             {"params": [p for clip in clips.values() for p in clip.parameters()]}
             | {"lr": self.clip_rate},
         ]
-        if learned:
-            scales = [p for piece in learned for p in piece.parameters()]
-            groups.append({"params": scales, "lr": self.scale_rate})
+        scaled = [p for piece in learned[len(increments) :] for p in piece.parameters()]
+        if scaled:
+            groups.append({"params": scaled, "lr": self.scale_rate})
+        if self.singular_rate is not None:
+            added = [p for piece in increments for p in piece.parameters()]
+            groups.append({"params": added, "lr": self.singular_rate})
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
         steps = self.epochs * len(inputs)
 

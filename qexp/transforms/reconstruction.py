@@ -30,24 +30,34 @@ LEAST = 0.5  # share of a parameter's channels that must receive a gradient; som
 
 
 @contextmanager
-def quantized(block: Block, rules: dict[str, Rule], activation: Activations) -> Iterator[None]:
-    """Fake-quantizes every linear of the block: its weight by its rule, its input by `activation`.
+def quantized(
+    block: Block,
+    rules: dict[str, Rule],
+    activation: Activations,
+    inputs: Sequence[nn.Module] | None = None,
+) -> Iterator[None]:
+    """Fake-quantizes every linear of the block: its weight by its rule, its input by `activation`,
+    or by one of `inputs` for each group of linears.
 
     Scales of the input come from the input itself; gradients pass straight through the rounding.
     """
     with ExitStack() as stack:
         for name, linear in block.linears.items():
             stack.enter_context(parametrized(linear, "weight", Changed(rules[name])))
-        stack.enter_context(rounded_inputs(block.task, block.index, activation))
+        stack.enter_context(rounded_inputs(block.task, block.index, activation, inputs))
         yield
 
 
 @contextmanager
-def rounded_inputs(task: Task, block: int, activation: Activations) -> Iterator[None]:
-    """Within the context, the inputs of a block's linears are rounded."""
+def rounded_inputs(
+    task: Task, block: int, activation: Activations, quantizers: Sequence[nn.Module] | None = None
+) -> Iterator[None]:
+    """Within the context, the inputs of a block's linears are rounded, by one of `quantizers` for
+    each group of linears if they are given."""
     inputs = [shared_input(task, block, group) for group in task.arch.groups]
-    for each in inputs:
-        each.quantizer = _Rounded(activation)
+    own = quantizers or [_Rounded(activation)] * len(inputs)
+    for each, quantizer in zip(inputs, own, strict=True):
+        each.quantizer = quantizer
     try:
         yield
     finally:

@@ -207,7 +207,7 @@ def test_every_job_composes_and_none_is_another(name) -> None:
 # The project's four papers, and the tables whose kinds of columns or methods no other table has.
 TINY = (
     *("autoround_llama", "bitdistiller_llama2", "contapprox", "flatquant_llama", "gptq_opt"),
-    *("kivi", "loftq_llama2", "oac_2bit", "oac_binary", "quadapter", "quanttune"),
+    *("kivi", "kvquant_llama", "loftq_llama2", "oac_2bit", "oac_binary", "quadapter", "quanttune"),
     *("squeezellm_llama", "leaderboard/kv", "leaderboard/weights_2"),
 )
 

@@ -13,6 +13,8 @@ from qexp.grid.ranges import MSE
 from qexp.packed.base import restored
 from qexp.packed.coded import Coded
 from qexp.packed.formats import gguf as blocks
+from qexp.quantizers.fake_quantize import FakeQuantize
+from qexp.quantizers.rounding_variable import Shifted
 from qexp.solvers.gptq import GPTQ
 from qexp.solvers.rtn import RTN
 
@@ -110,7 +112,7 @@ def test_positions_of_a_group_of_zeros_are_numbers():
 
 def test_settings_that_blocks_do_not_have():
     for fields, said in (
-        ({"bits": 3}, "bits=3: .* 4 \\(Q4_0\\)"),
+        ({"bits": 6}, "bits=6: .* 4 \\(Q4_0\\)"),
         ({"scale_dtype": "float32"}, "scale_dtype=float16"),
         ({"per_tensor": True}, "per_tensor=false"),
     ):
@@ -125,3 +127,31 @@ def test_codes_of_signed_scales_are_those_of_the_matrix():
     solution = RTN(BlockGrid(4))(matrix())
     same = Coded.of(BlockGrid(4), solution.weight, solution.packed.scales())
     assert torch.equal(same.codes, solution.packed.codes)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5])
+def test_the_extreme_of_each_group_is_the_lowest_code(bits: int) -> None:
+    x = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+    grid = BlockGrid(bits, group_size=16)
+    groups = x.reshape(-1, 16)
+    extreme = groups.gather(1, groups.abs().argmax(1, keepdim=True))
+    q = grid.fit(groups)
+    torch.testing.assert_close(q.scale, extreme / -(2 ** (bits - 1)), rtol=1e-3, atol=0)
+    codes = grid.encode(groups, q)
+    assert (codes.gather(1, groups.abs().argmax(1, keepdim=True)) == 0).all()
+    assert codes.min() >= 0 and codes.max() <= 2**bits - 1
+    assert ((grid(x) - x).reshape(-1, 16).abs() <= q.scale.abs() * 1.001).all()
+
+
+def test_rounding_variables_of_zero_are_round_to_nearest_on_signed_scales() -> None:
+    weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+    grid = BlockGrid(3, group_size=32)
+    made = Shifted(grid, FakeQuantize(), weight)
+    stored = made.coded(weight).dequantize()
+    torch.testing.assert_close(stored, made.eval()(weight).detach())
+    q = grid.scales_of(weight)
+    step = q.scale.repeat_interleave(32, 1).abs()
+    assert ((stored - grid(weight)).abs() <= 1.001 * step * (stored != grid(weight))).all()
+    assert (stored != grid(weight)).float().mean() < 0.01  # ties and rounded scales alone
+    made.rounding.data.fill_(0.4)
+    assert not torch.equal(made(weight), stored)

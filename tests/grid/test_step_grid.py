@@ -9,7 +9,7 @@ from torch import Tensor
 from qexp.common.errors import UserError
 from qexp.gradients import Hard
 from qexp.grid import IntGrid, Scale, StepGrid
-from qexp.grid.step_grid import MeanMagnitude
+from qexp.grid.step_grid import LeastSquares, MeanMagnitude
 from qexp.packed.bitpacking import pack_trits, unpack_trits
 from qexp.packed.coded import Coded
 from qexp.quantizers.fake_quantize import FakeQuantize
@@ -129,3 +129,25 @@ def test_everything_passes_where_nothing_is_beyond(x: Tensor) -> None:
 def test_other_numbers_of_values_are_refused(levels: int) -> None:
     with pytest.raises(UserError, match=rf"^levels={levels}: give a whole number from 2 to 256"):
         StepGrid(levels)
+
+
+@pytest.mark.parametrize("levels", [2, 3])
+def test_least_squares_is_the_best_step(levels: int, x: Tensor) -> None:
+    x = x[~(x == 0).all(1)]
+    best = StepGrid(levels, range=LeastSquares())
+    error = (best(x) - x).square().sum(1)
+    for share in torch.linspace(0.02, 1.2, 200):
+        tried = StepGrid(levels)
+        q = tried.scale_for(-share * x.abs().amax(1, True), share * x.abs().amax(1, True))
+        assert (error <= (tried.round(x, q) - x).square().sum(1) * (1 + 1e-5)).all()
+    weight = torch.randint(1, 4, x.shape).float()  # as often as a histogram counts
+    repeated = [row.repeat_interleave(n.long())[None] for row, n in zip(x, weight, strict=True)]
+    counted = best.fit(x, weight).scale.flatten()
+    each = torch.cat([best.fit(row).scale.flatten() for row in repeated])
+    torch.testing.assert_close(counted, each)
+
+
+def test_least_squares_is_refused_where_levels_are_many() -> None:
+    for grid in (StepGrid(4, range=LeastSquares()), IntGrid(2, range=LeastSquares())):
+        with pytest.raises(UserError, match=r"^weight/range=least_squares: .*weight=seq"):
+            grid.check(4, 8)

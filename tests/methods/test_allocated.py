@@ -17,7 +17,7 @@ from qexp.grid import IntGrid, LevelGrid
 from qexp.hessian import BothSides, Diagonal, Layerwise, OutputAdaptive, TokenWeighted
 from qexp.methods.allocated import Allocated
 from qexp.methods.blockwise import Blockwise
-from qexp.methods.option_costs import FirstOrder, Loss, MeasuredLoss, Metric, Relative
+from qexp.methods.option_costs import FirstOrder, Fisher, Loss, MeasuredLoss, Metric, Relative
 from qexp.solvers import GPTQ, RTN, BiLLM
 from qexp.solvers.allocation import DP, Lagrange, Rule, Uniform
 
@@ -64,6 +64,30 @@ def test_the_loss_is_that_of_the_second_order_in_one_unit(rounded, source) -> No
         assert costs[record.name] == pytest.approx(loss(delta, h) / record.rows, rel=1e-4)
         mean = float(h.diagonal().mean() * delta.square().sum()) / record.rows
         assert averages[record.name] == pytest.approx(mean, rel=1e-4)
+
+
+def test_the_fisher_cost_weighs_every_squared_change(rounded) -> None:
+    task, records = rounded
+    fisher = measured(task_of("llama"), Diagonal(schedule="one_pass"), data())
+    costs = Fisher(Diagonal())(task, data(), records)
+    for record in records:
+        expected = float((fisher[record.name] * change(task, record).square()).sum())
+        assert costs[record.name] == pytest.approx(expected, rel=1e-4)
+
+
+def test_normal_floats_within_a_budget_are_no_worse_than_one_of_them() -> None:
+    method = Blockwise(RTN(LevelGrid("nf4", group_size=32, scale_dtype="float16")), Layerwise())
+    step, task = allocated(3.5, Fisher(Diagonal()), method=method), task_of("llama")
+    costs, sizes = step._table(task, data())
+    uniform = costs[:, 1].sum()
+    picked = EXACT(costs, sizes, int(sizes[:, 1].sum()))
+    assert sum(costs[n, at] for n, at in enumerate(picked)) <= uniform
+    records = step(task, data)
+    weights = sum(record.rows * record.columns for record in records)
+    assert sum(record.packed.size() for record in records) <= 3.5 * weights
+    assert {record.option for record in records} <= {2, 3, 4} and len(
+        {record.option for record in records}
+    ) > 1
 
 
 def test_the_measured_loss_is_that_of_the_model_with_one_linear_rounded(rounded) -> None:
@@ -194,7 +218,7 @@ def test_options_are_checked(options: list) -> None:
     ("solver", "said"),
     [
         (GPTQ(GRID, carry=0.25), r"method\.quantization\.solver\.carry: "),
-        (RTN(LevelGrid("nf4")), r"method\.options=2: the codes of LevelGrid have 4 bits"),
+        (RTN(LevelGrid("e2m1")), r"method\.options=2: e2m1 has no form of 2 bits; .*weight=nf2"),
         (BiLLM(), r"method\.options=2: BiLLM has no bit width"),
     ],
     ids=["gptaq", "nf4", "billm"],

@@ -10,6 +10,8 @@ from helpers.protocols import CORPUS, protocol
 from qexp.common.errors import FieldError, UserError
 from qexp.eval.decoding import decoded
 from qexp.grid import IntGrid
+from qexp.grid.codebook import CodebookGrid
+from qexp.grid.ranges import MinMax
 from qexp.quantizers.cache_window import CacheWindow
 from qexp.quantizers.placement import KVCache
 from qexp.quantizers.scheme import QuantizedActivations, quantize_activations
@@ -19,6 +21,7 @@ GRID = IntGrid(2, include_zero=False, real_zero=True, group_size=4, scale_dtype=
 KIVI = CacheWindow(GRID, window=8)
 TOKENS = CacheWindow(IntGrid(2), keys="token")
 STATIC = CacheWindow(replace(GRID, group_size=None), static_keys=True, sinks=1, per_head=False)
+LEVELS = replace(STATIC, grid=CodebookGrid(2), before_rotary=True, outliers=0.05)
 SCHEMES = {
     "kivi": KIVI,
     "groups": replace(KIVI, window=0),
@@ -26,6 +29,8 @@ SCHEMES = {
     "both channels": replace(KIVI, values="channel"),
     "kvquant": replace(STATIC, before_rotary=True),
     "kvquant after": STATIC,
+    "levels": LEVELS,
+    "values of heads": replace(TOKENS, grid=CodebookGrid(2, group_size=8), outliers=0.2),
     "before rotary": replace(TOKENS, before_rotary=True, window=5, per_head=False),
 }
 # Every family with groups of tokens and with keys before the rotary embedding; the rest on one.
@@ -196,6 +201,8 @@ def test_the_protocol_that_decodes():
         ({"static_keys": True}, "static_keys=true with grid.group_size=4"),
         ({"protocol": "both"}, "protocol=both is unknown"),
         ({"grid": IntGrid(2, per_tensor=True)}, "grid.per_tensor=true"),
+        ({"outliers": 1}, "outliers=1: give a number from 0 to below 1"),
+        ({"grid": replace(GRID, range=MinMax(0.9)), "outliers": 0.1}, "outliers=0.1: the range"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(fields, said):

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from qexp.common.errors import UserError
 from qexp.grid import IntGrid
+from qexp.grid.kmeans import kmeans
 from qexp.hessian import Diagonal, Layerwise
 from qexp.methods.blockwise import Blockwise
 from qexp.packed.outliers import Outliers
 from qexp.packed.table import Table
 from qexp.solvers import GPTQ, LNQ, RTN, SqueezeLLM
-from qexp.solvers.codebook import ascending, kmeans, least_squares, nearest_codes, onto
+from qexp.solvers.codebook import ascending, least_squares, nearest_codes, onto
 from qexp.solvers.factor import inverse_factor
 from qexp.solvers.sweep import descend, sweep
 from qexp.walk import walk

@@ -1,5 +1,6 @@
 """FlatQuant: maps that are invertible by construction, change no logit, and lower the error."""
 
+import math
 from contextlib import ExitStack
 
 import pytest
@@ -11,9 +12,11 @@ from qexp.common.errors import UserError
 from qexp.grid import IntGrid
 from qexp.grid.ranges import MSE
 from qexp.methods.blockwise import Direct
+from qexp.quantizers.activation import FakeQuant
 from qexp.quantizers.placement import KVCache, LinearInputs
-from qexp.quantizers.scheme import FloatActivations, QuantizedActivations
+from qexp.quantizers.scheme import FloatActivations, QuantizedActivations, quantize_activations
 from qexp.solvers.rtn import RTN
+from qexp.transforms.activation_clip import ActivationClip, is_learnable
 from qexp.transforms.flatquant import FlatQuant
 from qexp.transforms.learned_maps import Invertible
 from qexp.transforms.site_statistics import collect_statistics
@@ -104,3 +107,39 @@ def test_stored_bits_are_those_of_the_factors():
 def test_settings_that_cannot_work_are_refused(fields, said):
     with pytest.raises(UserError, match=said):
         FlatQuant(**({"grid": NARROW, "activation": TOKEN, "kv": CACHE} | fields))
+
+
+def test_ends_of_activation_ranges_are_learned_and_kept_by_the_quantizers():
+    task, batch = task_of("llama"), joined("llama")
+    flat(maps=[], diagonals=False, clip=False, epochs=4, batch=1)(task, lambda: [batch])
+    found = quantized_sites(task, batch)
+    assert found.keys() == task.shares.keys() and len(found) == 4 * 3
+    for name, quantizer in found.items():
+        low, high = task.shares[name]
+        assert 0.3 < low < 1 and 0.3 < high < 1
+        assert (low, high) != pytest.approx([1 / (1 + math.exp(-4))] * 2, abs=1e-6)
+        rows = torch.randn(3, 64, generator=seeded())
+        reach = torch.maximum(-low * rows.amin(1), high * rows.amax(1))
+        torch.testing.assert_close(quantizer(rows).abs().amax(1), reach, rtol=0.15, atol=0)
+        own = FakeQuant(NARROW, dynamic=True)
+        own.load_state_dict(quantizer.state_dict())
+        assert torch.equal(own(rows), quantizer(rows))
+        assert not torch.equal(own(rows), NARROW(rows))
+
+
+def test_a_scheme_with_learned_ends_of_1_is_the_scheme():
+    x = torch.randn(5, 16, generator=seeded())
+    clip = ActivationClip(TOKEN)
+    for parameter in clip.parameters():
+        parameter.data.fill_(100.0)
+    assert torch.equal(clip(x), TOKEN.rounded(x))
+    clip(x).square().sum().backward()
+    assert not is_learnable(FloatActivations())
+    task = task_of("llama")
+    flat(maps=[], activation_clip=False)(task, lambda: [joined("llama")])
+    assert not task.shares
+
+
+def quantized_sites(task, batch):
+    quantize_activations(task, [TOKEN], lambda: [batch])
+    return {name.replace("/", "."): q for name, q in task.quantizers.items()}

@@ -12,7 +12,8 @@ from qexp.grid import IntGrid, LevelGrid
 from qexp.methods.blockwise import Direct
 from qexp.quantizers.scheme import FloatActivations
 from qexp.solvers.rtn import RTN
-from qexp.transforms.omniquant import Clipping, OmniQuant
+from qexp.transforms.learned_scales import Clipping
+from qexp.transforms.omniquant import OmniQuant
 from qexp.transforms.query_key import query_keys
 from qexp.transforms.reconstruction import Reconstruction
 from qexp.walk import walk
