@@ -26,6 +26,7 @@ NEEDS = {  # what a choice is not taken without, after the method that has a pla
     "weight=slim": ["method=slim"],
     "weight=built_in": ["method=billm"],
     "weight/range=hqq": ["weight=int", "weight.real_zero=true", "weight.include_zero=false"],
+    "weight/range=least_squares": ["weight=lsbq"],
     "weight/range=mean": ["weight=ternary"],
     "weight/range=mse_zero": ["weight=int"],
     "transform=dither": ["transform.group_size=2"],
@@ -38,6 +39,9 @@ NEEDS = {  # what a choice is not taken without, after the method that has a pla
     "calibration=mixture": ["+calibration@calibration.parts.one=synthetic"],
     "calibration=none": ["method=rtn"],
     "calibration=pileval_awq": ["data.words=4"],  # documents shorter than a window
+    "method=lq_lora_budget": [
+        *("method.start.budget=6", "method.start.quantization.residual.rank=2"),
+    ],
     "method=sparsegpt": ["method.solver.sparsity=0.25"],
     "method/hessian=diagonal": ["method=squeezellm"],
     "method/hessian=diagonal_one_pass": ["method=squeezellm"],
@@ -54,8 +58,9 @@ NEEDS = {  # what a choice is not taken without, after the method that has a pla
     **{
         f"method/{part}": ["method.budget=3.5", "method.options=[2,3]"]
         for part in (
-            *("metric=first_order", "metric=hawq", "metric=loss", "metric=loss_output"),
-            *("metric=measured", "metric=relative", "rule=dp", "rule=lagrange", "rule=uniform"),
+            *("metric=first_order", "metric=fisher", "metric=hawq", "metric=loss"),
+            *("metric=loss_output", "metric=measured", "metric=relative"),
+            *("rule=dp", "rule=lagrange", "rule=uniform"),
         )
     },
 }
