@@ -1,5 +1,6 @@
 """Memory that a run needs, by the shapes of its model, before anything is loaded."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -44,6 +45,18 @@ class Footprint:
         return f"about {self.peak / GIB:.2g} GiB of memory"
 
 
+def inside(tokens: int, widest: int, hidden: int) -> int:
+    """Numbers that are in memory while tokens are inside a block."""
+    return tokens * (3 * widest + 6 * hidden)
+
+
+def solving(shapes: Sequence[tuple[int, int]], squares: int = SQUARES) -> int:
+    """Numbers that are in memory while matrices of these rows and columns are solved, in turn.
+    squares: 0 for solvers without a Hessian."""
+    largest = max(columns for _, columns in shapes)
+    return squares * largest**2 + MATRICES * max(rows * columns for rows, columns in shapes)
+
+
 def of(cfg: DictConfig) -> Footprint | None:
     """The footprint of a run; None for a model whose shapes are not known without loading it."""
     source = instantiate(cfg.model)
@@ -60,7 +73,6 @@ def of(cfg: DictConfig) -> Footprint | None:
     found = [first.get_submodule(name) for group in arch.groups for name in group.linears]
     shapes = [(part.weight.shape[0], part.weight.shape[1]) for part in found]
     walks = "hessian" in cfg.method  # block by block, with calibration data
-    columns = max(own for _, own in shapes) if walks else 0
     load = str(cfg.model.get("load", "whole"))
     weights = each * model.num_parameters()
     if load == "stream":
@@ -72,14 +84,14 @@ def of(cfg: DictConfig) -> Footprint | None:
     between = 2 * each * tokens * config.hidden_size
     if cfg.get("memory") is not None and between > 2 * cfg.memory * GIB:
         between = on_disk.RESIDENT
-    inside = at_once * (3 * max(rows for rows, _ in shapes) + 6 * config.hidden_size) * each
+    within = each * inside(at_once, max(rows for rows, _ in shapes), config.hidden_size)
     if cfg.method.get("chunk") is None:  # then the walk takes what fits
-        inside = min(inside, psutil.virtual_memory().available // 2)
+        within = min(within, psutil.virtual_memory().available // 2)
     return Footprint(
         load,
         weights,
-        4 * (SQUARES * columns**2 + MATRICES * max(rows * own for rows, own in shapes)),
-        between + inside,
+        4 * solving(shapes, SQUARES if walks else 0),
+        between + within,
         8 * task.POSITIONS * getattr(config, "vocab_size", 0),
     )
 
