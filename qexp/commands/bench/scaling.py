@@ -49,7 +49,7 @@ class Scaling:
     widths: Sequence[int] = (512, 1024, 2048, 4096)
     sequences: Sequence[int] = (4, 8, 16, 32, 64)
     blocks: Sequence[int] = (2, 4, 8, 16)
-    middle: Sequence[int] = (1024, 16, 2)
+    middle: Sequence[int] = (1024, 16, 1)
     length: int = 128
     head: int = 64
     vocabulary: int = 8192
