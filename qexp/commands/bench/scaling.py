@@ -4,7 +4,9 @@ number of operations, and what the laws predict for larger models."""
 import gc
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -22,7 +24,10 @@ from qexp.methods.blockwise import Blockwise
 from qexp.packed.base import Packed
 from qexp.packed.shelved import Shelved
 from qexp.runs.provenance import processor
+from qexp.solvers.base import Solution
+from qexp.solvers.wrapper import Wrapper
 from qexp.step import Record
+from qexp.task import Task
 from qexp.walk import walk
 from qexp.walk.blocks import OnInputs
 
@@ -138,6 +143,20 @@ def scaling(cfg: DictConfig, overrides: list[str]) -> None:
             print(f"{line}   {found.least:<8.2g} {found.most:.2g}")
 
 
+@dataclass(frozen=True)
+class Timed(Wrapper):
+    """A solver whose seconds are kept: those of a record are wall time."""
+
+    task: Task = field(compare=False, repr=False)
+    seconds: list[float] = field(compare=False, repr=False)
+
+    def __call__(self, weight: Tensor, hessian: Tensor, **extra: Any) -> Solution:
+        solutions: list[Solution] = []
+        work = partial(self.base, weight, hessian, **extra)
+        self.seconds.append(spent(self.task, lambda: solutions.append(work())))
+        return solutions[0]
+
+
 def measured(sizes: Sizes, words: Sequence[str]) -> dict[str, Cost]:
     """The costs of each stage on a random model of these sizes.
 
@@ -153,7 +172,8 @@ def measured(sizes: Sizes, words: Sequence[str]) -> dict[str, Cost]:
     if not isinstance(method, Blockwise):
         raise UserError("method: bench scaling counts the operations of GPTQ; give method=gptq")
     seconds, memory = dict[str, float](), dict[str, float]()
-    moments, records = list[float](), list[Record]()
+    moments, solved, records = list[float](), list[float](), list[Record]()
+    method = replace(method, solver=Timed(method.solver, task, solved))
 
     def walked(on_inputs: OnInputs) -> None:
         for block in walk(task, batches):
@@ -176,8 +196,7 @@ def measured(sizes: Sizes, words: Sequence[str]) -> dict[str, Cost]:
         peak(task)  # from here on
         seconds[name] = spent(task, work)
         memory[name] = max(peak(task) - before, MIB)
-    job, seconds["Hessian"] = seconds["solve"], sum(moments)
-    seconds["solve"] = sum(record.seconds for record in records)
+    job, seconds["Hessian"], seconds["solve"] = seconds["solve"], sum(moments), sum(solved)
     seconds["write"] = job - sum(seconds[name] for name in ("forward", "Hessian", "solve"))
     memory["write"] = memory["solve"]
     counts, held = laws.operations(sizes), laws.numbers(sizes, evaluator.batch_tokens)
