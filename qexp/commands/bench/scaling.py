@@ -237,7 +237,7 @@ def _hardware(asked: Scaling, cfg: DictConfig) -> dict[str, float]:
     """Prints the rates of products here and of the hardware of the prediction; their ratio, by
     stage."""
     task, _ = loaded(cfg)
-    rates = products(task, 2 * max(asked.widths))
+    rates = products(task, max(asked.widths))
     dtype = str(cfg.model.dtype)
     here = {"rate": rates[f"{dtype} rate"], "rate32": rates["float32 rate"]}
     there = {key: getattr(asked, key) or here[key] for key in here}
