@@ -83,6 +83,10 @@ def test_a_prediction_is_the_sum_of_its_stages_on_faster_hardware() -> None:
     assert found["solve"].seconds == pytest.approx(counts["solve"] / 2)
     assert found["all"].seconds == pytest.approx(sum(counts.values()) / 2)
     assert found["all"].least == pytest.approx(found["all"].most)  # two points have no error
+    slow = laws.fit([1, 100], [1, 10])  # exponent 1/2: the law would be faster than any point
+    bounded = laws.predicted({"solve": slow}, TINY, {"solve": 1.0})["solve"]
+    assert bounded.seconds == pytest.approx(counts["solve"] / 10)
+    assert bounded.seconds > slow.at(counts["solve"])
 
 
 WORDS = ["+scaling.widths=[64]", "+scaling.sequences=[2]", "+scaling.blocks=[1,2]"]

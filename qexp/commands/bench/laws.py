@@ -77,7 +77,7 @@ class Law(NamedTuple):
 
     deviation: standard deviation of the logarithms from the law, with two degrees of freedom less
     than points. center, square: mean of the logarithms of the counts, and sum of the squares of
-    their distances from it. points: their number.
+    their distances from it. points: their number. rate: the highest count / value of them.
     """
 
     exponent: float
@@ -86,6 +86,7 @@ class Law(NamedTuple):
     center: float
     square: float
     points: int
+    rate: float
 
     def at(self, count: float) -> float:
         return math.exp(self.offset + self.exponent * math.log(count))
@@ -108,7 +109,8 @@ def fit(counts: Sequence[float], values: Sequence[float]) -> Law:
     offset = level - exponent * center
     left = sum((b - offset - exponent * a) ** 2 for a, b in zip(x, y, strict=True))
     deviation = math.sqrt(left / (len(x) - 2)) if len(x) > 2 else 0.0
-    return Law(exponent, offset, deviation, center, square, len(x))
+    rate = max(count / value for count, value in zip(counts, values, strict=True))
+    return Law(exponent, offset, deviation, center, square, len(x), rate)
 
 
 class Prediction(NamedTuple):
@@ -124,10 +126,15 @@ def predicted(
 ) -> dict[str, Prediction]:
     """Seconds of each stage at other sizes, and of `all` stages.
 
-    faster: how many times as many operations per second other hardware computes, by stage.
+    An exponent below 1, small matrices being slow, is not continued: no stage is predicted to
+    compute faster than where it was fastest. faster: how many times as many operations per second
+    other hardware computes, by stage.
     """
     found, counts = {}, operations(sizes)
     for stage, law in laws.items():
-        seconds, error = law.at(counts[stage]) / faster[stage], law.error(counts[stage])
-        found[stage] = Prediction(seconds, seconds / error, seconds * error)
+        count, error = counts[stage], law.error(counts[stage])
+        bound = count / law.rate
+        seconds = max(law.at(count), bound)
+        each = (seconds, max(seconds / error, bound), seconds * error)
+        found[stage] = Prediction(*(value / faster[stage] for value in each))
     return found | {"all": Prediction(*map(sum, zip(*found.values(), strict=True)))}
