@@ -122,13 +122,14 @@ class CausalLM(Task):
         self, hidden: Float[Tensor, "positions width"], targets: Int[Tensor, " positions"]
     ) -> Float[Tensor, " positions"]:
         """Cross-entropy of each position in nats, float32; logits exist for one chunk at a time."""
-        losses = []
-        chunks = zip(self.logits(hidden), targets.split(POSITIONS), strict=True)
-        for logits, labels in chunks:
+        losses, rest = [], targets
+        for logits in self.logits(hidden):
+            labels, rest = rest[: len(logits)], rest[len(logits) :]
             if self._sampler is not None:
-                probabilities = logits.detach().softmax(-1)
-                labels = probabilities.multinomial(1, generator=self._sampler).flatten()
+                drawn = logits.detach().softmax(-1).multinomial(1, generator=self._sampler)
+                labels = drawn.flatten()
             losses.append(F.cross_entropy(logits, labels.to(logits.device), reduction="none"))
+            del logits  # else two chunks of them were in memory while the next one is computed
         return torch.cat(losses)
 
     def loss(self, batch: Batch) -> Float[Tensor, ""]:

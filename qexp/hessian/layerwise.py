@@ -33,9 +33,13 @@ def add_symmetric(
 
 
 def mirrored(total: Float[Tensor, "columns columns"]) -> Float[Tensor, "columns columns"]:
-    """The symmetric matrix whose upper triangle `add_symmetric` computed."""
-    upper = total.triu()
-    return upper.add_(upper.triu(1).T)
+    """The symmetric matrix whose upper triangle `add_symmetric` computed, in place: Hessians are
+    the largest matrices of a run."""
+    for start in range(0, len(total), STRIP):
+        here, later = slice(start, start + STRIP), slice(start + STRIP, None)
+        total[here, here] = total[here, here].triu() + total[here, here].triu(1).T
+        total[later, here] = total[here, later].T
+    return total
 
 
 def second_moment(

@@ -54,7 +54,7 @@ class Gram(FromGradients):
     def finished(self, total: Float[Tensor, "..."], columns: int) -> Float[Tensor, "..."]:
         for side in self.matrices(total, columns):
             for matrix in side:
-                matrix.copy_(mirrored(matrix))
+                mirrored(matrix)
         return total
 
     def per_input(

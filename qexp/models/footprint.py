@@ -1,5 +1,6 @@
 """Memory that a run needs, by the shapes of its model, before anything is loaded."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -16,17 +17,17 @@ from qexp.models.base import ModelSource
 from qexp.models.pretrained import skeleton
 
 GIB = 2**30
-SQUARES = 6  # float32 matrices [columns, columns] that are in memory while a Hessian is factored
-MATRICES = 8  # float32 matrices [rows, columns] while a linear is solved
+SQUARES = 5  # float32 matrices [columns, columns] that are in memory while a Hessian is factored
+MATRICES = 8  # float32 matrices [rows, columns] while a matrix is solved
 
 
 @dataclass(frozen=True)
 class Footprint:
     """Bytes of host memory beyond the interpreter and its libraries.
 
-    load: `whole` or `stream`. weights: that are in memory at one time. solving: the Hessian of the
-    largest linear and copies of both. activations: of calibration, between blocks and inside one.
-    logits: of one chunk of positions.
+    load: `whole` or `stream`. weights: that are in memory at one time. solving: the Hessian of a
+    matrix and copies of both, of the largest. activations: of calibration, between blocks and
+    inside one. logits: of one chunk of positions.
     """
 
     load: str
@@ -44,6 +45,17 @@ class Footprint:
         return f"about {self.peak / GIB:.2g} GiB of memory"
 
 
+def inside(tokens: int, widest: int, hidden: int) -> int:
+    """Numbers that are in memory while tokens are inside a block."""
+    return tokens * (3 * widest + 6 * hidden)
+
+
+def solving(shapes: Sequence[tuple[int, int]], squares: int = SQUARES) -> int:
+    """Numbers that are in memory while matrices of these rows and columns are solved, in turn.
+    squares: 1, the identity, where there is no Hessian."""
+    return max(squares * columns**2 + MATRICES * rows * columns for rows, columns in shapes)
+
+
 def of(cfg: DictConfig) -> Footprint | None:
     """The footprint of a run; None for a model whose shapes are not known without loading it."""
     source = instantiate(cfg.model)
@@ -57,10 +69,11 @@ def of(cfg: DictConfig) -> Footprint | None:
     each, config = DTYPES[source.settled_dtype()].itemsize, model.config
     arch = arch_of(model)
     first = model.get_submodule(arch.blocks).get_submodule("0")
-    found = [first.get_submodule(name) for group in arch.groups for name in group.linears]
-    shapes = [(part.weight.shape[0], part.weight.shape[1]) for part in found]
+    groups = [[first.get_submodule(n).weight.shape for n in g.linears] for g in arch.groups]
     walks = "hessian" in cfg.method  # block by block, with calibration data
-    columns = max(own for _, own in shapes) if walks else 0
+    # Linears that share a Hessian are one matrix.
+    stacked = [(sum(rows for rows, _ in each), each[0][1]) for each in groups]
+    alone = [(rows, columns) for each in groups for rows, columns in each]
     load = str(cfg.model.get("load", "whole"))
     weights = each * model.num_parameters()
     if load == "stream":
@@ -72,14 +85,14 @@ def of(cfg: DictConfig) -> Footprint | None:
     between = 2 * each * tokens * config.hidden_size
     if cfg.get("memory") is not None and between > 2 * cfg.memory * GIB:
         between = on_disk.RESIDENT
-    inside = at_once * (3 * max(rows for rows, _ in shapes) + 6 * config.hidden_size) * each
+    within = each * inside(at_once, max(rows for rows, _ in alone), config.hidden_size)
     if cfg.method.get("chunk") is None:  # then the walk takes what fits
-        inside = min(inside, psutil.virtual_memory().available // 2)
+        within = min(within, psutil.virtual_memory().available // 2)
     return Footprint(
         load,
         weights,
-        4 * (SQUARES * columns**2 + MATRICES * max(rows * own for rows, own in shapes)),
-        between + inside,
+        4 * (solving(stacked) if walks else solving(alone, squares=1)),
+        between + within,
         8 * task.POSITIONS * getattr(config, "vocab_size", 0),
     )
 

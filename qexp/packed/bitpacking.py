@@ -1,44 +1,63 @@
 """Packing of integer codes into bytes."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+SLICE = 2**18  # codes at a time, whose 64-bit numbers stay in the processor's cache; whole bytes
 POWERS = np.array([1, 3, 9, 27, 81], dtype=np.uint8)
 
 
 def pack_bits(codes: Int[Tensor, "*shape"], bits: int) -> Tensor:
     """Codes of `bits` bits, packed without gaps into uint8 [bytes]; the last byte is padded."""
     flat = codes.reshape(-1).cpu().numpy()
-    size = -(-len(flat) * bits // 8)
+    packed = np.empty(-(-len(flat) * bits // 8), dtype=np.uint8)
+    for start in range(0, len(flat), SLICE):
+        part = _packed(flat[start : start + SLICE], bits)
+        packed[start * bits // 8 :][: len(part)] = part
+    return torch.from_numpy(packed)
+
+
+def unpack_bits(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Int[Tensor, "..."]:
+    """The inverse of `pack_bits`, int32."""
+    stored = packed.cpu().numpy()
+    codes = np.empty(int(np.prod(shape)), dtype=np.int32)
+    for start in range(0, len(codes), SLICE):
+        part = codes[start : start + SLICE]
+        part[:] = _unpacked(stored[start * bits // 8 :], bits, len(part))
+    return torch.from_numpy(codes.reshape(shape))
+
+
+def _packed(flat: "np.ndarray[Any, Any]", bits: int) -> "np.ndarray[Any, Any]":
     if bits > 8:
         each = (flat.astype(np.uint32)[:, None] >> np.arange(bits, dtype=np.uint32)) & 1
-        return torch.from_numpy(np.packbits(each.astype(np.uint8).reshape(-1), bitorder="little"))
+        return np.packbits(each.astype(np.uint8).reshape(-1), bitorder="little")
     # Eight codes fill exactly `bits` bytes, and fit into one 64-bit integer.
     eights = np.zeros((-(-len(flat) // 8), 8), dtype=np.uint8)
     eights.reshape(-1)[: len(flat)] = flat
     numbers = np.zeros(len(eights), dtype="<u8")
     for place in range(8):
         numbers |= eights[:, place].astype("<u8") << np.uint64(place * bits)
-    return torch.from_numpy(numbers.view(np.uint8).reshape(-1, 8)[:, :bits].reshape(-1)[:size])
+    size = -(-len(flat) * bits // 8)
+    return numbers.view(np.uint8).reshape(-1, 8)[:, :bits].reshape(-1)[:size]
 
 
-def unpack_bits(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Int[Tensor, "..."]:
-    """The inverse of `pack_bits`."""
-    count = int(np.prod(shape))
-    stored = packed.cpu().numpy()
+def _unpacked(stored: "np.ndarray[Any, Any]", bits: int, count: int) -> "np.ndarray[Any, Any]":
+    stored = stored[: -(-count * bits // 8)]
     if bits > 8:
         each = np.unpackbits(stored, count=count * bits, bitorder="little")
         weights = (1 << np.arange(bits)).astype(np.int64)
-        return torch.from_numpy((each.reshape(count, bits) * weights).sum(1).reshape(shape))
+        return (each.reshape(count, bits) * weights).sum(1)
     filled = np.zeros(-(-count // 8) * bits, dtype=np.uint8)
     filled[: len(stored)] = stored
     eights = np.zeros((len(filled) // bits, 8), dtype=np.uint8)
     eights[:, :bits] = filled.reshape(-1, bits)
     numbers = eights.view("<u8")
     codes = (numbers >> np.arange(0, 8 * bits, bits, dtype=np.uint64)) & np.uint64(2**bits - 1)
-    return torch.from_numpy(codes.astype(np.int64).reshape(-1)[:count].reshape(shape))
+    return codes.reshape(-1)[:count]
 
 
 def pack_trits(codes: Int[Tensor, "*shape"]) -> Tensor:

@@ -193,7 +193,7 @@ class Coded(Packed):
         assert parts["scale"] is not None
         return Coded(
             grid,
-            _unpack(stored["codes"], grid, shape).to(torch.int32),
+            _unpack(stored["codes"], grid, shape).int(),
             parts["scale"],
             parts["zero"],
             stored["group"].long() if "group" in stored else None,

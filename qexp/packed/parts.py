@@ -91,7 +91,7 @@ class Parts(Packed):
             marked = unpack_bits(stored["marked"], 1, (layout["columns"],))
             listed = marked.nonzero()[:, 0]
         if "choice" in stored:
-            choice = unpack_bits(stored["choice"], choice_bits(choices), (len(parts),))
+            choice = unpack_bits(stored["choice"], choice_bits(choices), (len(parts),)).long()
         return Parts(parts, listed, choice, choices)
 
 

@@ -59,4 +59,4 @@ class Table(Packed):
     def restore(stored: dict[str, Tensor], layout: dict[str, Any]) -> "Table":
         codes = unpack_bits(stored["codes"], layout["bits"], tuple(layout["shape"]))
         outliers = Outliers.restore(stored) if "outlier_ends" in stored else None
-        return Table(layout["bits"], codes.int(), stored["table"], outliers)
+        return Table(layout["bits"], codes, stored["table"], outliers)

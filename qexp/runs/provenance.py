@@ -66,7 +66,7 @@ class Provenance:
         """
         cuda = _cuda()
         heap.trim()  # what an earlier stage gave up is not of this one
-        _reset_peak()
+        reset_peak()
         if cuda is not None:
             cuda.synchronize()
             cuda.reset_peak_memory_stats()
@@ -131,7 +131,7 @@ def peak_rss() -> int:
         return peak if sys.platform == "darwin" else peak * 1024  # bytes there, kilobytes elsewhere
 
 
-def _reset_peak() -> None:
+def reset_peak() -> None:
     """Reset the peak to the memory that is resident now, where the kernel permits it."""
     try:
         Path("/proc/self/clear_refs").write_text("5")

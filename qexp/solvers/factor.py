@@ -36,7 +36,10 @@ def damped(
     hessian: Float[Tensor, "columns columns"], damp: float
 ) -> Float[Tensor, "columns columns"]:
     """H with diagonal 1 for dead inputs, plus `damp` times the mean diagonal on the diagonal."""
-    hessian = hessian.clone()
+    return _damp(hessian.clone(), damp)
+
+
+def _damp(hessian: Float[Tensor, "columns columns"], damp: float) -> Tensor:
     diagonal = hessian.diagonal()
     diagonal[diagonal == 0] = 1
     diagonal += damp * diagonal.mean()
@@ -47,10 +50,12 @@ def inverse_factor(
     hessian: Float[Tensor, "columns columns"],
     damp: float,
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64),
+    order: Int[Tensor, " columns"] | None = None,
 ) -> Factor:
     """Factor the damped inverse Hessian: in float32, else float64, else with ten times the damping.
 
-    dtypes: tried in turn; the factor is returned in the first.
+    dtypes: tried in turn; the factor is returned in the first. order: of the columns in the factor;
+    None: as in H. Given here, no matrix in that order has to be held by the caller.
     Raises NotPositiveDefinite when all fail. Reversing rows and columns turns the lower factor of H
     into an upper one, R with H = R Rᵀ, and U = R⁻¹: one factorization, one
     triangular inverse and no explicit H⁻¹.
@@ -58,11 +63,16 @@ def inverse_factor(
     if not hessian.isfinite().all():
         raise NotPositiveDefinite("its entries are not all finite")
     dead = hessian.diagonal() == 0
+    if order is not None:
+        dead = dead[order]
     current = damp
     while True:
         for dtype in dtypes:
             # Each step gives up the matrix before it: they are the largest of a whole run.
-            lower, failed = torch.linalg.cholesky_ex(damped(hessian, current).to(dtype).flip(0, 1))
+            own = hessian.clone() if order is None else hessian[order][:, order]
+            own = _damp(own, current).to(dtype).flip(0, 1)
+            lower, failed = torch.linalg.cholesky_ex(own)
+            del own
             if failed == 0:
                 eye = torch.eye(len(lower), dtype=dtype, device=lower.device)
                 upper = torch.linalg.solve_triangular(lower, eye, upper=False)
@@ -88,7 +98,7 @@ def ordered(
     if act_order:
         order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     order = order.flip(0) if backwards else order
-    as_they_stand = not act_order and not backwards
-    factor = inverse_factor(hessian if as_they_stand else hessian[order][:, order], damp)
+    moved = act_order or backwards
+    factor = inverse_factor(hessian, damp, order=order if moved else None)
     weight = weight.float()[:, order].masked_fill(factor.dead, 0)
     return Ordered(weight, factor, order, torch.argsort(order))

@@ -101,7 +101,7 @@ class OWQ(Solver):
         ranked = self.sensitivity(weight.float(), hessian).argsort(descending=True, stable=True)
         weak, others = ranked[:count].sort().values, ranked[count:].sort().values
         order = torch.cat([others, weak])
-        factor = inverse_factor(hessian[order][:, order], self.damp)
+        factor = inverse_factor(hessian, self.damp, order=order)
         weight = weight.float()[:, order].masked_fill(factor.dead, 0)
         parts = self._strong(len(others)) + [(count, Cast(self.weak_dtype))] * (count > 0)
         forms = [each.packed for each in in_turn(weight, factor.upper, parts)]

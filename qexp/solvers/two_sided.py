@@ -93,7 +93,7 @@ def _ordered_rows(
     order = torch.arange(len(weight), device=weight.device)
     if act_order:
         order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    factor = inverse_factor(hessian[order][:, order], damp)
+    factor = inverse_factor(hessian, damp, order=order)
     return weight[order], factor.upper, order, torch.argsort(order)
 
 

@@ -9,8 +9,8 @@ from helpers.simulated_device import simulated
 from hydra.core.global_hydra import GlobalHydra
 
 from qexp.commands import gpu
+from qexp.commands.bench.sizes import Sizes
 from qexp.commands.gpu.page import TITLES, page
-from qexp.commands.gpu.sizes import Sizes
 from qexp.commands.gpu.suite import counts
 from qexp.commands.gpu.training import distributed
 from qexp.common.errors import UserError

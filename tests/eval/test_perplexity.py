@@ -4,6 +4,7 @@ import copy
 import math
 import random
 import re
+from weakref import ref
 
 import pytest
 import torch
@@ -228,3 +229,19 @@ def test_models_that_cannot_be_measured_say_why() -> None:
 def test_one_window_has_no_standard_error() -> None:
     measured = protocol("held_out", length=32, limit=1)(llama())
     assert math.isnan(measured["ppl_stderr"]) and measured["windows"] == 1
+
+
+def test_logits_of_one_chunk_are_in_memory(monkeypatch) -> None:
+    task, alive = llama(), []
+    head = task.model.get_submodule(task.arch.head)
+
+    def look(module, args, output) -> None:
+        alive.append(sum(each() is not None for each in made))
+        made.append(ref(output))
+
+    made: list = []
+    handle = head.register_forward_hook(look)
+    monkeypatch.setattr("qexp.task.POSITIONS", 8)
+    task.token_losses(torch.randn(24, task.model.config.hidden_size), torch.zeros(24).long())
+    handle.remove()
+    assert alive == [0, 0, 0]

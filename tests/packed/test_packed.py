@@ -6,7 +6,7 @@ from helpers.problems import TWO_LEVELS, is_stored_whole, problem
 
 from qexp.common.errors import UserError
 from qexp.grid import IntGrid
-from qexp.packed import weights_file
+from qexp.packed import bitpacking, weights_file
 from qexp.packed.bitpacking import pack_bits, unpack_bits
 from qexp.packed.parts import Parts
 from qexp.solvers import GPTQ, LNQ, BiLLM, Solver, SpQR
@@ -88,7 +88,16 @@ def test_codes_of_any_width_come_back(bits: int) -> None:
     codes = torch.randint(2**bits, (7, 13), generator=torch.Generator().manual_seed(bits))
     packed = pack_bits(codes, bits)
     assert packed.numel() == -(-codes.numel() * bits // 8)
-    assert torch.equal(unpack_bits(packed, bits, (7, 13)), codes)
+    assert torch.equal(unpack_bits(packed, bits, (7, 13)).long(), codes)
+
+
+@pytest.mark.parametrize("bits", [3, 10])
+def test_codes_are_packed_in_slices_as_all_at_once(bits: int, monkeypatch) -> None:
+    codes = torch.randint(2**bits, (5, 21), generator=torch.Generator().manual_seed(bits))
+    whole = pack_bits(codes, bits)
+    monkeypatch.setattr(bitpacking, "SLICE", 16)
+    assert torch.equal(pack_bits(codes, bits), whole)
+    assert torch.equal(unpack_bits(whole, bits, (5, 21)).long(), codes)
 
 
 def test_the_first_code_has_the_lowest_bits_as_files_of_every_version_hold_it() -> None:

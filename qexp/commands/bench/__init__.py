@@ -12,6 +12,7 @@ from qexp.commands.bench.methods import methods
 from qexp.commands.bench.overhead import overhead
 from qexp.commands.bench.page import page
 from qexp.commands.bench.penalty import penalty
+from qexp.commands.bench.scaling import scaling
 from qexp.commands.bench.sharing import sharing
 from qexp.commands.bench.solving import blockwise, oac, online, transform
 from qexp.commands.bench.training import qat, quadapter
@@ -55,6 +56,7 @@ OF_COMMANDS: dict[str, Callable[[DictConfig, list[str]], None]] = {
     "methods": methods,
     "overhead": overhead,
     "page": page,
+    "scaling": scaling,
     "sharing": sharing,
 }
 BENCHES = (*OF_STAGES, *OF_COMMANDS)

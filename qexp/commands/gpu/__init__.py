@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from qexp.commands.bench.sizes import Sizes
 from qexp.commands.gpu.page import page
-from qexp.commands.gpu.sizes import Sizes
 from qexp.commands.gpu.solving import replayed, solving
 from qexp.commands.gpu.suite import suite
 from qexp.commands.gpu.training import distributed, evaluation, training

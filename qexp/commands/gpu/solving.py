@@ -4,10 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from qexp.commands.bench.timing import empty_cache, loaded, peak, spent
-from qexp.commands.gpu.sizes import Sizes
+from qexp.commands.bench.sizes import Sizes
+from qexp.commands.bench.timing import counter, empty_cache, loaded, peak, products, spent
 from qexp.common import captured
 from qexp.config.instantiate import instantiate
 from qexp.grid import IntGrid
@@ -16,7 +15,7 @@ from qexp.step import Step
 from qexp.task import Batch, Task
 
 METHODS = ("gptq", "spqr", "oac")
-SIDE, REPEATS = 8192, 8  # of the products that the peak rate is measured with
+SIDE = 8192  # of the product that the peak rate is measured with
 
 
 def solving(sizes: Sizes, device: str) -> dict[str, Any]:
@@ -31,10 +30,10 @@ def solving(sizes: Sizes, device: str) -> dict[str, Any]:
     del task.blocks[1:]
     for name in METHODS:
         method = instantiate(sizes.config(device, *_words(name, sizes)).method)
-        with FlopCounterMode(display=False) as counter:
+        with counter() as counted:
             _costs(task, batches, method)
         costs = _costs(task, batches, method)
-        operations = counter.get_total_flops()
+        operations = counted.get_total_flops()
         share = operations / costs["seconds"] / found["product"]["bfloat16 rate"]
         found[f"{name}, 1 block"] = {"operations": operations, "share": share, **costs}
     task.blocks.extend(others)
@@ -59,22 +58,6 @@ def _costs(task: Task, batches: list[Batch], method: Step) -> dict[str, float]:
 def _words(name: str, sizes: Sizes) -> list[str]:
     groups = [] if name in ("spqr", "oac") else [f"weight.group_size={sizes.group}"]
     return [f"method={name}", *groups]
-
-
-def products(task: Task, side: int) -> dict[str, float]:
-    """Operations per second of square products on the task's device, by dtype."""
-    rates: dict[str, float] = {"side": float(side)}
-    for dtype in (torch.bfloat16, torch.float32):
-        a, b = (torch.randn(side, side, device=task.device, dtype=dtype) for _ in range(2))
-
-        def multiply(a: Any = a, b: Any = b) -> None:
-            for _ in range(REPEATS):
-                torch.mm(a, b)
-
-        multiply()
-        seconds = spent(task, multiply)
-        rates[f"{str(dtype).removeprefix('torch.')} rate"] = 2 * REPEATS * side**3 / seconds
-    return rates
 
 
 def replayed(sizes: Sizes, device: str) -> dict[str, Any]:

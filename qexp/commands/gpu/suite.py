@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from xml.etree import ElementTree
 
-from qexp.commands.gpu.sizes import Sizes
+from qexp.commands.bench.sizes import Sizes
 from qexp.common.errors import UserError
 from qexp.common.hashes import PACKAGE
 

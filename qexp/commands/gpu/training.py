@@ -4,9 +4,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from qexp.commands.bench.sizes import Sizes
 from qexp.commands.bench.timing import empty_cache, loaded, peak, spent
 from qexp.commands.bench.training import adapted, installed_step
-from qexp.commands.gpu.sizes import Sizes
 from qexp.common.errors import first_line
 from qexp.config.instantiate import instantiate
 from qexp.methods.finetune import FineTune

@@ -25,7 +25,7 @@ def unpack(packed: Int[Tensor, "rows words"], bits: int, count: int) -> Int[Tens
     whole = -(-count // WORD)
     padded = torch.nn.functional.pad(packed, (0, whole * bits - packed.shape[1]))
     stream = torch.from_numpy(padded.contiguous().numpy().astype("<i4").view(np.uint8).reshape(-1))
-    return unpack_bits(stream, bits, (rows, whole * WORD))[:, :count].int()
+    return unpack_bits(stream, bits, (rows, whole * WORD))[:, :count]
 
 
 def unpack_padded(
