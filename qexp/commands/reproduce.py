@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seeds", help="by commas, instead of those of each column")
     parser.add_argument("--show", action="store_true", help="run nothing: what stands on disk")
     parser.add_argument("--dry-run", action="store_true", help="the jobs and what they would take")
-    chosen = parser.parse_args(arguments)
+    chosen = parser.parse_intermixed_args(arguments)
     extra = [word for word in chosen.ids if "=" in word]
     code = 0
     for name in [word for word in chosen.ids if "=" not in word] or ids():

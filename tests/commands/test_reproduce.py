@@ -69,6 +69,15 @@ def test_what_stands_is_not_run_again_and_show_runs_nothing(qexp, capsys) -> Non
     assert written == {p: p.stat().st_mtime_ns for p in Path("outputs").glob("*/metrics.json")}
 
 
+def test_overrides_may_follow_options(monkeypatch, capsys) -> None:
+    seen = []
+    monkeypatch.setattr(reproduce, "plans", lambda *given: seen.append(given) or "")
+    words = ["gptq_opt", "--columns", "tiny", "save_weights=false", "--dry-run"]
+    assert command("reproduce", words) == 0
+    [(name, _, columns, extra)] = seen
+    assert (name, columns, extra) == ("gptq_opt", ["tiny"], ["save_weights=false"])
+
+
 def test_a_dry_run_lists_every_job_and_runs_none(qexp) -> None:
     before = reproduce.plans("gptq_opt", paper(), ["own", "other"], ["save_weights=false"])
     assert before.splitlines()[-1] == "6 jobs: 6 to run" and "other rtn: to run" in before
