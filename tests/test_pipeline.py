@@ -227,8 +227,13 @@ def test_a_bfloat16_model_is_quantized_in_float32(tmp_path, monkeypatch, overrid
     loaded.model.save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
     seen = []
-    damped = factor.damped
-    monkeypatch.setattr(factor, "damped", lambda h, damp: seen.append(h.dtype) or damped(h, damp))
+    factored = factor.inverse_factor
+
+    def watched(hessian: torch.Tensor, *rest: object, **named: object) -> factor.Factor:
+        seen.append(hessian.dtype)
+        return factored(hessian, *rest, **named)
+
+    monkeypatch.setattr(factor, "inverse_factor", watched)
     found = {}
     for name, least in (("large", 1), ("small", 10**9)):
         monkeypatch.setattr("qexp.models.pretrained.LARGE", least)
