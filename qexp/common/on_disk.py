@@ -28,6 +28,7 @@ ARENA = 64 * 2**20  # bytes of a file, at least: each has a file descriptor
 ALIGNMENT = 64  # bytes, that of torch's own allocations
 PAUSE = 0.02  # seconds between two looks at the memory; at 5 GB/s 100 MB are touched meanwhile
 
+# By the address of each tensor's storage, which no other tensor has while the file is mapped.
 _arenas: "weakref.WeakValueDictionary[int, _Arena]" = weakref.WeakValueDictionary()
 _homes: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
 _lock = threading.Lock()
@@ -53,9 +54,10 @@ def empty(shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:
             _newest = _opened(max(size, ARENA))
         arena, start = _newest, _newest.used
         arena.used += -(-size // ALIGNMENT) * ALIGNMENT
-    whole = torch.frombuffer(arena, dtype=torch.uint8)
-    _arenas[whole.data_ptr()] = arena
-    return whole[start : start + size].view(dtype).view(shape)
+    # Each has a storage of its own: writers copy tensors that share one.
+    made = torch.frombuffer(arena, dtype=dtype, count=math.prod(shape), offset=start)
+    _arenas[made.data_ptr()] = arena
+    return made.view(shape)
 
 
 def copied(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -144,6 +146,6 @@ def _keep() -> None:
 
 def drop() -> None:
     """Let all pages of mapped files leave memory, where the system can be asked for that."""
-    for arena in list(_arenas.values()):
+    for arena in {id(each): each for each in list(_arenas.values())}.values():
         if hasattr(mmap, "MADV_DONTNEED"):
             arena.madvise(mmap.MADV_DONTNEED)

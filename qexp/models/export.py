@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qexp.common import on_disk
 from qexp.common.errors import UserError
 from qexp.common.files import atomic, atomic_folder
 from qexp.models import code_formats, gguf_file, model_card, target_library
@@ -28,6 +29,9 @@ log = logging.getLogger(__name__)
 
 FLOAT, GGUF = "float", "gguf"
 FACTS = "qexp.json"  # in a folder
+# Bytes of a file of a model on disk: the writer touches all pages of a file before any can leave
+# memory.
+SHARD = 2**29
 Verify = Callable[[Path], dict[str, Any]]
 Compute = Callable[[Task], dict[str, float]]
 
@@ -92,7 +96,9 @@ def export(
         state, section = source.with_codes(FORMATS[format], coded)
     kept = dict(state)  # save_pretrained empties the dict
     with atomic_folder(out) as folder:
-        source.model.save_pretrained(folder, state_dict=state)
+        mapped = any(map(on_disk.is_mapped, state.values()))
+        shards = {"max_shard_size": SHARD} if mapped else {}
+        source.model.save_pretrained(folder, state_dict=state, **shards)
         for path in folder.glob("*.safetensors"):
             path.chmod((folder / "config.json").stat().st_mode)  # its writer makes it private
         _add_section(folder, format, section)

@@ -151,3 +151,12 @@ def test_a_module_that_was_moved_returns_to_its_place():
     linear.weight.data = home = on_disk.copied(linear.weight)
     on_disk.assign(linear.weight, torch.ones(8, 8))
     assert linear.weight.data_ptr() == home.data_ptr() and bool((home == 1).all())
+
+
+def test_mapped_tensors_of_one_file_share_no_storage():
+    one, two = (on_disk.copied(torch.full((5, 3), value)) for value in (1.0, 2.0))
+    assert one.untyped_storage().data_ptr() != two.untyped_storage().data_ptr()
+    assert one.untyped_storage().nbytes() == one.nbytes
+    assert on_disk.is_mapped(one[1:]) and on_disk.is_mapped(two.T)
+    on_disk.drop()
+    assert float(one.sum()) == 15 and float(two.sum()) == 30
