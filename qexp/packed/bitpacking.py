@@ -1,7 +1,5 @@
 """Packing of integer codes into bytes."""
 
-from typing import Any
-
 import numpy as np
 import torch
 from jaxtyping import Int
@@ -31,7 +29,7 @@ def unpack_bits(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Int[Tensor
     return torch.from_numpy(codes.reshape(shape))
 
 
-def _packed(flat: "np.ndarray[Any, Any]", bits: int) -> "np.ndarray[Any, Any]":
+def _packed(flat: np.ndarray, bits: int) -> np.ndarray:
     if bits > 8:
         each = (flat.astype(np.uint32)[:, None] >> np.arange(bits, dtype=np.uint32)) & 1
         return np.packbits(each.astype(np.uint8).reshape(-1), bitorder="little")
@@ -45,7 +43,7 @@ def _packed(flat: "np.ndarray[Any, Any]", bits: int) -> "np.ndarray[Any, Any]":
     return numbers.view(np.uint8).reshape(-1, 8)[:, :bits].reshape(-1)[:size]
 
 
-def _unpacked(stored: "np.ndarray[Any, Any]", bits: int, count: int) -> "np.ndarray[Any, Any]":
+def _unpacked(stored: np.ndarray, bits: int, count: int) -> np.ndarray:
     stored = stored[: -(-count * bits // 8)]
     if bits > 8:
         each = np.unpackbits(stored, count=count * bits, bitorder="little")
