@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGUFReader
 from helpers import rows
 from helpers.choices import choices, holder
 from helpers.models import FAMILIES, OBJECTIVES, joined, task_of
@@ -13,6 +14,7 @@ from helpers.pipeline import answer_or_run
 from helpers.simulated_device import Counts, counting, simulated
 from hydra import compose
 
+from qexp.cli import command
 from qexp.common.errors import UserError
 from qexp.config.instantiate import instantiate
 from qexp.models.device import place
@@ -141,6 +143,29 @@ def test_a_run_of_a_device_is_read_on_another(tmp_path: Path) -> None:
         with simulated(), reference():
             found.append(answer_or_run(again, tmp_path / device.split(":")[0]))
     assert found[0] == found[1]
+
+
+@pytest.mark.slow
+def test_exports_of_a_run_of_a_device_are_those_of_the_cpu_run(tmp_path: Path) -> None:
+    static = ["activation=int8_tensor", "weight=channel", "weight.bits=8"]
+    for folder, words in (("static", static), ("weights", ["weight=gguf"])):
+        cfg = small(*measured("llama"), "method=gptq", *words)
+        if folder == "weights":
+            cfg.weight.group_size = 32  # the block of the format
+        on_both(tmp_path / folder, cfg)
+    for folder, format_ in (("static", "compressed_tensors"), ("weights", "gguf")):
+        made = []
+        for device in ("cpu", "sim"):
+            out = tmp_path / f"{format_}-{device}{'.gguf' if format_ == 'gguf' else ''}"
+            words = [str(tmp_path / folder / device), str(out), f"format={format_}"]
+            with simulated():
+                assert command("export", words) == 0
+            if format_ == "gguf":  # the file also has the run's name
+                tensors = {each.name: each.data.tobytes() for each in GGUFReader(out).tensors}
+            else:
+                tensors = {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
+            made.append(tensors)
+        assert made[0] == made[1] != {}
 
 
 def test_the_device_is_the_one_that_is_named() -> None:

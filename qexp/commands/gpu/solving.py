@@ -1,6 +1,5 @@
 """Costs of block-wise methods, and of the column loop of a solver."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -69,7 +68,10 @@ def replayed(sizes: Sizes, device: str) -> dict[str, Any]:
     inputs = torch.randn(2 * weight.shape[1], weight.shape[1], device=weight.device)
     hessian = inputs.T @ inputs
     solver = GPTQ(IntGrid(4, group_size=sizes.group), act_order=True, static_groups=True)
-    solve: Callable[[], torch.Tensor] = lambda: solver(weight, hessian).weight  # noqa: E731
+
+    def solve() -> torch.Tensor:
+        return solver(weight, hessian).weight
+
     first = solve()
     found: dict[str, Any] = {
         "columns": weight.shape[1],
