@@ -1,11 +1,10 @@
 """Rank correlations over models of activation statistics with losses of quality (2305.19268)."""
 
 import csv
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
-
-import torch
 
 from qexp.common.errors import UserError
 
@@ -15,12 +14,11 @@ LEAST = 3  # models; two have a correlation of 1 or -1 whatever they are
 def spearman(x: Sequence[float], y: Sequence[float]) -> float:
     """The correlation of the ranks, where equal values share their mean rank; NaN where all values
     of one are equal."""
-    first, second = (_ranks(torch.tensor(each, dtype=torch.float64)) for each in (x, y))
-    return float(torch.corrcoef(torch.stack([first, second]))[0, 1])
+    from scipy.stats import ConstantInputWarning, spearmanr  # seconds to import
 
-
-def _ranks(x: torch.Tensor) -> torch.Tensor:
-    return ((x < x[:, None]).sum(1) + (x <= x[:, None]).sum(1)).double() / 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConstantInputWarning)
+        return float(spearmanr(x, y).statistic)
 
 
 def read(path: Path) -> tuple[list[Path], dict[str, list[float]]]:
