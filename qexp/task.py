@@ -18,8 +18,8 @@ from qexp.common.workspace import Workspace
 Batch = dict[str, Tensor]
 Batches = Callable[[], list[Batch]]
 
-# Positions whose logits exist at one time; at a 128k vocabulary and float32 that is 0.26 GB.
-POSITIONS = 512
+# Positions whose logits exist at one time; with a vocabulary of 50k they fit a processor's cache.
+POSITIONS = 128
 
 
 class Task(L.LightningModule):
@@ -109,13 +109,12 @@ class CausalLM(Task):
         self,
         hidden: Float[Tensor, "positions width"],
         head: nn.Module | None = None,
-        positions: int | None = None,
     ) -> Iterator[Float[Tensor, "chunk vocabulary"]]:
-        """Logits in float32, a chunk of positions at a time (POSITIONS by default).
+        """Logits in float32, a chunk of `POSITIONS` at a time.
 
         head: of another model, in place of this one's.
         """
-        for chunk in hidden.split(positions or POSITIONS):
+        for chunk in hidden.split(POSITIONS):
             yield (self.head(chunk) if head is None else head(chunk)).float()
 
     def token_losses(

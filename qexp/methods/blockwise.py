@@ -74,9 +74,8 @@ class Blockwise(Step):
 
     propagate: later layers see the outputs of rounded ones; otherwise every Hessian is the float
     model's, the same for all grids and solvers, and measured once for all jobs.
-    chunk: sequences run at a time. null takes all at once where memory allows: one forward in all,
-    each linear rounded as its input becomes known. A number bounds memory, at the price of one
-    forward per group of linears; results are equal up to the order of summation.
+    chunk: sequences that run at a time; null takes as many as keep activations inside a block below
+    64 MiB. Results are equal up to the order of summation.
     target: which matrix a layer's solution is to be near, see `qexp.solvers.target`.
     activations_first: static ranges are fitted to the float model, then activations are rounded,
     and Hessians (those at float weights too) are of the rounded inputs that layers will read.

@@ -15,6 +15,7 @@ from qexp.config.instantiate import instantiate
 from qexp.grid.scale import DTYPES
 from qexp.models.base import ModelSource
 from qexp.models.pretrained import skeleton
+from qexp.walk import memory
 
 GIB = 2**30
 SQUARES = 5  # float32 matrices [columns, columns] that are in memory while a Hessian is factored
@@ -43,11 +44,6 @@ class Footprint:
 
     def __str__(self) -> str:
         return f"about {self.peak / GIB:.2g} GiB of memory"
-
-
-def inside(tokens: int, widest: int, hidden: int) -> int:
-    """Numbers that are in memory while tokens are inside a block."""
-    return tokens * (3 * widest + 6 * hidden)
 
 
 def solving(shapes: Sequence[tuple[int, int]], squares: int = SQUARES) -> int:
@@ -81,13 +77,16 @@ def of(cfg: DictConfig) -> Footprint | None:
         weights = min(weights, on_disk.RESIDENT + block)
     sequences = (cfg.calibration.get("sequences") or 0) if walks else 0
     length = cfg.calibration.get("length", 1)
-    tokens, at_once = sequences * length, length * (cfg.method.get("chunk") or sequences)
+    widths = max(rows for rows, _ in alone), config.hidden_size
+    tokens, chunk = sequences * length, cfg.method.get("chunk")
+    at_once = min(chunk or memory.sequences(length, *widths, each), sequences)
     between = 2 * each * tokens * config.hidden_size
+    waiting = each * memory.suspended(tokens, *widths)
     if cfg.get("memory") is not None and between > 2 * cfg.memory * GIB:
-        between = on_disk.RESIDENT
-    within = each * inside(at_once, max(rows for rows, _ in alone), config.hidden_size)
-    if cfg.method.get("chunk") is None:  # then the walk takes what fits
-        within = min(within, psutil.virtual_memory().available // 2)
+        between, waiting = on_disk.RESIDENT, 0
+    if waiting > psutil.virtual_memory().available / 2:  # then a group of linears at a time
+        waiting = 0
+    within = waiting + each * memory.inside(at_once * length, *widths)
     return Footprint(
         load,
         weights,

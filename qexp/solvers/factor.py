@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from qexp.common import heap
+
 
 class Factor(NamedTuple):
     """upper: U with (H + damp·mean(diag H)·I)⁻¹ = Uᵀ U; dead columns have diagonal 1 in H.
@@ -100,5 +102,6 @@ def ordered(
     order = order.flip(0) if backwards else order
     moved = act_order or backwards
     factor = inverse_factor(hessian, damp, order=order if moved else None)
+    heap.trim()  # of the matrices as large as H that it took
     weight = weight.float()[:, order].masked_fill(factor.dead, 0)
     return Ordered(weight, factor, order, torch.argsort(order))

@@ -2,29 +2,35 @@
 
 The inputs of the first block, and the other arguments of every block (masks, rotary tables), are
 recorded in one pass in which the blocks return their input unchanged. Each block is then run on its
-own inputs. A change that the caller makes to a block reaches the blocks after it.
+own inputs, in chunks of sequences. A change that the caller makes to a block reaches the blocks
+after it.
+
+Linears of a group read one input, which exists only where the groups before it have run with their
+final weights. So the forward passes of all chunks wait inside the block (each is a greenlet, all in
+one thread) until the caller has seen a group's input of each, and go on: one forward pass in all.
 """
 
-import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from itertools import repeat
+from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
 from qexp.arch import Group
-from qexp.common import collectives, heap, on_disk, ranks
+from qexp.common import collectives, heap, on_disk
 from qexp.common.cache import checksum
 from qexp.common.collectives import WHOLE, Share
 from qexp.common.errors import UserError
 from qexp.common.progress import bar
 from qexp.task import Batch, Task
+from qexp.walk import memory
 from qexp.walk.capture import (
     Chunk,
-    Enough,
     bypass_blocks,
     capture_calls,
     divided,
@@ -33,12 +39,11 @@ from qexp.walk.capture import (
     rows,
     split,
 )
+from qexp.walk.passes import Pass, waiting
 
 # Called with the names of linears that share an input and with that input, once all of it is
 # known, as chunks [..., columns].
 OnInputs = Callable[[tuple[str, ...], Iterator[Tensor]], None]
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -46,7 +51,8 @@ class Block:
     """One transformer block and the data that reaches it. Names of linears are relative to it.
 
     share: which of the walk's sequences the chunks have; what is summed over them is to be summed
-    over the processes too.
+    over the processes too. together: the forward passes of all chunks can wait inside the block at
+    the same time; else there is one forward pass for each group, which ends at the group.
     """
 
     index: int
@@ -58,6 +64,7 @@ class Block:
     returns_tuple: bool
     origin: str  # of the model, its quantizers and the batches as the walk began
     share: Share = WHOLE
+    together: bool = True
     _settled: list[Tensor] | None = None  # what the next block receives, if it is known already
 
     @property
@@ -80,14 +87,13 @@ class Block:
 
     def observe(self, on_inputs: OnInputs) -> None:
         """Call `on_inputs` with the input of each group, in execution order. A change that it makes
-        to weights reaches the groups after it. One forward with one chunk, else one for each group,
-        which ends at the group."""
-        self._visit(on_inputs)
+        to weights reaches the groups after it."""
+        self._visit(on_inputs, finish=False)
 
     def advance(self, on_inputs: OnInputs) -> None:
-        """As `observe`, and settle the block with its outputs. With one chunk these come from the
-        forward that showed the inputs, so that the walk needs no second one."""
-        self.settle(self._visit(on_inputs) or list(self.outputs()))
+        """As `observe`, and settle the block with its outputs: where the chunks go together, those
+        of the forward pass that showed the inputs, so that the walk needs no second one."""
+        self.settle(self._visit(on_inputs, finish=True))
 
     def settle(self, outputs: list[Tensor]) -> None:
         """Fix what the next block receives: one tensor per chunk."""
@@ -131,43 +137,58 @@ class Block:
                 with bypass_blocks(earlier, self.returns_tuple), replace_input(self.module, entry):
                     yield self.task.loss(batch), len(hidden)
 
-    def _visit(self, on_inputs: OnInputs) -> list[Tensor]:
-        if len(self.chunks) > 1:
+    def _visit(self, on_inputs: OnInputs, finish: bool) -> list[Tensor]:
+        passes: list[Pass] = []
+        with ExitStack() as stack:
             for group in self.groups:
-                on_inputs(group.linears, self._inputs_of(group))
-            return []
-        with ExitStack() as hooks:
-            for group in self.groups:
-                hooks.enter_context(self._showing(group, on_inputs))
-            return [self._run(self.chunks[0])]
+                stack.enter_context(waiting(self.module.get_submodule(group.linears[0])))
+            if self.together:
+                passes += map(self._started, self.chunks)
+                for each in passes:
+                    stack.callback(each.end)
+            for number, group in enumerate(self.groups):
+                if not passes:
+                    on_inputs(group.linears, map(self._input_of, repeat(number), self.chunks))
+                    continue
+                inputs = self._all_resumed(passes)
+                on_inputs(group.linears, inputs)
+                deque(inputs, maxlen=0)  # passes that the caller did not look at wait there too
+            if finish and passes:
+                return list(map(self._kept, self.chunks, map(self._resumed, passes)))
+        return list(self.outputs()) if finish else []
 
-    def _inputs_of(self, group: Group) -> Iterator[Tensor]:
-        seen: list[Tensor] = []
-        for chunk in self.chunks:
-
-            def look(_: tuple[str, ...], inputs: Iterator[Tensor]) -> None:
-                seen.extend(inputs)
-                raise Enough  # what comes after this group in the block is not needed
-
-            with self._showing(group, look), suppress(Enough):
-                self._run(chunk)
-            yield seen.pop()
-
-    @contextmanager
-    def _showing(self, group: Group, on_inputs: OnInputs) -> Iterator[None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            on_inputs(group.linears, iter([args[0]]))
-
-        handle = self.module.get_submodule(group.linears[0]).register_forward_pre_hook(hook)
+    def _input_of(self, group: int, chunk: Chunk) -> Tensor:
+        """What a chunk's linears of a group read, from a forward pass that ends there."""
+        started = self._started(chunk)
         try:
-            yield
+            for _ in range(group):
+                self._resumed(started)
+            return self._resumed(started)
         finally:
-            handle.remove()
+            started.end()
+
+    def _started(self, chunk: Chunk) -> Pass:
+        args, kwargs = chunk.calls[self.index]
+        return Pass(lambda: self.module(chunk.hidden.to(self.task.device), *args, **kwargs))
+
+    def _all_resumed(self, passes: list[Pass]) -> Iterator[Tensor]:
+        yield from map(self._resumed, passes)
+        heap.trim()  # what they needed between two groups is not needed while they wait
+
+    def _resumed(self, started: Pass) -> Any:
+        """Let a forward pass go on: to a group's input, or to the block's output."""
+        if next(self.module.parameters()).device != self.task.device:
+            on_disk.move(self.module, self.task.device)  # an offloaded one, where one pass ended
+        return started.resume()
 
     @torch.no_grad()  # no_grad of a generator does not cover what its caller calls
     def _run(self, chunk: Chunk) -> Tensor:
         args, kwargs = chunk.calls[self.index]
-        output = self.module(chunk.hidden.to(self.task.device), *args, **kwargs)
+        hidden = chunk.hidden.to(self.task.device)
+        return self._kept(chunk, self.module(hidden, *args, **kwargs))
+
+    def _kept(self, chunk: Chunk, output: Any) -> Tensor:
+        """The output of a chunk where its input is."""
         output = (output[0] if self.returns_tuple else output).to(chunk.hidden.device)
         return on_disk.copied(output) if on_disk.is_mapped(chunk.hidden) else output
 
@@ -178,16 +199,15 @@ def walk(
 ) -> Iterator[Block]:
     """Yield each block with the data that reaches it.
 
-    chunk: sequences that run together; None runs each batch as a whole if the device's memory
-    allows, else as many sequences as fit. The inputs of a block are kept on the device of its
-    weights, which is the host for an offloaded model, and on disk where they are more than
-    `task.workspace.memory`. divide: each process of the run has a part of the sequences
-    (`Block.share`); otherwise, and where there are fewer than processes, each has all. UserError
-    where there are no sequences.
+    chunk: sequences that run together; None takes as many as `memory.at_once`. The inputs of a
+    block are kept on the device of its weights, which is the host for an offloaded model, and on
+    disk where they are more than `task.workspace.memory`. divide: each process of the run has a
+    part of the sequences (`Block.share`); otherwise, and where there are fewer than processes, each
+    has all. UserError where there are no sequences.
     """
     share = Share(divide and 1 < collectives.count() <= sum(map(rows, batches)))
     own = divided(batches, collectives.rank(), collectives.count()) if share.divided else batches
-    parts = [part for batch in own for part in split(batch, chunk or _fitting(task, batch))]
+    parts = [part for batch in own for part in split(batch, chunk or memory.at_once(task, batch))]
     if not parts:
         raise UserError(
             "calibration: there are no sequences, and this method or transform looks at some; "
@@ -195,7 +215,8 @@ def walk(
         )
     tuples = returns_tuple(task, parts[0])
     chunks = [capture_calls(task, part, tuples) for part in parts]
-    if sum(each.hidden.nbytes for each in chunks) > task.workspace.memory:
+    spilled = sum(each.hidden.nbytes for each in chunks) > task.workspace.memory
+    if spilled:
         for each in chunks:
             each.hidden = on_disk.copied(each.hidden)
     described = f"{task.model.config.to_json_string()} {task.quantizers!r} {task.maps!r}"
@@ -203,8 +224,10 @@ def walk(
     states = [*(dict(module.state_dict()) for module in modules), *batches]
     origin = sha256(described.encode()).hexdigest() + "".join(map(checksum, states))
     arch, module = task.arch, task.blocks[0]
-    first = Block(0, f"{arch.blocks}.0", module, arch.groups, chunks, task, tuples, origin, share)
-    yield from _visited(first)
+    name, together = f"{arch.blocks}.0", not spilled and memory.can_wait(task, parts)
+    yield from _visited(
+        Block(0, name, module, arch.groups, chunks, task, tuples, origin, share, together)
+    )
 
 
 def _visited(block: Block) -> Iterator[Block]:
@@ -220,28 +243,3 @@ def _visited(block: Block) -> Iterator[Block]:
             for chunk, output in zip(chunks, block._settled or block.outputs(), strict=True):
                 chunk.hidden = output
         heap.trim()
-
-
-def _fitting(task: Task, batch: Batch) -> int:
-    """The number of sequences whose activations inside a block fit into half of the free memory."""
-    widths = [linear.out_features for linear in task.linears().values()]
-    tokens = batch["input_ids"].shape[1] if "input_ids" in batch else _patches(task)
-    # The widest result three times (gate, up, product), the stream and what attention holds.
-    floats = tokens * (3 * max(widths) + 6 * task.model.config.hidden_size)
-    each = floats * max(next(task.parameters()).element_size(), 2)
-    fitting = max(int(_free(task.device) / 2 / each), 1)
-    if fitting < rows(batch):
-        log.info("%d of %d sequences at a time: all do not fit the memory", fitting, rows(batch))
-    return min(fitting, rows(batch))
-
-
-def _patches(task: Task) -> int:
-    config = task.model.config
-    return (config.image_size // config.patch_size) ** 2 + 1
-
-
-def _free(device: torch.device) -> int:
-    query = getattr(torch.get_device_module(device), "mem_get_info", None)
-    if query is not None:
-        return query(device)[0]
-    return psutil.virtual_memory().available // (ranks.world() // ranks.nodes())

@@ -54,25 +54,66 @@ def test_every_linear_is_shown_its_input_and_changes_are_felt(family):
         torch.testing.assert_close(hessian, hessians[1][names])
 
 
-def test_the_forward_that_shows_inputs_is_the_only_one():
+@pytest.mark.parametrize("chunk", [None, 1])
+def test_the_forward_that_shows_inputs_is_the_only_one(chunk):
     task, batch, runs = task_of("llama"), joined("llama"), []
     for block in task.blocks:
         block.mlp.register_forward_hook(lambda *_: runs.append(1))
-    for block in walk(task, [batch]):
-        block.advance(lambda names, inputs: None)
-    # One per block, and the one sequence that shows what a block returns.
-    assert len(runs) == 1 + len(task.blocks)
+    for block in walk(task, [batch], chunk):
+        block.advance(lambda names, inputs: None)  # whoever looks at nothing gets the same
+        chunks = len(block.chunks)
+    # One per block and chunk, and the one sequence that shows what a block returns.
+    assert len(runs) == 1 + chunks * len(task.blocks)
 
 
-def test_a_forward_of_one_of_many_chunks_ends_where_its_inputs_are_known():
-    task, batch, runs = task_of("llama"), joined("llama"), []
+@pytest.mark.parametrize("together", [True, False])
+def test_a_forward_that_shows_inputs_ends_where_the_last_is_known(together, monkeypatch):
+    """Also where the passes cannot wait for each other: then each group has one of its own."""
+    monkeypatch.setattr("qexp.walk.memory.can_wait", lambda *_: together)
+    task, batch, attentions, runs = task_of("llama"), joined("llama"), [], []
+    task.blocks[0].self_attn.register_forward_hook(lambda *_: attentions.append(1))
     task.blocks[0].mlp.register_forward_hook(lambda *_: runs.append(1))
-    blocks = walk(task, [batch], 1)
-    block = next(blocks)
+    block = next(walk(task, [batch], 1))
+    attentions.clear()
     runs.clear()
     block.observe(lambda names, inputs: list(inputs))
     assert not runs  # down_proj is the last group, and its input lies inside the MLP
+    # The input of o_proj is inside attention, those of gate and down are behind it.
+    assert len(attentions) == len(block.chunks) * (1 if together else 2)
     assert len(list(block.outputs())) == len(block.chunks) == len(runs)
+
+
+def test_inputs_are_the_same_where_passes_wait_and_where_they_do_not(monkeypatch):
+    def visited(together):
+        monkeypatch.setattr("qexp.walk.memory.can_wait", lambda *_: together)
+        task, seen = task_of("llama"), []
+        for block in walk(task, [joined("llama")], 1):
+
+            def visit(names, inputs, block=block):
+                seen.extend(x.clone() for x in inputs)
+                for name in names:
+                    block.linears[name].weight.data *= 0.5
+
+            block.advance(visit)
+            seen.extend(block.settled)
+        return seen
+
+    for one, other in zip(visited(True), visited(False), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_an_error_in_the_middle_leaves_the_model_as_it_was():
+    task, batch = task_of("llama"), joined("llama")
+    expected = block_outputs(task, batch)
+
+    def fail(names, inputs):
+        if "mlp.gate_proj" in names:
+            next(inputs)
+            raise UserError("enough of it")
+
+    with pytest.raises(UserError, match="enough of it"):
+        next(walk(task, [batch], 1)).advance(fail)
+    torch.testing.assert_close(block_outputs(task, batch), expected, atol=0, rtol=0)
 
 
 def test_looking_onward_leaves_the_walk_where_it_is():
@@ -109,7 +150,7 @@ def test_layerwise_hessian_of_a_shared_input_is_shared_and_leaves_the_walk_free(
 
 def test_sequences_that_do_not_fit_the_memory_run_in_parts(monkeypatch):
     expected = block_outputs(task_of("llama"), joined("llama"))
-    monkeypatch.setattr("qexp.walk.blocks._free", lambda device: 200_000)
+    monkeypatch.setattr("qexp.walk.memory.free", lambda device: 200_000)
     for block, outputs in zip(walk(task_of("llama"), [joined("llama")]), expected, strict=True):
         assert len(block.chunks) > 1
         torch.testing.assert_close(torch.cat(list(block.outputs())), outputs)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from qexp.commands.bench.sizes import Sizes
 from qexp.models import footprint
 from qexp.task import POSITIONS
+from qexp.walk import memory
 
 STAGES = ("forward", "Hessian", "solve", "write", "pack", "evaluation")
 
@@ -60,14 +61,16 @@ def numbers(sizes: Sizes, at_once: int) -> dict[str, float]:
     """
     own = matrices(sizes)
     widest = max(sizes.intermediate, sizes.hidden)
-    inside = footprint.inside(sizes.tokens, widest, sizes.hidden)
+    chunk = memory.sequences(sizes.length, widest, sizes.hidden, 4) * sizes.length
+    inside = memory.suspended(sizes.tokens, widest, sizes.hidden)
+    inside += memory.inside(min(chunk, sizes.tokens), widest, sizes.hidden)
     return {
         "forward": inside,
         "Hessian": inside + widest**2,
         "solve": inside + footprint.solving(own),
         "write": inside + footprint.solving(own),
         "pack": max(rows * columns for rows, columns in own),
-        "evaluation": footprint.inside(min(at_once, sizes.tokens), widest, sizes.hidden)
+        "evaluation": memory.inside(min(at_once, sizes.tokens), widest, sizes.hidden)
         + 2 * POSITIONS * sizes.vocabulary,
     }
 

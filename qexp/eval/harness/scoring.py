@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from qexp import task as tasks
 from qexp.common.errors import UserError
 from qexp.eval.loop import measured
 from qexp.task import CausalLM
@@ -24,8 +25,6 @@ SHARED = 4
 PAIR = 1e-3
 # A tree smaller than this share of the batch's largest starts a new batch, to limit the padding.
 SIMILAR = 0.8
-# Positions per block of logits; with a vocabulary of 50k the block fits in the processor's cache.
-POSITIONS = 128
 
 Tokens = tuple[int, ...]  # an input: a request without its last target
 
@@ -195,9 +194,9 @@ def _answers(
     target = torch.tensor([token for each in requests for token in each.tokens[-each.scored :]])
     nodes, where = torch.tensor(places).unique(return_inverse=True)
     logprobs, hits = torch.empty(len(where)), torch.empty(len(where), dtype=torch.bool)
-    chunks = task.logits(hidden[nodes.to(hidden.device)], positions=POSITIONS)
-    for start, logits in zip(range(0, len(nodes), POSITIONS), chunks, strict=True):
-        inside = (where >= start) & (where < start + POSITIONS)
+    chunks = task.logits(hidden[nodes.to(hidden.device)])
+    for start, logits in zip(range(0, len(nodes), tasks.POSITIONS), chunks, strict=True):
+        inside = (where >= start) & (where < start + tasks.POSITIONS)
         rows = (where[inside] - start).to(logits.device)
         columns = target[inside].to(logits.device)
         logprobs[inside] = logits.log_softmax(-1)[rows, columns].cpu()
