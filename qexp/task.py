@@ -18,8 +18,9 @@ from qexp.common.workspace import Workspace
 Batch = dict[str, Tensor]
 Batches = Callable[[], list[Batch]]
 
-# Positions whose logits exist at one time; with a vocabulary of 50k they fit a processor's cache.
-POSITIONS = 128
+# Bytes of the logits that exist at one time, at least. glibc returns a block of this size to the
+# system when it is freed. Smaller ones leave gaps, of which the next chunk does not fit into any.
+LOGITS = 2**25
 
 
 class Task(L.LightningModule):
@@ -93,10 +94,20 @@ class Task(L.LightningModule):
         return loss
 
 
+def positions(vocabulary: int, itemsize: int) -> int:
+    """Positions whose logits exist at one time: those of `LOGITS` bytes, in 64s."""
+    return 64 * -(-LOGITS // (64 * vocabulary * itemsize))
+
+
 class CausalLM(Task):
     """Next-token prediction on {"input_ids": [sequences, tokens]}."""
 
     objective = "causal_lm"
+
+    @property
+    def positions(self) -> int:
+        vocabulary = self.model.get_submodule(self.arch.head).weight
+        return positions(len(vocabulary), vocabulary.element_size())
 
     def hidden(self, input_ids: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens width"]:
         """The final hidden states after the last norm: the input of the head."""
@@ -110,11 +121,11 @@ class CausalLM(Task):
         hidden: Float[Tensor, "positions width"],
         head: nn.Module | None = None,
     ) -> Iterator[Float[Tensor, "chunk vocabulary"]]:
-        """Logits in float32, a chunk of `POSITIONS` at a time.
+        """Logits in float32, a chunk of `positions` at a time.
 
         head: of another model, in place of this one's.
         """
-        for chunk in hidden.split(POSITIONS):
+        for chunk in hidden.split(self.positions):
             yield (self.head(chunk) if head is None else head(chunk)).float()
 
     def token_losses(

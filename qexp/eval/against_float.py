@@ -104,7 +104,7 @@ class AgainstFloat(Evaluator):
             new = states(task, batch).flatten(0, 1)
             place = slice(ends[batch.first], ends[batch.first + len(batch.windows)])
             old = hidden[place].to(new.device)
-            aims = targets(batch).to(new.device).split(tasks.POSITIONS)
+            aims = targets(batch).to(new.device).split(task.positions)
             chunks = zip(task.logits(old, head), task.logits(new), aims, strict=True)
             return torch.cat([compare(*chunk) for chunk in chunks], dim=1).cpu()
 

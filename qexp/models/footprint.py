@@ -87,12 +87,13 @@ def of(cfg: DictConfig) -> Footprint | None:
     if waiting > psutil.virtual_memory().available / 2:  # then a group of linears at a time
         waiting = 0
     within = waiting + each * memory.inside(at_once * length, *widths)
+    vocabulary = getattr(config, "vocab_size", 0)
     return Footprint(
         load,
         weights,
         4 * (solving(stacked) if walks else solving(alone, squares=1)),
         between + within,
-        8 * task.POSITIONS * getattr(config, "vocab_size", 0),
+        8 * vocabulary * (task.positions(vocabulary, each) if vocabulary else 0),
     )
 
 

@@ -170,7 +170,7 @@ def test_batches_change_nothing(batch_tokens: int) -> None:
 def test_streamed_logits_are_the_full_ones(slice: int, monkeypatch: pytest.MonkeyPatch) -> None:
     task = llama()
     expected = protocol("held_out", length=32, limit=6).token_losses(task)
-    monkeypatch.setattr("qexp.task.POSITIONS", slice)
+    monkeypatch.setattr("qexp.task.CausalLM.positions", slice)
     found = protocol("held_out", length=32, limit=6).token_losses(task)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
@@ -241,7 +241,7 @@ def test_logits_of_one_chunk_are_in_memory(monkeypatch) -> None:
 
     made: list = []
     handle = head.register_forward_hook(look)
-    monkeypatch.setattr("qexp.task.POSITIONS", 8)
+    monkeypatch.setattr("qexp.task.CausalLM.positions", 8)
     task.token_losses(torch.randn(24, task.model.config.hidden_size), torch.zeros(24).long())
     handle.remove()
     assert alive == [0, 0, 0]

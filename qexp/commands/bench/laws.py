@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from qexp.commands.bench.sizes import Sizes
 from qexp.models import footprint
-from qexp.task import POSITIONS
+from qexp.task import positions
 from qexp.walk import memory
 
 STAGES = ("forward", "Hessian", "solve", "write", "pack", "evaluation")
@@ -71,7 +71,7 @@ def numbers(sizes: Sizes, at_once: int) -> dict[str, float]:
         "write": inside + footprint.solving(own),
         "pack": max(rows * columns for rows, columns in own),
         "evaluation": memory.inside(min(at_once, sizes.tokens), widest, sizes.hidden)
-        + 2 * POSITIONS * sizes.vocabulary,
+        + 2 * positions(sizes.vocabulary, 4) * sizes.vocabulary,
     }
 
 

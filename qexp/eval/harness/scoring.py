@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from qexp import task as tasks
 from qexp.common.errors import UserError
 from qexp.eval.loop import measured
 from qexp.task import CausalLM
@@ -195,8 +194,8 @@ def _answers(
     nodes, where = torch.tensor(places).unique(return_inverse=True)
     logprobs, hits = torch.empty(len(where)), torch.empty(len(where), dtype=torch.bool)
     chunks = task.logits(hidden[nodes.to(hidden.device)])
-    for start, logits in zip(range(0, len(nodes), tasks.POSITIONS), chunks, strict=True):
-        inside = (where >= start) & (where < start + tasks.POSITIONS)
+    for start, logits in zip(range(0, len(nodes), task.positions), chunks, strict=True):
+        inside = (where >= start) & (where < start + task.positions)
         rows = (where[inside] - start).to(logits.device)
         columns = target[inside].to(logits.device)
         logprobs[inside] = logits.log_softmax(-1)[rows, columns].cpu()
