@@ -26,9 +26,9 @@ MATRICES = 8  # float32 matrices [rows, columns] while a matrix is solved
 class Footprint:
     """Bytes of host memory beyond the interpreter and its libraries.
 
-    load: `whole` or `stream`. weights: that are in memory at one time. solving: the Hessian of a
-    matrix and copies of both, of the largest. activations: of calibration, between blocks and
-    inside one. logits: of one chunk of positions.
+    load: `whole` or `stream`. weights: that are in memory at one time, and the codes of finished
+    linears. solving: the Hessian of a matrix and copies of both, of the largest. activations: of
+    calibration, between blocks and inside one. logits: of one chunk of positions.
     """
 
     load: str
@@ -72,7 +72,11 @@ def of(cfg: DictConfig) -> Footprint | None:
     alone = [(rows, columns) for each in groups for rows, columns in each]
     load = str(cfg.model.get("load", "whole"))
     weights = each * model.num_parameters()
-    if load == "stream":
+    if load == "whole":
+        codes = (cfg.get("weight") or {}).get("bits") or 0 if "solver" in cfg.method else 0
+        blocks = len(model.get_submodule(arch.blocks))
+        weights += int(codes * blocks * sum(rows * columns for rows, columns in alone) / 8)
+    else:
         block = each * sum(parameter.numel() for parameter in first.parameters())
         weights = min(weights, on_disk.RESIDENT + block)
     sequences = (cfg.calibration.get("sequences") or 0) if walks else 0
