@@ -157,7 +157,7 @@ class FromGradients(CacheableHessian):
                     used = (part != 0).any(0)
                     seen[key] = seen[key] | used if key in seen else used
 
-        total = -(-sum(len(inputs) for inputs in block.inputs) // self.sequences)
+        total = sum(-(-len(inputs) // self.sequences) for inputs in block.inputs)
         kind, dtype = task.device.type, DTYPES[self.dtype]
         with (
             torch.enable_grad(),

@@ -27,8 +27,10 @@ def suspended(tokens: int, widest: int, hidden: int) -> int:
 
 
 def sequences(length: int, widest: int, hidden: int, itemsize: int, room: float = INSIDE) -> int:
-    """Sequences of `length` tokens whose activations take `room` bytes, at least one."""
-    return max(int(room / (inside(length, widest, hidden) * itemsize)), 1)
+    """Sequences of `length` tokens whose activations take `room` bytes, at least one. A power of
+    two, so that chunks are equal and are divided evenly where fewer sequences run together."""
+    found = max(int(room / (inside(length, widest, hidden) * itemsize)), 1)
+    return 1 << (found.bit_length() - 1)
 
 
 def at_once(task: Task, batch: Batch) -> int:
