@@ -26,16 +26,16 @@ def suspended(tokens: int, widest: int, hidden: int) -> int:
     return tokens * (widest + 3 * hidden)
 
 
-def sequences(length: int, widest: int, hidden: int, itemsize: int, room: float = INSIDE) -> int:
+def sequences(length: int, widest: int, hidden: int, itemsize: int, room: int = INSIDE) -> int:
     """Sequences of `length` tokens whose activations take `room` bytes, at least one. A power of
     two, so that chunks are equal and are divided evenly where fewer sequences run together."""
-    found = max(int(room / (inside(length, widest, hidden) * itemsize)), 1)
+    found = max(room // (inside(length, widest, hidden) * itemsize), 1)
     return 1 << (found.bit_length() - 1)
 
 
 def at_once(task: Task, batch: Batch) -> int:
     """Sequences of a chunk: `INSIDE` bytes, or half of the free memory where that is less."""
-    room = min(INSIDE, free(task.device) / 2)
+    room = min(INSIDE, free(task.device) // 2)
     found = sequences(_tokens(task, batch), *_widths(task), _itemsize(task), room)
     return min(found, rows(batch))
 
