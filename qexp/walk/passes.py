@@ -31,7 +31,7 @@ class Pass:
             return self._greenlet.switch(None)
 
     def end(self) -> None:
-        """Stop for good where it waits; hooks that always run do so."""
+        """End the pass where it waits. Hooks that are always called are called."""
         if self._greenlet:
             with suppress(Enough):
                 self._greenlet.throw(Enough)
