@@ -167,9 +167,12 @@ class Block:
         finally:
             started.end()
 
-    def _started(self, chunk: Chunk) -> Pass:
+    def _forward(self, chunk: Chunk) -> Callable[[], Any]:
         args, kwargs = chunk.calls[self.index]
-        return Pass(lambda: self.module(chunk.hidden.to(self.task.device), *args, **kwargs))
+        return lambda: self.module(chunk.hidden.to(self.task.device), *args, **kwargs)
+
+    def _started(self, chunk: Chunk) -> Pass:
+        return Pass(self._forward(chunk))
 
     def _all_resumed(self, passes: list[Pass]) -> Iterator[Tensor]:
         yield from map(self._resumed, passes)
@@ -183,9 +186,7 @@ class Block:
 
     @torch.no_grad()  # no_grad of a generator does not cover what its caller calls
     def _run(self, chunk: Chunk) -> Tensor:
-        args, kwargs = chunk.calls[self.index]
-        hidden = chunk.hidden.to(self.task.device)
-        return self._kept(chunk, self.module(hidden, *args, **kwargs))
+        return self._kept(chunk, self._forward(chunk)())
 
     def _kept(self, chunk: Chunk, output: Any) -> Tensor:
         """The output of a chunk where its input is."""
@@ -224,10 +225,9 @@ def walk(
     states = [*(dict(module.state_dict()) for module in modules), *batches]
     origin = sha256(described.encode()).hexdigest() + "".join(map(checksum, states))
     arch, module = task.arch, task.blocks[0]
-    name, together = f"{arch.blocks}.0", not spilled and memory.can_wait(task, parts)
-    yield from _visited(
-        Block(0, name, module, arch.groups, chunks, task, tuples, origin, share, together)
-    )
+    together = not spilled and memory.can_wait(task, parts)
+    first = Block(0, f"{arch.blocks}.0", module, arch.groups, chunks, task, tuples, origin, share)
+    yield from _visited(replace(first, together=together))
 
 
 def _visited(block: Block) -> Iterator[Block]:

@@ -60,7 +60,7 @@ def test_the_forward_that_shows_inputs_is_the_only_one(chunk):
     for block in task.blocks:
         block.mlp.register_forward_hook(lambda *_: runs.append(1))
     for block in walk(task, [batch], chunk):
-        block.advance(lambda names, inputs: None)  # whoever looks at nothing gets the same
+        block.advance(lambda names, inputs: None)  # reads no inputs
         chunks = len(block.chunks)
     # One per block and chunk, and the one sequence that shows what a block returns.
     assert len(runs) == 1 + chunks * len(task.blocks)
