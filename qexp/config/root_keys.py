@@ -24,8 +24,9 @@ def check(cfg: DictConfig) -> None:
     numerics.of(cfg)
     if not isinstance(cfg.run, str | None):
         raise UserError(f"run={cfg.run}: give the folder of a finished run, run=outputs/…, or null")
-    if not isinstance(cfg.label, str | int | float | None):
-        raise UserError(f"label={cfg.label}: give a word or null")
+    for key in ("label", "kind"):
+        if not isinstance(cfg[key], str | int | float | None):
+            raise UserError(f"{key}={cfg[key]}: give a word or null")
     wanted = cfg.optimize if isinstance(cfg.optimize, ListConfig) else [cfg.optimize or "ppl"]
     if not all(isinstance(name, str) for name in wanted):
         raise UserError(f"optimize={cfg.optimize}: give the name of a metric, or a list of names")

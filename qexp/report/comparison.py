@@ -10,6 +10,7 @@ from qexp.common.errors import UserError, check_bool
 from qexp.report.pivot import Setting, Spread
 from qexp.report.significance import compare
 from qexp.runs.finished import Column
+from qexp.runs.signature import WORDS
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Row:
     """A method and its published numbers by column.
 
     `tolerance`: relative to the published number; the table's if None. `seeded`: whether the
-    result depends on the seed. `label`: of its runs, under which pages show them.
+    result depends on the seed. `label`, `kind`: of its runs, by which pages show and group them.
     """
 
     overrides: list[str] = field(default_factory=list)
@@ -43,6 +44,7 @@ class Row:
     tolerance: float | None = None
     seeded: bool = True
     label: str = ""
+    kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,8 @@ class Comparison:
         place = self.columns[column]
         row_overrides = place.rows.get(row, self.rows[row].overrides)
         seeds = place.seeds if self.rows[row].seeded else place.seeds[:1]
-        label = [f'label="{self.rows[row].label}"'] if self.rows[row].label else []
-        return [[*place.overrides, *row_overrides, *label, f"seed={seed}"] for seed in seeds]
+        words = [f'{key}="{word}"' for key in WORDS if (word := getattr(self.rows[row], key))]
+        return [[*place.overrides, *row_overrides, *words, f"seed={seed}"] for seed in seeds]
 
     def verdict(self, row: str, column: str, measured: Spread, replaced: str = "") -> str:
         """Compares a measured number with the published one.

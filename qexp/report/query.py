@@ -11,6 +11,7 @@ from qexp.report.pivot import SEED, Setting, Table, group, pivot
 from qexp.report.significance import counterparts, effect
 from qexp.report.tables import Sheet
 from qexp.runs.finished import Run
+from qexp.runs.signature import WORDS
 
 STORED = (
     "The checkpoint of model={model} is stored quantized ({types}). Its weights lie on these grids "
@@ -145,7 +146,7 @@ def _select(table: Table, patterns: Sequence[str]) -> Table:
 
 def _known(runs: Sequence[Run], option: str, keys: Sequence[str]) -> None:
     """Raises UserError for a key that no run has: every cell would be empty."""
-    there = {"label", *(key for run in runs for key in (*run.choices, *run.leaves))}
+    there = {*WORDS, *(key for run in runs for key in (*run.choices, *run.leaves))}
     for key in keys:
         if key not in there:
             near = ", ".join(get_close_matches(key, there)) or "weight.bits, method, seed"

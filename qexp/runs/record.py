@@ -18,7 +18,7 @@ from qexp.common.hashes import sha256
 from qexp.runs import results
 from qexp.runs.portable import place, portable
 from qexp.runs.provenance import stamp
-from qexp.runs.signature import UNSIGNED, short_hash, signed
+from qexp.runs.signature import UNSIGNED, WORDS, short_hash, signed
 
 FORMAT = 1
 NAMES = f"{'[0-9a-f]' * 8}.json"  # as a pattern: <signature>.json
@@ -28,7 +28,6 @@ KINDS = {
 }
 MACHINE = ("processor", "cores", "cuda")  # the host's name and kernel are nobody's business
 OTHER_RUN = "${run_config:"  # an interpolation that only the folder of another run can resolve
-LABEL = "label"  # the only key outside the signature that reports show
 DIGITS = 6  # significant digits of a layer's error
 WIDTH = 100
 BLOCK = re.compile(r"(?<=\.)\d+(?=\.)")  # of a linear's name, the first number
@@ -41,7 +40,7 @@ def of(folder: Path) -> dict[str, Any]:
     cfg = results.written_config(folder)
     name = portable_signature(cfg)
     cfg = OmegaConf.masked_copy(
-        cfg, [str(key) for key in cfg if key not in UNSIGNED or key == LABEL]
+        cfg, [str(key) for key in cfg if key not in UNSIGNED or key in WORDS]
     )
     written: Any = OmegaConf.to_container(cfg)
     other_run = [key for key, value in written.items() if OTHER_RUN in json.dumps(value)]

@@ -10,7 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 from qexp.common.numerics import Numerics
 
 # display, storage and scheduling: none of these keys can change a result
-KEPT = ("hydra", "logger", "progress", "threads", "save_weights", "optimize", "label", "replay")
+WORDS = ("label", "kind")  # of the user; reports show them
+KEPT = ("hydra", "logger", "progress", "threads", "save_weights", "optimize", "replay", *WORDS)
 UNSIGNED = frozenset({*KEPT, "dry_run", "retry", "fail_fast", "table", "records", "memory"})
 
 

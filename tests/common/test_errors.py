@@ -78,7 +78,7 @@ def test_a_field_of_an_object_that_may_stand_anywhere_is_named_where_it_stands()
 
 ROOT = {
     **{"seed": 0, "device": "auto", "offload": False, "run": None, "progress": True},
-    **{"save_weights": True, "threads": None, "optimize": "ppl", "label": None},
+    **{"save_weights": True, "threads": None, "optimize": "ppl", "label": None, "kind": None},
     **{"dry_run": False, "retry": None, "fail_fast": False, "records": None},
     **{"memory": 2, "replay": False, "numerics": asdict(Numerics())},
 }
@@ -94,6 +94,7 @@ ROOT = {
         ("device", [3, None, True], "give cpu"),
         ("run", [3, True, ["a"]], "give the folder of a finished run"),
         ("label", [["a"], {"a": 1}], "give a word"),
+        ("kind", [["a"], {"a": 1}], "give a word"),
         ("records", [3, True, ["a"]], "give the folder of records"),
         ("optimize", [3, True, ["ppl", 3]], "give the name of a metric"),
         ("retry", ["x", True, 1], "give failed"),
@@ -109,7 +110,14 @@ def test_what_a_key_of_the_root_cannot_be(key: str, values: list[object], right:
 @pytest.mark.parametrize(
     "good",
     [
-        {"threads": 2, "run": "outputs/x", "label": "x", "retry": "failed", "device": "cuda:1"},
+        {
+            "threads": 2,
+            "run": "outputs/x",
+            "label": "x",
+            "kind": "y",
+            "retry": "failed",
+            "device": "cuda:1",
+        },
         {"optimize": ["ppl", "bits"], "label": 3, "offload": True, "seed": 2**32 - 1},
         {"optimize": None, "records": "docs/records", "memory": None, "replay": True},
     ],
