@@ -1,7 +1,6 @@
 """One run, from a configuration to the files of its folder."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,14 +18,15 @@ from qexp.common.workspace import Workspace
 from qexp.config import grid_choice, root_keys
 from qexp.config.instantiate import instantiate
 from qexp.data.recipe import Recipe
-from qexp.eval.base import Evaluator, FloatModel, digest, warn_of_float_cache
+from qexp.eval.base import Evaluator, FloatModel
+from qexp.eval.stage import evaluate
 from qexp.models import footprint
 from qexp.models.base import ModelSource
 from qexp.models.device import as_task, device_of
 from qexp.models.state_diff import Checksums, added, checksums, state_diff
 from qexp.packed import weights_file
 from qexp.quantizers import maps
-from qexp.quantizers.scheme import FloatActivations, all_called
+from qexp.quantizers.scheme import FloatActivations
 from qexp.runs import recorded, repeatable, results, used_modules
 from qexp.runs.provenance import Provenance
 from qexp.runs.results import Answer
@@ -179,32 +179,6 @@ def apply(parts: Parts, task: Task, provenance: Provenance) -> list[Record]:
             records += step(task, batches)
             collectives.synchronize(task)  # what each process computed may differ in the last bits
     return records
-
-
-def evaluate(
-    evaluators: Sequence[Evaluator], task: Task, provenance: Provenance
-) -> dict[str, float]:
-    """The metrics of every evaluator, and in the provenance the definition of each."""
-    metrics: dict[str, float] = {}
-    for index, evaluator in enumerate(evaluators):
-        warn_of_float_cache(evaluator, task)
-        with provenance.stage(f"evaluate {evaluator.name}"), ExitStack() as stack:
-            if not index:
-                stack.enter_context(all_called(task, f"eval {evaluator.name}"))
-            numbers = evaluator(task)
-        named = {f"{evaluator.name}/{key}": float(value) for key, value in numbers.items()}
-        for logger in task.workspace.loggers:
-            logger.log_metrics(named)
-        metrics |= named
-        definition = evaluator.definition() | evaluator.followed(task)
-        entry = {
-            "digest": digest(definition),
-            "definition": definition,
-            "higher_is_better": sorted(evaluator.higher_is_better),
-            **evaluator.facts(task),
-        }
-        provenance.add(protocols={evaluator.name: entry})
-    return metrics
 
 
 def _check_quantizers(task: Task, steps: list[Step]) -> None:

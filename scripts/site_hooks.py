@@ -9,9 +9,16 @@ from typing import Any
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
+from qexp.commands import report
 from qexp.report import reference
+from qexp.report.query import Query
 
 ROOT = Path(__file__).parents[1]
+RECORDS = ROOT / "docs/records/leaderboard"
+LEADERBOARD = Query(
+    rows=("label", "kind", "weight.bits", "weight.group_size"),
+    metrics=("*/ppl", "against_float*"),
+)
 OUTSIDE = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 FENCE = re.compile(r"^(```.*?^```$)", re.MULTILINE | re.DOTALL)
@@ -24,6 +31,7 @@ def on_files(files: Files, config: MkDocsConfig, **_: Any) -> Files:
     for path in sorted((ROOT / "docs").rglob("*.ipynb")):
         name = path.relative_to(ROOT / "docs").with_suffix(".md").as_posix()
         made[name] = notebook(json.loads(path.read_text("utf-8")), path.name)
+    made["leaderboard_table.html"] = report.page([RECORDS], LEADERBOARD)
     for name, text in made.items():
         files.append(File.generated(config, name, content=text))
     return files

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from qexp import pipeline
 from qexp.common.errors import UserError
 from qexp.eval.perplexity import Perplexity
+from qexp.eval.stage import evaluate
 from qexp.models.code_formats import FORMATS
 from qexp.models.export import FLOAT, GGUF, Options, export, fits
 from qexp.packed.formats.gguf import TYPES
@@ -142,7 +143,7 @@ def perplexities(run: Path, task: Task, windows: int | None = None) -> dict[str,
     asked = [each for each in pipeline.build(cfg).evaluators if isinstance(each, Perplexity)]
     if windows is not None:
         asked = [replace(each, limit=min(each.limit or windows, windows)) for each in asked]
-    found = pipeline.evaluate(asked, task, Provenance(used_modules.roots(cfg)))
+    found = evaluate(asked, task, Provenance(used_modules.roots(cfg)))
     measured = {
         name: value for name, value in found.items() if name.endswith("/ppl") and name in stored
     }

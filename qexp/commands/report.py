@@ -25,7 +25,7 @@ def write(
 ) -> str:
     """Writes FILES to the folder `out`; returns the Markdown table. `said`: more of the legend."""
     table, sheet = answer.table, tables.lay(answer.table, answer.baselines)
-    legend = [*answer.legend(sheet), plots.BARS, *said, *stored(table.settings)]
+    legend = _legend(answer, sheet, said)
     markdown = formats.markdown(sheet)
     commands = "\n".join(
         f"{sheet.numbers[id(setting)]}. `{setting.run.command}`: "
@@ -44,6 +44,18 @@ def write(
     columns = [column for column in table.columns if column.is_perplexity]
     plots.against_bits(table.settings, columns, x).png(out / "bits_vs_ppl.png")
     return markdown
+
+
+def page(folders: Sequence[Path], query: Query, x: str = "weight/bits") -> str:
+    """The HTML page of the finished runs in `folders`, for a site that holds it."""
+    runs, notes = collect(folders)
+    answer = ask(runs, query)
+    sheet = tables.lay(answer.table, answer.baselines)
+    return html.page(answer.table, sheet, _legend(answer, sheet), notes, x)
+
+
+def _legend(answer: Answer, sheet: tables.Sheet, said: Sequence[str] = ()) -> list[str]:
+    return [*answer.legend(sheet), plots.BARS, *said, *stored(answer.table.settings)]
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -1,6 +1,9 @@
 """Cross-entropy per token in windows, computed without storing all logits."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -12,6 +15,9 @@ from qexp.eval.loop import measured
 from qexp.task import CausalLM, Classifier, Task
 
 Forward = Callable[[Int64[Tensor, "windows tokens"]], Float[Tensor, "windows tokens width"]]
+
+
+SHARED = 256 * 2**20  # bytes of hidden states that wait for another evaluation
 
 
 class Window(NamedTuple):
@@ -26,6 +32,39 @@ class Batch(NamedTuple):
 
     windows: list[Window]
     first: int
+
+
+@dataclass
+class Shared:
+    """Hidden states on the CPU by the tokens of their batch, each until its second use."""
+
+    kept: dict[tuple[int, bytes], Tensor] = field(default_factory=dict)
+    bytes: int = 0
+
+    def get(self, batch: Batch, build: Callable[[], Tensor]) -> Tensor:
+        tokens = torch.stack([window.tokens for window in batch.windows]).cpu().numpy().tobytes()
+        key = batch.windows[0].scored, tokens
+        if (kept := self.kept.pop(key, None)) is not None:
+            self.bytes -= kept.nbytes
+            return kept
+        if self.bytes + (built := build()).nbytes <= SHARED:
+            self.kept[key] = built.cpu()
+            self.bytes += built.nbytes
+        return built
+
+
+_shared: ContextVar[Shared | None] = ContextVar("shared", default=None)
+
+
+@contextmanager
+def shared() -> Iterator[None]:
+    """Inside, windows that two evaluations of one unchanged model have in common, such as a
+    perplexity and its distance from the float model, go through the model once."""
+    token = _shared.set(Shared())
+    try:
+        yield
+    finally:
+        _shared.reset(token)
 
 
 def token_losses(
@@ -62,9 +101,15 @@ def states(
     task: CausalLM, batch: Batch, forward: Forward | None = None
 ) -> Float[Tensor, "windows scored width"]:
     """The hidden states that predict the targets of a batch."""
-    ids = torch.stack([window.tokens for window in batch.windows])
-    hidden = (forward or task.hidden)(ids[:, :-1])  # the last token has no target
-    return hidden[:, -batch.windows[0].scored :]
+
+    def build() -> Tensor:
+        ids = torch.stack([window.tokens for window in batch.windows])
+        hidden = (forward or task.hidden)(ids[:, :-1])  # the last token has no target
+        return hidden[:, -batch.windows[0].scored :]
+
+    if (store := _shared.get()) is None or forward is not None:
+        return build()
+    return store.get(batch, build).to(task.device)
 
 
 def targets(batch: Batch) -> Int64[Tensor, " targets"]:
