@@ -92,12 +92,11 @@ def _chosen(settings: Sequence[Setting], query: Query) -> list[Setting]:
 
     for mapping in query.where:
         for key, values in mapping.items():
-            there = sorted({setting.label(key) for setting in settings})
+            there = {setting.label(key) for setting in settings}
             for value in values:
                 if value not in there:
-                    raise UserError(
-                        f"where {key}={value}: no run has it; there are {', '.join(there)}"
-                    )
+                    seen = ", ".join(sorted(label or '""' for label in there))
+                    raise UserError(f"where {key}={value}: no run has it; there are {seen}")
     chosen = [each for each in settings if any(meets(each, mapping) for mapping in query.where)]
     if not chosen:
         raise UserError("where: no run meets all of its conditions; name fewer of them")

@@ -143,7 +143,7 @@ def counterparts(settings: Sequence[Setting], chosen: Mapping[str, str]) -> dict
     baselines = [each for each in settings if all(each.label(k) == v for k, v in chosen.items())]
     if not baselines:
         wanted = ",".join(f"{key}={value}" for key, value in chosen.items())
-        seen = sorted({each.label(key) for each in settings for key in chosen})
+        seen = sorted({each.label(key) or '""' for each in settings for key in chosen})
         raise UserError(f"baseline {wanted}: no run has it; there are {', '.join(seen)}")
     keys = [key for key in differing(settings) if key not in chosen]
     counterparts = {}
