@@ -10,6 +10,7 @@ from qexp.report.pivot import Setting, Spread, Table, differing
 from qexp.runs.finished import Column
 
 NEAR = 0.05  # bits per weight within which settings compete
+SAME = ("model", "data", "calibration")  # what any setting and its baseline share
 CONFIDENCE = 0.95  # of an interval; it excludes zero where p is below 1 - CONFIDENCE
 
 
@@ -138,6 +139,9 @@ def counterparts(settings: Sequence[Setting], chosen: Mapping[str, str]) -> dict
     damping, compared with round-to-nearest) is ignored; a float baseline must only have the same
     model, data and calibration. A setting with several such baselines has none.
 
+    A baseline chosen by its `label` is a row of a table of different methods: it too must only have
+    the same model, data and calibration, and of several the one of the nearest stored bits counts.
+
     Raises UserError if no setting is a baseline.
     """
     baselines = [each for each in settings if all(each.label(k) == v for k, v in chosen.items())]
@@ -146,9 +150,13 @@ def counterparts(settings: Sequence[Setting], chosen: Mapping[str, str]) -> dict
         seen = sorted({each.label(key) or '""' for each in settings for key in chosen})
         raise UserError(f"baseline {wanted}: no run has it; there are {', '.join(seen)}")
     keys = [key for key in differing(settings) if key not in chosen]
+    if by_label := "label" in chosen:
+        keys = [key for key in keys if key in SAME]
     counterparts = {}
     for setting in settings:
         like = [each for each in baselines if each is not setting and _alike(setting, each, keys)]
+        if by_label:
+            like = sorted(like, key=lambda each: abs(each.bits - setting.bits))[:1]
         if len(like) == 1 and setting not in baselines:
             counterparts[id(setting)] = like[0]
     return counterparts
@@ -157,7 +165,7 @@ def counterparts(settings: Sequence[Setting], chosen: Mapping[str, str]) -> dict
 def _alike(setting: Setting, baseline: Setting, keys: Sequence[str]) -> bool:
     for key in keys:
         one, other = setting.label(key), baseline.label(key)
-        if baseline.run.is_float and key not in ("model", "data", "calibration"):
+        if baseline.run.is_float and key not in SAME:
             continue
         if one and other and one != other:
             return False

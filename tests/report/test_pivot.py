@@ -234,6 +234,22 @@ def test_the_baseline_is_like_the_setting_in_all_else() -> None:
         significance.counterparts(settings, {"method": "awq"})
 
 
+def test_a_baseline_by_its_label_is_a_whole_row() -> None:
+    """Other grids and groups may differ; of two budgets the one of nearer stored bits counts."""
+    runs = [
+        run("SpQR", 0, 9, bits=3.3, group=64),
+        run("SpQR", 0, 90, bits=2.3, group=64),
+        run("OWQ", 0, 10, bits=3.25, group=128),
+        run("QuIP", 0, 99, bits=2.02, group=None),
+    ]
+    settings = pivot.group(
+        [replace(each, config=each.config | {"label": each.choices["method"]}) for each in runs]
+    )
+    found = significance.counterparts(settings, {"label": "SpQR"})
+    ppl = {s.spread(PPL).mean: found[id(s)].spread(PPL).mean for s in settings if id(s) in found}
+    assert ppl == {10: 9, 99: 90}
+
+
 def test_a_null_is_a_value_and_no_key_is_none() -> None:
     """Rows without groups are not compared with rows in groups; a run without the key is."""
     runs = [*seeds("gptq", 9, group=None), *seeds("gptq", 8, group=64), *seeds("rtn", 20, group=64)]
