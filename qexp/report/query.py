@@ -1,5 +1,6 @@
 """A question to finished runs (rows, columns, metrics, baseline), and the table that answers it."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -29,6 +30,7 @@ class Query:
 
     `where`: values by key, alternatives of each other; a run must match one of the mappings if
     there are any. Rows and columns follow the order of the values. Baselines need not match.
+    `sort`: the metric whose best value comes first; rows without it come last.
     """
 
     rows: Sequence[str] = ()
@@ -37,6 +39,7 @@ class Query:
     over: Sequence[str] = SEED
     baseline: Mapping[str, str] = field(default_factory=dict)
     where: Sequence[Mapping[str, Sequence[str]]] = ()
+    sort: str = ""
 
     @property
     def against(self) -> str:
@@ -67,9 +70,24 @@ def ask(runs: Sequence[Run], query: Query) -> Answer:
         _known(runs, option, names)
     settings = group(runs, query.over)
     baselines = counterparts(settings, query.baseline) if query.baseline else {}
-    table = pivot(_chosen(settings, query), query.rows or None, query.columns)
-    table = _select(table, query.metrics)
+    chosen = _chosen(settings, query)
+    if query.sort:
+        chosen = _sorted(chosen, query.sort)
+    table = _select(pivot(chosen, query.rows or None, query.columns), query.metrics)
     return Answer(query, table, baselines, _effects(table, baselines, list(query.baseline)))
+
+
+def _sorted(settings: Sequence[Setting], metric: str) -> list[Setting]:
+    columns = [each for each in pivot(settings).columns if each.name == metric]
+    if not columns:
+        raise UserError(f"sort {metric}: no run has this metric")
+    sign = -1 if columns[0].higher else 1
+
+    def place(setting: Setting) -> tuple[bool, float]:
+        value = setting.value(metric)
+        return math.isnan(value), sign * value
+
+    return sorted(settings, key=place)
 
 
 def _chosen(settings: Sequence[Setting], query: Query) -> list[Setting]:

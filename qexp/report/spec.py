@@ -15,7 +15,7 @@ from qexp.runs.finished import word
 
 BOTH = ("records", "where", "metrics", "over")
 FIELDS = {
-    "table": (*BOTH, "baseline", "rows", "columns", "titles", "labels", "digits", "costs"),
+    "table": (*BOTH, "baseline", "rows", "columns", "sort", "titles", "labels", "digits", "costs"),
     "figure": (*BOTH, "file", "x", "alt"),
     "value": (*BOTH, "baseline", "digits", "show"),
 }
@@ -59,6 +59,7 @@ def read(kind: str, text: str) -> Spec:
         over=_list(given, "over") or SEED,
         baseline=_baseline(given.get("baseline")),
         where=_where(given.get("where")),
+        sort=str(given.get("sort") or ""),
     )
     labels = {
         str(key): {word(value): str(label) for value, label in _mapping(names, key).items()}

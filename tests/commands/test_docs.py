@@ -199,6 +199,7 @@ def test_a_figure_that_differs_or_is_not_there_is_named(drawn, capsys) -> None:
     [
         (f"metrics: {PPL}\n", "metrics: held_out/pp\n", "metrics held_out/pp: none fits; there"),
         ("rows: [method]", "rows: [methd]", "rows methd: no run has this key; perhaps method"),
+        ("rows: [method]", "rows: [method]\nsort: x/ppl", "sort x/ppl: no run has this metric"),
         ("rows: [method]", "row: [method]", "row: a table has no such field; perhaps rows"),
         ("[rtn, gptq]", "[rtn, spqr]", "where method=spqr: no run has it; there are gptq, rtn"),
         ("weight.bits: 3}\nrows", "weight.bits: [3, 4]}\nrows", "would contain several settings"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qexp.common.errors import UserError
-from qexp.report import formats, pivot, significance, tables
+from qexp.report import formats, pivot, query, significance, tables
 from qexp.runs.finished import Column, Run, flat
 
 PPL = Column("text/ppl", "12345678")
@@ -248,6 +248,12 @@ def test_a_baseline_by_its_label_is_a_whole_row() -> None:
     found = significance.counterparts(settings, {"label": "SpQR"})
     ppl = {s.spread(PPL).mean: found[id(s)].spread(PPL).mean for s in settings if id(s) in found}
     assert ppl == {10: 9, 99: 90}
+
+
+def test_rows_in_the_order_of_a_metric() -> None:
+    runs = [*seeds("gptq", 10, 12), *seeds("rtn", 20), *seeds("oac", 9), *seeds("quip", math.nan)]
+    table = query.ask(runs, query.Query(rows=["method"], sort="text/ppl")).table
+    assert [setting.label("method") for setting in table.settings] == ["oac", "gptq", "rtn", "quip"]
 
 
 def test_a_null_is_a_value_and_no_key_is_none() -> None:
