@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qexp.runs import results
-from qexp.runs.signature import UNSIGNED, class_names
+from qexp.runs.signature import UNSIGNED, WORDS, class_names
 
 NOT_SETTINGS = (*UNSIGNED, "experiment", "search", "local", "eval")  # each metric has a column
 # For runs of version 0.1, whose provenance does not record which metrics are better when higher.
@@ -83,8 +83,10 @@ class Run:
         return self.choices.get(key, self._values.get(key, default))
 
     def label(self, key: str) -> str:
-        """A choice or a value, formatted for a table; empty where the run has no such key."""
-        return word(self.setting(key, ""))
+        """A choice or a value, formatted for a table; empty where the run has no such key, and
+        where the user gave no word."""
+        setting = self.setting(key, "")
+        return "" if setting is None and key in WORDS else word(setting)
 
     @property
     def command(self) -> str:
