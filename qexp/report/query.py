@@ -78,10 +78,10 @@ def ask(runs: Sequence[Run], query: Query) -> Answer:
 
 
 def _sorted(settings: Sequence[Setting], metric: str) -> list[Setting]:
-    columns = [each for each in pivot(settings).columns if each.name == metric]
-    if not columns:
-        raise UserError(f"sort {metric}: no run has this metric")
-    sign = -1 if columns[0].higher else 1
+    columns = {each.name: each for each in pivot(settings).columns}
+    if metric not in columns:
+        raise UserError(f"sort {metric}: no run has this metric; there are {', '.join(columns)}")
+    sign = -1 if columns[metric].higher else 1
 
     def place(setting: Setting) -> tuple[bool, float]:
         value = setting.value(metric)
