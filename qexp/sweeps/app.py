@@ -3,9 +3,10 @@
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig
 
 from qexp.config.chains import as_choices
@@ -35,8 +36,8 @@ def launch(work: Work | None = None, guard: Guard = run_reporting_errors) -> int
     os.environ[ledger.VARIABLE] = ""
     ledger.postponed.clear()
     logging.raiseExceptions = False  # a log that cannot be written is not the error
-    words = ["dry_run=true" if word == "--dry-run" else word for word in sys.argv]
-    sys.argv = as_choices(words)
+    words = ["dry_run=true" if word == "--dry-run" else word for word in sys.argv[1:]]
+    sys.argv = [sys.argv[0], *as_choices(overrides_last(words))]
     app = hydra.main(version_base="1.3", config_path=str(conf()), config_name="config")
     try:
         code = guard(app(work or job))
@@ -48,3 +49,13 @@ def launch(work: Work | None = None, guard: Guard = run_reporting_errors) -> int
     if (sweep := ledger.current()) is not None and sweep.entries():
         say(ledger.summary(sweep))
     return code
+
+
+def overrides_last(words: Sequence[str]) -> list[str]:
+    """The words in an order that Hydra's parser takes: it wants all overrides in one piece, and
+    `qexp method=rtn -m seed=0,1` has two."""
+    overrides = get_args_parser().parse_known_intermixed_args(words)[0].overrides
+    flags = list(words)
+    for override in overrides:
+        flags.remove(override)
+    return [*flags, *overrides]

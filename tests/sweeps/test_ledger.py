@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from qexp.common import hashes
 from qexp.sweeps import dry_run, job, ledger
+from qexp.sweeps.app import overrides_last
 
 pytestmark = pytest.mark.usefixtures("qexp")
 
@@ -104,6 +105,15 @@ def test_a_job_that_another_process_is_at_comes_last(qexp, monkeypatch, capsys) 
     said = capsys.readouterr().err
     assert "another process runs it; left for the end" in said
     assert "2 jobs: 2 ran, 0 answered from disk, 0 failed" in said
+
+
+def test_flags_may_stand_between_overrides(qexp, capsys) -> None:
+    one, *others = SMALL
+    assert qexp(one, "-m", *others, "--dry-run", "weight.bits=3,4") == 0
+    assert "2 jobs: 2 to run\n" in capsys.readouterr().out
+    words = ["a=1", "-m", "--config-dir", "x=y", "~b", "--cfg", "job", "c=2"]
+    flags = ["-m", "--config-dir", "x=y", "--cfg", "job"]
+    assert overrides_last(words) == [*flags, "a=1", "~b", "c=2"]
 
 
 def test_what_changes_no_number_makes_no_other_sweep(qexp) -> None:
