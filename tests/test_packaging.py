@@ -7,6 +7,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
 from hatchling.builders.wheel import WheelBuilder
 
 import qexp
@@ -62,6 +63,12 @@ def test_every_dependency_has_an_exact_version() -> None:
     ]:
         name = re.split(r"[<>=\[; ]", wanted)[0].lower().replace("_", "-")
         assert name in exact, f"{name} is not in constraints.txt"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/start/installation.md"])
+def test_tables_of_extras_are_complete(page: str) -> None:
+    rows = re.findall(r"^\| `(\w+)` \|", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(PROJECT["project"]["optional-dependencies"]) <= set(rows)
 
 
 def test_no_file_names_a_machine_or_an_index() -> None:
