@@ -63,7 +63,7 @@ def main(arguments: Sequence[str]) -> None:
     for note in notes:
         print(note, file=sys.stderr)
     if not runs:
-        raise UserError(f"{chosen.folders[0]}: no finished run stands there; run qexp first")
+        raise UserError(f"{chosen.folders[0]}: no finished run is there; run qexp first")
     made = table(runs)
     sheet = tables.lay(made, {})
     text = "\n\n".join([formats.markdown(sheet), LEGEND, *tables.legend(sheet)]) + "\n"

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str]) -> None:
         print(note, file=sys.stderr)
     if not folders:
         names = ", ".join(map(str, chosen.runs))
-        raise UserError(f"{names}: no finished run stands there; run `qexp` first")
+        raise UserError(f"{names}: no finished run is there; run `qexp` first")
     contents: dict[str, tuple[Path, dict]] = {}
     for folder in folders:
         content = record.of(folder)

@@ -76,7 +76,7 @@ def main(arguments: Sequence[str]) -> None:
         print(note, file=sys.stderr)
     if not runs:
         names = ", ".join(str(folder) for folder in chosen.folders)
-        raise UserError(f"{names}: no finished run stands there; run `qexp` first")
+        raise UserError(f"{names}: no finished run is there; run `qexp` first")
     query = Query(
         rows=tuple(_words(chosen.rows)),
         columns=tuple(_words(chosen.columns)),

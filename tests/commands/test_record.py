@@ -154,7 +154,7 @@ def test_a_damaged_record_is_one_sentence(content, sentence, outputs, capsys) ->
     [
         (["outputs", "--topic", "../x"], "--topic ../x: give one folder name"),
         (["docs", "--topic", "x"], "docs: is not a folder or a record"),
-        (["outputs/none-3-0/.hydra", "--topic", "x"], "no finished run stands there"),
+        (["outputs/none-3-0/.hydra", "--topic", "x"], "no finished run is there"),
     ],
 )
 def test_a_mistake_writes_nothing(arguments, sentence, outputs, capsys) -> None:
