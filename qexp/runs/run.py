@@ -111,8 +111,11 @@ class Run:
         return [self._column(name, protocols.get(name.rpartition("/")[0], {})) for name in names]
 
     def _column(self, name: str, protocol: Mapping[str, Any]) -> Column:
-        higher = protocol.get("higher_is_better", HIGHER)
-        return Column(name, protocol.get("digest", ""), name.rpartition("/")[2] in higher)
+        key = name.rpartition("/")[2]
+        of_metric = key.removesuffix("_change")  # from the float model: as good as the metric's own
+        higher = of_metric in protocol.get("higher_is_better", HIGHER)
+        better = higher or key.endswith("wrong_to_right")
+        return Column(name, protocol.get("digest", ""), better)
 
     @cached_property
     def uses_grid(self) -> bool:

@@ -55,6 +55,18 @@ def test_a_seed_counts_once_and_the_latest_run_speaks_for_it() -> None:
     assert setting.spread(PPL).values == {"0": 12}
 
 
+def test_changes_from_the_float_model_are_as_good_as_their_metric() -> None:
+    changes = ("acc_change", "acc_wrong_to_right", "acc_right_to_wrong", "loss_change")
+    names = [f"tasks/{name}" for name in ("acc", *changes, "wrong_to_right")]
+    own = {"protocols": {"tasks": {"digest": "", "higher_is_better": ["acc"]}}}
+    errors = {f"{name}_stderr": 1.0 for name in names}
+    one = replace(run("gptq", 0, 10), provenance=own, metrics=dict.fromkeys(names, 0.5) | errors)
+    higher = {column.name.rpartition("/")[2]: column.higher for column in one.columns}
+    better = ["acc", "acc_change", "acc_wrong_to_right", "wrong_to_right"]
+    assert [name for name, more in higher.items() if more] == better
+    assert len(higher) == len(names)
+
+
 def test_definitions_do_not_mix() -> None:
     other = Column(PPL.name, "another0")
     [setting] = pivot.group([run("gptq", 0, 10), run("gptq", 1, 99, digest="another0")])
