@@ -111,11 +111,11 @@ class Run:
         return [self._column(name, protocols.get(name.rpartition("/")[0], {})) for name in names]
 
     def _column(self, name: str, protocol: Mapping[str, Any]) -> Column:
+        # Evaluators list metrics, not their changes from the float model (`against_float.changes`).
         key = name.rpartition("/")[2]
-        of_metric = key.removesuffix("_change")  # from the float model: as good as the metric's own
-        higher = of_metric in protocol.get("higher_is_better", HIGHER)
-        better = higher or key.endswith("wrong_to_right")
-        return Column(name, protocol.get("digest", ""), better)
+        listed = key.removesuffix("_change") in protocol.get("higher_is_better", HIGHER)
+        higher = listed or key.endswith("wrong_to_right")
+        return Column(name, protocol.get("digest", ""), higher)
 
     @cached_property
     def uses_grid(self) -> bool:
