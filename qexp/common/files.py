@@ -127,7 +127,7 @@ def locked(folder: Path, wait: bool | float = True) -> Iterator[bool]:
     except OSError as error:
         raise _not_writable(folder, error.strerror) from error
     try:
-        for leftover in folder.glob(".*.tmp*"):
+        for leftover in folder.rglob(".*.tmp*"):
             leftover.unlink(missing_ok=True)
         yield True
     finally:

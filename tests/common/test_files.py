@@ -2,11 +2,13 @@
 
 import errno
 import os
+import subprocess
+import sys
 
 import pytest
 
 from qexp.common.errors import UserError
-from qexp.common.files import atomic
+from qexp.common.files import atomic, locked
 
 
 def test_a_file_appears_with_its_content_and_the_usual_mode(tmp_path) -> None:
@@ -64,3 +66,17 @@ def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"), atomic(tmp_path / "file" / "below"):
         pass
+
+
+@pytest.mark.parametrize("name", ["metrics.json", ".hydra/config.yaml"])
+def test_a_lock_removes_what_a_killed_process_left(tmp_path, name) -> None:
+    path = tmp_path / name
+    program = "import os, sys; from pathlib import Path; from qexp.common.files import atomic\n"
+    program += "with atomic(Path(sys.argv[1])): os._exit(9)"
+    assert subprocess.run([sys.executable, "-c", program, str(path)], check=False).returncode == 9
+    [leftover] = path.parent.iterdir()
+    kept = path.parent / "kept.json"
+    kept.touch()
+    with locked(tmp_path) as mine:
+        assert mine
+        assert not leftover.exists() and kept.exists()
