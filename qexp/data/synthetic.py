@@ -3,6 +3,7 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -10,6 +11,15 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from qexp.data.corpus import SPLITS, Corpus, Example, check_split
+
+
+# a run reads a split several times, and a tenth of a run on a tiny model would be drawing its words
+@lru_cache(maxsize=8)
+def _documents(seed: str, count: int, words: int) -> tuple[str, ...]:
+    rng = random.Random(seed)
+    letters = "etaoinshrdlu"
+    vocabulary = ["".join(rng.choices(letters, k=rng.randint(1, 8))) for _ in range(500)]
+    return tuple(" ".join(rng.choices(vocabulary, k=words)) + ".\n" for _ in range(count))
 
 
 @dataclass(frozen=True)
@@ -25,10 +35,7 @@ class Synthetic(Corpus):
 
     def documents(self, split: str) -> list[str]:
         check_split(self, split, SPLITS)
-        rng = random.Random(f"{self.seed} {split}")
-        letters = "etaoinshrdlu"
-        vocabulary = ["".join(rng.choices(letters, k=rng.randint(1, 8))) for _ in range(500)]
-        return [" ".join(rng.choices(vocabulary, k=self.words)) + ".\n" for _ in range(self.count)]
+        return list(_documents(f"{self.seed} {split}", self.count, self.words))
 
     def text(self, split: str) -> str:
         return "".join(self.documents(split))

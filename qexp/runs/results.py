@@ -4,6 +4,8 @@ import csv
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,6 +102,14 @@ def config(folder: str | None) -> DictConfig:
         raise UserError(f"run={folder}: has no {CONFIGS}/config.yaml; give the folder of a run")
     if not (Path(folder) / METRICS).is_file():
         raise UserError(f"run={folder}: has no {METRICS}; that run did not finish")
+    written = path.stat()
+    return deepcopy(_read(path, (written.st_mtime_ns, written.st_size, written.st_ino)))
+
+
+# a run that starts from another asks several times, and OmegaConf takes 0.1 s to read it
+@lru_cache(maxsize=8)
+def _read(path: Path, written: tuple[int, ...]) -> DictConfig:
+    """The configuration in a file, with today's keys. `written` changes where the file does."""
     loaded = OmegaConf.create(renamed(OmegaConf.to_container(OmegaConf.load(path))))
     assert isinstance(loaded, DictConfig)
     return loaded

@@ -52,6 +52,17 @@ def test_what_is_written_is_read(tmp_path) -> None:
     assert past["versions"]["torch"]
 
 
+def test_a_configuration_is_what_its_file_holds_now(tmp_path) -> None:
+    written(tmp_path)
+    path = tmp_path / ".hydra" / "config.yaml"
+    path.parent.mkdir()
+    path.write_text("seed: 1")
+    results.config(str(tmp_path)).seed = 5  # the caller's own
+    assert results.config(str(tmp_path)).seed == 1
+    path.write_text("seed: 23")
+    assert results.config(str(tmp_path)).seed == 23
+
+
 def test_without_layers_the_table_has_its_header(tmp_path) -> None:
     results.write(tmp_path, {"a/ppl": 1.0}, [], Provenance())
     assert (tmp_path / "layers.csv").read_text().strip() == ",".join(results.COLUMNS)
