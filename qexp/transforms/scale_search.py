@@ -20,7 +20,7 @@ from qexp.transforms.site_statistics import ScaleShift, SiteStatistics, collect_
 from qexp.walk import Block, walk
 from qexp.walk.capture import rows, split
 
-PIECES = 16  # in which a search sees the calibration data
+PIECES = 32  # in which a search sees the calibration data
 
 
 @torch.no_grad()
@@ -77,7 +77,7 @@ def first(batches: Iterable[Batch], sequences: int | None) -> list[Batch]:
 
 
 def pieces(batches: Sequence[Batch]) -> list[Batch]:
-    """The same sequences in order, a sixteenth of them or less in each batch."""
+    """The same sequences in order, a thirty-second of them or less in each batch."""
     each = -(-sum(map(rows, batches)) // PIECES) if batches else 1
     return [part for batch in batches for part in split(batch, max(each, 1))]
 
