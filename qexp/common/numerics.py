@@ -1,13 +1,17 @@
 """Settings of the digits that a device may change: TF32, sums in low precision, determinism."""
 
+import logging
 import os
 import re
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from typing import Any
 
 from omegaconf import DictConfig
 
 from qexp.common.errors import UserError, check_bool
+
+log = logging.getLogger(__name__)
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 REPEATING = ":4096:8"  # with which cuBLAS repeats its digits, by its documentation
@@ -120,6 +124,20 @@ def device_of(name: str) -> Any:
     if name != "auto":
         return torch.device(name)
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+@cache  # one line for each key
+def warn_of_slow_bfloat16(setting: str, device_type: str) -> None:
+    """Log a warning where products of bfloat16 take many times as long as those of float32: on x86
+    processors without AVX-512. setting: the key and its value."""
+    import torch
+
+    if device_type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        log.warning(
+            "%s: this processor has no AVX-512, and products of bfloat16 take many times as long "
+            "as those of float32 here; give float32.",
+            setting,
+        )
 
 
 def model_of(device: Any) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qexp.common.errors import UserError, check_choice, check_int, check_number
 from qexp.common.frozen import frozen
+from qexp.common.numerics import warn_of_slow_bfloat16
 from qexp.common.progress import bar
 from qexp.grid.scale import DTYPES
 from qexp.hessian import gradient_hooks
@@ -159,6 +160,8 @@ class FromGradients(CacheableHessian):
 
         total = sum(-(-len(inputs) // self.sequences) for inputs in block.inputs)
         kind, dtype = task.device.type, DTYPES[self.dtype]
+        if dtype == torch.bfloat16:
+            warn_of_slow_bfloat16("method.hessian.dtype=bfloat16", kind)
         with (
             torch.enable_grad(),
             frozen(task),

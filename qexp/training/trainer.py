@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from qexp.common import collectives, launch, trainers
 from qexp.common.errors import UserError, check_choice, check_int
+from qexp.common.numerics import warn_of_slow_bfloat16
 from qexp.common.workspace import CHECKPOINTS
 from qexp.task import Task
 from qexp.training.checkpoint import BEST, LAST, Checkpoint, find_checkpoints
@@ -91,6 +92,8 @@ class Trainer:
     def _fit(self, module: TrainingModule, folder: Path, resumed: Path | None) -> None:
         """Trains, from checkpoint `resumed` if there is one, and writes checkpoints to `folder`."""
         setup, device = module.training_setup, module.task.device
+        if self.precision == "bf16-mixed":
+            warn_of_slow_bfloat16("trainer.precision=bf16-mixed", device.type)
         # Not Lightning's `save_last`, which is written only when the monitored one is too.
         # LAST comes second, so that it contains the state of BEST after the same interval.
         callbacks: list[Callback] = []

@@ -114,3 +114,13 @@ def test_float32_products_are_whole_unless_tf32_is_allowed(tf32, accelerator) ->
     x = torch.randn(1024, 1024, device=accelerator)
     error = float((x @ x - (x.double() @ x.double())).abs().max())
     assert (error > 1e-2) == (tf32 and torch.cuda.get_device_capability()[0] >= 8)
+
+
+@pytest.mark.parametrize(("capability", "lines"), [("AVX2", 1), ("AVX512", 0), ("SVE256", 0)])
+def test_slow_bfloat16_is_named_once(capability, lines, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    numerics.warn_of_slow_bfloat16.cache_clear()
+    for kind in ("cuda", "cpu", "cpu"):
+        numerics.warn_of_slow_bfloat16("trainer.precision=bf16-mixed", kind)
+    assert caplog.text.count("trainer.precision=bf16-mixed: this processor has no AVX-512") == lines
+    numerics.warn_of_slow_bfloat16.cache_clear()
