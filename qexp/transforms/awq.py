@@ -38,7 +38,7 @@ class AWQ(Step):
     grouped_values: bool = False
     sites: str = "norms+value+up"
     sequences: int | None = None
-    margin: float | int = 2.5
+    margin: float | int = 3.0
 
     def __post_init__(self) -> None:
         check_settings(self)

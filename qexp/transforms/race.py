@@ -9,18 +9,18 @@ from torch import Tensor
 # (candidate, parts of the data) → for each of these parts its errors on the samples, such as tokens
 Errors = Callable[[int, Sequence[int]], list[Tensor]]
 
-SAMPLES = 256  # that a standard error needs at least
+SAMPLES, PARTS = 256, 2  # that a standard error needs at least
 DRIFT = 0.005  # by which the ratio of two candidates' errors is expected to vary between parts
 
 
 def least(errors: Errors, candidates: int, parts: int, margin: float) -> int:
     """The index of the candidate with the least sum of errors over all parts, the first of equals.
 
-    A race (Maron and Moore, 1994): each time a quarter more of the parts are measured, from SAMPLES
-    samples on, candidates are dropped whose error so far exceeds the least one by more than
-    `margin` standard errors and what DRIFT explains. Both shrink as parts are measured, and compare
-    errors on the same samples, so that what samples differ in counts for nothing. Only a candidate
-    that behaves otherwise on the other parts is lost.
+    A race (Maron and Moore, 1994): each time a quarter more of the parts are measured, from PARTS
+    parts and SAMPLES samples on, candidates are dropped whose error so far exceeds the least one by
+    more than `margin` standard errors and what DRIFT explains. Both shrink as parts are measured,
+    and compare errors on the same samples, so that what samples differ in counts for nothing. Only
+    a candidate that behaves otherwise on the other parts is lost.
 
     margin: inf measures every candidate on every part.
     """
@@ -32,7 +32,7 @@ def least(errors: Errors, candidates: int, parts: int, margin: float) -> int:
         for index, seen in found.items():
             seen += [each.double().cpu() for each in errors(index, order[start:stop])]
         best = found[_first_least(found)]
-        if stop < parts and sum(map(len, best)) >= SAMPLES:
+        if PARTS <= stop < parts and sum(map(len, best)) >= SAMPLES:
             found = {
                 index: seen
                 for index, seen in found.items()
