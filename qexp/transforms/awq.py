@@ -28,8 +28,8 @@ class AWQ(Step):
     clip: the second part. It changes weights permanently, as part of how they will be rounded, and
     with it the float model's logits; scales alone do not.
     sequences: of each calibration batch; null is all of them.
-    margin: scales whose error on some sequences exceeds the least by this many standard errors are
-    not measured on the others (`race.least`); inf measures all of them on all.
+    margin: scales whose error on a part of the data exceeds the least by this many standard errors
+    are not measured on the rest (`race.least`); inf measures all of them on all.
     """
 
     grid: Grid

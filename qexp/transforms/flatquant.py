@@ -26,7 +26,8 @@ from qexp.transforms.learned_maps import Invertible, LearnedKeys, LearnedMap, Le
 from qexp.transforms.learned_scales import Clipping, Shape
 from qexp.transforms.reconstruction import Reconstruction, quantized, rounded_cache, rounds_cache
 from qexp.transforms.scale_search import check_settings, first, on_device
-from qexp.transforms.site_statistics import SiteStatistics, collect_statistics
+from qexp.transforms.site_collection import collect_statistics
+from qexp.transforms.site_statistics import SiteStatistics
 from qexp.walk import Block, walk
 
 log = logging.getLogger(__name__)

@@ -25,7 +25,8 @@ from qexp.transforms.query_key import QueryKey, query_keys
 from qexp.transforms.reconstruction import Learned, Reconstruction, quantized
 from qexp.transforms.scale_search import check_settings, first, on_device
 from qexp.transforms.singular import Singular
-from qexp.transforms.site_statistics import SiteStatistics, collect_statistics
+from qexp.transforms.site_collection import collect_statistics
+from qexp.transforms.site_statistics import SiteStatistics
 from qexp.walk import Block, walk
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,8 @@ from qexp.task import Batches, Task
 from qexp.transforms.channels import SITES, Channels, channels_of
 from qexp.transforms.reconstruction import Reconstruction, quantized
 from qexp.transforms.scale_search import check_settings, first, on_device, smoothed
-from qexp.transforms.site_statistics import SiteStatistics, collect_statistics
+from qexp.transforms.site_collection import collect_statistics
+from qexp.transforms.site_statistics import SiteStatistics
 from qexp.walk import Block, walk
 
 log = logging.getLogger(__name__)

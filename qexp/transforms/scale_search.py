@@ -16,7 +16,8 @@ from qexp.quantizers.scheme import Activations
 from qexp.task import Batch, Task
 from qexp.transforms.channels import channels_of
 from qexp.transforms.input_moments import InputMoments, input_moments
-from qexp.transforms.site_statistics import ScaleShift, SiteStatistics, collect_statistics
+from qexp.transforms.site_collection import collect_statistics
+from qexp.transforms.site_statistics import ScaleShift, SiteStatistics
 from qexp.walk import Block, walk
 from qexp.walk.capture import rows, split
 

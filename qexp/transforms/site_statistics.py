@@ -1,13 +1,14 @@
 """Statistics of the inputs of a block's linears, and the output error of changes to them."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from math import inf
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from qexp.common import collectives
@@ -15,8 +16,7 @@ from qexp.common.collectives import WHOLE, Share
 from qexp.grid import Grid
 from qexp.quantizers.scheme import Activations
 from qexp.transforms.channels import Channels
-from qexp.transforms.race import least
-from qexp.walk import Block
+from qexp.transforms.race import least, mixed
 from qexp.walk.capture import Call
 
 
@@ -33,6 +33,7 @@ class SiteStatistics:
 
     module: the smallest one that contains the linears (attention, MLP, or the linear itself).
     calls, outputs: its recorded calls and what it returned, for `best`.
+    per_token: the module maps each token alone, as an MLP does.
     moment: Σ x xᵀ, on and above the diagonal, instead of them where `module` is the only linear: it
     determines the output error if weights are rounded and inputs are not.
     share: of the tokens that the calls are of; `low`, `high`, `total` and `tokens` are of all, from
@@ -41,6 +42,7 @@ class SiteStatistics:
 
     channels: Channels
     module: nn.Module
+    per_token: bool
     moment: Tensor | None = None
     low: Tensor = field(default_factory=lambda: torch.tensor(torch.inf))
     high: Tensor = field(default_factory=lambda: torch.tensor(-torch.inf))
@@ -97,11 +99,13 @@ class SiteStatistics:
         if len(changes) == 1:
             return changes[0]
         if self.moment is not None:
-            moment = self.moment.triu(1).mul_(2).diagonal_scatter(self.moment.diagonal())
-            by_moment = [self.moment_error(change, moment, grid) for change in changes]
-            return changes[by_moment.index(min(by_moment))]
+            return changes[self._least_by_moment(self.moment, changes, grid, margin)]
+        independent = margin < inf and self.per_token
+        if independent:
+            self.calls, self.outputs = _mixed_tokens(self.calls, self.outputs)
         counts = self.share.gathered(len(self.calls))
-        before = sum(counts[: collectives.rank()]) if self.share.divided else 0
+        starts = [0, *accumulate(counts)]
+        before = starts[collectives.rank()] if self.share.divided else 0
         mine = range(before, before + len(self.calls))
 
         def errors(index: int, parts: Sequence[int]) -> list[Tensor]:
@@ -113,7 +117,9 @@ class SiteStatistics:
                 merged |= each
             return [merged[part] for part in parts]
 
-        return changes[least(errors, len(changes), sum(counts), margin)]
+        firsts = [start for start, count in zip(starts, counts, strict=False) if count]
+        largest = firsts if independent else None
+        return changes[least(errors, len(changes), sum(counts), margin, largest)]
 
     def errors(
         self, change: ScaleShift, parts: Sequence[int], grid: Grid, activation: Activations
@@ -124,78 +130,62 @@ class SiteStatistics:
         with _rounded(self.channels, change, grid, activation):
             for part in parts:
                 (args, kwargs), output = self.calls[part], self.outputs[part]
-                difference = _first(self.module(*args, **kwargs)).float() - output.float()
+                difference = first_of(self.module(*args, **kwargs)).float() - output.float()
                 found.append(difference.flatten(0, -2).square_().sum(1, dtype=torch.float64))
         return found
 
-    def moment_error(
-        self, change: ScaleShift, moment: Float[Tensor, "columns columns"], grid: Grid
-    ) -> float:
-        """The squared output error of the only linear over all tokens, tr(Δ M Δᵀ).
+    def _least_by_moment(
+        self, given: Tensor, changes: Sequence[ScaleShift], grid: Grid, margin: float
+    ) -> int:
+        # A triangular matrix of the same quadratic form: no mirrored copy.
+        moment = given.triu(1).mul_(2).diagonal_scatter(given.diagonal())
+        weight = self.channels.linears[0].weight.float()
+        rows = mixed((weight @ moment).mul_(weight).sum(1))
+
+        def errors(index: int, parts: Sequence[int]) -> list[Tensor]:
+            own = [rows[part] for part in parts]
+            found = self.moment_errors(changes[index], moment, grid, torch.cat(own))
+            return list(found.split([len(part) for part in own]))
+
+        return least(errors, len(changes), len(rows), margin, largest=[0])
+
+    def moment_errors(
+        self,
+        change: ScaleShift,
+        moment: Float[Tensor, "columns columns"],
+        grid: Grid,
+        rows: Int[Tensor, " part"],
+    ) -> Float[Tensor, " part"]:
+        """The squared error over all tokens of these outputs of the only linear, diag(Δ M Δᵀ).
 
         moment: M, Σ x xᵀ or any matrix with the same quadratic form.
         """
         [linear], scale = self.channels.linears, self.channels.spread(change.scale)
-        weight = linear.weight.float()
-        moved = (grid(weight * scale) / scale).sub_(weight)
-        return float(torch.sum((moved @ moment).mul_(moved), dtype=torch.float64))
+        weight = linear.weight[rows].float()
+        if grid.rowwise:
+            rounded = grid(weight * scale)
+        else:
+            rounded = grid(linear.weight.float() * scale)[rows]
+        moved = (rounded / scale).sub_(weight)
+        return (moved @ moment).mul_(moved).sum(1, dtype=torch.float64)
 
 
-def collect_statistics(
-    block: Block, sites: Iterable[Channels], replay: bool, moments: bool = False
-) -> list[SiteStatistics]:
-    """Runs the block once and collects statistics at each site.
-
-    The outputs are the next block's inputs, as folded changes do not change the block's function.
-    replay: also record the calls that `SiteStatistics.best` needs; moments: not where the module is
-    a linear, since `SiteStatistics.moment` will be given.
-    """
-    statistics = [
-        SiteStatistics(channels, _container(block, channels), share=block.share)
-        for channels in sites
-    ]
-    with ExitStack() as hooks:
-        for each in statistics:
-            hooks.enter_context(_observed(each, replay and not (moments and each.is_linear)))
-        block.settle(list(block.outputs()))
-    for each in statistics:
-        each.merge()
-    return statistics
+def _mixed_tokens(
+    calls: Sequence[Call], outputs: Sequence[Tensor]
+) -> tuple[list[Call], list[Tensor]]:
+    """The calls of a module that maps each token alone, and what they returned, over the same
+    tokens in the parts of `race.mixed`."""
+    if not calls:
+        return [], []
+    inputs = torch.cat([call.args[0].flatten(0, -2) for call in calls])
+    results = torch.cat([output.flatten(0, -2) for output in outputs])
+    parts = mixed(results.float().square().sum(1))
+    mixed_calls = [Call((inputs[part][None],), {}) for part in parts]
+    return mixed_calls, [results[part][None] for part in parts]
 
 
 def _on_host(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [tensor.cpu() for tensor in tensors]
-
-
-def _container(block: Block, channels: Channels) -> nn.Module:
-    """The module whose output error is measured.
-
-    This is the linear itself if its producer is a linear, and otherwise the parent of the linears.
-    """
-    if len(channels.linears) == 1 and isinstance(channels.producer, nn.Linear):
-        return channels.linears[0]
-    names = {module: name for name, module in block.module.named_modules()}
-    path = names[channels.linears[0]].rpartition(".")[0]
-    return block.module.get_submodule(path) if path else channels.linears[0]
-
-
-@contextmanager
-def _observed(site: SiteStatistics, replay: bool) -> Iterator[None]:
-    def input_hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        site.add(args[0])
-
-    def output_hook(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        site.calls.append(Call(args, kwargs))
-        site.outputs.append(_first(output))
-
-    handles = [site.channels.linears[0].register_forward_pre_hook(input_hook)]
-    if replay:
-        handles.append(site.module.register_forward_hook(output_hook, with_kwargs=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -236,5 +226,5 @@ def _rounded(
             handle.remove()
 
 
-def _first(output: Any) -> Tensor:
+def first_of(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output

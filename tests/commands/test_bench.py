@@ -18,7 +18,7 @@ TENSOR = ("weight=channel", "weight.bits=8", "activation=int8_tensor")
     ("words", "said"),
     [
         (("blockwise",), "whole job"),
-        (("transform", "transform=awq", "transform.points=2", "method=gptq"), "x method"),
+        (("transform", "transform=awq", "transform.points=2", "+blocks=2"), "x method"),
         (("evaluation", "eval.held_out.length=16", "eval.held_out.limit=2"), "quantized"),
         (("qat", "method=qat", *TENSOR), "x float"),
         (("quadapter", "transform=quadapter", "method=quadapter", "transform.steps=2", *TENSOR),

@@ -15,7 +15,8 @@ from qexp.transforms.channels import channels_of
 from qexp.transforms.clip import clipped
 from qexp.transforms.equalize import Equalize, reach
 from qexp.transforms.os_plus import OutlierSuppression
-from qexp.transforms.site_statistics import ScaleShift, collect_statistics
+from qexp.transforms.site_collection import collect_statistics
+from qexp.transforms.site_statistics import ScaleShift
 from qexp.transforms.smooth import Smooth
 from qexp.walk import walk
 

@@ -19,7 +19,7 @@ from qexp.solvers.rtn import RTN
 from qexp.transforms.activation_clip import ActivationClip, is_learnable
 from qexp.transforms.flatquant import FlatQuant
 from qexp.transforms.learned_maps import Invertible
-from qexp.transforms.site_statistics import collect_statistics
+from qexp.transforms.site_collection import collect_statistics
 from qexp.walk import walk
 
 NARROW = IntGrid(4, symmetric=True, narrow=True)

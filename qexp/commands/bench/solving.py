@@ -46,9 +46,15 @@ def blockwise(cfg: DictConfig) -> None:
 
 
 def transform(cfg: DictConfig) -> None:
-    """Time of a transform on the first block, relative to the method on that block."""
+    """Time of a transform on the first blocks, relative to the method on them.
+
+    blocks: how many; all of the model's if it has no more. Default: 1.
+    """
     task, batches = loaded(cfg)
-    del task.blocks[1:]
+    blocks = cfg.get("blocks", 1)
+    if not isinstance(blocks, int) or blocks < 1:
+        raise UserError(f"blocks={blocks}: give a number of blocks, at least 1.")
+    del task.blocks[blocks:]
     state = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
     stages = {}
     for name, node in (("method", cfg.method), ("transform", cfg.transform)):
