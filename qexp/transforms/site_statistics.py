@@ -101,8 +101,8 @@ class SiteStatistics:
         if self.moment is not None:
             return changes[self._least_by_moment(self.moment, changes, grid, margin)]
         independent = margin < inf and self.per_token
-        if independent:
-            self.calls, self.outputs = _mixed_tokens(self.calls, self.outputs)
+        if independent and self.calls:
+            self._mix_tokens()
         counts = self.share.gathered(len(self.calls))
         starts = [0, *accumulate(counts)]
         before = starts[collectives.rank()] if self.share.divided else 0
@@ -133,6 +133,18 @@ class SiteStatistics:
                 difference = first_of(self.module(*args, **kwargs)).float() - output.float()
                 found.append(difference.flatten(0, -2).square_().sum(1, dtype=torch.float64))
         return found
+
+    def _mix_tokens(self) -> None:
+        """Makes the recorded calls those of the parts of `race.mixed`, over the same tokens. Each
+        whole is released once its copy exists, as both may be large."""
+        inputs = torch.cat([call.args[0].flatten(0, -2) for call in self.calls])
+        self.calls = []
+        results = torch.cat([output.flatten(0, -2) for output in self.outputs])
+        self.outputs = []
+        parts = mixed(results.float().square().sum(1))
+        self.outputs = [results[part][None] for part in parts]
+        del results
+        self.calls = [Call((inputs[part][None],), {}) for part in parts]
 
     def _least_by_moment(
         self, given: Tensor, changes: Sequence[ScaleShift], grid: Grid, margin: float
@@ -168,20 +180,6 @@ class SiteStatistics:
             rounded = grid(linear.weight.float() * scale)[rows]
         moved = (rounded / scale).sub_(weight)
         return (moved @ moment).mul_(moved).sum(1, dtype=torch.float64)
-
-
-def _mixed_tokens(
-    calls: Sequence[Call], outputs: Sequence[Tensor]
-) -> tuple[list[Call], list[Tensor]]:
-    """The calls of a module that maps each token alone, and what they returned, over the same
-    tokens in the parts of `race.mixed`."""
-    if not calls:
-        return [], []
-    inputs = torch.cat([call.args[0].flatten(0, -2) for call in calls])
-    results = torch.cat([output.flatten(0, -2) for output in outputs])
-    parts = mixed(results.float().square().sum(1))
-    mixed_calls = [Call((inputs[part][None],), {}) for part in parts]
-    return mixed_calls, [results[part][None] for part in parts]
 
 
 def _on_host(tensors: Iterable[Tensor]) -> list[Tensor]:
