@@ -147,7 +147,9 @@ def least_error(
     best = torch.full((len(x), 1), torch.inf, device=x.device)
     best_low, best_high = MinMax()(x, grid, counts)
     for low, high in intervals:
-        error = (grid.round(x, grid.scale_for(low, high)) - x).abs().pow(norm)
+        error = (grid.round(x, grid.scale_for(low, high)) - x).abs_()
+        faster = x.device.type == "cpu" and norm != 2  # than pow, by about half
+        error = error.log2_().mul_(norm).exp2_() if faster else error.pow_(norm)
         error = (error if counts is None else error * counts).sum(1, keepdim=True)
         better = error < best
         best = torch.where(better, error, best)
