@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import accumulate
 from math import inf
 from typing import Any, NamedTuple
 
@@ -100,26 +99,22 @@ class SiteStatistics:
             return changes[0]
         if self.moment is not None:
             return changes[self._least_by_moment(self.moment, changes, grid, margin)]
-        independent = margin < inf and self.per_token
-        if independent and self.calls:
+        if independent := margin < inf and self.per_token:
             self._mix_tokens()
         counts = self.share.gathered(len(self.calls))
-        starts = [0, *accumulate(counts)]
-        before = starts[collectives.rank()] if self.share.divided else 0
+        # A mixed part has tokens of every process, another part those of one.
+        before = sum(counts[: collectives.rank()]) if self.share.divided and not independent else 0
+        parts = max(counts) if independent else sum(counts)
         mine = range(before, before + len(self.calls))
 
         def errors(index: int, parts: Sequence[int]) -> list[Tensor]:
             own = [part for part in parts if part in mine]
             places = [part - before for part in own]
             found = self.errors(changes[index], places, grid, activation)
-            merged: dict[int, Tensor] = {}
-            for each in self.share.gathered(dict(zip(own, _on_host(found), strict=True))):
-                merged |= each
-            return [merged[part] for part in parts]
+            every = self.share.gathered(dict(zip(own, _on_host(found), strict=True)))
+            return [torch.cat([each[part] for each in every if part in each]) for part in parts]
 
-        firsts = [start for start, count in zip(starts, counts, strict=False) if count]
-        largest = firsts if independent else None
-        return changes[least(errors, len(changes), sum(counts), margin, largest)]
+        return changes[least(errors, len(changes), parts, margin, [0] if independent else None)]
 
     def errors(
         self, change: ScaleShift, parts: Sequence[int], grid: Grid, activation: Activations
@@ -135,13 +130,20 @@ class SiteStatistics:
         return found
 
     def _mix_tokens(self) -> None:
-        """Makes the recorded calls those of the parts of `race.mixed`, over the same tokens. Each
-        whole is released once its copy exists, as both may be large."""
+        """Makes the recorded calls those of the parts of `race.mixed` over the tokens of all
+        processes, with this one's tokens of each. Each whole is released once its copy exists, as
+        both may be large."""
+        own = [output.float().square().sum(-1).flatten() for output in self.outputs]
+        sizes = self.share.gathered(torch.cat(own) if own else torch.zeros(0))
+        first = sum(map(len, sizes[: collectives.rank()])) if self.share.divided else 0
+        parts = [part - first for part in mixed(torch.cat(sizes))]
+        if not self.calls:
+            return
         inputs = torch.cat([call.args[0].flatten(0, -2) for call in self.calls])
         self.calls = []
         results = torch.cat([output.flatten(0, -2) for output in self.outputs])
         self.outputs = []
-        parts = mixed(results.float().square().sum(1))
+        parts = [part[(part >= 0) & (part < len(inputs))].to(inputs.device) for part in parts]
         self.outputs = [results[part][None] for part in parts]
         del results
         self.calls = [Call((inputs[part][None],), {}) for part in parts]
