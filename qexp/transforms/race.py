@@ -35,7 +35,7 @@ def least(
     candidates: int,
     parts: int,
     margin: float,
-    largest: Sequence[int] | None = None,
+    largest_first: bool = False,
 ) -> int:
     """The index of the candidate with the least sum of errors over all parts, the first of equals.
 
@@ -44,13 +44,13 @@ def least(
     `margin` standard errors of the difference, extrapolated to all parts. Errors are compared on
     the same samples, so that the variance between samples cancels.
 
-    margin: inf measures every candidate on every part. largest: the parts that `mixed` put first.
-    They have most of the error, so every candidate is measured on them; the others are a random
-    sample. None: samples of a part belong together, such as the tokens of a sequence, so that the
-    standard error counts parts too, and needs SAMPLES.
+    margin: inf measures every candidate on every part. largest_first: the parts are those of
+    `mixed`. The first has most of the error, so every candidate is measured on it; the others are a
+    random sample. Otherwise samples of a part belong together, such as the tokens of a sequence, so
+    that the standard error counts parts too, and needs SAMPLES.
     """
-    first = list(largest or ())
-    others = sorted(set(range(parts)) - set(first), key=lambda part: part * 0.618034 % 1)
+    first = [0] if largest_first else []
+    others = sorted(range(len(first), parts), key=lambda part: part * 0.618034 % 1)
     order, measured, sampled = first + others, 0, 0
     found: dict[int, list[Tensor]] = {index: [] for index in range(candidates)}
     while measured < parts and len(found) > 1:

@@ -114,7 +114,7 @@ class SiteStatistics:
             every = self.share.gathered(dict(zip(own, _on_host(found), strict=True)))
             return [torch.cat([each[part] for each in every if part in each]) for part in parts]
 
-        return changes[least(errors, len(changes), parts, margin, [0] if independent else None)]
+        return changes[least(errors, len(changes), parts, margin, independent)]
 
     def errors(
         self, change: ScaleShift, parts: Sequence[int], grid: Grid, activation: Activations
@@ -161,7 +161,7 @@ class SiteStatistics:
             found = self.moment_errors(changes[index], moment, grid, torch.cat(own))
             return list(found.split([len(part) for part in own]))
 
-        return least(errors, len(changes), len(rows), margin, largest=[0])
+        return least(errors, len(changes), len(rows), margin, largest_first=True)
 
     def moment_errors(
         self,

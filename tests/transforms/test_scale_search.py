@@ -96,7 +96,7 @@ def test_a_race_of_mixed_parts_finds_the_least_where_few_samples_have_most_of_th
             measured += sum(map(len, found))
             return found
 
-        same += least(asked, 20, len(parts), margin, [0]) == int(errors.double().sum(1).argmin())
+        same += least(asked, 20, len(parts), margin, True) == int(errors.double().sum(1).argmin())
     assert same == 20
     assert 1 / 64 < measured / (20 * 20 * samples) < 0.25
 
