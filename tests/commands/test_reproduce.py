@@ -201,16 +201,19 @@ def test_every_job_composes_and_none_is_another(name) -> None:
     table = reproduce.load(name)
     first = next(key for key in table.columns)
     with initialize_config_dir(version_base="1.3", config_dir=str(location.conf())):
-        for column in dict.fromkeys((first, "smollm2")):  # slow tests run `tiny`
+        for column in table.columns:
             metric = table.columns[column].metric.split("/")[0]
+            rows = table.wanted(column)
+            if column not in (first, "smollm2"):  # one row, since slow tests run `tiny`
+                rows = rows[:1]
             seen = set()
-            for row in table.wanted(column):
+            for row in rows:
                 words = [f"experiment={reproduce.experiment(name)}", *table.jobs(row, column)[0]]
                 cfg = compose("config", words)
                 instantiate(cfg.model)  # no key of another kind of model is left
                 assert metric in [node.name for node in cfg.eval.values()]
                 seen.add(signature(cfg))
-            assert len(seen) == len(table.wanted(column))
+            assert len(seen) == len(rows)
 
 
 # The project's four papers, and the tables whose kinds of columns or methods no other table has.
