@@ -14,7 +14,15 @@ from qexp.common.errors import UserError
 from qexp.data import classification, sampling
 from qexp.data.corpus import Corpus
 from qexp.data.recipe import Batch, Recipe
-from qexp.data.tokens import BOS, check_length, followed_bos, running, window_bos, with_bos
+from qexp.data.tokens import (
+    BOS,
+    check_length,
+    followed_bos,
+    running,
+    warn_without_bos,
+    window_bos,
+    with_bos,
+)
 from qexp.task import Task
 
 log = logging.getLogger(__name__)
@@ -87,6 +95,7 @@ class Calibration(Recipe):
     def windows(self, task: Task, length: int) -> Int64[Tensor, "sequences length"]:
         """The token ids. A short text gives fewer windows and a warning; none is a UserError."""
         check_length(task.model, self.length, "calibration.length")
+        warn_without_bos("calibration", self.bos, task)
         windows = SAMPLINGS[self.sampling](self, task, length)
         windows = with_bos(windows, window_bos(self.bos, task))
         count, text = len(windows), f"the {self.chosen_split()} split of {self.corpus.name}"

@@ -1,5 +1,7 @@
 """Tokenization of texts, cached per text and tokenizer."""
 
+import logging
+
 import torch
 from jaxtyping import Int64
 from torch import Tensor
@@ -10,6 +12,8 @@ from qexp.common.errors import UserError
 from qexp.common.tokenizer_hash import fingerprint
 from qexp.data.corpus import Corpus, digest
 from qexp.task import Task
+
+log = logging.getLogger(__name__)
 
 # Where a text or its windows begin with BOS, see `window_bos`.
 BOS = ("none", "start", "each", "auto")
@@ -49,6 +53,16 @@ def window_bos(kind: str, task: Task) -> int | None:
 def followed_bos(kind: str, task: Task) -> dict[str, bool]:
     """What `window_bos` decided, for a definition; empty where nothing was left to it."""
     return {"add_bos": window_bos(kind, task) is not None} if kind in ("each", "auto") else {}
+
+
+def warn_without_bos(place: str, kind: str, task: Task) -> None:
+    """Warn of windows without BOS if the model's family was trained behind it."""
+    if kind == "none" and task.arch.expects_bos and window_bos("auto", task) is not None:
+        log.warning(
+            "%s: bos=none, but this model was trained with BOS before every text. Without it "
+            "perplexities are far higher, and Hessians mislead solvers; choose bos=auto",
+            place,
+        )
 
 
 def with_bos(windows: Int64[Tensor, "*windows length"], bos: int | None) -> Tensor:

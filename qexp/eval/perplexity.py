@@ -12,7 +12,16 @@ from torch import Tensor
 
 from qexp.common.errors import UserError
 from qexp.data.sampling import random_documents
-from qexp.data.tokens import BOS, check_length, encode, followed_bos, running, window_bos, with_bos
+from qexp.data.tokens import (
+    BOS,
+    check_length,
+    encode,
+    followed_bos,
+    running,
+    warn_without_bos,
+    window_bos,
+    with_bos,
+)
 from qexp.eval.token_losses import Window
 from qexp.eval.wikitext import detokenize, pages, words
 from qexp.eval.windowed import Passage, Windowed
@@ -59,6 +68,7 @@ class Perplexity(Windowed):
 
     def passages(self, task: Task) -> list[Passage]:
         check_length(task.model, self.length, f"eval {self.name}: length")
+        warn_without_bos(f"eval {self.name}", self.bos, task)
         ids, bos = self._ids(task), window_bos(self.bos, task)
         stride = self.stride or self.length
         windows: list[Window] = []

@@ -120,6 +120,18 @@ def test_crops_begin_with_bos() -> None:
         protocol("c4_gptq", bos="end")
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_model_that_expects_bos_warns_of_windows_without_it(family: str, caplog) -> None:
+    task = task_of(family, adds=True)
+    for kind in KINDS:
+        caplog.clear()
+        Calibration(CORPUS, bos=kind, sequences=2, length=16)(task)
+        protocol("held_out", length=32, limit=2, bos=kind).passages(task)
+        warned = [each.getMessage().split(":")[0] for each in caplog.records]
+        said = kind == "none" and family == "gemma3"
+        assert warned == (["calibration", "eval synthetic_raw_32x2"] if said else [])
+
+
 def test_definitions_without_bos_are_those_of_before() -> None:
     task = task_of("llama", True)
     without, with_bos = protocol("wikitext2_raw_512x40"), protocol("wikitext2_bos_512x40")
