@@ -1,5 +1,6 @@
 """Hessians of a float model: traces by layer and by position, and solutions in every metric."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -111,7 +112,10 @@ def _measured(hessian: CacheableHessian, first: Block) -> dict[str, Tensor]:
 
 
 def summary(layers: Sequence[Row], positions: Sequence[Row], runs: Sequence[str]) -> str:
-    """A line for each Hessian: shares of positions in its trace, and mean errors of the runs."""
+    """A line for each Hessian: shares of positions in its trace, and mean errors of the runs; then
+    the trace of OAC's Hessian in units of the token-weighted one's, which lacks the products of
+    different tokens' gradients. It is 1 where these gradients are uncorrelated, as those of labels
+    sampled from the model are in expectation."""
     columns = ("Hessian", "position 0", "1 to 3", "others", *(f"error of {run}" for run in runs))
     lines = [f"| {' | '.join(columns)} |", f"|---|{'--:|' * (len(columns) - 1)}"]
     for kind in KINDS:
@@ -120,4 +124,7 @@ def summary(layers: Sequence[Row], positions: Sequence[Row], runs: Sequence[str]
         means = [sum(float(row[f"error_{kind}_{run}"]) for row in layers) for run in runs]
         cells = [f"{part:.1%}" for part in parts] + [f"{x / len(layers):.3g}" for x in means]
         lines.append(f"| {kind} | {' | '.join(cells)} |")
+    traces = [(float(row["trace_output"]), float(row["trace_token"])) for row in layers]
+    ratio = statistics.geometric_mean([output / token for output, token in traces if token > 0])
+    lines.append(f"trace of output / trace of token: {ratio:.2f} (geometric mean over linears)")
     return "\n".join(lines)

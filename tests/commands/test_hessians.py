@@ -104,7 +104,11 @@ def test_the_command_gives_a_run_s_errors_in_every_metric(tmp_path, capsys):
     assert len(positions) == 64
     for kind in ("layerwise", "token", "output"):
         assert sum(float(row[kind]) for row in positions) == pytest.approx(1, abs=1e-4)
-    assert "error of output" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "error of output" in said
+    ratios = [float(row["trace_output"]) / float(row["trace_token"]) for row in rows.values()]
+    mean = torch.tensor(ratios).log().mean().exp()
+    assert f"trace of output / trace of token: {mean:.2f} (geometric" in said
 
 
 def lines(path: Path) -> list[dict[str, str]]:
