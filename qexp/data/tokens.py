@@ -60,7 +60,7 @@ def warn_without_bos(place: str, kind: str, task: Task) -> None:
     if kind == "none" and task.arch.expects_bos and window_bos("auto", task) is not None:
         log.warning(
             "%s: bos=none, but this model was trained with BOS before every text. Without it "
-            "perplexities are far higher, and Hessians mislead solvers; choose bos=auto",
+            "perplexities are far higher, and Hessians are those of another state; choose bos=auto",
             place,
         )
 

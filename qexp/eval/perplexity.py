@@ -126,6 +126,7 @@ class CropPerplexity(Windowed):
         check_length(task.model, self.length, f"eval {self.name}: length")
         if task.tokenizer is None:
             raise UserError(f"eval {self.name}: this model has no tokenizer; choose eval=held_out")
+        warn_without_bos(f"eval {self.name}", self.bos, task)
         crops = random_documents(
             task.tokenizer,
             self.corpus.documents(self.split),

@@ -204,7 +204,7 @@ def test_every_job_composes_and_none_is_another(name) -> None:
         for column in table.columns:
             metric = table.columns[column].metric.split("/")[0]
             rows = table.wanted(column)
-            if column not in (first, "smollm2"):  # one row, since slow tests run `tiny`
+            if column not in (first, "smollm2"):  # one row: the rows are the same
                 rows = rows[:1]
             seen = set()
             for row in rows:

@@ -126,10 +126,14 @@ def test_a_model_that_expects_bos_warns_of_windows_without_it(family: str, caplo
     for kind in KINDS:
         caplog.clear()
         Calibration(CORPUS, bos=kind, sequences=2, length=16)(task)
-        protocol("held_out", length=32, limit=2, bos=kind).passages(task)
+        asked = [protocol("held_out", length=32, limit=2, bos=kind)]
+        asked.append(protocol("c4_gptq", length=60, count=2, bos=kind))
+        for each in asked:
+            each.passages(task)
         warned = [each.getMessage().split(":")[0] for each in caplog.records]
         said = kind == "none" and family == "gemma3"
-        assert warned == (["calibration", "eval synthetic_raw_32x2"] if said else [])
+        places = ["calibration", *(f"eval {each.name}" for each in asked)]
+        assert warned == (places if said else [])
 
 
 def test_definitions_without_bos_are_those_of_before() -> None:
