@@ -199,12 +199,12 @@ def test_published_numbers_are_in_the_expected_order(name) -> None:
 )
 def test_every_job_composes_and_none_is_another(name) -> None:
     table = reproduce.load(name)
-    first = next(key for key in table.columns)
+    whole = "smollm2" if "smollm2" in table.columns else next(iter(table.columns))
     with initialize_config_dir(version_base="1.3", config_dir=str(location.conf())):
         for column in table.columns:
             metric = table.columns[column].metric.split("/")[0]
             rows = table.wanted(column)
-            if column not in (first, "smollm2"):  # one row: the rows are the same
+            if column != whole:  # one row: the rows are the same
                 rows = rows[:1]
             seen = set()
             for row in rows:

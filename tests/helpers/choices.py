@@ -1,6 +1,7 @@
 """The choices that conf/ offers, listed from its folders."""
 
 import contextlib
+import functools
 
 from hydra import compose
 from hydra.errors import HydraException
@@ -28,8 +29,16 @@ def holder(group: str, choice: str) -> list[str]:
         return [f"{group}={choice}"]
     if top == "experiment":  # a folder of experiments is no group of its own
         return [f"{top}={nested}/{choice}"]
+    return [f"{top}={_parent(group)}", f"{group}={choice}"]
+
+
+@functools.cache
+def _parent(group: str) -> str:
+    """The first choice of the top group that takes the nested one; trying takes seconds."""
+    top = group.partition("/")[0]
+    choice = min(path.stem for path in (CONF / group).glob("[!_]*.yaml"))
     for path in sorted((CONF / top).glob("[!_]*.yaml")):
         with contextlib.suppress(HydraException):
             compose("config", [f"{top}={path.stem}", f"{group}={choice}"])
-            return [f"{top}={path.stem}", f"{group}={choice}"]
+            return path.stem
     raise AssertionError(f"no choice of {top} has a place for {group}")
