@@ -37,10 +37,17 @@ class Activations(ABC):
         This is what a transform optimises for. Differentiable, scales included, if `rounding` is.
         """
 
+    @property
+    def rowwise(self) -> bool:
+        """Whether `rounded` rounds each token without regard to the others."""
+        return False
+
 
 @dataclass(frozen=True)
 class FloatActivations(Activations):
     """No quantization of activations."""
+
+    rowwise = True
 
     def sites(self, task: Task) -> list[str]:
         return []
@@ -77,6 +84,10 @@ class QuantizedActivations(Activations):
                 f"outliers={self.outliers} with dynamic=false: which columns they are in changes "
                 "from tensor to tensor; give dynamic=true, or outliers=null."
             )
+
+    @property
+    def rowwise(self) -> bool:
+        return self.grid.rowwise and self.outliers is None
 
     def sites(self, task: Task) -> list[str]:
         return self.placement.names(task)

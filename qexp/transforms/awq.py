@@ -53,7 +53,7 @@ class AWQ(Step):
             task,
             pieces(data),
             self.sites,
-            self._propose,
+            self.propose,
             self.grid,
             FloatActivations(),
             searched=self.points > 1,
@@ -62,7 +62,7 @@ class AWQ(Step):
         )
         return []
 
-    def _propose(self, site: SiteStatistics) -> list[ScaleShift]:
+    def propose(self, site: SiteStatistics) -> list[ScaleShift]:
         if site.channels.repeats > 1 and not self.grouped_values:
             return [ScaleShift(torch.ones_like(site.mean))]
         powers = (step / self.points for step in range(self.points))

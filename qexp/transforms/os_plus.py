@@ -1,10 +1,11 @@
 """Outlier Suppression+ (2304.09145): channel-wise shifting and scaling."""
 
 from dataclasses import dataclass
+from math import inf
 
 import torch
 
-from qexp.common.errors import check_choice, check_int, check_positive
+from qexp.common.errors import check_choice, check_int, check_number, check_positive
 from qexp.grid import Grid
 from qexp.quantizers.scheme import Activations
 from qexp.step import Record, Step
@@ -13,6 +14,7 @@ from qexp.transforms.channels import SITES
 from qexp.transforms.scale_search import (
     check_settings,
     first,
+    pieces,
     search_and_fold,
 )
 from qexp.transforms.site_statistics import ScaleShift, SiteStatistics
@@ -30,6 +32,9 @@ class OutlierSuppression(Step):
     lowest: in the activation's own units. Where nothing reaches so far, nothing is shrunk.
     shift: false leaves ranges where they are. Where the source has no bias to take a shift (RMS
     norms, up projections) there is none in any case.
+    margin: thresholds whose error on a part of the data exceeds the least by this many standard
+    errors are not measured on the rest (`race.least`); inf measures all of them on all. So does
+    any, where `activation` has ranges of whole tensors: those of a part would be others.
     """
 
     grid: Grid
@@ -39,6 +44,7 @@ class OutlierSuppression(Step):
     lowest: float | int = 0.1
     sites: str = "norms"
     sequences: int | None = None
+    margin: float | int = 3.0
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -46,23 +52,33 @@ class OutlierSuppression(Step):
         if self.points is not None:
             check_int("transform", self, points=1)
         check_positive("transform", self, "lowest")
+        check_number("transform", self, margin=0)
 
     def __call__(self, task: Task, batches: Batches) -> list[Record]:
-        def propose(site: SiteStatistics) -> list[ScaleShift]:
-            low, high = site.ends
-            middle = (low + high) / 2
-            shift = middle if self.shift and site.channels.shiftable else None
-            reach = (high - low) / 2 if shift is not None else torch.maximum(-low, high)
-            return [
-                ScaleShift((reach / threshold).clamp(min=1), shift)
-                for threshold in self.thresholds(float(reach.max()))
-            ]
-
         data = first(batches(), self.sequences)
+        apart = self.activation.rowwise
         search_and_fold(
-            task, data, self.sites, propose, self.grid, self.activation, self.points != 1
+            task,
+            pieces(data) if apart else data,
+            self.sites,
+            self.propose,
+            self.grid,
+            self.activation,
+            searched=self.points != 1,
+            margin=self.margin if apart else inf,
         )
         return []
+
+    def propose(self, site: SiteStatistics) -> list[ScaleShift]:
+        """A change for each threshold."""
+        low, high = site.ends
+        middle = (low + high) / 2
+        shift = middle if self.shift and site.channels.shiftable else None
+        reach = (high - low) / 2 if shift is not None else torch.maximum(-low, high)
+        return [
+            ScaleShift((reach / threshold).clamp(min=1), shift)
+            for threshold in self.thresholds(float(reach.max()))
+        ]
 
     def thresholds(self, largest: float) -> list[float]:
         """Those that are tried where channels reach up to `largest`."""

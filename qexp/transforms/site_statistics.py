@@ -93,7 +93,8 @@ class SiteStatistics:
     ) -> ScaleShift:
         """The change with the smallest output error of the module after quantization.
 
-        A single change is returned without evaluation. margin: of `race.least`.
+        A single change is returned without evaluation. margin: of `race.least`; below inf only
+        where `activation` rounds each token alone.
         """
         if len(changes) == 1:
             return changes[0]

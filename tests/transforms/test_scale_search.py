@@ -1,24 +1,30 @@
-"""AWQ's search: what a race drops and what it keeps, and the same choices as a direct search."""
+"""Searched scales: what a race drops and what it keeps; the choices of a search over all data."""
 
+from dataclasses import replace
 from math import inf
 
 import pytest
 import torch
-from helpers.channels import ALL, planted
+from helpers.channels import ALL, TENSOR, planted
+from helpers.models import task_of
 
 from qexp.grid import IntGrid
 from qexp.hessian.layerwise import mirrored
-from qexp.quantizers.scheme import FloatActivations
+from qexp.quantizers.placement import LinearInputs
+from qexp.quantizers.scheme import FloatActivations, QuantizedActivations
+from qexp.transforms import os_plus
 from qexp.transforms.awq import AWQ
 from qexp.transforms.channels import channels_of
 from qexp.transforms.input_moments import input_moments
-from qexp.transforms.race import least, mixed
+from qexp.transforms.os_plus import OutlierSuppression
+from qexp.transforms.race import LOSS, least, mixed
 from qexp.transforms.scale_search import pieces
 from qexp.transforms.site_collection import collect_statistics
 from qexp.transforms.site_statistics import ScaleShift
 from qexp.walk import walk
 
 GRID, FLOAT = IntGrid(3, group_size=32), FloatActivations()
+PER_TOKEN = QuantizedActivations(LinearInputs(), IntGrid(4), dynamic=True)
 
 
 def table(seed: int, spread: float) -> torch.Tensor:
@@ -128,13 +134,37 @@ def test_awq_chooses_as_a_direct_search_over_whole_forward_passes():
     chosen = []
     for block in walk(direct, sequences()):
         for site in collect_statistics(block, channels_of(direct, block.index, ALL), replay=True):
-            changes, every = step._propose(site), range(len(site.calls))
+            changes, every = step.propose(site), range(len(site.calls))
             errors = [total(site.errors(change, every, GRID, FLOAT)) for change in changes]
             chosen.append(errors.index(min(errors)))
             site.channels.fold(*changes[chosen[-1]])
     assert len(set(chosen)) > 3  # there is something to choose
     for one, two in zip(ours.parameters(), direct.parameters(), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_race_of_rounded_inputs_finds_the_least_error_of_all_tokens():
+    step, task, chosen = OutlierSuppression(GRID, PER_TOKEN, points=20), planted("llama", 10), set()
+    for block in walk(task, pieces(sequences())):
+        for site in collect_statistics(block, channels_of(task, block.index, ALL), replay=True):
+            changes, every = step.propose(site), range(len(site.calls))
+            errors = [total(site.errors(change, every, GRID, PER_TOKEN)) for change in changes]
+            best = site.best(changes, GRID, PER_TOKEN, step.margin)
+            [place] = [index for index, change in enumerate(changes) if change is best]
+            assert errors[place] <= min(errors) * (1 + LOSS)
+            chosen.add(place)
+            site.channels.fold(*best)
+    assert len(chosen) > 3
+
+
+def test_ranges_of_whole_tensors_are_searched_on_all_tokens(monkeypatch):
+    """Those of a part would be others."""
+    margins = []
+    monkeypatch.setattr(os_plus, "search_and_fold", lambda *_, margin, **__: margins.append(margin))
+    for activation in (PER_TOKEN, TENSOR, replace(PER_TOKEN, outliers=6.0)):
+        OutlierSuppression(GRID, activation)(task_of("llama"), sequences)
+    assert margins == [3.0, inf, inf]
 
 
 @torch.no_grad()
