@@ -73,18 +73,24 @@ def survey(
     hessians: Mapping[str, CacheableHessian],
     runs: Mapping[str, Mapping[str, Tensor]],
 ) -> tuple[list[Row], list[Row]]:
-    """A row for each linear: of every Hessian the trace, the share of the first position in it, and
-    the relative error of each run in its metric. And a row for each position: shares of the traces,
+    """A row for each linear: of every Hessian the trace, the share of the first position in it, the
+    effective number of tokens (Kish's (Σ c)² / Σ c² of the tokens' parts c of the trace), and the
+    relative error of each run in its metric. And a row for each position: shares of the traces,
     means over linears. Everything at float weights."""
     task: Task = as_task(source, source.loaded(), cfg)
     first = next(iter(walk(task, instantiate(cfg.calibration)(task))))
     layers: dict[str, Row] = {name: {"name": name} for name in task.linears()}
     shares = []
-    for name, traces in _measured(_by_position(first), first).items():
+    for name, (traces, squares) in _measured(_by_position(first), first).items():
         whole = traces.sum(1)
         shares.append(traces / whole[:, None])
-        for kind, trace, share in zip(KINDS, whole, shares[-1], strict=True):
-            layers[name] |= {f"trace_{kind}": float(trace), f"first_{kind}": float(share[0])}
+        effective = whole.square() / squares.sum(1)
+        for index, kind in enumerate(KINDS):
+            layers[name] |= {
+                f"trace_{kind}": float(whole[index]),
+                f"first_{kind}": float(shares[-1][index, 0]),
+                f"effective_{kind}": float(effective[index]),
+            }
     for kind, hessian in hessians.items():
         for name, matrix in _measured(hessian, first).items():
             weight = task.model.get_submodule(name).weight.detach().float()
@@ -112,17 +118,20 @@ def _measured(hessian: CacheableHessian, first: Block) -> dict[str, Tensor]:
 
 
 def summary(layers: Sequence[Row], positions: Sequence[Row], runs: Sequence[str]) -> str:
-    """A line for each Hessian: shares of positions in its trace, and mean errors of the runs; then
-    the trace of OAC's Hessian in units of the token-weighted one's, which lacks the products of
+    """A line for each Hessian: shares of positions in its trace, the effective number of tokens
+    (geometric mean over linears), and mean errors of the runs; then the trace of OAC's Hessian in units of the token-weighted one's, which lacks the products of
     different tokens' gradients. It is 1 where these gradients are uncorrelated, as those of labels
     sampled from the model are in expectation."""
-    columns = ("Hessian", "position 0", "1 to 3", "others", *(f"error of {run}" for run in runs))
+    own = ("position 0", "1 to 3", "others", "effective tokens")
+    columns = ("Hessian", *own, *(f"error of {run}" for run in runs))
     lines = [f"| {' | '.join(columns)} |", f"|---|{'--:|' * (len(columns) - 1)}"]
     for kind in KINDS:
         share = [float(row[kind]) for row in positions]
         parts = [share[0], sum(share[1:4]), sum(share[4:])]
         means = [sum(float(row[f"error_{kind}_{run}"]) for row in layers) for run in runs]
-        cells = [f"{part:.1%}" for part in parts] + [f"{x / len(layers):.3g}" for x in means]
+        tokens = statistics.geometric_mean(float(row[f"effective_{kind}"]) for row in layers)
+        cells = [f"{part:.1%}" for part in parts] + [f"{tokens:.0f}"]
+        cells += [f"{x / len(layers):.3g}" for x in means]
         lines.append(f"| {kind} | {' | '.join(cells)} |")
     traces = [(float(row["trace_output"]), float(row["trace_token"])) for row in layers]
     ratio = statistics.geometric_mean([output / token for output, token in traces if token > 0])

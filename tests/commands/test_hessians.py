@@ -14,7 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from qexp.cli import command
 from qexp.config import location
 from qexp.hessian import Layerwise, OutputAdaptive, TokenWeighted
-from qexp.hessian.position import TraceByPosition
+from qexp.hessian.position import KINDS, TraceByPosition
 from qexp.runs import resolvers
 from qexp.walk import walk
 
@@ -34,15 +34,16 @@ def test_positions_add_up_to_the_traces(family):
         for index, matrices in hessian.measure(first, blocks):
             for names, matrix in matrices.items():
                 for name in names.split():
-                    parts = found[index][name][row]
+                    parts = found[index][name][0, row]
                     assert parts.shape == (tokens,)
                     assert float(parts.sum() * scale) == pytest.approx(
                         float(matrix.trace()), rel=1e-3
                     )
-    for traces in (each for block in found.values() for each in block.values()):
+    for traces, squares in (each for block in found.values() for each in block.values()):
+        assert (squares * sequences >= traces.square() * 0.999).all()  # Cauchy and Schwarz
         assert (traces[0, :-1] > 0).all() and (traces[1, :-1] > 0).all()
     last = found[len(blocks) - 1]
-    assert all((traces[1:, -1] == 0).all() for traces in last.values())  # nothing is predicted
+    assert all((sums[:, 1:, -1] == 0).all() for sums in last.values())  # nothing is predicted
 
 
 def test_only_the_position_of_a_large_token_grows():
@@ -65,7 +66,7 @@ def _traces(task, batch, scale: float) -> torch.Tensor:
         [(_, found)] = TraceByPosition(tokens=batch["input_ids"].shape[1]).measure(first, [0])
     finally:
         handle.remove()
-    return found["self_attn.q_proj"][0]
+    return found["self_attn.q_proj"][0, 0]
 
 
 @pytest.fixture
@@ -106,6 +107,12 @@ def test_the_command_gives_a_run_s_errors_in_every_metric(tmp_path, capsys):
         assert sum(float(row[kind]) for row in positions) == pytest.approx(1, abs=1e-4)
     said = capsys.readouterr().out
     assert "error of output" in said
+    tokens = {kind: [float(row[f"effective_{kind}"]) for row in rows.values()] for kind in KINDS}
+    assert all(1 <= each <= 6 * 64 for found in tokens.values() for each in found)
+    assert sum(tokens["token"]) < sum(tokens["layerwise"])  # gradients differ more than inputs
+    for kind, found in tokens.items():
+        mean = torch.tensor(found).log().mean().exp()
+        assert f"| {mean:.0f} |" in next(x for x in said.splitlines() if x.startswith(f"| {kind}"))
     ratios = [float(row["trace_output"]) / float(row["trace_token"]) for row in rows.values()]
     mean = torch.tensor(ratios).log().mean().exp()
     assert f"trace of output / trace of token: {mean:.2f} (geometric" in said
