@@ -91,7 +91,7 @@ def survey(
                 f"first_{kind}": float(shares[-1][index, 0]),
                 f"effective_{kind}": float(effective[index]),
             }
-    for kind, hessian in hessians.items():
+    for kind, hessian in hessians.items() if runs else ():
         for name, matrix in _measured(hessian, first).items():
             weight = task.model.get_submodule(name).weight.detach().float()
             for run, solution in runs.items():
