@@ -119,9 +119,10 @@ def _measured(hessian: CacheableHessian, first: Block) -> dict[str, Tensor]:
 
 def summary(layers: Sequence[Row], positions: Sequence[Row], runs: Sequence[str]) -> str:
     """A line for each Hessian: shares of positions in its trace, the effective number of tokens
-    (geometric mean over linears), and mean errors of the runs; then the trace of OAC's Hessian in units of the token-weighted one's, which lacks the products of
-    different tokens' gradients. It is 1 where these gradients are uncorrelated, as those of labels
-    sampled from the model are in expectation."""
+    (geometric mean over linears), and mean errors of the runs. Then the trace of OAC's Hessian in
+    units of the token-weighted one's, which lacks the products of different tokens' gradients. It
+    is 1 where these gradients are uncorrelated, as those of labels sampled from the model are in
+    expectation."""
     own = ("position 0", "1 to 3", "others", "effective tokens")
     columns = ("Hessian", *own, *(f"error of {run}" for run in runs))
     lines = [f"| {' | '.join(columns)} |", f"|---|{'--:|' * (len(columns) - 1)}"]

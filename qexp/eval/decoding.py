@@ -14,6 +14,7 @@ from qexp.eval.perplexity import Perplexity
 from qexp.eval.token_losses import token_losses
 from qexp.eval.windowed import Passage, Windowed
 from qexp.quantizers.attention import counting_outliers, window_of
+from qexp.quantizers.cache_window import cache_bits
 from qexp.task import CausalLM, Task
 
 
@@ -24,7 +25,8 @@ class DecodingPerplexity(Windowed):
 
     `chunk` changes no number: a token of a chunk reads the cache as if it came alone. `join`,
     `bos`, `limit`: as for `Perplexity`, whose windows with `context=prompt` these are. The metric
-    `cache_bits`, of caches with a window: per number of keys and values at the end of a text.
+    `cache_bits`, of quantized caches: per number of keys and values at the end of a text, scales
+    included. It is not given for quantizers at the projections (`kv=llm_qat`).
     """
 
     length: int
@@ -66,7 +68,8 @@ class DecodingPerplexity(Windowed):
     def __call__(self, task: Task) -> dict[str, float]:
         window = window_of(task.model)
         if window is None:
-            return Windowed.__call__(self, task)
+            found, bits = Windowed.__call__(self, task), cache_bits(task)
+            return found if bits is None else found | {"cache_bits": bits}
         with counting_outliers(task.model) as shares:
             found = Windowed.__call__(self, task)
         return found | {"cache_bits": window.stored_bits(self.length - 1, shares())}

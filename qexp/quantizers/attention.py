@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
+from qexp.quantizers.activation import FakeQuant
 from qexp.quantizers.window import Versions, Window
 
 OPERANDS = ("query", "key", "value", "scores", "probabilities")
@@ -95,6 +96,13 @@ def window_of(model: nn.Module) -> Window | None:
     """The window of the model's quantized cache; None where there is none."""
     found = (_of(module).window for module in model.modules())
     return next((window for window in found if window is not None), None)
+
+
+def cache_quantizers(model: nn.Module) -> list[FakeQuant]:
+    """Those of keys and values, as the model's attention modules hold them; without a window."""
+    found = [_of(module) for module in model.modules()]
+    every = [own.quantizers.get(name) for own in found if own.window is None for name in CACHE]
+    return [q for q in every if isinstance(q, FakeQuant)]
 
 
 @contextmanager

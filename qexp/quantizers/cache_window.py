@@ -13,7 +13,7 @@ from qexp.grid.ranges import MinMax, OfStream
 from qexp.grid.scale import cut
 from qexp.grid.trimmed import Trimmed
 from qexp.quantizers.activation import FakeQuant, beyond
-from qexp.quantizers.attention import CACHE
+from qexp.quantizers.attention import CACHE, cache_quantizers
 from qexp.quantizers.operands import inside, operand_names
 from qexp.quantizers.scheme import Activations
 from qexp.quantizers.window import Axis, Window
@@ -131,15 +131,11 @@ class CacheWindow(Activations):
     def _costs(self, task: Task) -> tuple[float, float]:
         """Bits of a rounded number of keys and of values; scales of static keys are no part of a
         cache."""
-        grid, config = self.grid, task.model.config.get_text_config()
-        heads = config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // heads
-        vector = width if self.per_head else width * _key_heads(task)
+        vector = _head_width(task) * (1 if self.per_head else _key_heads(task))
         if "token" in (self.keys, self.values):
-            cut(vector, grid.group_size, "kv.grid.group_size", "channels")
-        each = torch.finfo(grid.stored_dtype).bits + grid.zero_bits
-        values = grid.bits + each / (grid.group_size or vector)
-        return (float(grid.bits) if self.static_keys else values), values
+            cut(vector, self.grid.group_size, "kv.grid.group_size", "channels")
+        bits = self.grid.cost(1, self.grid.group_size or vector)
+        return (float(self.grid.bits) if self.static_keys else bits), bits
 
     @property
     def _trimmed(self) -> Grid:
@@ -180,6 +176,23 @@ def _key_projections(task: Task) -> list[nn.Linear]:
 def _has_rotary(task: Task) -> bool:
     config = task.model.config.get_text_config()
     return getattr(config, "rope_parameters", None) is not None
+
+
+def cache_bits(task: Task) -> float | None:
+    """Bits per number of keys and values of a cache that rounds every token's as they come, a
+    head's vector alone; None of one that does not. Static scales are no part of a cache."""
+    found = cache_quantizers(task.model)
+    if not found:
+        return None
+    width = _head_width(task)
+    bits = [q.grid.cost(1, width) if q.dynamic else q.grid.code_bits for q in found]
+    return sum(bits) / len(bits)
+
+
+def _head_width(task: Task) -> int:
+    config = task.model.config.get_text_config()
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(width)
 
 
 def _key_heads(task: Task) -> int:

@@ -187,6 +187,10 @@ def test_the_protocol_that_decodes():
     assert protocol("decoding", length=32, prompt=9).definition() != decoding.definition()
     plain = decoding(task_of("llama"))
     assert "cache_bits" not in plain and plain["ppl"] != one["ppl"]
+    width = task.model.config.head_dim
+    for dynamic, bits in ((True, 4 + (32 + 4) / width), (False, 4)):
+        scheme = QuantizedActivations(KVCache(), IntGrid(4, per_tensor=not dynamic), dynamic)
+        assert decoding(quantized("llama", scheme))["cache_bits"] == pytest.approx(bits)
     with pytest.raises(UserError, match="prompt 32 must be between 1 and length - 1"):
         protocol("decoding", length=32, prompt=32)
 
