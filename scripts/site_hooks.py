@@ -16,7 +16,7 @@ from qexp.report.query import Query
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "docs/records/leaderboard"
 LEADERBOARD = Query(
-    rows=("label", "kind", "weight.bits", "weight.group_size"),
+    rows=("label", "kind", "weight.bits", "weight.group_size", "activation"),
     metrics=("*/ppl", "against_float*"),
 )
 OUTSIDE = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}

@@ -61,22 +61,24 @@ class Standing:
 
 def standing(table: Table) -> Standing:
     """Only quantized settings of one model and placement whose measured bits differ by no more than
-    NEAR compete; a setting that has no rival is not the best.
+    NEAR compete; a setting that has no rival is not the best. Bits are those of weights or, where
+    none is quantized, of the cache, whatever its choice.
 
     A rival of the best is level with it where the interval of their paired difference includes
     zero; one seed tests nothing, and then nothing is level.
     """
     best: set[tuple[int, Column]] = set()
     level: set[tuple[int, Column]] = set()
-    for column in table.columns:
+    for column in (each for each in table.columns if not each.is_size):
         alike: dict[tuple[str, ...], list[tuple[float, float, Setting]]] = {}
         for row in table.rows:
             for place, setting in row.cells.items():
                 value = setting.spread(column).mean
                 if setting.run.is_float or math.isnan(value):
                     continue
-                same = [setting.label(key) for key in ("model", "data", "activation", "kv")]
-                member = (-value if column.higher else value, setting.bits, setting)
+                placement, size = _competing(setting)
+                same = [setting.label(key) for key in ("model", "data", *placement)]
+                member = (-value if column.higher else value, size, setting)
                 alike.setdefault((*place, *same), []).append(member)
         for members in alike.values():
             for rank, bits, winner in members:
@@ -89,6 +91,14 @@ def standing(table: Table) -> Standing:
                     if moved is not None and moved.level:
                         level.add((id(rival), column))
     return Standing(frozenset(best), frozenset(level - best))
+
+
+def _competing(setting: Setting) -> tuple[tuple[str, ...], float]:
+    """The placement that rivals share, and the bits that are compared."""
+    caches = [column.name for column in setting.run.columns if column.is_size]
+    if math.isnan(setting.bits) and caches:
+        return ("activation",), setting.value(caches[0])
+    return ("activation", "kv"), setting.bits
 
 
 def _near(one: float, other: float) -> bool:

@@ -34,6 +34,11 @@ class Column:
         """Whether it is a perplexity, which is compared on a log scale."""
         return self.name.endswith("/ppl")
 
+    @property
+    def is_size(self) -> bool:
+        """Whether it is a number of bits."""
+        return self.name.endswith("/cache_bits")
+
 
 @dataclass(frozen=True)
 class Run:
@@ -101,12 +106,12 @@ class Run:
 
     @property
     def columns(self) -> list[Column]:
-        """Perplexities, ratios, and every other metric that has a standard error."""
+        """Perplexities, ratios, bits of a cache, and every other metric with a standard error."""
         protocols = self.provenance.get("protocols", {})
         names = [
             name
             for name in self.metrics
-            if name.endswith(("/ppl", "/ratio")) or f"{name}_stderr" in self.metrics
+            if name.endswith(("/ppl", "/ratio", "/cache_bits")) or f"{name}_stderr" in self.metrics
         ]
         return [self._column(name, protocols.get(name.rpartition("/")[0], {})) for name in names]
 

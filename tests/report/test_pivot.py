@@ -110,6 +110,22 @@ def test_the_best_is_among_equals() -> None:
     assert [s.label("method") for s in table.settings if (id(s), PPL) in bold] == ["gptq"]
 
 
+def test_caches_compete_by_their_own_bits() -> None:
+    """Whatever the choice; and nothing is the best by its number of bits."""
+
+    def cache(kv: str, ppl: float, bits: float) -> Run:
+        plain = run("none", 0, ppl, kv=kv)
+        metrics = {"text/ppl": ppl, "text/cache_bits": bits}
+        return replace(plain, choices=plain.choices | {"kv": kv}, metrics=metrics)
+
+    runs = [cache("kivi", 9, 6.2), cache("kvquant", 8, 2.45), cache("token", 7.5, 2.49)]
+    table = pivot.pivot(pivot.group(runs))
+    assert {column.name for column in table.columns} == {"text/ppl", "text/cache_bits"}
+    ranks = significance.standing(table)
+    names = {id(s): s.label("kv") for s in table.settings}
+    assert [(names[each], column.name) for each, column in ranks.best] == [("token", "text/ppl")]
+
+
 @pytest.mark.parametrize("columns", [(), ("weight.bits",)], ids=["rows", "columns"])
 def test_settings_within_a_twentieth_of_a_bit_compete(columns) -> None:
     """2.52 and 3.30 are both 3 when rounded, and no rivals."""
