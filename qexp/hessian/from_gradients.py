@@ -1,11 +1,13 @@
 """Hessians from the gradients of the model's loss: when and how gradients are computed."""
 
+import logging
 from abc import abstractmethod
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import inf, prod
+from statistics import geometric_mean
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -22,8 +24,34 @@ from qexp.hessian.float_weights import AtFloatWeights
 from qexp.hessian.gradient_hooks import check_dead, watching
 from qexp.walk import Block
 
+log = logging.getLogger(__name__)
+
 SCHEDULES = ("per_block", "every_k", "one_pass")
 LABELS = ("data", "sampled")
+# Above what was measured where OAC was better than SpQR (1.5 to 1.6), below what was measured where
+# it was worse (2.6): docs/results/gemma3.md.
+CORRELATED = 2.0
+TINY = 1e-30  # of a linear without gradients
+
+
+@dataclass
+class BetweenTokens:
+    """Traces of Hessians with the products of different tokens' gradients, in units of those
+    without, one of each linear."""
+
+    ratios: list[float] = field(default_factory=list)
+
+    def warn(self) -> None:
+        """Log a warning where their geometric mean says that gradients are correlated."""
+        positive = [ratio for ratio in self.ratios if ratio > 0]
+        if positive and (mean := geometric_mean(positive)) > CORRELATED:
+            log.warning(
+                "method/hessian=output: its trace is %.2f times the token-weighted Hessian's. "
+                "Gradients of different tokens are correlated, as where a model cannot read its "
+                "calibration text (calibration.bos, data). OAC was worse than SpQR then; compare "
+                "with method=spqr.",
+                mean,
+            )
 
 
 @dataclass(frozen=True)
@@ -50,6 +78,8 @@ class FromGradients(CacheableHessian):
     labels: str = "data"
     seed: int = 0
     memory: float = 8.0
+
+    between: ClassVar[bool] = False  # whether it has products of different tokens' gradients
 
     def __post_init__(self) -> None:
         check_choice("method.hessian", self, schedule=SCHEDULES, dtype=DTYPES, labels=LABELS)
@@ -100,11 +130,14 @@ class FromGradients(CacheableHessian):
         if self.is_precomputed:
             return AtFloatWeights(self).prepare(first)
         waiting: dict[str, Tensor] = {}  # of the blocks of the last pass
+        between = BetweenTokens()
 
         def for_each_group(block: Block, on_hessian: OnHessian) -> None:
             if block.index % self.blocks_per_pass == 0 or not waiting:
                 stop = min(block.index + self.blocks_per_pass, len(block.task.blocks))
-                waiting.update(self._gradient_hessians(block, range(block.index, stop)))
+                waiting.update(self._gradient_hessians(block, range(block.index, stop), between))
+                if stop == len(block.task.blocks):
+                    between.warn()
             for name in block.linears:
                 on_hessian((name,), waiting.pop(f"{block.name}.{name}"), None)
 
@@ -115,14 +148,15 @@ class FromGradients(CacheableHessian):
         count = len(first.task.blocks)
         shapes = (self.shape(*linear.weight.shape) for linear in first.linears.values())
         size = sum(4 * prod(shape) for shape in shapes)
-        span = max(int(self.memory * 2**30 / size), 1)
+        span, between = max(int(self.memory * 2**30 / size), 1), BetweenTokens()
         for start in range(first.index, count, span):
             covered = range(start, min(start + span, count))
             inside = [index for index in covered if index in wanted]
-            found = self._gradient_hessians(first, covered) if inside else {}
+            found = self._gradient_hessians(first, covered, between) if inside else {}
             for index in inside:
                 prefix = f"{first.task.arch.blocks}.{index}."
                 yield index, {name: found[prefix + name] for name in first.linears}
+        between.warn()
 
     @property
     def code(self) -> tuple[ModuleType, ...]:
@@ -134,11 +168,15 @@ class FromGradients(CacheableHessian):
             fields.pop(irrelevant)
         return fields
 
-    def _gradient_hessians(self, block: Block, covered: range) -> dict[str, Float[Tensor, "..."]]:
+    def _gradient_hessians(
+        self, block: Block, covered: range, between: BetweenTokens
+    ) -> dict[str, Float[Tensor, "..."]]:
         """Hessians of the linears of the blocks in `covered`, which starts at `block` or later."""
         task = block.task
+        compared = self.between and task.objective == "causal_lm"  # one loss at every token
         found: dict[str, Tensor] = {}
         seen: dict[str, Tensor] = {}
+        apart: dict[str, Tensor] = {}  # the trace without products of different tokens' gradients
         root = task.arch.blocks
         linears = {
             f"{root}.{index}.{name}": task.blocks[index].get_submodule(name)
@@ -154,6 +192,9 @@ class FromGradients(CacheableHessian):
                 if name not in found:
                     found[name] = x.new_zeros(self.shape(g.shape[1], x.shape[1]))
                 self.add(found[name], x, g)
+                if compared:
+                    own = x.square().sum(1) @ g.square().sum(1)
+                    apart[name] = apart[name] + own if name in apart else own
                 for key, part in ((name, x), (f"{name} scored", x[:-1])):
                     used = (part != 0).any(0)
                     seen[key] = seen[key] | used if key in seen else used
@@ -177,6 +218,10 @@ class FromGradients(CacheableHessian):
             hessian = found[name] = self.finished(block.share.sum(added), columns)
             for key in (name, f"{name} scored"):
                 seen[key] = block.share.max(seen[key].to(torch.uint8)).bool()
-            for diagonal in self.per_input(hessian, columns):
+            diagonals = self.per_input(hessian, columns)
+            if compared:
+                trace = sum(float(diagonal.sum()) for diagonal in diagonals)
+                between.ratios.append(trace / max(float(block.share.sum(apart[name])), TINY))
+            for diagonal in diagonals:
                 check_dead(name, diagonal, seen[name], seen[f"{name} scored"])
         return found

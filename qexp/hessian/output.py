@@ -111,6 +111,8 @@ class OfInputs(Gram):
 class OutputAdaptive(OfInputs):
     """Σ_n G[n]ᵀ G[n], one gradient per sequence (OAC, Algorithm 1)."""
 
+    between = True
+
     def factors_of(
         self, x: Float[Tensor, "tokens columns"], g: Float[Tensor, "tokens rows"]
     ) -> Factors:

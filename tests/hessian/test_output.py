@@ -7,6 +7,7 @@ from helpers.models import batches, joined, task_of
 
 from qexp.common.errors import UserError
 from qexp.hessian import BothSides, Diagonal, Layerwise, OutputAdaptive, TokenWeighted
+from qexp.hessian.from_gradients import BetweenTokens
 from qexp.hessian.gradient_hooks import check_dead
 from qexp.hessian.output import through_tokens
 from qexp.methods.blockwise import Blockwise
@@ -115,6 +116,33 @@ def test_token_weighted_drops_the_terms_between_tokens():
     x, g = torch.randn(6, 8), torch.randn(6, 5)
     expected = sum(g[t].square().sum() * torch.outer(x[t], x[t]) for t in range(6))
     torch.testing.assert_close(contribution(TokenWeighted(), x, g), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "bert"])
+@pytest.mark.parametrize("schedule", ["per_block", "every_k", "one_pass"])
+def test_the_terms_between_tokens_are_compared_with_the_others(family, schedule, monkeypatch):
+    """In units of the trace that is left without them, once a walk; not where one token has the
+    loss of all."""
+    seen = []
+    monkeypatch.setattr(BetweenTokens, "warn", lambda self: seen.append(self.ratios))
+    both = [
+        measured(task_of(family), kind(schedule=schedule, k=2), batches(family))
+        for kind in (OutputAdaptive, TokenWeighted)
+    ]
+    ratios, none = seen
+    assert none == []
+    expected = [float(both[0][name].trace() / both[1][name].trace()) for name in both[0]]
+    causal = family != "bert"
+    assert sorted(ratios) == (pytest.approx(sorted(expected), rel=1e-3) if causal else [])
+
+
+def test_correlated_gradients_are_said(caplog):
+    BetweenTokens([1.0, 1.9, 2.2, 0.0]).warn()
+    BetweenTokens([]).warn()
+    assert not caplog.records
+    BetweenTokens([1.0, 2.5, 9.0]).warn()
+    [record] = caplog.records
+    assert "trace is 2.82 times the token-weighted" in record.getMessage()
 
 
 def test_the_scale_of_a_hessian_is_free():

@@ -43,9 +43,9 @@ def passes(monkeypatch) -> list[list[int]]:
     done: list[list[int]] = []
     original = FromGradients._gradient_hessians
 
-    def measure(self, block, covered):
+    def measure(self, block, covered, *rest):
         done.append(list(covered))
-        return original(self, block, covered)
+        return original(self, block, covered, *rest)
 
     monkeypatch.setattr(FromGradients, "_gradient_hessians", measure)
     return done
