@@ -48,7 +48,7 @@ class BetweenTokens:
             log.warning(
                 "method/hessian=output: its trace is %.2f times the token-weighted Hessian's. "
                 "Gradients of different tokens are correlated, as where a model cannot read its "
-                "calibration text (calibration.bos, data). OAC was worse than SpQR then, and less so "
+                "calibration text (calibration.bos, data). OAC was worse than SpQR then, less so "
                 "with labels of the model itself: choose method.hessian.labels=sampled.",
                 mean,
             )
