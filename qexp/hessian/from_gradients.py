@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 SCHEDULES = ("per_block", "every_k", "one_pass")
 LABELS = ("data", "sampled")
 # Above what was measured where OAC was better than SpQR (1.5 to 1.6), below what was measured where
-# it was worse (2.6): docs/results/gemma3.md.
+# it was worse (2.6): docs/results/oac.md.
 CORRELATED = 2.0
 TINY = 1e-30  # of a linear without gradients
 
@@ -173,7 +173,8 @@ class FromGradients(CacheableHessian):
     ) -> dict[str, Float[Tensor, "..."]]:
         """Hessians of the linears of the blocks in `covered`, which starts at `block` or later."""
         task = block.task
-        compared = self.between and task.objective == "causal_lm"  # one loss at every token
+        # Of labels of the text, and a loss at every token: what CORRELATED was measured on.
+        compared = self.between and self.labels == "data" and task.objective == "causal_lm"
         found: dict[str, Tensor] = {}
         seen: dict[str, Tensor] = {}
         apart: dict[str, Tensor] = {}  # the trace without products of different tokens' gradients

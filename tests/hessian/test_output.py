@@ -136,6 +136,14 @@ def test_the_terms_between_tokens_are_compared_with_the_others(family, schedule,
     assert sorted(ratios) == (pytest.approx(sorted(expected), rel=1e-3) if causal else [])
 
 
+def test_labels_of_the_model_are_not_compared(monkeypatch):
+    """The warning would name what is chosen already."""
+    seen = []
+    monkeypatch.setattr(BetweenTokens, "warn", lambda self: seen.append(self.ratios))
+    measured(task_of("llama"), OutputAdaptive(labels="sampled"), batches("llama"))
+    assert seen == [[]]
+
+
 def test_correlated_gradients_are_said(caplog):
     BetweenTokens([1.0, 1.9, 2.2, 0.0]).warn()
     BetweenTokens([]).warn()
