@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
-from helpers.choices import CONF, choices, holder
+from helpers.choices import CONF, choices, holder, together
 from hydra import compose
 from hydra.errors import HydraException
 from hydra.utils import get_object
@@ -21,16 +21,22 @@ from qexp.runs.signature import signature
 pytestmark = pytest.mark.usefixtures("configured")
 
 
-@pytest.mark.parametrize("choice", choices())
-def test_a_file_composes(choice, monkeypatch) -> None:
+@pytest.mark.parametrize("words", together(), ids=" ".join)
+def test_files_compose(words, monkeypatch) -> None:
     monkeypatch.setenv("QEXP_DATA_DIR", "given")
-    group, _, name = choice.partition("=")
-    cfg = compose("config", holder(group, name))
+    cfg = compose("config", words)
     for key in OmegaConf.missing_keys(cfg):
         OmegaConf.update(cfg, key, "given")
     assert len(signature(cfg)) == 8
     for key in ("model", "data", "calibration", "weight", "activation", "kv", "method"):
         assert "_target_" in cfg[key], f"conf/{key} has a choice that names no class"
+
+
+def test_no_file_is_left_out() -> None:
+    composed = {word for words in together() for word in words}
+    for choice in choices():
+        group, _, name = choice.partition("=")
+        assert set(holder(group, name)) <= composed
 
 
 def targets(node: Any) -> Iterator[dict[str, Any]]:

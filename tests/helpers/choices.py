@@ -1,14 +1,31 @@
 """The choices that conf/ offers, listed from its folders."""
 
-import contextlib
-import functools
-
-from hydra import compose
-from hydra.errors import HydraException
+from itertools import zip_longest
 
 from qexp.config import location
 
 CONF = location.conf()
+
+# For each nested group a choice of its top group that has a place for it.
+PARENTS = {
+    "activation/grid/range": "activation=int4_token",
+    "activation/placement": "activation=int4_token",
+    "method/adapter": "method=bitdistiller",
+    "method/clamp": "method=bitdistiller",
+    "method/hessian": "method=billm",
+    "method/loss": "method=bitdistiller",
+    "method/metric": "method=allocated",
+    "method/penalty": "method=bitdistiller",
+    "method/residual": "method=adpq",
+    "method/rounding": "method=bitdistiller",
+    "method/rule": "method=allocated",
+    "method/scale": "method=bitdistiller",
+    "method/schedule": "method=jacob",
+    "method/target": "method=billm",
+    "method/trained": "method=bitdistiller",
+    "weight/range": "weight=channel",
+}
+QUANTIZERS = ("activation", "kv", "transform", "weight")  # a method may choose them
 
 
 def choices() -> list[str]:
@@ -23,22 +40,32 @@ def choices() -> list[str]:
 
 
 def holder(group: str, choice: str) -> list[str]:
-    """The choice, for a nested group with the first of its parents that takes it."""
+    """The choice, for a nested group with a parent that takes it."""
     top, _, nested = group.partition("/")
     if not nested or top == "hydra":
         return [f"{group}={choice}"]
     if top == "experiment":  # a folder of experiments is no group of its own
         return [f"{top}={nested}/{choice}"]
-    return [f"{top}={_parent(group)}", f"{group}={choice}"]
+    return [PARENTS[group], f"{group}={choice}"]
 
 
-@functools.cache
-def _parent(group: str) -> str:
-    """The first choice of the top group that takes the nested one; trying takes seconds."""
-    top = group.partition("/")[0]
-    choice = min(path.stem for path in (CONF / group).glob("[!_]*.yaml"))
-    for path in sorted((CONF / top).glob("[!_]*.yaml")):
-        with contextlib.suppress(HydraException):
-            compose("config", [f"{top}={path.stem}", f"{group}={choice}"])
-            return path.stem
-    raise AssertionError(f"no choice of {top} has a place for {group}")
+def together() -> list[list[str]]:
+    """Overrides that compose every choice at least once, one of each independent group at a time.
+
+    Independent are groups below the same choice, groups that no choice of another selects, and the
+    four quantizers, which methods select. Experiments and searches select any group and are alone.
+    """
+    sets: dict[str, dict[str, list[str]]] = {}
+    alone = []
+    for choice in choices():
+        group, _, name = choice.partition("=")
+        if group.startswith(("experiment", "search")):
+            alone.append(holder(group, name))
+            continue
+        place = PARENTS.get(group, "quantizers" if group in QUANTIZERS else "other")
+        sets.setdefault(place, {}).setdefault(group, []).append(choice)
+    return alone + [
+        [*([place] if "=" in place else []), *(each for each in row if each is not None)]
+        for place, groups in sets.items()
+        for row in zip_longest(*groups.values())
+    ]

@@ -36,6 +36,8 @@ run = partial(pipeline.run, small=SMALL)
             G32,
             "method@method.start=gptq",
             "method/residual@method.start.residual=loftq",
+            "method.start.residual.rank=4",
+            "method.start.residual.rounds=2",
         ),
         (
             "method=lq_lora",

@@ -23,7 +23,7 @@ from lm_eval.tasks._factory import TaskFactory
 from qexp.common import progress
 from qexp.common.errors import UserError, first_line
 from qexp.common.files import data_folder
-from qexp.eval.harness import local_rows
+from qexp.eval.harness import index, local_rows
 
 # The defaults of the harness's command, so that few-shot examples are the same.
 SEED, NUMPY_SEED, TORCH_SEED, SHOT_SEED = 0, 1234, 1234, 1234
@@ -200,8 +200,10 @@ class LocalTask(ConfigurableTask):
 
 @cache
 def manager() -> TaskManager:
-    """The harness's index of its tasks, cached because building it takes seconds."""
-    return TaskManager()
+    """The harness's manager of its tasks, with their index from the cache."""
+    made = TaskManager(include_defaults=False)
+    made.task_index.update(index.entries())
+    return made
 
 
 def load(
@@ -215,9 +217,9 @@ def load(
     Raises UserError for an unknown name, and for data that is neither local nor on the hub.
     """
     ours = {"class": LocalTask, "qexp_source": source, "qexp_folder": folder}
-    index = manager().task_index
+    known = manager().task_index
     for spec in specs:
-        if not isinstance(spec, Mapping) and spec not in index:
+        if not isinstance(spec, Mapping) and spec not in known:
             raise UserError(
                 f"eval task {spec}: the harness has no such task, group or tag; "
                 "`lm-eval ls tasks` lists them"
@@ -235,7 +237,7 @@ def load(
                 continue
             # with overrides, the manager's own load() passes a group's list of tasks to its members
             # as their name
-            built = TaskFactory().build(index[spec], overrides=ours, registry=index)
+            built = TaskFactory().build(known[spec], overrides=ours, registry=known)
             wanted += built if isinstance(built, list) else [built]
         loaded = manager().load(wanted)
     for task in loaded["tasks"].values():

@@ -144,7 +144,10 @@ def test_a_group_is_its_members_and_their_mean(tmp_path: Path) -> None:
     pairs = permutations(("cat", "moon", "boat", "tree"), 2)
     asked = [{"sentence_good": f"A {a} or {b}", "sentence_bad": f"A {b} or {a}"} for a, b in pairs]
     text = "".join(json.dumps(row) + "\n" for row in asked)
-    members = [name for name in manager().all_subtasks if name.startswith("blimp_")]
+    entries = manager().task_index
+    members = [
+        name for name in entries if name.startswith("blimp_") and "task" in entries[name].cfg
+    ]
     members = [name for name in members if not name.startswith("blimp_nl")]
     (tmp_path / "tasks/blimp").mkdir(parents=True)
     for name in members:
