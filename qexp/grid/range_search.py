@@ -9,7 +9,8 @@ from torch import Tensor
 
 from qexp.common.errors import UserError, check_int, check_positive, check_range
 from qexp.grid.base import Grid, Interval, Range
-from qexp.grid.ranges import MinMax, least_error
+from qexp.grid.least_error import least_error, multiples
+from qexp.grid.ranges import MinMax
 
 
 @dataclass(frozen=True)
@@ -42,17 +43,15 @@ class WidthAndZero(Range):
         grid: Grid,
         counts: Float[Tensor, "rows size"] | None = None,
     ) -> Interval:
-        low, high = MinMax()(x, grid, counts)
-        whole = high.clamp(min=0) - low.clamp(max=0)
-
-        def tried() -> Iterator[Interval]:
+        def trials(low: Tensor, high: Tensor) -> Iterator[Interval]:
+            whole = high.clamp(min=0) - low.clamp(max=0)
             for step in range(1, self.steps + 1):
                 width = whole * (step / self.steps)
                 for zero in range(grid.top + 1):
                     start = -width * (zero / grid.top)
                     yield start, start + width
 
-        return least_error(tried(), x, grid, counts, self.norm)
+        return least_error(MinMax()(x, grid, counts), trials, x, grid, counts, self.norm)
 
 
 @dataclass(frozen=True)
@@ -78,11 +77,10 @@ class Around(Range):
         grid: Grid,
         counts: Float[Tensor, "rows size"] | None = None,
     ) -> Interval:
-        low, high = MinMax()(x, grid, counts)
         moves = [self.reach * step / self.steps for step in range(1, self.steps + 1)]
         factors = [1.0, *(1 + move for move in moves), *(1 - move for move in moves)]
-        tried = ((low * factor, high * factor) for factor in factors)
-        return least_error(tried, x, grid, counts, self.norm)
+        full = MinMax()(x, grid, counts)
+        return least_error(full, multiples(factors), x, grid, counts, self.norm)
 
 
 @dataclass(frozen=True)

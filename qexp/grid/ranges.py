@@ -4,7 +4,6 @@ Each is called with the values of every row and, for histogram bins, how often e
 estimator serves weights and activations; an `observer` collects the values of the latter.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from qexp.common.errors import check_int, check_positive, check_range
 from qexp.grid.base import Grid, Interval, Range
+from qexp.grid.least_error import least_error, multiples
 from qexp.grid.observers import MinMaxObserver, Observer, RowObserver
 
 EMPTY = 1e-4  # count of a histogram bin without values
@@ -130,32 +130,9 @@ class MSE(Range):
         grid: Grid,
         counts: Float[Tensor, "rows size"] | None = None,
     ) -> Interval:
-        low, high = MinMax()(x, grid, counts)
         shares = (1 - step / self.steps for step in range(int(self.shrink * self.steps)))
-        tried = ((low * share, high * share) for share in shares)
-        return least_error(tried, x, grid, counts, self.norm)
-
-
-def least_error(
-    intervals: Iterable[Interval],
-    x: Float[Tensor, "rows size"],
-    grid: Grid,
-    counts: Float[Tensor, "rows size"] | None,
-    norm: float,
-) -> Interval:
-    """Of some intervals, for each row the first one with the least sum |x - Q(x)|^norm."""
-    best = torch.full((len(x), 1), torch.inf, device=x.device)
-    best_low, best_high = MinMax()(x, grid, counts)
-    for low, high in intervals:
-        error = (grid.round(x, grid.scale_for(low, high)) - x).abs_()
-        faster = x.device.type == "cpu" and norm != 2  # than pow, by about half
-        error = error.log2_().mul_(norm).exp2_() if faster else error.pow_(norm)
-        error = (error if counts is None else error * counts).sum(1, keepdim=True)
-        better = error < best
-        best = torch.where(better, error, best)
-        best_low = torch.where(better, low, best_low)
-        best_high = torch.where(better, high, best_high)
-    return best_low, best_high
+        full = MinMax()(x, grid, counts)
+        return least_error(full, multiples(shares), x, grid, counts, self.norm)
 
 
 @dataclass(frozen=True)

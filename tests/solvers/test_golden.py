@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from qexp.grid import Grid, IntGrid, Range
 from qexp.grid.base import Interval
 from qexp.grid.half_quadratic import HalfQuadratic
+from qexp.grid.least_error import least_error, multiples
 from qexp.grid.range_search import Around, WidthAndZero
-from qexp.grid.ranges import MSE, RMS, MinMax, least_error
+from qexp.grid.ranges import MSE, RMS, MinMax
 from qexp.packed.coded import Coded
 from qexp.packed.mixed import Partial
 from qexp.packed.parts import Parts
@@ -262,8 +263,7 @@ class Middle(Around):
         factors = [1 + move for move in moves] + [1 - move for move in moves[1:]]
         low = (low.clamp(max=0) - high.clamp(min=0)) * 2 ** (grid.bits - 1) / grid.top
         high = -low * (grid.top / 2 ** (grid.bits - 1) - 1)
-        tried = ((low * factor, high * factor) for factor in factors)
-        return least_error(tried, x, grid, counts, self.norm)
+        return least_error((low, high), multiples(factors), x, grid, counts, self.norm)
 
 
 @dataclass(frozen=True)
