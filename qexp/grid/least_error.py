@@ -25,7 +25,9 @@ def least_error(
 ) -> Interval:
     """For each row the first interval with the least sum |x - Q(x)|^norm, among those that `trials`
     makes of the `full` intervals of some rows."""
-    rows = max(PART // max(x.shape[1], 1), 1) if x.device.type == "cpu" else max(len(x), 1)
+    # rows whose scales are rounded together are searched together
+    parts = x.device.type == "cpu" and not grid.second_level
+    rows = max(PART // max(x.shape[1], 1), 1) if parts else max(len(x), 1)
     found = []
     for start in range(0, max(len(x), 1), rows):
         place = slice(start, start + rows)

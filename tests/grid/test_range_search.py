@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from qexp.common.errors import UserError
-from qexp.grid import Grid, IntGrid, Range
+from qexp.grid import Grid, IntGrid, Range, least_error
 from qexp.grid.range_search import Around, TwoValues, WidthAndZero
 from qexp.grid.ranges import MSE, MinMax
 
@@ -52,6 +52,20 @@ def test_values_that_count_nothing_do_not_matter(search: Range) -> None:
     kept = x[counts > 0].view(6, -1)
     for ours, theirs in zip(with_others, search(kept, grid), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "second", [None, IntGrid(3, group_size=4)], ids=["scales", "grouped scales"]
+)
+@pytest.mark.parametrize("search", [MSE(), WidthAndZero(steps=5), Around(steps=5)], ids=str)
+def test_a_layer_in_parts_is_searched_as_a_whole(search: Range, second, monkeypatch) -> None:
+    """Also where parts would divide the rows whose scales are rounded together."""
+    x, grid = values(rows=12), IntGrid(3, scales=second)
+    counts = torch.rand(x.shape, generator=torch.Generator().manual_seed(1))
+    whole = [search(x, grid), search(x, grid, counts)]
+    monkeypatch.setattr(least_error, "PART", 3 * x.shape[1])
+    for ours, theirs in zip([search(x, grid), search(x, grid, counts)], whole, strict=True):
+        assert all(map(torch.equal, ours, theirs))
 
 
 @pytest.mark.parametrize("centred", [True, False])
