@@ -1,6 +1,7 @@
 """The search for the interval with the least error of rounding, row by row."""
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 
 import torch
 from jaxtyping import Float
@@ -48,16 +49,39 @@ def _of_part(
 ) -> Interval:
     best = torch.full((len(x), 1), torch.inf, device=x.device)
     best_low, best_high = full
-    for low, high in tried:
-        error = (grid.round(x, grid.scale_for(low, high)) - x).abs_()
+    groups = [second.group_size for second in grid.second_level.values()]
+    apart = all(size is not None and len(x) % size == 0 for size in groups)
+    together = max(PART // max(x.numel(), 1), 1) if apart else 1
+    waiting = iter(tried)
+    while trials := list(islice(waiting, together)):  # one below the other, for fewer operations
+        count = len(trials)
+        low, high = (torch.cat(ends) for ends in zip(*trials, strict=True))
+        values = x if count == 1 else x.repeat(count, 1)
+        error = (grid.round(values, grid.scale_for(low, high)) - values).abs_()
         faster = x.device.type == "cpu" and norm != 2  # than pow, by about half
         error = error.log2_().mul_(norm).exp2_() if faster else error.pow_(norm)
-        error = (error if counts is None else error * counts).sum(1, keepdim=True)
-        better = error < best
-        best = torch.where(better, error, best)
+        if counts is not None:
+            error = error * (counts if count == 1 else counts.repeat(count, 1))
+        least = error.sum(1, keepdim=True)
+        if count > 1:
+            least, low, high = _first_least(least.view(count, -1), low, high)
+        better = least < best
+        best = torch.where(better, least, best)
         best_low = torch.where(better, low, best_low)
         best_high = torch.where(better, high, best_high)
     return best_low, best_high
+
+
+def _first_least(
+    error: Float[Tensor, "trials rows"], *ends: Float[Tensor, "trials*rows 1"]
+) -> list[Float[Tensor, "rows 1"]]:
+    """For each row the least error, and the ends of the first trial that has it."""
+    count = len(error)
+    least = error.amin(0)
+    order = torch.arange(count, device=error.device)[:, None].expand_as(error)
+    first = order.masked_fill(error != least, count).amin(0, keepdim=True)
+    first = first.clamp(max=count - 1)  # of NaN there is no least
+    return [least[:, None], *(end.view_as(error).gather(0, first).T for end in ends)]
 
 
 def multiples(factors: Iterable[float]) -> Trials:
