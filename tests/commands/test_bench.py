@@ -24,6 +24,7 @@ TENSOR = ("weight=channel", "weight.bits=8", "activation=int8_tensor")
         (("quadapter", "transform=quadapter", "method=quadapter", "transform.steps=2", *TENSOR),
          "memory, phase 2"),
         (("penalty", "method=quanttune", *TENSOR), "throughput with penalty"),
+        (("ranges", "weight/range=mse", "weight.group_size=16"), "whole layers"),
         (("methods", "+methods=[rtn,\"gptq method.solver.damp=0.1\"]", "weight.group_size=16"),
          "gptq method.solver.damp=0.1"),
     ],

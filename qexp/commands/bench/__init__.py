@@ -12,6 +12,7 @@ from qexp.commands.bench.methods import methods
 from qexp.commands.bench.overhead import overhead
 from qexp.commands.bench.page import page
 from qexp.commands.bench.penalty import penalty
+from qexp.commands.bench.ranges import ranges
 from qexp.commands.bench.scaling import scaling
 from qexp.commands.bench.sharing import sharing
 from qexp.commands.bench.solving import blockwise, oac, online, transform
@@ -48,6 +49,7 @@ OF_STAGES: dict[str, Callable[[DictConfig], None]] = {
     "penalty": penalty,
     "oac": oac,
     "online": online,
+    "ranges": ranges,
     "transform": transform,
     "zeroshot": zeroshot,
 }
