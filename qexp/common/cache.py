@@ -40,10 +40,12 @@ class Cache:
     entry at the same time wait for the first.
 
     The processes of one run call these methods together: the first reads and writes, and gives the
-    others what it read. So all of them compute an entry that is absent, or none does.
+    others what it read. So all of them compute an entry that is absent, or none does. together:
+    false where one process may need an entry that the others do not (`get` alone).
     """
 
     folder: Path = field(default_factory=default_folder)
+    together: bool = True
 
     def get(self, kind: str, key: Mapping[str, Any], build: Build) -> dict[str, Tensor]:
         """The entry of `key`, computed by `build` if absent. Exceptions of `build` propagate.
@@ -52,20 +54,22 @@ class Cache:
         changed code never reads old entries. Tensors are returned on the CPU, contiguous.
         """
         path, full_key = self._place(kind, {**key, "code": _source(build.__module__)})
+        writes = not (self.together and ranks.rank())
         with ExitStack() as stack:
 
             def look() -> dict[str, Tensor] | None:
                 found = _read(path, full_key)
-                if found is None and not ranks.rank():  # rank 0 may hold it and wait for this rank
+                if found is None and writes:  # rank 0 may hold it and wait for this rank
                     stack.enter_context(_exclusive(path))
                     # another process may have written it while this one waited
                     found = _read(path, full_key, quiet=True)
                 return found
 
-            if (tensors := collectives.from_first(look)) is not None:
+            tensors = collectives.from_first(look) if self.together else look()
+            if tensors is not None:
                 return tensors
             built = plain(build())
-            if not ranks.rank():
+            if writes:
                 _write(path, full_key, built)
             return built
 

@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from qexp.common import collectives, ranks
 from qexp.common.cache import Cache
 from qexp.common.errors import UserError
 
@@ -35,6 +36,20 @@ def test_built_once_and_equal(tmp_path: Path) -> None:
     first, second = get(tmp_path, calls), get(tmp_path, calls)
     assert len(calls) == 1
     torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def test_one_process_of_several_may_want_an_entry(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(collectives, "from_first", lambda make: pytest.fail("it waits"))
+    monkeypatch.setattr(ranks, "rank", lambda: 1)
+    calls: list[int] = []
+
+    def build() -> dict[str, torch.Tensor]:
+        calls.append(1)
+        return {"x": torch.ones(2)}
+
+    for _ in range(2):
+        assert bool(Cache(tmp_path, together=False).get("kind", KEY, build)["x"].all())
+    assert len(calls) == 1
 
 
 def test_every_part_of_the_key_counts(tmp_path: Path) -> None:

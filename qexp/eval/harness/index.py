@@ -30,7 +30,7 @@ def entries() -> dict[str, Entry]:
         stat = path.stat()
         files.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     key = {"lm_eval": version("lm_eval"), "files": files.hexdigest()}
-    stored = Cache().get("harness_tasks", key, _build)["index"]
+    stored = Cache(together=False).get("harness_tasks", key, _build)["index"]
     text = stored.numpy().tobytes()
     return {name: _entry(name, *fields) for name, fields in json.loads(text).items()}
 
