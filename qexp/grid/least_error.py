@@ -9,8 +9,8 @@ from torch import Tensor
 
 from qexp.grid.base import Grid, Interval
 
-# Numbers that are searched at a time on the CPU, 1 MiB. Temporary tensors of a whole layer are new
-# memory at every operation: four times as slow on SmolLM2 (`qexp bench ranges`).
+# Numbers that are searched at a time on the CPU, 1 MiB. Temporary tensors of tens of MiB are new
+# memory at every operation, which is slower (`qexp bench ranges weight/range=mse`).
 PART = 2**18
 
 Trials = Callable[[Tensor, Tensor], Iterable[Interval]]
@@ -56,20 +56,23 @@ def _of_part(
     while trials := list(islice(waiting, together)):  # one below the other, for fewer operations
         count = len(trials)
         low, high = (torch.cat(ends) for ends in zip(*trials, strict=True))
-        values = x if count == 1 else x.repeat(count, 1)
+        values = _repeated(x, count)
         error = (grid.round(values, grid.scale_for(low, high)) - values).abs_()
         faster = x.device.type == "cpu" and norm != 2  # than pow, by about half
         error = error.log2_().mul_(norm).exp2_() if faster else error.pow_(norm)
         if counts is not None:
-            error = error * (counts if count == 1 else counts.repeat(count, 1))
-        least = error.sum(1, keepdim=True)
-        if count > 1:
-            least, low, high = _first_least(least.view(count, -1), low, high)
+            error = error * _repeated(counts, count)
+        least, low, high = _first_least(error.sum(1).view(count, -1), low, high)
         better = least < best
         best = torch.where(better, least, best)
         best_low = torch.where(better, low, best_low)
         best_high = torch.where(better, high, best_high)
     return best_low, best_high
+
+
+def _repeated(x: Float[Tensor, "rows size"], count: int) -> Float[Tensor, "repeated size"]:
+    """x below itself; x itself, without a copy, once."""
+    return x.expand(count, *x.shape).reshape(-1, x.shape[1])
 
 
 def _first_least(

@@ -1,4 +1,4 @@
-"""The harness's index of its tasks, from the cache: building it parses 14,000 files.
+"""The harness's index of its tasks, from the cache: building it parses the files of all tasks.
 
 This module imports the harness; import it only where the harness is used.
 """
